@@ -1,0 +1,95 @@
+"""From the checked configuration to the objects it names. Building is also the last check: each object refuses what it cannot be."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from hydra.utils import instantiate
+from torch import nn
+
+from ddpm import randomness
+from ddpm.config import Config, Data
+from ddpm.data.decoding import Decoding, ImageSet, decoded
+from ddpm.diffusion import GaussianDiffusion
+from ddpm.samplers import Sampler
+
+LrSchedule = Callable[[int, int, float], float]  # (step, num_steps, lr) -> learning rate of that update
+
+
+def network(config: Config) -> nn.Module:
+    """The network with its first weights, a function of the seed, on the CPU or on the meta device of a surrounding torch.device."""
+    torch.manual_seed(randomness.host_key(randomness.INITIAL_WEIGHTS, config.seed))
+    with _naming("model"):
+        return instantiate(config.model, out_channels=config.data.channels, _convert_="all")
+
+
+def diffusion(config: Config) -> GaussianDiffusion:
+    with _naming("schedule"):
+        betas = instantiate(config.schedule, _convert_="all")
+    with _naming("objective"):
+        return instantiate(config.objective, _convert_="all")(betas)
+
+
+def optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    with _naming("optimizer"):
+        return instantiate(config.optimizer, _convert_="all")(parameters)
+
+
+def lr_schedule(config: Config) -> LrSchedule:
+    with _naming("lr_schedule"):
+        return instantiate(config.lr_schedule, _convert_="all")
+
+
+def sampler(node: Mapping[str, Any], num_timesteps: int) -> Sampler:
+    """A sampler that fits a schedule of num_timesteps."""
+    with _naming("sampler"):
+        built = instantiate(dict(node), _convert_="all")
+        built.timesteps(num_timesteps)
+    return built
+
+
+def images(config: Config, workers: int) -> ImageSet:
+    """The data set, decoded at the run's resolution."""
+    data = config.data
+    return decoded(instantiate(data.source, _convert_="all"), _decoding(data), Path(data.cache), workers, data.max_unreadable)
+
+
+def check(config: Config) -> None:
+    """Build everything that needs no data, on no device.    Raises ValueError, one line that names the key, for what cannot be or does not fit together."""
+    process = diffusion(config)
+    sampler(config.sampler, process.num_timesteps)
+    lr_schedule(config)
+    with torch.device("meta"):
+        network(config)
+    optimizer(config, [nn.Parameter(torch.zeros(1))])
+    with _naming("data"):
+        _decoding(config.data)
+
+
+def image_size(data: Data) -> tuple[int, int]:
+    """(height, width) of the run's images, in pixels."""
+    return (data.resolution, data.resolution) if isinstance(data.resolution, int) else data.resolution
+
+
+def device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
+    """The device of that name, "auto" for the fastest there is.    Raises ValueError if this machine has no such device."""
+    here = [kind for kind, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if found]
+    if name != "auto" and name not in here:
+        raise ValueError(f"device={name} is not on this machine; there are {', '.join(here)}")
+    return torch.device(here[0] if name == "auto" else name)
+
+
+def _decoding(data: Data) -> Decoding:
+    return Decoding(*image_size(data), data.channels, data.crop, data.background)
+
+
+@contextmanager
+def _naming(group: str) -> Iterator[None]:
+    """Put the group's name before what its objects complain of, so that the message names the key to change."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        cause = error.__cause__ or error  # Hydra wraps what a constructor raised
+        raise ValueError(f"{group}.{cause}") from error

@@ -1,0 +1,191 @@
+"""From a source to one uint8 array at the run's resolution: decoded once, by several processes, and kept in a memory-mapped file."""
+
+import hashlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import tempfile
+import warnings
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageColor, ImageOps
+from tqdm import tqdm
+
+from ddpm.data.sources import Source
+
+log = logging.getLogger(__name__)
+
+LAYOUT = 1  # of the cache; a change makes old ones be decoded again
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What is done to a picture. height, width: pixels.    channels: 3 colour, 1 grey.    crop: "center" cuts to the wanted shape before resizing,
+    "none" gives the shape up.    background: colour that shows through transparent pixels."""
+
+    height: int
+    width: int
+    channels: Literal[1, 3]
+    crop: Literal["center", "none"]
+    background: str
+
+    def __call__(self, content: bytes | Image.Image) -> np.ndarray:
+        """The picture as (C, H, W) uint8, turned as its EXIF says, resized with an antialiasing bicubic filter.
+
+        Raises OSError, ValueError or SyntaxError (Pillow's) if it does not decode.
+        """
+        image = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image.load()
+        image = self._flat(ImageOps.exif_transpose(image))
+        size = (self.width, self.height)
+        if self.crop == "center":
+            image = ImageOps.fit(image, size, method=Image.Resampling.BICUBIC)
+        else:
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        pixels = np.asarray(image, dtype=np.uint8)
+        return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
+
+    def _flat(self, image: Image.Image) -> Image.Image:
+        """The image in the wanted mode, 16-bit grey scaled down to 8, transparency laid on the background."""
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, ImageColor.getrgb(self.background)), image)
+        return image.convert("L" if self.channels == 1 else "RGB")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Decoded pictures. images: (N, C, H, W) uint8, memory-mapped.    labels: (N,) int64, or None.    classes: their names.
+    fingerprint: of content, labels and order, the same wherever the pictures lie.    unreadable: names of those left out."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    classes: list[str]
+    fingerprint: str
+    unreadable: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def decoded(source: Source, decoding: Decoding, cache: Path, workers: int, max_unreadable: float) -> ImageSet:
+    """The pictures of a source, from the cache if they have been decoded this way before, else decoded now by `workers` processes.
+
+    Raises ValueError, naming the first such files, if more than the share max_unreadable (and more than one) do not decode.
+    """
+    key = hashlib.sha256(json.dumps([LAYOUT, source.stamp, source.counts, asdict(decoding)]).encode()).hexdigest()[:16]
+    folder = cache / key
+    if not (folder / "about.json").is_file():
+        _decode_into(folder, source, decoding, workers, max_unreadable)
+    about = json.loads((folder / "about.json").read_text())
+    labels = np.load(folder / "labels.npy") if about["classes"] else None
+    images = np.load(folder / "images.npy", mmap_mode="c")
+    if about["unreadable"]:
+        names = about["unreadable"]
+        log.warning("left out %d of %d pictures that do not decode: %s", len(names), len(names) + len(images), _some(names))
+    return ImageSet(images, labels, about["classes"], about["fingerprint"], about["unreadable"])
+
+
+def _decode_into(folder: Path, source: Source, decoding: Decoding, workers: int, max_unreadable: float) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        raw = scratch / "raw"
+        shape = (len(source), decoding.channels, decoding.height, decoding.width)
+        np.memmap(raw, np.uint8, "w+", shape=shape).flush()
+        starts = np.cumsum([0, *source.counts])[:-1].tolist()
+        digests: list[bytes] = [b""] * len(source)
+        labels = np.full(len(source), -1, dtype=np.int64)
+        unreadable: dict[int, str] = {}
+        for start, found in _each_shard(source, decoding, str(raw), shape, starts, workers):
+            for offset, (name, digest, label) in enumerate(found):
+                digests[start + offset] = digest or b""
+                labels[start + offset] = -1 if label is None else label
+                if digest is None:
+                    unreadable[start + offset] = name
+        bad = [unreadable[index] for index in sorted(unreadable)]
+        if len(bad) == len(source) or len(bad) > max(1, max_unreadable * len(source)):
+            raise ValueError(f"{len(bad)} of {len(source)} pictures do not decode (data.max_unreadable={max_unreadable}): {_some(bad)}")
+        good = np.array([index not in unreadable for index in range(len(source))])
+        images = np.memmap(raw, np.uint8, "r", shape=shape)
+        _save(scratch / "images.npy", images if good.all() else images[good])
+        if source.classes:
+            _save(scratch / "labels.npy", labels[good])
+        raw.unlink()
+        fingerprint = hashlib.sha256(json.dumps(source.classes).encode())
+        for digest, label in zip(digests, labels.tolist(), strict=True):
+            if digest:
+                fingerprint.update(digest + label.to_bytes(8, "little", signed=True))
+        about = {"classes": source.classes, "fingerprint": fingerprint.hexdigest()[:16], "unreadable": bad}
+        (scratch / "about.json").write_text(json.dumps(about))
+        os.chmod(scratch, 0o777 & ~_umask())
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not (folder / "about.json").is_file():  # else another process was first, with the same content
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+Found = list[tuple[str, bytes | None, int | None]]  # name, digest of the content (None: does not decode), label
+
+
+def _each_shard(source: Source, decoding: Decoding, raw: str, shape: tuple[int, ...], starts: list[int], workers: int):
+    """(first index, what was found) of each shard, as they get done."""
+    with tqdm(total=len(source), desc="decoding", unit="img", disable=None) as bar:
+        if workers <= 1 or len(starts) == 1:
+            for shard, start in enumerate(starts):
+                yield start, _decode_shard(source, decoding, raw, shape, shard, start)
+                bar.update(source.counts[shard])
+            return
+        executor: Executor = ProcessPoolExecutor(min(workers, len(starts)), mp_context=multiprocessing.get_context("spawn"))
+        with executor:
+            jobs: dict[Future[Found], int] = {
+                executor.submit(_decode_shard, source, decoding, raw, shape, shard, start): shard for shard, start in enumerate(starts)
+            }
+            for job in as_completed(jobs):
+                yield starts[jobs[job]], job.result()
+                bar.update(source.counts[jobs[job]])
+
+
+def _decode_shard(source: Source, decoding: Decoding, raw: str, shape: tuple[int, ...], shard: int, start: int) -> Found:
+    images = np.memmap(raw, np.uint8, "r+", shape=shape)
+    found: Found = []
+    for offset, item in enumerate(source.read(shard)):
+        try:
+            images[start + offset] = decoding(item.content)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+            found.append((item.name, None, item.label))
+            continue
+        content = item.content if isinstance(item.content, bytes) else item.content.tobytes()
+        found.append((item.name, hashlib.sha256(content).digest(), item.label))
+    images.flush()
+    return found
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    out = np.lib.format.open_memmap(path, "w+", array.dtype, array.shape)
+    out[...] = array
+    out.flush()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

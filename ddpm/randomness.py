@@ -1,0 +1,80 @@
+"""Random numbers without state: each is a function of the keys it was asked for with, and of nothing else.
+
+A stream is SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators") started from a
+hash of its keys, written in integer tensor operations. So a sample's noise does not depend on the batch it is drawn in,
+the process that draws it, what was drawn before, or the kind of device; nothing needs to be saved for a resume; and
+no step waits for the host.
+
+Keys are a purpose (TRAIN_NOISE, ...), the run's seed, and integers such as step and position.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+TRAIN_NOISE, TRAIN_TIMESTEP, TRAIN_FLIP, TRAIN_DROPOUT, DATA_ORDER, INITIAL_WEIGHTS, SAMPLE_LATENT, SAMPLE_STEP = range(1, 9)
+
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same 64 bits (tensor products and sums wrap around as unsigned ones do)."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift_xor(z: Tensor, bits: int) -> Tensor:
+    return z ^ ((z >> bits) & (2 ** (64 - bits) - 1))  # >> on int64 copies the sign; the mask makes it logical
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's output function, a bijection of the 64-bit integers."""
+    z = _shift_xor(z, 30) * _signed(_MIX_1)
+    z = _shift_xor(z, 27) * _signed(_MIX_2)
+    return _shift_xor(z, 31)
+
+
+def host_key(*keys: int) -> int:
+    """One 63-bit integer for these keys, for a generator that lives on the host (torch.manual_seed)."""
+    state = torch.zeros((), dtype=torch.int64, device="cpu")
+    for key in keys:
+        state = _mix((state ^ _signed(key)) + _signed(_GOLDEN_GAMMA))
+    return int(state) & (2**63 - 1)
+
+
+def stream_keys(purpose: int, seed: int, step: int, positions: Tensor) -> Tensor:
+    """The start of one stream for each position.    positions: (B,) int64.    Returns (B,) int64, on the device of positions."""
+    return _mix((positions ^ host_key(purpose, seed, step)) + _signed(_GOLDEN_GAMMA))
+
+
+def random_bits(keys: Tensor, count: int) -> Tensor:
+    """The first `count` outputs of each stream.    keys: (B,) int64.    Returns (B, count) int64, all 64 bits random."""
+    counter = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64) * _signed(_GOLDEN_GAMMA)
+    return _mix(keys[:, None] + counter)
+
+
+def uniform(keys: Tensor, count: int) -> Tensor:
+    """Uniform numbers in [0, 1), float64, (B, count), from keys (B,) int64."""
+    return ((random_bits(keys, count) >> 11) & (2**53 - 1)).double() * 2.0**-53
+
+
+def integers(keys: Tensor, high: int) -> Tensor:
+    """One uniform integer in [0, high) for each stream: (B,) int64 (bias below high / 2^63)."""
+    return (random_bits(keys, 1)[:, 0] & (2**63 - 1)) % high
+
+
+def coin(keys: Tensor) -> Tensor:
+    """One fair coin for each stream: (B,) bool."""
+    return random_bits(keys, 1)[:, 0] < 0
+
+
+def normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers, float32, (B, *shape), from keys (B,) int64 (Box & Muller 1958; at most 6.8 in size)."""
+    count = math.prod(shape)
+    bits = random_bits(keys, (count + 1) // 2)
+    radius = torch.sqrt(-2 * torch.log(((bits & 0xFFFFFFFF).float() + 0.5) * 2.0**-32))
+    angle = ((bits >> 32) & 0xFFFFFFFF).float() * (2 * math.pi * 2.0**-32)
+    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :count].reshape(-1, *shape)

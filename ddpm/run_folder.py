@@ -1,0 +1,144 @@
+"""The folder of a run: its name follows from the configuration, run.json tells how it stands."""
+
+import hashlib
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ddpm.cli import Composed, compose
+from ddpm.config import Config, read_config, training_config
+from ddpm.files import write_whole
+
+Status = Literal["running", "complete", "failed", "preempted"]
+
+NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no part of the name
+    "runtime": True,
+    "sampler": True,
+    "outputs": True,
+    "data": {"path": True, "cache": True, "max_unreadable": True, "source": {"path": True}},
+}
+
+
+class RunFolder:
+    """A run on the disk. Reading its files is for anybody, writing them for the one process that leads the run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+
+    def config(self, trusted_modules: list[str]) -> Config:
+        """The configuration that the run was started with, its classes checked against what the caller trusts, not against what the folder says.
+
+        Raises ValueError, naming the folder, if this is no run.
+        """
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            raise ValueError(f"run={self.path} is no run folder: it has no config.yaml")
+        plain = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return read_config({**plain, "runtime": {**plain["runtime"], "trusted_modules": trusted_modules}})
+
+    def record(self) -> dict[str, Any]:
+        """run.json, empty before the first start."""
+        file = self.path / "run.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def start(self, config: Config, composed: Composed) -> None:
+        """Make the folder if need be, and write down what is being started."""
+        (self.path / ".hydra").mkdir(parents=True, exist_ok=True)
+        self.samples.mkdir(exist_ok=True)
+        write_whole(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        write_whole(self.path / ".hydra" / "overrides.yaml", yaml.safe_dump(composed.overrides))
+        write_whole(self.path / ".hydra" / "choices.yaml", yaml.safe_dump(composed.choices))
+        self.update(status="running", command=[Path(sys.argv[0]).name, *sys.argv[1:]], started=_now(), **_provenance())
+
+    def update(self, **values: Any) -> None:
+        """Change entries of run.json."""
+        record = {"created": _now(), **self.record(), **values, "updated": _now()}
+        write_whole(self.path / "run.json", json.dumps(record, indent=2) + "\n")
+
+
+def locate(config: Config, composed: Composed) -> RunFolder:
+    """The folder that this configuration has: outputs/<model>-<data>/<what differs from that pair's own settings>-<hash>.
+
+    The same configuration has the same folder, however it was typed.
+    """
+    pair = [f"{group}={composed.choices[group]}" for group in ("model", "data")]
+    plain = training_config(compose([*pair, *([f"data.path='{config.data.path}'"] if config.data.name == "folder" else [])]))
+    mine, recipe = computed(config), computed(plain)
+    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"{composed.choices['model']}-{_typable(mine['data']['name'])}"
+    return RunFolder(Path(config.outputs) / name / f"{_difference(flat(mine), flat(recipe))}-{digest}")
+
+
+def computed(config: Config) -> dict[str, Any]:
+    """The half of a configuration that decides the numbers of a run (for data=folder with the folder's own name)."""
+    half = _without(config.model_dump(mode="json"), NOT_COMPUTED)
+    if config.data.name == "folder" and config.data.path:
+        half["data"]["name"] = Path(config.data.path).expanduser().resolve().name
+    return half
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return leaves
+
+
+def _difference(mine: dict[str, Any], recipe: dict[str, Any], longest: int = 120) -> str:
+    parts = []
+    for key, value in mine.items():
+        if key not in recipe or recipe[key] != value:
+            short = str(value).rpartition(".")[2] if key.endswith("._target_") else value
+            parts.append(_typable(f"{key.removesuffix('._target_')}-{'x'.join(map(str, short)) if isinstance(short, list) else short}"))
+    while parts and len("_".join(parts)) > longest:  # the hash still tells such runs apart
+        parts.pop()
+    return "_".join(parts) or "recipe"
+
+
+def _typable(text: str) -> str:
+    """Text that Hydra's command line takes as it is."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-") or "unnamed"
+
+
+def _without(tree: Mapping[str, Any], left_out: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for key, value in tree.items():
+        if left_out.get(key) is True:
+            continue
+        kept[key] = _without(value, left_out.get(key, {})) if isinstance(value, Mapping) else value
+    return kept
+
+
+def _provenance() -> dict[str, Any]:
+    packages = ("torch", "accelerate", "hydra-core", "omegaconf", "datasets", "numpy", "pillow", "safetensors")
+    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    return {"git": _git(), "versions": versions, "platform": platform.platform()}
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the code that runs, and whether it was changed since; None where it is no checkout."""
+
+    def ask(*words: str) -> str:
+        folder = Path(__file__).resolve().parent
+        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,134 @@
+"""The training loop: one function, read from top to bottom."""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ddpm import randomness
+from ddpm.data.batches import Batches
+from ddpm.diffusion import GaussianDiffusion
+from ddpm.ema import EMA
+
+
+def train(
+    *,
+    accelerator: Accelerator,
+    model: nn.Module,
+    diffusion: GaussianDiffusion,
+    optimizer: torch.optim.Optimizer,
+    lr_at: Callable[[int], float],
+    ema: EMA,
+    batches: Batches,
+    meter: "Meter",
+    seed: int,
+    steps: Iterable[int],
+    num_steps: int,
+    device_batch: int | None,
+    grad_clip: float | None,
+    log_every: int,
+    sample_every: int,
+    checkpoint_every: int,
+    log: Callable[[int, dict[str, float]], None],
+    save_samples: Callable[[int], None],
+    save_checkpoint: Callable[[int], None],
+) -> None:
+    """Algorithm 1 of Ho et al. 2020.    steps: the updates to do, in order, the first of all being 0 and the last num_steps - 1.
+
+    model, optimizer: as Accelerate prepared them.    lr_at: update, counted from 0 -> learning rate.    device_batch: images a device takes at once, None
+    for all of its share.    grad_clip: largest global gradient norm, None for none.    log, save_samples, save_checkpoint: called with the number of
+    updates done, at multiples of their interval and at the last step; log by every process, with the means since the last time.
+    Nothing in a step waits for the device.
+    """
+    device = accelerator.device
+    parameters = list(model.parameters())
+    for step in steps:
+        lr = lr_at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch_size = batches.size(step)
+        spans = micro_batches(batch_size, accelerator.num_processes, accelerator.process_index, device_batch)
+        for start, stop in spans:
+            positions = torch.arange(start, stop, device=device)
+            x0 = batches.images(step, start, stop)
+            t = randomness.integers(randomness.stream_keys(randomness.TRAIN_TIMESTEP, seed, step, positions), diffusion.num_timesteps)
+            noise = randomness.normal(randomness.stream_keys(randomness.TRAIN_NOISE, seed, step, positions), tuple(x0.shape[1:]))
+            torch.manual_seed(randomness.host_key(randomness.TRAIN_DROPOUT, seed, step, start))
+            with nullcontext() if stop == spans[-1][1] else accelerator.no_sync(model):
+                losses = diffusion.losses(model, x0, t, noise.contiguous(memory_format=torch.channels_last))
+                accelerator.backward(losses.sum() * (accelerator.num_processes / batch_size))  # DDP averages over processes
+            meter.add_losses(losses.detach(), t)
+        meter.add_norm(accelerator.clip_grad_norm_(parameters, grad_clip if grad_clip is not None else float("inf")))
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+
+        done = step + 1
+        if is_due(done, log_every, num_steps):
+            log(done, {**meter.means(accelerator), "train/lr": lr})
+        if is_due(done, sample_every, num_steps):
+            save_samples(done)
+        if is_due(done, checkpoint_every, num_steps):
+            save_checkpoint(done)
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something done every so many steps is due after `step`: at multiples, and always at the last step."""
+    return step % every == 0 or step == last
+
+
+def micro_batches(batch_size: int, num_processes: int, process: int, device_batch: int | None) -> list[tuple[int, int]]:
+    """The positions (start, stop) of the global batch that one process takes, in pieces of at most device_batch.
+
+    Raises ValueError if there are more processes than images.
+    """
+    if batch_size < num_processes:
+        raise ValueError(f"a batch of {batch_size} images cannot be shared by {num_processes} processes")
+    first, end = (batch_size * index // num_processes for index in (process, process + 1))
+    size = device_batch or end - first
+    return [(start, min(start + size, end)) for start in range(first, end, size)]
+
+
+class Meter:
+    """Means of loss (overall and by timestep quartile) and gradient norm since the last report, kept on the device."""
+
+    NUM_QUARTILES = 4
+
+    def __init__(self, num_timesteps: int, device: torch.device) -> None:
+        self._num_timesteps = num_timesteps
+        self._sums = torch.zeros(2 * self.NUM_QUARTILES + 2, device=device)  # loss by quartile, images by quartile, gradient norm, updates
+
+    def add_losses(self, losses: Tensor, t: Tensor) -> None:
+        """losses: (B,) of each image, at its timestep t (B,) int64."""
+        quartile = t * self.NUM_QUARTILES // self._num_timesteps
+        self._sums.index_add_(0, quartile, losses.float())
+        self._sums.index_add_(0, quartile + self.NUM_QUARTILES, torch.ones_like(losses, dtype=torch.float32))
+
+    def add_norm(self, norm: Tensor) -> None:
+        """norm: of the gradient of one update, before clipping."""
+        self._sums[-2] += norm.float()
+        self._sums[-1] += 1
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all processes, then start anew. Waits for the device."""
+        sums = self.state(accelerator).tolist()
+        self._sums.zero_()
+        loss, count, (norm, updates) = sums[: self.NUM_QUARTILES], sums[self.NUM_QUARTILES : -2], sums[-2:]
+        quartiles = {f"train/loss_q{index}": loss[index] / count[index] for index in range(self.NUM_QUARTILES) if count[index]}
+        return {"train/loss": sum(loss) / sum(count), **quartiles, "train/grad_norm": norm / updates}
+
+    def state(self, accelerator: Accelerator) -> Tensor:
+        """The sums over all processes: what a checkpoint keeps."""
+        sums = self._sums.clone()
+        if accelerator.num_processes > 1:
+            sums = accelerator.reduce(sums, reduction="sum")
+            sums[-2:] /= accelerator.num_processes  # every process saw the same norms
+        return sums
+
+    def load(self, sums: Tensor, accelerator: Accelerator) -> None:
+        """Take over sums from a checkpoint; one process holds what all had."""
+        self._sums.copy_(sums)
+        if not accelerator.is_main_process:
+            self._sums[:-2] = 0

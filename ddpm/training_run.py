@@ -1,0 +1,236 @@
+"""One start of a training run: everything around the loop, from the device to the last line printed."""
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+from tqdm import tqdm
+
+from ddpm import build, checkpoint, images
+from ddpm.cli import Composed
+from ddpm.config import Config
+from ddpm.data.batches import Batches
+from ddpm.data.decoding import ImageSet
+from ddpm.ema import EMA
+from ddpm.recording import Recorder
+from ddpm.run_folder import RunFolder
+from ddpm.sampling import draw
+from ddpm.training_loop import Meter, train
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
+
+
+def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
+    """Train from the newest checkpoint of the run, or from the start, to the end. A run that is complete is left as it is.
+
+    Raises ValueError, one line, where the data or the device is not what the configuration needs.
+    """
+    record = run.record()
+    if record.get("status") == "complete":
+        print(f"run {run.path} is complete: {record['step']} steps\n{_closing(run, record['step'])}", flush=True)
+        return
+    with _accelerator(config) as accelerator:
+        leads = accelerator.is_main_process
+        if leads:
+            print(f"run {run.path}", flush=True)
+        workers = config.runtime.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        with accelerator.main_process_first():
+            data = build.images(config, workers)
+        _check_data(data, config, run, record)
+        training = config.training
+        batches = Batches(data.images, training.batch_size, config.seed, accelerator.device, training.drop_last, config.data.flip)
+        num_steps = training.steps or (training.epochs or 0) * batches.steps_per_epoch
+        if not leads:
+            _train(config, run, accelerator, batches, num_steps)
+            return
+        run.start(config, composed)
+        run.update(device=_device_name(accelerator), num_steps=num_steps, steps_per_epoch=batches.steps_per_epoch)
+        run.update(data={"fingerprint": data.fingerprint, "images": len(data), "classes": data.classes, "unreadable": data.unreadable})
+        with _log_file(run):
+            try:
+                _train(config, run, accelerator, batches, num_steps)
+            except BaseException as error:
+                run.update(status="preempted" if isinstance(error, KeyboardInterrupt) else "failed", error=f"{type(error).__name__}: {error}")
+                raise
+        run.update(status="complete", error=None)
+        print(f"run {run.path} is complete: {num_steps} steps\n{_closing(run, num_steps)}", flush=True)
+
+
+def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Batches, num_steps: int) -> None:
+    log = logging.getLogger("ddpm")
+    leads, training, runtime = accelerator.is_main_process, config.training, config.runtime
+    diffusion = build.diffusion(config)
+    raw = build.network(config).to(accelerator.device, memory_format=torch.channels_last)
+    ema = EMA(raw, training.ema_decay, training.ema_warmup)
+    meter = Meter(diffusion.num_timesteps, accelerator.device)
+    model, optimizer = accelerator.prepare(raw, build.optimizer(config, list(raw.parameters())))
+    first_step = 0
+    if checkpoint.all_in(run.checkpoints):
+        first_step = _resume(checkpoint.find(run.checkpoints), raw, ema, optimizer, meter, accelerator)
+    if leads:
+        parameters = sum(parameter.numel() for parameter in raw.parameters())
+        log.info("%s parameters, %d images, %d steps an epoch, steps %d to %d on %s", f"{parameters:,}", batches.num_images, batches.steps_per_epoch, first_step, num_steps, accelerator.device)
+        if first_step:
+            print(f"carrying on from step {first_step}", flush=True)
+    lr_schedule, lr = build.lr_schedule(config), float(config.optimizer["lr"])
+    preview_sampler = build.sampler(config.sampler, diffusion.num_timesteps)
+    recorder = Recorder(run.path, first_step) if leads else None
+    bar = tqdm(range(first_step, num_steps), initial=first_step, total=num_steps, unit="step", disable=None if leads else True, dynamic_ncols=True)
+    speed = _Speed(first_step, training.batch_size)
+
+    def report(step: int, values: dict[str, float]) -> None:
+        if recorder is None:
+            return
+        recorder.scalars(step, values)
+        images_per_second = speed.since_last(step)
+        recorder.speed(step, {"train/images_per_second": images_per_second})
+        bar.set_postfix_str(f"loss {values['train/loss']:.4f}, {images_per_second:.1f} img/s")
+        log.info("step %d  loss %.5f  grad norm %.4f  lr %.3g  %.1f img/s", step, values["train/loss"], values["train/grad_norm"], values["train/lr"], images_per_second)
+
+    def save_checkpoint(step: int) -> None:
+        state = {"ema_updates": ema.num_updates, "optimizer": optimizer.state_dict(), "meter": meter.state(accelerator).cpu()}
+        if accelerator.scaler is not None:
+            state["scaler"] = accelerator.scaler.state_dict()
+        if recorder is not None:
+            recorder.flush()
+            checkpoint.save(run.checkpoints, step, raw.state_dict(), ema.state_dict(), state, runtime.keep_checkpoints)
+            run.update(step=step)
+        speed.pause(step)
+
+    def save_samples(step: int) -> None:
+        if recorder is not None:
+            count, shape = runtime.num_previews, (config.data.channels, *batches.image_size)
+            drawn = draw(raw, ema.state_dict(), diffusion, preview_sampler, shape, range(count), training.batch_size, config.seed, accelerator.device)
+            sheet = images.grid(np.concatenate([images.to_uint8(batch) for batch in drawn]))
+            images.save_png(run.samples / f"step_{step:08d}.png", sheet)
+            recorder.picture(step, "samples", sheet)
+            recorder.flush()
+        accelerator.wait_for_everyone()
+        speed.pause(step)
+
+    if recorder is not None and not first_step:
+        recorder.text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")
+    raw.train()
+    train(
+        accelerator=accelerator,
+        model=model,
+        diffusion=diffusion,
+        optimizer=optimizer,
+        lr_at=lambda step: lr_schedule(step, num_steps, lr),
+        ema=ema,
+        batches=batches,
+        meter=meter,
+        seed=config.seed,
+        steps=bar,
+        num_steps=num_steps,
+        device_batch=runtime.device_batch,
+        grad_clip=training.grad_clip,
+        log_every=runtime.log_every,
+        sample_every=runtime.sample_every,
+        checkpoint_every=runtime.checkpoint_every,
+        log=report,
+        save_samples=save_samples,
+        save_checkpoint=save_checkpoint,
+    )
+    if recorder is not None:
+        recorder.close()
+
+
+def _resume(found: checkpoint.Checkpoint, raw: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, meter: Meter, accelerator: Accelerator) -> int:
+    """Put everything back as it was after the checkpoint's step, and return that step."""
+    state = found.state()
+    raw.load_state_dict(found.weights("raw"))
+    ema.load_state_dict(found.weights("ema"), state["ema_updates"])
+    optimizer.load_state_dict(state["optimizer"])
+    meter.load(state["meter"], accelerator)
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return found.step
+
+
+def _check_data(data: ImageSet, config: Config, run: RunFolder, record: dict[str, Any]) -> None:
+    """Refuse to carry a run on with other pictures, and labels that are not what the data option says."""
+    before = record.get("data", {}).get("fingerprint")
+    if before is not None and before != data.fingerprint:
+        raise ValueError(
+            f"the data has changed since {run.path} was started: fingerprint {data.fingerprint}, was {before}; restore it, or start anew with another outputs="
+        )
+
+
+@contextmanager
+def _accelerator(config: Config) -> Iterator[Accelerator]:
+    """Accelerate for one run; what it keeps between runs of one process is put back before and after.
+
+    Raises ValueError if the device asked for is not here.
+    """
+    build.device(config.runtime.device)
+    _reset_accelerate()
+    try:
+        yield Accelerator(mixed_precision=PRECISIONS[config.training.precision], cpu=config.runtime.device == "cpu")
+    finally:
+        _reset_accelerate()
+
+
+def _reset_accelerate() -> None:
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    GradientState._reset_state()
+
+
+@contextmanager
+def _log_file(run: RunFolder) -> Iterator[None]:
+    """Have what the package logs in the run's train.log too."""
+    handler = logging.FileHandler(run.path / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("ddpm")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+class _Speed:
+    """Images a second between reports, the time for samples and checkpoints left out."""
+
+    def __init__(self, step: int, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._steps, self._seconds = 0, 0.0
+        self._resume(step)
+
+    def _resume(self, step: int) -> None:
+        self._from_step, self._from_time = step, time.perf_counter()
+
+    def _stop(self, step: int) -> None:
+        self._steps += step - self._from_step
+        self._seconds += time.perf_counter() - self._from_time
+
+    def pause(self, step: int) -> None:
+        """Leave out the time since `report` at this step."""
+        self._resume(step)
+
+    def since_last(self, step: int) -> float:
+        self._stop(step)
+        speed = self._steps * self._batch_size / self._seconds if self._seconds else 0.0
+        self._steps, self._seconds = 0, 0.0
+        self._resume(step)
+        return speed
+
+
+def _device_name(accelerator: Accelerator) -> str:
+    name = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else platform.processor() or platform.machine()
+    return f"{accelerator.num_processes} x {accelerator.device.type} ({name})"
+
+
+def _closing(run: RunFolder, step: int) -> str:
+    return f"samples {run.samples / f'step_{step:08d}.png'}"
