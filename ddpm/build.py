@@ -1,28 +1,32 @@
 """From the checked configuration to the objects it names. Building is also the last check: each object refuses what it cannot be."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import nn
 
 from ddpm import randomness
 from ddpm.config import Config, Data
 from ddpm.data.decoding import Decoding, ImageSet, decoded
+from ddpm.data.sources import Source
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.samplers import Sampler
 
 LrSchedule = Callable[[int, int, float], float]  # (step, num_steps, lr) -> learning rate of that update
 
 
-def network(config: Config) -> nn.Module:
-    """The network with its first weights, a function of the seed, on the CPU or on the meta device of a surrounding torch.device."""
+def network(config: Config, device: torch.device) -> nn.Module:
+    """The network with its first weights, a function of the seed alone, on the device (on "meta": shapes only), channels_last."""
     torch.manual_seed(randomness.host_key(randomness.INITIAL_WEIGHTS, config.seed))
-    with _naming("model"):
-        return instantiate(config.model, out_channels=config.data.channels, _convert_="all")
+    with _naming("model"), torch.device("meta" if device.type == "meta" else "cpu"):
+        built: nn.Module = instantiate(config.model, out_channels=config.data.channels, _convert_="all")
+    return built.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def diffusion(config: Config) -> GaussianDiffusion:
@@ -50,10 +54,15 @@ def sampler(node: Mapping[str, Any], num_timesteps: int) -> Sampler:
     return built
 
 
-def images(config: Config, workers: int) -> ImageSet:
+def source(config: Config) -> Source:
+    """Where the pictures lie, found but not read."""
+    with _naming("data"):
+        return instantiate(config.data.source, _convert_="all")
+
+
+def images(config: Config, found: Source, workers: int) -> ImageSet:
     """The data set, decoded at the run's resolution."""
-    data = config.data
-    return decoded(instantiate(data.source, _convert_="all"), _decoding(data), Path(data.cache), workers, data.max_unreadable)
+    return decoded(found, _decoding(config.data), Path(config.data.cache), workers, config.data.max_unreadable)
 
 
 def check(config: Config) -> None:
@@ -61,8 +70,7 @@ def check(config: Config) -> None:
     process = diffusion(config)
     sampler(config.sampler, process.num_timesteps)
     lr_schedule(config)
-    with torch.device("meta"):
-        network(config)
+    network(config, torch.device("meta"))
     optimizer(config, [nn.Parameter(torch.zeros(1))])
     with _naming("data"):
         _decoding(config.data)
@@ -90,6 +98,8 @@ def _naming(group: str) -> Iterator[None]:
     """Put the group's name before what its objects complain of, so that the message names the key to change."""
     try:
         yield
-    except (ValueError, TypeError) as error:
-        cause = error.__cause__ or error  # Hydra wraps what a constructor raised
-        raise ValueError(f"{group}.{cause}") from error
+    except (ValueError, TypeError, InstantiationException) as error:
+        complaint = str(error.__cause__ or error)  # Hydra wraps what a constructor raised
+        starts_with_key = re.match(r"[a-z_]+(=| has )", complaint) is not None
+        named = complaint if f"{group}." in complaint else f"{group}.{complaint}" if starts_with_key else f"{group}: {complaint}"
+        raise ValueError(named) from error

@@ -42,8 +42,8 @@ def save(checkpoints: Path, step: int, model: dict[str, Tensor], ema: dict[str, 
     scratch = checkpoints / f".{name}.{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    for file, tensors in (("model.safetensors", model), ("ema.safetensors", ema)):
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, scratch / file)
+    for kind, tensors in (("model", model), ("ema", ema)):
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, scratch / f"{kind}.safetensors")
     torch.save(state, scratch / "state.pt")
     (scratch / "meta.json").write_text(json.dumps({"step": step}))
     for file in scratch.iterdir():

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -81,9 +82,7 @@ def command(config_name: str, task: Callable[[Composed], None]) -> Callable[[], 
 def register_experiments() -> None:
     """Make each file of experiments/ an option of the group `experiment`, from whatever folder the command is started."""
     for file in sorted(EXPERIMENTS.glob("*.yaml")):
-        ConfigStore.instance().store(
-            group="experiment", name=file.stem, node=OmegaConf.load(file), package="_global_", provider=f"experiments/{file.name}"
-        )
+        ConfigStore.instance().store(group="experiment", name=file.stem, node=OmegaConf.load(file), package="_global_", provider=f"experiments/{file.name}")
 
 
 def explain(error: Exception) -> str:
@@ -94,12 +93,13 @@ def explain(error: Exception) -> str:
 
 def nearest(name: str, names: Sequence[str]) -> str:
     """The part of a message that names the likeliest of the valid names, and the valid names if they are few."""
+    names = [other for other in names if other != name]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     listed = f"; there are {', '.join(sorted(names))}" if len(names) <= 24 else ""
     return (f"; did you mean {close[0]}?" if close else "") + listed
 
 
-def _composed(cfg: DictConfig, hydra_cfg: DictConfig) -> Composed:
+def _composed(cfg: DictConfig, hydra_cfg: Any) -> Composed:
     task_cfg = OmegaConf.create({key: value for key, value in cfg.items_ex(resolve=False) if key != "hydra"})
     choices = {group: str(option) for group, option in hydra_cfg.runtime.choices.items() if not group.startswith("hydra/")}
     return Composed(task_cfg, choices, list(hydra_cfg.overrides.task))
@@ -111,6 +111,8 @@ def _explain_composition(error: HydraException, arguments: Sequence[str], config
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group}={option}: no such option of {group}{nearest(option, error.options)}"
     message = " ".join(str(error).split("\n")[0].split())
+    if message.startswith("Ambiguous value"):
+        message += ": a sweep over values needs -m; a list needs [brackets]"
     unknown = re.search(r"Could not override '([^']+)'", str(error))
     if unknown is None:
         return message

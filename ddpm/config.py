@@ -176,22 +176,21 @@ def _first(error: ValidationError, plain: Mapping[str, Any], schema: type[BaseMo
     path: list[str] = []
     value: Any = plain
     for part in complaint["loc"]:  # loc also names the branch of a union: stop where the value has no such part
-        if isinstance(value, Mapping) and part in value:
-            value = value[part]
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-            value = value[part]
-        else:
-            if complaint["type"] == "missing":
-                path.append(str(part))
+        inside = part in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if inside or complaint["type"] == "missing":
+            path.append(str(part))
+        if not inside:
             break
-        path.append(str(part))
+        value = value[part]
     key = prefix + ".".join(path)
     if complaint["type"] == "extra_forbidden":
         names = list(_fields_at(schema, path[:-1]))
         return f"{key}: no such key{nearest(path[-1], names)}"
     if complaint["type"] == "missing":
         return f"{key} is missing"
-    choices = [wrong["msg"] for wrong in error.errors() if wrong["loc"][: len(path)] == complaint["loc"][: len(path)] and wrong["type"] != "needs_python_object"]
+    choices = [
+        wrong["msg"] for wrong in error.errors() if wrong["loc"][: len(path)] == complaint["loc"][: len(path)] and wrong["type"] != "needs_python_object"
+    ]
     wanted = " or ".join(dict.fromkeys(message.removeprefix("Input should be ") for message in choices))
     return f"{key}={value if isinstance(value, str) else json.dumps(value)} should be {wanted}"
 

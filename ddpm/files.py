@@ -7,17 +7,17 @@ from pathlib import Path
 def write_whole(path: Path, text: str) -> None:
     """Put `text` at `path`, whole or not at all. The file gets the permissions that the user's umask gives."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(scratch, "w", encoding="utf-8") as file:
+    with scratch.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(scratch, path)
+    scratch.replace(path)
     sync_folder(path.parent)
 
 
 def sync_file(path: Path) -> None:
     """Make sure that a file's bytes are on the disk."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         os.fsync(file.fileno())
 
 

@@ -19,9 +19,14 @@ def to_picture(image: np.ndarray) -> Image.Image:
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """(B, H, W, C) uint8 as one picture, row by row, 2 pixels apart on white; as square as it gets if `columns` is None."""
+    """(B, H, W, C) uint8 as one picture, row by row, 2 pixels apart on white; as square as it gets if `columns` is None.
+
+    Pixels are drawn as squares of several where the picture would be narrower than 512.
+    """
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    magnified = max(1, 512 // (columns * images.shape[2]))
+    images = images.repeat(magnified, axis=1).repeat(magnified, axis=2)
     count, height, width, channels = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     gap = 2
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8)

@@ -84,7 +84,9 @@ class Sampler:
         return spaced_timesteps(num_timesteps, self.num_steps or num_timesteps, self.spacing)
 
     @torch.inference_mode()
-    def sample(self, model: Model, diffusion: GaussianDiffusion, shape: tuple[int, int, int], indices: Sequence[int], seed: int, device: torch.device) -> Tensor:
+    def sample(
+        self, model: Model, diffusion: GaussianDiffusion, shape: tuple[int, int, int], indices: Sequence[int], seed: int, device: torch.device
+    ) -> Tensor:
         """The images with these indices: each a function of (seed, index) and the weights, whatever it is batched with (to rounding).
 
         shape: (C, H, W).    Returns (len(indices), C, H, W) float32 on the device, in [-1, 1].

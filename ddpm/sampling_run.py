@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import torch
+from omegaconf import OmegaConf
 from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ class SampleConfig(Section):
     @classmethod
     def of(cls, composed: Composed) -> "SampleConfig":
         """The settings of one call, checked.    Raises ValueError, one line."""
-        if "run" not in composed.cfg or composed.cfg._is_missing("run"):
+        if OmegaConf.is_missing(composed.cfg, "run"):
             raise ValueError("run is missing: give run=DIR, a folder that ddpm.train made")
         run = RunFolder(Path(str(composed.cfg.run)))
         composed.cfg.objective = run.config(list(composed.cfg.trusted_modules)).objective  # ancestral sampling has the run's variance
@@ -52,7 +52,7 @@ def carry_out(config: SampleConfig) -> None:
     diffusion = build.diffusion(trained)
     sampler = build.sampler(config.sampler, diffusion.num_timesteps)
     device = build.device(config.device)
-    network = build.network(trained).to(device, memory_format=torch.channels_last)
+    network = build.network(trained, device)
     weights = {name: tensor.to(device) for name, tensor in found.weights(config.weights).items()}
     folder = Path(config.to) if config.to else run.samples / f"step_{found.step:08d}_{config.weights}_seed_{config.seed}"
     folder.mkdir(parents=True, exist_ok=True)

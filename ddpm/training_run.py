@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,11 +42,11 @@ def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
         return
     with _accelerator(config) as accelerator:
         leads = accelerator.is_main_process
+        source = build.source(config)
         if leads:
             print(f"run {run.path}", flush=True)
-        workers = config.runtime.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with accelerator.main_process_first():
-            data = build.images(config, workers)
+            data = build.images(config, source, config.runtime.workers or _cores())
         _check_data(data, config, run, record)
         training = config.training
         batches = Batches(data.images, training.batch_size, config.seed, accelerator.device, training.drop_last, config.data.flip)
@@ -70,7 +71,7 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
     log = logging.getLogger("ddpm")
     leads, training, runtime = accelerator.is_main_process, config.training, config.runtime
     diffusion = build.diffusion(config)
-    raw = build.network(config).to(accelerator.device, memory_format=torch.channels_last)
+    raw = build.network(config, accelerator.device)
     ema = EMA(raw, training.ema_decay, training.ema_warmup)
     meter = Meter(diffusion.num_timesteps, accelerator.device)
     model, optimizer = accelerator.prepare(raw, build.optimizer(config, list(raw.parameters())))
@@ -79,7 +80,15 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
         first_step = _resume(checkpoint.find(run.checkpoints), raw, ema, optimizer, meter, accelerator)
     if leads:
         parameters = sum(parameter.numel() for parameter in raw.parameters())
-        log.info("%s parameters, %d images, %d steps an epoch, steps %d to %d on %s", f"{parameters:,}", batches.num_images, batches.steps_per_epoch, first_step, num_steps, accelerator.device)
+        log.info(
+            "%s parameters, %d images, %d steps an epoch, steps %d to %d on %s",
+            f"{parameters:,}",
+            batches.num_images,
+            batches.steps_per_epoch,
+            first_step,
+            num_steps,
+            accelerator.device,
+        )
         if first_step:
             print(f"carrying on from step {first_step}", flush=True)
     lr_schedule, lr = build.lr_schedule(config), float(config.optimizer["lr"])
@@ -95,7 +104,14 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
         images_per_second = speed.since_last(step)
         recorder.speed(step, {"train/images_per_second": images_per_second})
         bar.set_postfix_str(f"loss {values['train/loss']:.4f}, {images_per_second:.1f} img/s")
-        log.info("step %d  loss %.5f  grad norm %.4f  lr %.3g  %.1f img/s", step, values["train/loss"], values["train/grad_norm"], values["train/lr"], images_per_second)
+        log.info(
+            "step %d  loss %.5f  grad norm %.4f  lr %.3g  %.1f img/s",
+            step,
+            values["train/loss"],
+            values["train/grad_norm"],
+            values["train/lr"],
+            images_per_second,
+        )
 
     def save_checkpoint(step: int) -> None:
         state = {"ema_updates": ema.num_updates, "optimizer": optimizer.state_dict(), "meter": meter.state(accelerator).cpu()}
@@ -188,16 +204,20 @@ def _reset_accelerate() -> None:
 
 @contextmanager
 def _log_file(run: RunFolder) -> Iterator[None]:
-    """Have what the package logs in the run's train.log too."""
-    handler = logging.FileHandler(run.path / "train.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    """Have what the package logs in the run's train.log; on the terminal too where no progress bar shows it."""
     logger = logging.getLogger("ddpm")
-    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    handlers: list[logging.Handler] = [logging.FileHandler(run.path / "train.log", encoding="utf-8"), logging.StreamHandler()]
+    handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handlers[1].setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)
+    for handler in handlers:
+        logger.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        handler.close()
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
 
 
 class _Speed:
@@ -225,6 +245,10 @@ class _Speed:
         self._steps, self._seconds = 0, 0.0
         self._resume(step)
         return speed
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device_name(accelerator: Accelerator) -> str:

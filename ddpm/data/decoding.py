@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,21 +21,30 @@ from tqdm import tqdm
 
 from ddpm.data.sources import Source
 
+Found = list[tuple[str, bytes | None, int | None]]  # name, digest of the content (None: does not decode), label
+
 log = logging.getLogger(__name__)
 
+FILTER = Image.Resampling.BICUBIC
 LAYOUT = 1  # of the cache; a change makes old ones be decoded again
 
 
 @dataclass(frozen=True)
 class Decoding:
     """What is done to a picture. height, width: pixels.    channels: 3 colour, 1 grey.    crop: "center" cuts to the wanted shape before resizing,
-    "none" gives the shape up.    background: colour that shows through transparent pixels."""
+    "none" gives the shape up.    background: colour that shows through transparent pixels, as Pillow spells it.    Raises ValueError if that is no colour."""
 
     height: int
     width: int
     channels: Literal[1, 3]
     crop: Literal["center", "none"]
     background: str
+
+    def __post_init__(self) -> None:
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError:
+            raise ValueError(f"background={self.background} is no colour: give a name such as white, or #rrggbb") from None
 
     def __call__(self, content: bytes | Image.Image) -> np.ndarray:
         """The picture as (C, H, W) uint8, turned as its EXIF says, resized with an antialiasing bicubic filter.
@@ -47,10 +57,7 @@ class Decoding:
             image.load()
         image = self._flat(ImageOps.exif_transpose(image))
         size = (self.width, self.height)
-        if self.crop == "center":
-            image = ImageOps.fit(image, size, method=Image.Resampling.BICUBIC)
-        else:
-            image = image.resize(size, Image.Resampling.BICUBIC)
+        image = ImageOps.fit(image, size, FILTER) if self.crop == "center" else image.resize(size, FILTER)
         pixels = np.asarray(image, dtype=np.uint8)
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -129,7 +136,7 @@ def _decode_into(folder: Path, source: Source, decoding: Decoding, workers: int,
                 fingerprint.update(digest + label.to_bytes(8, "little", signed=True))
         about = {"classes": source.classes, "fingerprint": fingerprint.hexdigest()[:16], "unreadable": bad}
         (scratch / "about.json").write_text(json.dumps(about))
-        os.chmod(scratch, 0o777 & ~_umask())
+        scratch.chmod(0o777 & ~_umask())
         try:
             scratch.rename(folder)
         except OSError:
@@ -139,10 +146,7 @@ def _decode_into(folder: Path, source: Source, decoding: Decoding, workers: int,
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-Found = list[tuple[str, bytes | None, int | None]]  # name, digest of the content (None: does not decode), label
-
-
-def _each_shard(source: Source, decoding: Decoding, raw: str, shape: tuple[int, ...], starts: list[int], workers: int):
+def _each_shard(source: Source, decoding: Decoding, raw: str, shape: tuple[int, ...], starts: list[int], workers: int) -> Iterator[tuple[int, Found]]:
     """(first index, what was found) of each shard, as they get done."""
     with tqdm(total=len(source), desc="decoding", unit="img", disable=None) as bar:
         if workers <= 1 or len(starts) == 1:

@@ -5,6 +5,9 @@ A source is cut into shards, so that several processes can read it; it holds pla
 
 import hashlib
 import json
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -89,7 +92,7 @@ def folder(path: str | None) -> Source:
     Raises ValueError, naming data.path, if there is no path or nothing to read below it.
     """
     if path is None:
-        raise ValueError("data=folder needs data.path=DIR: image files (sub-folders are classes), parquet files or a saved arrow folder")
+        raise ValueError("data.path is missing: data=folder needs data.path=DIR, with image files (sub-folders are classes), parquet files or a saved arrow folder")
     return local(path, image_column=None, label_column=None)
 
 
@@ -103,8 +106,11 @@ def hub(
     if path is not None:
         return local(path, image_column, label_column, split)
     import datasets
+    import huggingface_hub.constants
     from huggingface_hub.errors import HfHubHTTPError
 
+    if not _reachable(huggingface_hub.constants.ENDPOINT):  # then the cache alone, without minutes of retries
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         data = datasets.load_dataset(repo, split=split, revision=revision)
     except (ConnectionError, FileNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
@@ -241,6 +247,18 @@ def _bytes_of(value: Any, beside: Path) -> bytes:
 def _need(module: str, wanted_by: str, package: str) -> None:
     if util.find_spec(module) is None:
         raise ValueError(f"{wanted_by} needs the package {package}: pip install {package}")
+
+
+def _reachable(url: str) -> bool:
+    """Whether something answers there within seconds. Behind a proxy nobody can tell: then True."""
+    if urllib.request.getproxies():
+        return True
+    parts = urllib.parse.urlsplit(url)
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _shard_counts(count: int) -> list[int]:

@@ -29,6 +29,8 @@ def linear(in_features: int, out_features: int, scale: float = 1.0) -> nn.Linear
 class TimestepEmbedding(nn.Module):
     """Sinusoid of the timestep (sines first, then cosines), then two dense layers (Ho et al. 2020, App. B; Vaswani et al. 2017)."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int, out_width: int) -> None:
         super().__init__()
         half = width // 2

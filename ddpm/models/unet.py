@@ -1,6 +1,7 @@
 """The U-Net of Ho et al. 2020 (App. B), layer for layer as in the authors' code."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,11 @@ from ddpm.models.layers import AttentionBlock, Downsample, ResBlock, TimestepEmb
 
 class Level(nn.Module):
     """One resolution of the way down or up: residual blocks, each followed by attention where the level has it, then a resampling."""
+
+    resnets: nn.ModuleList
+    attentions: nn.ModuleList
+    downsamplers: nn.ModuleList
+    upsamplers: nn.ModuleList
 
     def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module]) -> None:
         super().__init__()
@@ -96,7 +102,7 @@ class UNet(nn.Module):
         time = F.silu(self.time_embedding(t))
         h = self.conv_in(x_t)
         skips = [h]
-        for down in self.down_blocks:
+        for down in cast(list[Level], self.down_blocks):
             for index in range(len(down.resnets)):
                 h = down.block(index, h, time)
                 skips.append(h)
@@ -107,7 +113,7 @@ class UNet(nn.Module):
         h = self.mid_block.block(0, h, time)
         h = self.mid_block.resnets[1](h, time)
 
-        for up in self.up_blocks:
+        for up in cast(list[Level], self.up_blocks):
             for index in range(len(up.resnets)):
                 h = up.block(index, torch.cat([h, skips.pop()], dim=1), time)
             for upsample in up.upsamplers:
@@ -128,7 +134,17 @@ def level_sizes(resolution: int | tuple[int, int], num_levels: int) -> list[tupl
     return [(height >> level, width >> level) for level in range(num_levels)]
 
 
-def _check(sizes, in_channels, out_channels, base_channels, channel_multipliers, attention_resolutions, num_res_blocks, dropout, norm_groups) -> None:
+def _check(
+    sizes: list[tuple[int, int]],
+    in_channels: int,
+    out_channels: int,
+    base_channels: int,
+    channel_multipliers: Sequence[int],
+    attention_resolutions: Sequence[int],
+    num_res_blocks: int,
+    dropout: float,
+    norm_groups: int,
+) -> None:
     counts = {"in_channels": in_channels, "out_channels": out_channels, "num_res_blocks": num_res_blocks, "norm_groups": norm_groups}
     for name, count in counts.items():
         if count < 1:
