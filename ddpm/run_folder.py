@@ -83,6 +83,7 @@ def locate(config: Config, composed: Composed) -> RunFolder:
 def computed(config: Config) -> dict[str, Any]:
     """The half of a configuration that decides the numbers of a run (for data=folder with the folder's own name)."""
     half = _without(config.model_dump(mode="json"), NOT_COMPUTED)
+    del half["training"]["steps" if config.training.steps is None else "epochs"]  # the unit not used
     if config.data.name == "folder" and config.data.path:
         half["data"]["name"] = Path(config.data.path).expanduser().resolve().name
     return half
