@@ -17,16 +17,28 @@ from ddpm.data.decoding import Decoding, ImageSet, decoded
 from ddpm.data.sources import Source
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.samplers import Sampler
+from ddpm.timestep_sampling import LossSecondMoment, Uniform
 
 LrSchedule = Callable[[int, int, float], float]  # (step, num_steps, lr) -> learning rate of that update
 
 
-def network(config: Config, device: torch.device) -> nn.Module:
-    """The network with its first weights, a function of the seed alone, on the device (on "meta": shapes only), channels_last."""
+def network(config: Config, device: torch.device, num_classes: int) -> nn.Module:
+    """The network with its first weights, a function of the seed alone, on the device (on "meta": shapes only), channels_last.
+
+    num_classes: of the data set; where labels are dropped in training the network gets one class more, for "any".
+    """
+    arguments = {"out_channels": config.data.channels * (2 if diffusion(config).learns_variance else 1)}
+    if config.training.conditional:
+        arguments["num_classes"] = num_classes + (any_class(config, num_classes) is not None)
     torch.manual_seed(randomness.host_key(randomness.INITIAL_WEIGHTS, config.seed))
     with _naming("model"), torch.device("meta" if device.type == "meta" else "cpu"):
-        built: nn.Module = instantiate(config.model, out_channels=config.data.channels, _convert_="all")
+        built: nn.Module = instantiate(config.model, **arguments, _convert_="all")
     return built.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def any_class(config: Config, num_classes: int) -> int | None:
+    """The class number that stands for "any", None where the network has not learned one."""
+    return num_classes if config.training.conditional and config.training.label_dropout > 0 else None
 
 
 def diffusion(config: Config) -> GaussianDiffusion:
@@ -46,12 +58,19 @@ def lr_schedule(config: Config) -> LrSchedule:
         return instantiate(config.lr_schedule, _convert_="all")
 
 
-def sampler(node: Mapping[str, Any], num_timesteps: int) -> Sampler:
-    """A sampler that fits a schedule of num_timesteps."""
+def sampler(node: Mapping[str, Any], process: GaussianDiffusion) -> Sampler:
+    """A sampler that fits this diffusion."""
     with _naming("sampler"):
         built = instantiate(dict(node), _convert_="all")
-        built.timesteps(num_timesteps)
+        built.timesteps(process)
     return built
+
+
+def timestep_sampler(process: GaussianDiffusion, device: torch.device) -> Uniform | LossSecondMoment:
+    """How training picks timesteps for this diffusion."""
+    if process.timestep_sampling == "loss_second_moment":
+        return LossSecondMoment(process.num_timesteps, device)
+    return Uniform(process.num_timesteps)
 
 
 def source(config: Config) -> Source:
@@ -68,9 +87,9 @@ def images(config: Config, found: Source, workers: int) -> ImageSet:
 def check(config: Config) -> None:
     """Build everything that needs no data, on no device.    Raises ValueError, one line that names the key, for what cannot be or does not fit together."""
     process = diffusion(config)
-    sampler(config.sampler, process.num_timesteps)
+    sampler(config.sampler, process)
     lr_schedule(config)
-    network(config, torch.device("meta"))
+    network(config, torch.device("meta"), config.data.num_classes or 1)
     optimizer(config, [nn.Parameter(torch.zeros(1))])
     with _naming("data"):
         _decoding(config.data)

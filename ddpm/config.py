@@ -36,6 +36,8 @@ class Data(Section):
     revision: str | None
     resolution: PositiveInt | tuple[PositiveInt, PositiveInt]
     channels: Literal[1, 3]
+    num_classes: PositiveInt | None
+    num_images: PositiveInt | None
     crop: Literal["center", "none"]
     flip: bool
     background: str
@@ -54,6 +56,8 @@ class Training(Section):
     grad_clip: PositiveFloat | None
     ema_decay: Share
     ema_warmup: bool
+    conditional: bool
+    label_dropout: Share
 
 
 class Runtime(Section):
@@ -70,6 +74,35 @@ class Runtime(Section):
     trusted_modules: list[str]
 
 
+class Metric(Section):
+    """A published figure, with the protocol that it was measured by."""
+
+    name: str
+    value: float
+    tolerance: PositiveFloat
+    protocol: str
+
+
+class Expect(Section):
+    """What a recipe's run must come to; ddpm.plan checks it. Steps are optimizer updates counted from 0."""
+
+    parameters: PositiveInt | None = None
+    steps_per_epoch: PositiveInt | None = None
+    last_step: PositiveInt | None = None
+    lr: dict[int, float] = {}
+    alphas_cumprod: dict[int, float] = {}
+    metrics: list[Metric] = []
+
+
+class Recipe(Section):
+    """Where a named run comes from and what it should come to."""
+
+    source: str
+    takes: str | None = None
+    note: str | None = None
+    expect: Expect
+
+
 class Config(Section):
     """A training run, whole (conf/config.yaml)."""
 
@@ -84,6 +117,7 @@ class Config(Section):
     runtime: Runtime
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     outputs: str
+    recipe: Recipe | None
 
 
 def training_config(composed: Composed) -> Config:
@@ -93,6 +127,8 @@ def training_config(composed: Composed) -> Config:
     config = read_config(plain)
     if (config.training.steps is None) == (config.training.epochs is None):
         raise ValueError(f"training.steps={config.training.steps} and training.epochs={config.training.epochs}: give one of them")
+    if config.training.conditional and config.data.num_classes is None and config.data.name != "folder":
+        raise ValueError(f"training.conditional=true needs labels, and data={config.data.name} has none (data.num_classes=null)")
     return config
 
 

@@ -1,5 +1,6 @@
-"""Gaussian diffusion: the forward process, its posterior, the predictions and the training loss. Knows no network and no data."""
+"""Gaussian diffusion: the forward process, its posterior, what a network predicts, and the losses. Knows no network and no data."""
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -7,39 +8,69 @@ import torch
 from torch import Tensor
 
 Model = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> output
+Prediction = Literal["epsilon", "x0", "v", "mean"]
+Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
+Loss = Literal["simple", "min_snr", "bound", "hybrid"]
 
 
 class Denoised(NamedTuple):
-    """What a model says about x_t: estimates of the clean image and of the noise, both of the shape of x_t."""
+    """What a model says about x_t: estimates of the clean image and of the noise, and its raw words on the variance (None if that is fixed).
+
+    All of the shape of x_t.
+    """
 
     x0_hat: Tensor
     eps_hat: Tensor
+    variance_output: Tensor | None = None
 
 
 class GaussianDiffusion:
-    """Forward process q, its posterior, and L_simple (Ho et al. 2020).
+    """Forward process q, its posterior, predictions and losses (Ho et al. 2020; Nichol & Dhariwal 2021).
 
-    betas: (T,) float64, each in (0, 1).    prediction: what the model outputs, the noise ("epsilon") or v = sqrt(abar) epsilon - sqrt(1 - abar) x0
-    (Salimans & Ho 2022, App. D).    variance: of the reverse step, beta_t ("fixed_large") or the posterior's ("fixed_small"; Ho et al. 2020,
-    section 3.2).    Constants are float64 and cast to the image's dtype where they are used.
-    Raises ValueError if betas is not such a list.
+    betas: (T,) float64, each in (0, 1]; only the last may be 1 (zero terminal SNR).
+    prediction: what the model outputs: the noise ("epsilon"), the image ("x0"), v = sqrt(abar) epsilon - sqrt(1 - abar) x0 ("v"; Salimans & Ho 2022,
+        App. D) or the posterior mean ("mean"; Ho et al. 2020, Eq. 8).
+    variance: of the reverse step: the posterior's ("fixed_small"), beta_t ("fixed_large"), exp of a second output ("learned"), or between the two
+        as a second output says ("learned_range"; Nichol & Dhariwal 2021, Eq. 15).
+    loss: of each image. "simple": mean squared error of the prediction (Ho et al. 2020, Eq. 14). "min_snr": that, weighted (Hang et al. 2023).
+        "bound": vlb_weight * T * (this timestep's term of the variational bound, bits/dim; Ho et al. 2020, Eqs. 5 and 12). "hybrid": "simple" plus
+        such a bound whose mean is detached, so that it trains the variance alone (Nichol & Dhariwal 2021, Eq. 16).
+    vlb_weight: 1/T gives the term itself, as Ho et al.'s code trains on; 1 gives an estimate of the whole bound.    min_snr_gamma: gamma of "min_snr".
+    timestep_sampling: how training picks timesteps (ddpm/timestep_sampling.py).    rescale_timesteps: have the model see t * 1000 / T.
+    Constants are float64 and cast to the image's dtype where they are used. Raises ValueError, with the reason, for a combination that makes no sense.
     """
 
     def __init__(
         self,
         betas: Tensor,
-        prediction: Literal["epsilon", "v"] = "epsilon",
-        variance: Literal["fixed_small", "fixed_large"] = "fixed_small",
+        prediction: Prediction = "epsilon",
+        variance: Variance = "fixed_small",
+        loss: Loss = "simple",
+        vlb_weight: float = 0.001,
+        min_snr_gamma: float = 5.0,
+        timestep_sampling: Literal["uniform", "loss_second_moment"] = "uniform",
+        rescale_timesteps: bool = False,
     ) -> None:
         betas = betas.double()
-        if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError("betas must be a list of at least 2 numbers between 0 and 1")
+        if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas <= 1)).all()) or bool((betas[:-1] == 1).any()):
+            raise ValueError("betas must be a list of at least 2 numbers between 0 and 1, of which only the last may be 1")
         self.prediction = prediction
         self.variance = variance
+        self.loss = loss
+        self.vlb_weight = vlb_weight
+        self.min_snr_gamma = min_snr_gamma
+        self.timestep_sampling = timestep_sampling
+        self.rescale_timesteps = rescale_timesteps
         self.num_timesteps = len(betas)
         self.betas = betas
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        _check(prediction, variance, loss, vlb_weight, min_snr_gamma, terminal_snr_is_zero=bool(self.alphas_cumprod[-1] == 0))
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the model's output has twice the image's channels: the prediction, then the variance."""
+        return self.variance in ("learned", "learned_range")
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Draw x_t from q(x_t | x_0) in one jump (Ho et al. 2020, Eq. 4).
@@ -49,30 +80,41 @@ class GaussianDiffusion:
         """
         if noise.shape != x0.shape or t.shape != x0.shape[:1]:
             raise ValueError(f"x0 {tuple(x0.shape)} needs noise of that shape and t ({len(x0)},), got {tuple(noise.shape)} and {tuple(t.shape)}")
-        signal, sigma = self._signal_and_sigma(t, x0)
-        return signal * x0 + sigma * noise
+        return self._at("signal", t, x0) * x0 + self._at("sigma", t, x0) * noise
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, Eq. 7).    x0, x_t: (B, C, H, W).    t: (B,) int64, in [0, T-1]."""
-        return self._at(t, "mean_of_x0", x0) * x0 + self._at(t, "mean_of_x_t", x_t) * x_t
+        return self._at("mean_of_x0", t, x0) * x0 + self._at("mean_of_x_t", t, x_t) * x_t
 
     def posterior_variance(self) -> Tensor:
         """Variance of q(x_{t-1} | x_t, x_0) for each t (Ho et al. 2020, Eq. 7): (T,) float64, 0 at t = 0."""
         return self.betas * (1 - self._alphas_cumprod_before()) / (1 - self.alphas_cumprod)
 
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def target(self, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the model should output at x_t = q_sample(x0, t, noise).    Shapes of q_sample."""
         if self.prediction == "epsilon":
             return noise
-        signal, sigma = self._signal_and_sigma(t, x0)
-        return signal * noise - sigma * x0
+        if self.prediction == "x0":
+            return x0
+        if self.prediction == "v":
+            return self._at("signal", t, x0) * noise - self._at("sigma", t, x0) * x0
+        return self.posterior_mean(x0, x_t, t)
 
     def denoised(self, output: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
-        """The model's output as estimates of x0 (Ho et al. 2020, Eq. 15) and of the noise.    output, x_t: (B, C, H, W).    t: (B,) int64."""
-        signal, sigma = self._signal_and_sigma(t, x_t)
+        """The model's output as estimates of x0 (Ho et al. 2020, Eq. 15) and of the noise, and its variance part as it is.
+
+        output: (B, C or 2C, H, W).    x_t: (B, C, H, W).    t: (B,) int64.
+        """
+        output, variance_output = output.chunk(2, dim=1) if self.learns_variance else (output, None)
+        signal, sigma = self._at("signal", t, x_t), self._at("sigma", t, x_t)
         if self.prediction == "epsilon":
-            return Denoised((x_t - sigma * output) / signal, output)
-        return Denoised(signal * x_t - sigma * output, sigma * x_t + signal * output)
+            return Denoised((x_t - sigma * output) / signal, output, variance_output)
+        if self.prediction == "v":
+            return Denoised(signal * x_t - sigma * output, sigma * x_t + signal * output, variance_output)
+        x0_hat = output
+        if self.prediction == "mean":
+            x0_hat = (output - self._at("mean_of_x_t", t, x_t) * x_t) / self._at("mean_of_x0", t, x_t)
+        return Denoised(x0_hat, (x_t - signal * x0_hat) / sigma, variance_output)
 
     def denoiser(self, model: Model, clip: bool = True) -> Callable[[Tensor, Tensor], Denoised]:
         """The function (x_t, t) -> Denoised that samplers walk with.
@@ -81,28 +123,75 @@ class GaussianDiffusion:
         """
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-            estimate = self.denoised(model(x_t, t).to(x_t.dtype), x_t, t)
-            if not clip:
-                return estimate
-            signal, sigma = self._signal_and_sigma(t, x_t)
-            x0_hat = estimate.x0_hat.clamp(-1, 1)
-            return Denoised(x0_hat, (x_t - signal * x0_hat) / sigma)
+            estimate = self.denoised(self.run(model, x_t, t), x_t, t)
+            return self._clipped(estimate, x_t, t) if clip else estimate
 
         return denoise
 
+    def run(self, model: Model, x_t: Tensor, t: Tensor) -> Tensor:
+        """The model's output at x_t, in the dtype of x_t; the model sees t, rescaled if so chosen."""
+        return model(x_t, t * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t).to(x_t.dtype)
+
+    def log_variance(self, variance_output: Tensor | None, t: Tensor, like: Tensor) -> Tensor:
+        """Log variance of the reverse step at t, broadcastable to `like`.
+
+        At t = 0, where the posterior's variance is 0, it and beta_t stand in with the posterior's at t = 1 (as in the authors' code).
+        """
+        small, large = self._at("log_posterior_variance", t, like), self._at("log_beta", t, like)
+        if self.variance == "fixed_small":
+            return small
+        if self.variance == "fixed_large":
+            return self._at("log_fixed_large", t, like)
+        assert variance_output is not None
+        if self.variance == "learned":
+            return variance_output
+        share = (variance_output + 1) / 2
+        return share * large + (1 - share) * small
+
     def losses(self, model: Model, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """L_simple of each image: mean squared error over its elements (Ho et al. 2020, Eq. 14).    Shapes of q_sample.    Returns (B,) float32 or wider."""
-        output = model(self.q_sample(x0, t, noise), t)
-        error = output.to(x0.dtype) - self.target(x0, noise, t)
-        return error.square().flatten(1).mean(dim=1)
+        """The loss of each image at its timestep.    Shapes of q_sample.    Returns (B,), the dtype of x0."""
+        x_t = self.q_sample(x0, t, noise)
+        output = self.run(model, x_t, t)
+        if self.loss == "bound":
+            return self.vlb_weight * self.num_timesteps * self.bound_term(output, x0, x_t, t)
+        prediction = output[:, : x0.shape[1]]
+        squared_error = (prediction - self.target(x0, x_t, t, noise)).square().flatten(1).mean(dim=1)
+        if self.loss == "simple":
+            return squared_error
+        if self.loss == "min_snr":
+            return self._at("min_snr_weight", t, squared_error).flatten() * squared_error
+        detached = torch.cat([prediction.detach(), output[:, x0.shape[1] :]], dim=1)
+        return squared_error + self.vlb_weight * self.num_timesteps * self.bound_term(detached, x0, x_t, t)
+
+    def bound_term(self, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip: bool = False) -> Tensor:
+        """One timestep's term of the variational bound: KL of posterior and model, at t = 0 the decoder's code length (Ho et al. 2020, Eqs. 5 and 13).
+
+        output: of the model at x_t.    Shapes of q_sample.    clip: hold x0_hat in [-1, 1], as the authors' evaluation does and their training does not.
+        Returns (B,) bits/dim, a mean over pixels. The sum over all t, and the prior's term, is the bound.
+        """
+        estimate = self.denoised(output, x_t, t)
+        if clip:
+            estimate = self._clipped(estimate, x_t, t)
+        mean, log_variance = self.posterior_mean(estimate.x0_hat, x_t, t), self.log_variance(estimate.variance_output, t, x_t)
+        kl = normal_kl(self.posterior_mean(x0, x_t, t), self._at("log_posterior_variance", t, x_t), mean, log_variance)
+        decoder = -discretized_log_likelihood(x0, mean, log_variance)
+        first = (t == 0)[:, None, None, None]
+        return torch.where(first, decoder, kl).flatten(1).mean(dim=1) / math.log(2)
+
+    def prior_term(self, x0: Tensor) -> Tensor:
+        """L_T: KL of q(x_T | x_0) and the standard normal (Ho et al. 2020, Eq. 5), in float64.    x0: (B, C, H, W).    Returns (B,) bits/dim."""
+        abar = self.alphas_cumprod[-1].to(x0.device)
+        kl = 0.5 * (-1 - torch.log1p(-abar) + (1 - abar) + abar * x0.double().square())
+        return kl.flatten(1).mean(dim=1) / math.log(2)
+
+    def _clipped(self, estimate: Denoised, x_t: Tensor, t: Tensor) -> Denoised:
+        x0_hat = estimate.x0_hat.clamp(-1, 1)
+        return Denoised(x0_hat, (x_t - self._at("signal", t, x_t) * x0_hat) / self._at("sigma", t, x_t), estimate.variance_output)
 
     def _alphas_cumprod_before(self) -> Tensor:
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
 
-    def _signal_and_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        return self._at(t, "signal", like), self._at(t, "sigma", like)
-
-    def _at(self, t: Tensor, name: str, like: Tensor) -> Tensor:
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """Row t of a table in the dtype and on the device of `like`, (B, 1, 1, 1). Tables are made once for each device and dtype."""
         key = (name, like.device, like.dtype)
         if key not in self._tables:
@@ -111,11 +200,62 @@ class GaussianDiffusion:
 
     def _table(self, name: str) -> Tensor:
         abar, before = self.alphas_cumprod, self._alphas_cumprod_before()
-        if name == "signal":
-            return abar.sqrt()
-        if name == "sigma":
-            return (1 - abar).sqrt()
-        if name == "mean_of_x0":
-            return before.sqrt() * self.betas / (1 - abar)
-        assert name == "mean_of_x_t", name
-        return (1 - self.betas).sqrt() * (1 - before) / (1 - abar)
+        posterior = self.posterior_variance()
+        posterior[0] = posterior[1]
+        tables: dict[str, Callable[[], Tensor]] = {
+            "signal": lambda: abar.sqrt(),
+            "sigma": lambda: (1 - abar).sqrt(),
+            "mean_of_x0": lambda: before.sqrt() * self.betas / (1 - abar),
+            "mean_of_x_t": lambda: (1 - self.betas).sqrt() * (1 - before) / (1 - abar),
+            "log_posterior_variance": lambda: posterior.log(),
+            "log_beta": lambda: self.betas.log(),
+            "log_fixed_large": lambda: torch.cat([posterior[:1], self.betas[1:]]).log(),
+            "min_snr_weight": lambda: min_snr_weights(abar, self.min_snr_gamma, self.prediction),
+        }
+        return tables[name]()
+
+
+def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction: Prediction) -> Tensor:
+    """Weight of each timestep's squared error: min(SNR, gamma) on x0, as it is on the other predictions (Hang et al. 2023, section 3.4): (T,) float64."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return snr.clamp(max=gamma) / {"x0": torch.ones_like(snr), "epsilon": snr, "v": snr + 1}[prediction]
+
+
+def normal_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:
+    """KL(N(mean_1, variance_1) || N(mean_2, variance_2)) of each element, in nats."""
+    gap = log_variance_1 - log_variance_2
+    return 0.5 * (-1 - gap + torch.exp(gap) + (mean_1 - mean_2).square() * torch.exp(-log_variance_2))
+
+
+def discretized_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Log probability, in nats, of each 8-bit level of x0 under a normal, the outermost levels open-ended (Ho et al. 2020, Eq. 13).
+
+    The normal's distribution function is the tanh approximation of the authors' code, so that figures compare with theirs.
+    """
+    inverse_deviation = torch.exp(-0.5 * log_variance)
+    upper = _approximate_cdf((x0 - mean + 1 / 255) * inverse_deviation)
+    lower = _approximate_cdf((x0 - mean - 1 / 255) * inverse_deviation)
+    inner = torch.log((upper - lower).clamp(min=1e-12))
+    at_edges = torch.where(x0 < -0.999, torch.log(upper.clamp(min=1e-12)), inner)
+    return torch.where(x0 > 0.999, torch.log((1 - lower).clamp(min=1e-12)), at_edges)
+
+
+def _approximate_cdf(z: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+def _check(prediction: str, variance: str, loss: str, vlb_weight: float, min_snr_gamma: float, terminal_snr_is_zero: bool) -> None:
+    learned = variance in ("learned", "learned_range")
+    if terminal_snr_is_zero and prediction == "epsilon":
+        raise ValueError(
+            "prediction=epsilon cannot work with a schedule of zero terminal SNR: its last x_t is the noise itself, which says nothing of x0; use v or x0"
+        )
+    if learned and loss in ("simple", "min_snr"):
+        raise ValueError(f"variance={variance} is not trained by loss={loss}, which has no term for it; use hybrid or bound")
+    if not learned and loss == "hybrid":
+        raise ValueError(f"loss=hybrid trains a learned variance, and variance={variance} is fixed; use simple, or variance=learned_range")
+    if loss == "min_snr" and prediction == "mean":
+        raise ValueError("loss=min_snr has no weights for prediction=mean; use epsilon, x0 or v")
+    for name, value in (("vlb_weight", vlb_weight), ("min_snr_gamma", min_snr_gamma)):
+        if value <= 0:
+            raise ValueError(f"{name}={value} must be positive")

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-TRAIN_NOISE, TRAIN_TIMESTEP, TRAIN_FLIP, TRAIN_DROPOUT, DATA_ORDER, INITIAL_WEIGHTS, SAMPLE_LATENT, SAMPLE_STEP = range(1, 9)
+TRAIN_NOISE, TRAIN_TIMESTEP, TRAIN_FLIP, TRAIN_DROPOUT, DATA_ORDER, INITIAL_WEIGHTS, SAMPLE_LATENT, SAMPLE_STEP, TRAIN_LABEL = range(1, 10)
 
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -57,8 +57,8 @@ def random_bits(keys: Tensor, count: int) -> Tensor:
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:
-    """Uniform numbers in [0, 1), float64, (B, count), from keys (B,) int64."""
-    return ((random_bits(keys, count) >> 11) & (2**53 - 1)).double() * 2.0**-53
+    """Uniform numbers in [0, 1), float32 (multiples of 2^-24), (B, count), from keys (B,) int64."""
+    return ((random_bits(keys, count) >> 40) & (2**24 - 1)).float() * 2.0**-24
 
 
 def integers(keys: Tensor, high: int) -> Tensor:

@@ -24,7 +24,8 @@ NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no pa
     "runtime": True,
     "sampler": True,
     "outputs": True,
-    "data": {"path": True, "cache": True, "max_unreadable": True, "source": {"path": True}},
+    "recipe": True,
+    "data": {"path": True, "cache": True, "max_unreadable": True, "num_images": True, "source": {"path": True}},
 }
 
 

@@ -1,38 +1,63 @@
-"""Drawing images from a network: which weights, which images, in which batches."""
+"""Drawing images from a network: which weights, which images of which classes, in which batches."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ddpm.diffusion import GaussianDiffusion
+from ddpm.diffusion import GaussianDiffusion, Model
 from ddpm.samplers import Sampler
 
 
-def draw(
-    network: nn.Module,
-    weights: dict[str, Tensor],
-    diffusion: GaussianDiffusion,
-    sampler: Sampler,
-    shape: tuple[int, int, int],
-    indices: Sequence[int],
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-) -> Iterator[Tensor]:
-    """The images with these indices, batch by batch: (B, C, H, W) float32 in [-1, 1].
+@dataclass(frozen=True)
+class Drawing:
+    """A network with all that decides its images: image i is a function of this, of i and of its class, whatever it is batched with.
 
-    weights: used in place of the network's own, which stay as they are.    shape: (C, H, W).    An image is a function of (weights, sampler, seed, index).
+    weights: used in place of the network's own, which stay as they are.    shape: (C, H, W).    any_class: the class number that stands for "any" in
+    classifier-free guidance, None if the network has not learned one.    Raises ValueError if the sampler asks for guidance without it.
     """
 
-    def model(x_t: Tensor, t: Tensor) -> Tensor:
-        return functional_call(network, weights, (x_t, t))
+    network: nn.Module
+    weights: dict[str, Tensor]
+    diffusion: GaussianDiffusion
+    sampler: Sampler
+    shape: tuple[int, int, int]
+    seed: int
+    any_class: int | None = None
 
-    was_training = network.training
-    network.eval()
-    try:
-        for start in range(0, len(indices), batch_size):
-            yield sampler.sample(model, diffusion, shape, indices[start : start + batch_size], seed, device)
-    finally:
-        network.train(was_training)
+    def __post_init__(self) -> None:
+        if self.sampler.guidance_scale != 1 and self.any_class is None:
+            raise ValueError(
+                f"sampler.guidance_scale={self.sampler.guidance_scale} needs a network that was trained with classes, some of them left out "
+                "(training.conditional=true training.label_dropout=0.1)"
+            )
+
+    def batches(self, indices: Sequence[int], classes: Sequence[int] | None, batch_size: int) -> Iterator[Tensor]:
+        """The images with these indices, batch by batch: (B, C, H, W) float32 in [-1, 1].    classes: one an index, None for a network without."""
+        device = next(iter(self.weights.values())).device
+        was_training = self.network.training
+        self.network.eval()
+        try:
+            for start in range(0, len(indices), batch_size):
+                of_batch = None if classes is None else torch.tensor(classes[start : start + batch_size], device=device)
+                model = self._model(of_batch)
+                yield self.sampler.sample(model, self.diffusion, self.shape, indices[start : start + batch_size], self.seed, device)
+        finally:
+            self.network.train(was_training)
+
+    def _model(self, classes: Tensor | None) -> Model:
+        def model(x_t: Tensor, t: Tensor) -> Tensor:
+            return functional_call(self.network, self.weights, (x_t, t) if classes is None else (x_t, t, classes))
+
+        def guided(x_t: Tensor, t: Tensor) -> Tensor:
+            """Ho & Salimans 2022, Eq. 6, with scale 1 + w; a learned variance stays that of the class."""
+            assert classes is not None
+            both = torch.cat([classes, torch.full_like(classes, self.any_class or 0)])
+            with_class, without = functional_call(self.network, self.weights, (torch.cat([x_t, x_t]), torch.cat([t, t]), both)).chunk(2)
+            channels = self.shape[0]
+            prediction = without[:, :channels] + self.sampler.guidance_scale * (with_class[:, :channels] - without[:, :channels])
+            return torch.cat([prediction, with_class[:, channels:]], dim=1)
+
+        return model if self.sampler.guidance_scale == 1 else guided

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from ddpm import randomness
 from ddpm.data.batches import Batches
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.ema import EMA
+from ddpm.timestep_sampling import LossSecondMoment, Uniform
 
 
 def train(
@@ -23,6 +25,7 @@ def train(
     ema: EMA,
     batches: Batches,
     meter: "Meter",
+    timestep_sampler: Uniform | LossSecondMoment,
     seed: int,
     steps: Iterable[int],
     num_steps: int,
@@ -37,8 +40,8 @@ def train(
 ) -> None:
     """Algorithm 1 of Ho et al. 2020.    steps: the updates to do, in order, the first of all being 0 and the last num_steps - 1.
 
-    model, optimizer: as Accelerate prepared them.    lr_at: update, counted from 0 -> learning rate.    device_batch: images a device takes at once, None
-    for all of its share.    grad_clip: largest global gradient norm, None for none.    log, save_samples, save_checkpoint: called with the number of
+    model, optimizer: as Accelerate prepared them; model is (x_t, t) or, where batches has classes, (x_t, t, classes) -> output.
+    lr_at: update, counted from 0 -> learning rate.    device_batch: images a device takes at once, None for all of its share.    grad_clip: largest global gradient norm, None for none.    log, save_samples, save_checkpoint: called with the number of
     updates done, at multiples of their interval and at the last step; log by every process, with the means since the last time.
     Nothing in a step waits for the device.
     """
@@ -50,20 +53,28 @@ def train(
             group["lr"] = lr
         batch_size = batches.size(step)
         spans = micro_batches(batch_size, accelerator.num_processes, accelerator.process_index, device_batch)
+        seen: list[tuple[Tensor, Tensor]] = []
         for start, stop in spans:
             positions = torch.arange(start, stop, device=device)
             x0 = batches.images(step, start, stop)
-            t = randomness.integers(randomness.stream_keys(randomness.TRAIN_TIMESTEP, seed, step, positions), diffusion.num_timesteps)
+            classes = batches.classes(step, start, stop)
+            t, weights = timestep_sampler.draw(randomness.stream_keys(randomness.TRAIN_TIMESTEP, seed, step, positions))
             noise = randomness.normal(randomness.stream_keys(randomness.TRAIN_NOISE, seed, step, positions), tuple(x0.shape[1:]))
             torch.manual_seed(randomness.host_key(randomness.TRAIN_DROPOUT, seed, step, start))
             with nullcontext() if stop == spans[-1][1] else accelerator.no_sync(model):
-                losses = diffusion.losses(model, x0, t, noise.contiguous(memory_format=torch.channels_last))
-                accelerator.backward(losses.sum() * (accelerator.num_processes / batch_size))  # DDP averages over processes
+                predict = model if classes is None else partial(model, classes=classes)
+                losses = diffusion.losses(predict, x0, t, noise.contiguous(memory_format=torch.channels_last))
+                total = losses.sum() if weights is None else (weights * losses).sum()
+                accelerator.backward(total * (accelerator.num_processes / batch_size))  # DDP averages over processes
+            seen.append((t, losses.detach()))
             meter.add_losses(losses.detach(), t)
         meter.add_norm(accelerator.clip_grad_norm_(parameters, grad_clip if grad_clip is not None else float("inf")))
         optimizer.step()
         optimizer.zero_grad()
         ema.update()
+        if timestep_sampler.learns:
+            t, losses = (torch.cat(parts) for parts in zip(*seen, strict=True))
+            timestep_sampler.update(*of_all_processes(accelerator, t, losses, batch_size))
 
         done = step + 1
         if is_due(done, log_every, num_steps):
@@ -77,6 +88,21 @@ def train(
 def is_due(step: int, every: int, last: int) -> bool:
     """Whether something done every so many steps is due after `step`: at multiples, and always at the last step."""
     return step % every == 0 or step == last
+
+
+def of_all_processes(accelerator: Accelerator, t: Tensor, losses: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Timesteps and losses of the whole global batch, in the order of its positions, from those of each process's share."""
+    if accelerator.num_processes == 1:
+        return t, losses
+    shares = [
+        span[0][1] - span[0][0] for span in (micro_batches(batch_size, accelerator.num_processes, rank, None) for rank in range(accelerator.num_processes))
+    ]
+    width = max(shares)
+    padded = torch.zeros(2, width, device=t.device, dtype=torch.float64)
+    padded[0, : len(t)], padded[1, : len(t)] = t.double(), losses.double()
+    gathered = accelerator.gather(padded[None])
+    whole = torch.cat([gathered[rank, :, :share] for rank, share in enumerate(shares)], dim=1)
+    return whole[0].long(), whole[1].float()
 
 
 def micro_batches(batch_size: int, num_processes: int, process: int, device_batch: int | None) -> list[tuple[int, int]]:

@@ -25,7 +25,8 @@ from ddpm.data.decoding import ImageSet
 from ddpm.ema import EMA
 from ddpm.recording import Recorder
 from ddpm.run_folder import RunFolder
-from ddpm.sampling import draw
+from ddpm.sampling import Drawing
+from ddpm.timestep_sampling import LossSecondMoment, Uniform
 from ddpm.training_loop import Meter, train
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
@@ -49,17 +50,27 @@ def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
             data = build.images(config, source, config.runtime.workers or _cores())
         _check_data(data, config, run, record)
         training = config.training
-        batches = Batches(data.images, training.batch_size, config.seed, accelerator.device, training.drop_last, config.data.flip)
+        batches = Batches(
+            data.images,
+            training.batch_size,
+            config.seed,
+            accelerator.device,
+            training.drop_last,
+            config.data.flip,
+            labels=data.labels if training.conditional else None,
+            label_dropout=training.label_dropout,
+            any_class=len(data.classes),
+        )
         num_steps = training.steps or (training.epochs or 0) * batches.steps_per_epoch
         if not leads:
-            _train(config, run, accelerator, batches, num_steps)
+            _train(config, run, accelerator, batches, num_steps, len(data.classes))
             return
         run.start(config, composed)
         run.update(device=_device_name(accelerator), num_steps=num_steps, steps_per_epoch=batches.steps_per_epoch)
         run.update(data={"fingerprint": data.fingerprint, "images": len(data), "classes": data.classes, "unreadable": data.unreadable})
         with _log_file(run):
             try:
-                _train(config, run, accelerator, batches, num_steps)
+                _train(config, run, accelerator, batches, num_steps, len(data.classes))
             except BaseException as error:
                 run.update(status="preempted" if isinstance(error, KeyboardInterrupt) else "failed", error=f"{type(error).__name__}: {error}")
                 raise
@@ -67,17 +78,18 @@ def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
         print(f"run {run.path} is complete: {num_steps} steps\n{_closing(run, num_steps)}", flush=True)
 
 
-def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Batches, num_steps: int) -> None:
+def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Batches, num_steps: int, num_classes: int) -> None:
     log = logging.getLogger("ddpm")
     leads, training, runtime = accelerator.is_main_process, config.training, config.runtime
     diffusion = build.diffusion(config)
-    raw = build.network(config, accelerator.device)
+    raw = build.network(config, accelerator.device, num_classes)
     ema = EMA(raw, training.ema_decay, training.ema_warmup)
     meter = Meter(diffusion.num_timesteps, accelerator.device)
+    timestep_sampler = build.timestep_sampler(diffusion, accelerator.device)
     model, optimizer = accelerator.prepare(raw, build.optimizer(config, list(raw.parameters())))
     first_step = 0
     if checkpoint.all_in(run.checkpoints):
-        first_step = _resume(checkpoint.find(run.checkpoints), raw, ema, optimizer, meter, accelerator)
+        first_step = _resume(checkpoint.find(run.checkpoints), raw, ema, optimizer, timestep_sampler, meter, accelerator)
     if leads:
         parameters = sum(parameter.numel() for parameter in raw.parameters())
         log.info(
@@ -92,7 +104,7 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
         if first_step:
             print(f"carrying on from step {first_step}", flush=True)
     lr_schedule, lr = build.lr_schedule(config), float(config.optimizer["lr"])
-    preview_sampler = build.sampler(config.sampler, diffusion.num_timesteps)
+    preview_sampler = build.sampler(config.sampler, diffusion)
     recorder = Recorder(run.path, first_step) if leads else None
     bar = tqdm(range(first_step, num_steps), initial=first_step, total=num_steps, unit="step", disable=None if leads else True, dynamic_ncols=True)
     speed = _Speed(first_step, training.batch_size)
@@ -114,7 +126,12 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
         )
 
     def save_checkpoint(step: int) -> None:
-        state = {"ema_updates": ema.num_updates, "optimizer": optimizer.state_dict(), "meter": meter.state(accelerator).cpu()}
+        state = {
+            "ema_updates": ema.num_updates,
+            "optimizer": optimizer.state_dict(),
+            "timesteps": timestep_sampler.state_dict(),
+            "meter": meter.state(accelerator).cpu(),
+        }
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
         if recorder is not None:
@@ -126,7 +143,9 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
     def save_samples(step: int) -> None:
         if recorder is not None:
             count, shape = runtime.num_previews, (config.data.channels, *batches.image_size)
-            drawn = draw(raw, ema.state_dict(), diffusion, preview_sampler, shape, range(count), training.batch_size, config.seed, accelerator.device)
+            classes = [index % num_classes for index in range(count)] if training.conditional else None
+            drawing = Drawing(raw, ema.state_dict(), diffusion, preview_sampler, shape, config.seed, build.any_class(config, num_classes))
+            drawn = drawing.batches(range(count), classes, training.batch_size)
             sheet = images.grid(np.concatenate([images.to_uint8(batch) for batch in drawn]))
             images.save_png(run.samples / f"step_{step:08d}.png", sheet)
             recorder.picture(step, "samples", sheet)
@@ -146,6 +165,7 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
         ema=ema,
         batches=batches,
         meter=meter,
+        timestep_sampler=timestep_sampler,
         seed=config.seed,
         steps=bar,
         num_steps=num_steps,
@@ -162,12 +182,21 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
         recorder.close()
 
 
-def _resume(found: checkpoint.Checkpoint, raw: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, meter: Meter, accelerator: Accelerator) -> int:
+def _resume(
+    found: checkpoint.Checkpoint,
+    raw: nn.Module,
+    ema: EMA,
+    optimizer: torch.optim.Optimizer,
+    timestep_sampler: Uniform | LossSecondMoment,
+    meter: Meter,
+    accelerator: Accelerator,
+) -> int:
     """Put everything back as it was after the checkpoint's step, and return that step."""
     state = found.state()
     raw.load_state_dict(found.weights("raw"))
     ema.load_state_dict(found.weights("ema"), state["ema_updates"])
     optimizer.load_state_dict(state["optimizer"])
+    timestep_sampler.load_state_dict(state["timesteps"])
     meter.load(state["meter"], accelerator)
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
@@ -175,7 +204,11 @@ def _resume(found: checkpoint.Checkpoint, raw: nn.Module, ema: EMA, optimizer: t
 
 
 def _check_data(data: ImageSet, config: Config, run: RunFolder, record: dict[str, Any]) -> None:
-    """Refuse to carry a run on with other pictures, and labels that are not what the data option says."""
+    """Refuse to carry a run on with other pictures, and labels that are not what the configuration says."""
+    if config.training.conditional and len(data.classes) != (config.data.num_classes or max(len(data.classes), 1)):
+        raise ValueError(
+            f"training.conditional=true needs {config.data.num_classes or 'some'} classes (data.num_classes), and the data has {len(data.classes)}"
+        )
     before = record.get("data", {}).get("fingerprint")
     if before is not None and before != data.fingerprint:
         raise ValueError(

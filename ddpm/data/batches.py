@@ -12,10 +12,23 @@ class Batches:
 
     images: (N, C, H, W) uint8.    batch_size: images a step, over all processes.    drop_last: leave out an epoch's last, short batch.
     flip: mirror half of the images left to right, anew each time.    The images are kept whole on the device where they take less than a quarter of its
-    free memory, else they are read from `images` each step.    Raises ValueError if the batch is larger than the data set.
+    free memory, else they are read from `images` each step.
+    labels: (N,) int64, None to train without classes.    label_dropout: share of labels replaced, anew each time, by the class number `any_class`
+    (Ho & Salimans 2022, Algorithm 1).    Raises ValueError if the batch is larger than the data set.
     """
 
-    def __init__(self, images: np.ndarray, batch_size: int, seed: int, device: torch.device, drop_last: bool, flip: bool) -> None:
+    def __init__(
+        self,
+        images: np.ndarray,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        drop_last: bool,
+        flip: bool,
+        labels: np.ndarray | None = None,
+        label_dropout: float = 0.0,
+        any_class: int = 0,
+    ) -> None:
         if batch_size > len(images):
             raise ValueError(f"training.batch_size={batch_size} is more than the {len(images)} images of the data set")
         self.num_images = len(images)
@@ -28,6 +41,9 @@ class Batches:
         self._images = torch.from_numpy(images)
         if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
             self._images = self._images.to(device)
+        self._labels = torch.from_numpy(labels).to(self._images.device) if labels is not None else None
+        self._any_class = any_class
+        self._label_dropout = label_dropout
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
@@ -56,3 +72,13 @@ class Batches:
             mirrored = randomness.coin(randomness.stream_keys(randomness.TRAIN_FLIP, self.seed, step, positions))
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
         return x0
+
+    def classes(self, step: int, start: int, stop: int) -> Tensor | None:
+        """The classes at positions start to stop of this step's batch, some dropped: (stop - start,) int64 on the device; None without labels."""
+        if self._labels is None:
+            return None
+        labels = self._labels[self.indices(step, start, stop)].to(self.device, non_blocking=True)
+        if not self._label_dropout:
+            return labels
+        keys = randomness.stream_keys(randomness.TRAIN_LABEL, self.seed, step, torch.arange(start, stop, device=self.device))
+        return torch.where(randomness.uniform(keys, 1)[:, 0] < self._label_dropout, self._any_class, labels)

@@ -92,7 +92,9 @@ def folder(path: str | None) -> Source:
     Raises ValueError, naming data.path, if there is no path or nothing to read below it.
     """
     if path is None:
-        raise ValueError("data.path is missing: data=folder needs data.path=DIR, with image files (sub-folders are classes), parquet files or a saved arrow folder")
+        raise ValueError(
+            "data.path is missing: data=folder needs data.path=DIR, with image files (sub-folders are classes), parquet files or a saved arrow folder"
+        )
     return local(path, image_column=None, label_column=None)
 
 

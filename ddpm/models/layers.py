@@ -1,114 +1,196 @@
 """The blocks that the networks share. Parameter names are diffusers' own, so that weights move both ways as they are."""
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Init = Literal["fan_avg", "torch"]
+TimeOrder = Literal["sin_cos", "cos_sin"]
+Padding = Literal["same", "symmetric"]
 
-def init_fan_avg_(layer: nn.Conv2d | nn.Linear, scale: float = 1.0) -> None:
-    """Uniform variance scaling by the average fan, zero bias: the initialiser of Ho et al.'s code (its "zero" is scale 1e-10)."""
-    nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale))
-    if layer.bias is not None:
+
+def init_(layer: nn.Conv2d | nn.Linear, init: Init, zero: bool = False) -> None:
+    """First weights of a layer that PyTorch has just made.
+
+    "fan_avg": uniform, scaled by the average fan, zero bias, as in Ho et al.'s code; its `zero` is scale 1e-10.    "torch": PyTorch's own, as in
+    Nichol & Dhariwal's code; its `zero` is exact.
+    """
+    if init == "fan_avg":
+        nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(1e-10 if zero else 1.0))
+    elif zero:
+        nn.init.zeros_(layer.weight)
+    if layer.bias is not None and (init == "fan_avg" or zero):
         nn.init.zeros_(layer.bias)
 
 
-def conv3x3(in_channels: int, out_channels: int, scale: float = 1.0) -> nn.Conv2d:
+def conv3x3(in_channels: int, out_channels: int, init: Init = "fan_avg", zero: bool = False) -> nn.Conv2d:
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-    init_fan_avg_(conv, scale)
+    init_(conv, init, zero)
     return conv
 
 
-def linear(in_features: int, out_features: int, scale: float = 1.0) -> nn.Linear:
+def linear(in_features: int, out_features: int, init: Init = "fan_avg", zero: bool = False) -> nn.Linear:
     layer = nn.Linear(in_features, out_features)
-    init_fan_avg_(layer, scale)
+    init_(layer, init, zero)
     return layer
 
 
+@dataclass(frozen=True)
+class BlockStyle:
+    """What all blocks of one network have in common. See UNet for each."""
+
+    time_width: int
+    dropout: float
+    norm_groups: int
+    norm_eps: float
+    scale_shift_norm: bool
+    num_heads: int
+    head_channels: int | None
+    init: Init
+
+    def norm(self, channels: int) -> nn.GroupNorm:
+        return nn.GroupNorm(self.norm_groups, channels, eps=self.norm_eps)
+
+    def heads(self, channels: int) -> int:
+        """Number of attention heads on that width.    Raises ValueError, naming the argument, if they would not be of one size."""
+        name, divisor = ("num_heads", self.num_heads) if self.head_channels is None else ("head_channels", self.head_channels)
+        if channels % divisor:
+            raise ValueError(f"{name}={divisor} must divide {channels}, the width of a level with attention")
+        return self.num_heads if self.head_channels is None else channels // self.head_channels
+
+
 class TimestepEmbedding(nn.Module):
-    """Sinusoid of the timestep (sines first, then cosines), then two dense layers (Ho et al. 2020, App. B; Vaswani et al. 2017)."""
+    """Sinusoid of the timestep, then two dense layers (Ho et al. 2020, App. B; Vaswani et al. 2017).
+
+    "sin_cos": sines first, the last frequency 1/10000 (Ho et al.'s code).    "cos_sin": cosines first, the last frequency one step short of 1/10000
+    (Nichol & Dhariwal's code).
+    """
 
     frequencies: Tensor
 
-    def __init__(self, width: int, out_width: int) -> None:
+    def __init__(self, width: int, out_width: int, order: TimeOrder = "sin_cos", init: Init = "fan_avg") -> None:
         super().__init__()
+        self.order = order
         half = width // 2
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float64) / (half - 1))
+        steps = half - 1 if order == "sin_cos" else half
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float64) / steps)
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
-        self.linear_1 = linear(width, out_width)
-        self.linear_2 = linear(out_width, out_width)
+        self.linear_1 = linear(width, out_width, init)
+        self.linear_2 = linear(out_width, out_width, init)
 
     def sinusoid(self, t: Tensor) -> Tensor:
-        """t: (B,) integer timesteps.    Returns (B, width) in [-1, 1]."""
+        """t: (B,) timesteps, integer, or float where they were rescaled.    Returns (B, width) in [-1, 1]."""
         angles = t.to(self.frequencies.dtype)[:, None] * self.frequencies
-        return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+        sine, cosine = torch.sin(angles), torch.cos(angles)
+        return torch.cat([sine, cosine] if self.order == "sin_cos" else [cosine, sine], dim=1)
 
     def forward(self, t: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(self.sinusoid(t))))
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, swish, convolution, twice; the timestep is added between the halves, the input at the end."""
+    """GroupNorm, swish, convolution, twice, and the input added at the end; the timestep comes in between the halves.
 
-    def __init__(self, in_channels: int, out_channels: int, time_width: int, dropout: float, norm_groups: int) -> None:
+    It is added to what the first half gives (Ho et al. 2020), or scales and shifts that after its normalization (Nichol & Dhariwal 2021).
+    resample: both branches halved by averaging, or doubled by repeating, just before the first convolution (Dhariwal & Nichol 2021, after BigGAN).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, style: BlockStyle, resample: Literal["none", "down", "up"] = "none") -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=1e-6)
-        self.conv1 = conv3x3(in_channels, out_channels)
-        self.time_emb_proj = linear(time_width, out_channels)
-        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=1e-6)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = conv3x3(out_channels, out_channels, scale=1e-10)
+        self.resample = resample
+        self.scale_shift_norm = style.scale_shift_norm
+        self.norm1 = style.norm(in_channels)
+        self.conv1 = conv3x3(in_channels, out_channels, style.init)
+        self.time_emb_proj = linear(style.time_width, 2 * out_channels if style.scale_shift_norm else out_channels, style.init)
+        self.norm2 = style.norm(out_channels)
+        self.dropout = nn.Dropout(style.dropout)
+        self.conv2 = conv3x3(out_channels, out_channels, style.init, zero=True)
         self.conv_shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-            init_fan_avg_(self.conv_shortcut)
+            init_(self.conv_shortcut, style.init)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x: (B, C, H, W).    time: (B, time_width), after its swish."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(time)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.conv_shortcut(x) + h
+        h = F.silu(self.norm1(x))
+        if self.resample == "down":
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        elif self.resample == "up":
+            h, x = doubled(h), doubled(x)
+        h = self.conv1(h)
+        shift = self.time_emb_proj(time)[:, :, None, None]
+        if self.scale_shift_norm:
+            scale, shift = shift.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + shift)
+        return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(h)))
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all positions, one head, with residual (Ho et al. 2020, App. B)."""
+    """Self-attention over all positions, with residual (Ho et al. 2020, App. B)."""
 
-    def __init__(self, channels: int, norm_groups: int) -> None:
+    def __init__(self, channels: int, style: BlockStyle) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
-        self.to_q = linear(channels, channels)
-        self.to_k = linear(channels, channels)
-        self.to_v = linear(channels, channels)
-        self.to_out = nn.ModuleList([linear(channels, channels, scale=1e-10)])
+        self.heads = style.heads(channels)
+        self.group_norm = style.norm(channels)
+        self.to_q = linear(channels, channels, style.init)
+        self.to_k = linear(channels, channels, style.init)
+        self.to_v = linear(channels, channels, style.init)
+        self.to_out = nn.ModuleList([linear(channels, channels, style.init, zero=True)])
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        h = self.group_norm(x).permute(0, 2, 3, 1).reshape(batch, 1, height * width, channels)  # a view when channels_last
-        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        h = self.to_out[0](h).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-        return x + h
+        rows = positions(self.group_norm(x))
+        rows = attend(self.to_q(rows), self.to_k(rows), self.to_v(rows), self.heads)
+        return x + picture(self.to_out[0](rows), like=x)
+
+
+def positions(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H*W, C), a view when x is channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def picture(rows: Tensor, like: Tensor) -> Tensor:
+    """(B, H*W, C) -> (B, C, H, W), channels_last, of like's height and width."""
+    return rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Scaled dot-product attention of (B, N, C) rows, their channels shared out among the heads (Vaswani et al. 2017).    Returns (B, N, C)."""
+    q, k, v = (rows.unflatten(2, (heads, -1)).transpose(1, 2) for rows in (q, k, v))  # (B, heads, N, C / heads)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Each pixel repeated, twice as high and twice as wide."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Downsample(nn.Module):
-    """3x3 convolution with stride 2 on an even size, padded right and bottom only, as TensorFlow's SAME does."""
+    """3x3 convolution with stride 2 on an even size, padded right and bottom only, as TensorFlow's "same" does, or on all sides."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, padding: Padding = "same", init: Init = "fan_avg") -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-        init_fan_avg_(self.conv)
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if padding == "symmetric" else 0)
+        init_(self.conv, init)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """time: not used; the residual block that may stand here instead needs it."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == "same" else x)
 
 
 class Upsample(nn.Module):
     """Each pixel doubled both ways, then a 3x3 convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, init: Init = "fan_avg") -> None:
         super().__init__()
-        self.conv = conv3x3(channels, channels)
+        self.conv = conv3x3(channels, channels, init)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """time: as in Downsample."""
+        return self.conv(doubled(x))

@@ -1,13 +1,15 @@
-"""The U-Net of Ho et al. 2020 (App. B), layer for layer as in the authors' code."""
+"""The U-Net of Ho et al. 2020 (App. B), layer for layer as in the authors' code, and what Nichol & Dhariwal and Dhariwal & Nichol made of it."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm.models.layers import AttentionBlock, Downsample, ResBlock, TimestepEmbedding, Upsample, conv3x3
+from ddpm.models.layers import AttentionBlock, BlockStyle, Downsample, Init, Padding, ResBlock, TimeOrder, TimestepEmbedding, Upsample, conv3x3
+
+Resample = Literal["conv", "resblock"]
 
 
 class Level(nn.Module):
@@ -33,9 +35,17 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """Predicts from a noised image and its timestep (Ho et al. 2020, App. B; parameter names of diffusers' UNet2DModel).
 
+    Every default is that paper's. The others' values: Nichol & Dhariwal 2021 (improved_unet*.yaml), Dhariwal & Nichol 2021 (adm*.yaml).
+
     resolution: pixels, an int or (height, width), divisible by 2 ** (levels - 1).    channel_multipliers: one a level, of base_channels.
     attention_resolutions: the longer side, in pixels, of the levels that get attention; the middle always has it.
-    dropout: probability in [0, 1).    Raises ValueError, naming the argument, for sizes that do not fit together.
+    num_res_blocks: of each level on the way down; one more on the way up.    dropout: probability in [0, 1).
+    norm_groups, norm_eps: of every GroupNorm.    num_heads: of every attention; head_channels instead: the width of a head, any number of them.
+    scale_shift_norm: the timestep scales and shifts the second normalization of a residual block, instead of being added before it.
+    time_embedding: sines or cosines first, see TimestepEmbedding.    downsample_padding: right and bottom only ("same"), or on all sides.
+    resample: a level ends with a strided or upsampling convolution, or with a residual block that resamples.
+    init: first weights, see layers.init_.    num_classes: an embedding of the image's class, added to the timestep's; None: no classes.
+    Raises ValueError, naming the argument, for values that do not fit together.
     """
 
     def __init__(
@@ -49,57 +59,83 @@ class UNet(nn.Module):
         num_res_blocks: int = 2,
         dropout: float = 0.0,
         norm_groups: int = 32,
+        norm_eps: float = 1e-6,
+        num_heads: int = 1,
+        head_channels: int | None = None,
+        scale_shift_norm: bool = False,
+        time_embedding: TimeOrder = "sin_cos",
+        downsample_padding: Padding = "same",
+        resample: Resample = "conv",
+        init: Init = "fan_avg",
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
+        _check_counts(in_channels=in_channels, out_channels=out_channels, num_res_blocks=num_res_blocks, norm_groups=norm_groups)
+        _check_counts(num_heads=num_heads, head_channels=head_channels, num_classes=num_classes)
+        _check_choice("time_embedding", time_embedding, get_args(TimeOrder))
+        _check_choice("downsample_padding", downsample_padding, get_args(Padding))
+        _check_choice("resample", resample, get_args(Resample))
+        _check_choice("init", init, get_args(Init))
+        if not channel_multipliers:
+            raise ValueError("channel_multipliers=[] must have at least one level")
+        if head_channels is not None and num_heads != 1:
+            raise ValueError(f"num_heads={num_heads} and head_channels={head_channels}: give one of them")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} must lie in [0, 1)")
+        if norm_eps <= 0:
+            raise ValueError(f"norm_eps={norm_eps} must be positive")
         sizes = level_sizes(resolution, len(channel_multipliers))
-        _check(sizes, in_channels, out_channels, base_channels, channel_multipliers, attention_resolutions, num_res_blocks, dropout, norm_groups)
-        widths = [base_channels * multiplier for multiplier in channel_multipliers]
-        time_width = 4 * base_channels
+        widths = _level_widths(base_channels, channel_multipliers, norm_groups)
+        _check_attention(attention_resolutions, [max(size) for size in sizes])
+        style = BlockStyle(4 * base_channels, dropout, norm_groups, norm_eps, scale_shift_norm, num_heads, head_channels, init)
         last = len(widths) - 1
-
-        def resnet(width_in: int, width_out: int) -> ResBlock:
-            return ResBlock(width_in, width_out, time_width, dropout, norm_groups)
 
         def attentions(level: int, count: int) -> list[nn.Module]:
             wanted = max(sizes[level]) in attention_resolutions
-            return [AttentionBlock(widths[level], norm_groups) for _ in range(count)] if wanted else []
+            return [AttentionBlock(widths[level], style) for _ in range(count)] if wanted else []
 
-        self.time_embedding = TimestepEmbedding(base_channels, time_width)
-        self.conv_in = conv3x3(in_channels, base_channels)
+        self.time_embedding = TimestepEmbedding(base_channels, style.time_width, time_embedding, init)
+        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, style.time_width)
+        self.conv_in = conv3x3(in_channels, base_channels, init)
         width, skips = base_channels, [base_channels]
 
         self.down_blocks = nn.ModuleList()
         for level, level_width in enumerate(widths):
             resnets: list[nn.Module] = []
             for _ in range(num_res_blocks):
-                resnets.append(resnet(width, level_width))
+                resnets.append(ResBlock(width, level_width, style))
                 width = level_width
                 skips.append(width)
             down = Level(resnets, attentions(level, num_res_blocks))
             if level < last:
-                down.downsamplers.append(Downsample(width))
+                down.downsamplers.append(Downsample(width, downsample_padding, init) if resample == "conv" else ResBlock(width, width, style, "down"))
                 skips.append(width)
             self.down_blocks.append(down)
 
-        self.mid_block = Level([resnet(width, width), resnet(width, width)], [AttentionBlock(width, norm_groups)])
+        self.mid_block = Level([ResBlock(width, width, style), ResBlock(width, width, style)], [AttentionBlock(width, style)])
 
         self.up_blocks = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
             resnets = []
             for _ in range(num_res_blocks + 1):
-                resnets.append(resnet(width + skips.pop(), level_width))
+                resnets.append(ResBlock(width + skips.pop(), level_width, style))
                 width = level_width
             up = Level(resnets, attentions(level, num_res_blocks + 1))
             if level > 0:
-                up.upsamplers.append(Upsample(width))
+                up.upsamplers.append(Upsample(width, init) if resample == "conv" else ResBlock(width, width, style, "up"))
             self.up_blocks.append(up)
 
-        self.conv_norm_out = nn.GroupNorm(norm_groups, width, eps=1e-6)
-        self.conv_out = conv3x3(width, out_channels, scale=1e-10)
+        self.conv_norm_out = style.norm(width)
+        self.conv_out = conv3x3(width, out_channels, init, zero=True)
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_t: (B, in_channels, H, W).    t: (B,) int64, in [0, T-1].    Returns (B, out_channels, H, W)."""
-        time = F.silu(self.time_embedding(t))
+    def forward(self, x_t: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
+        """What the network says about x_t.
+
+        x_t: (B, in_channels, H, W).    t: (B,) int64, in [0, T-1], or float where they were rescaled.
+        classes: (B,) int64, in [0, num_classes-1]; None exactly when num_classes is.    Returns (B, out_channels, H, W).
+        Raises ValueError if classes is missing, not wanted or of the wrong shape.
+        """
+        time = F.silu(self._embedding(t, classes))
         h = self.conv_in(x_t)
         skips = [h]
         for down in cast(list[Level], self.down_blocks):
@@ -107,7 +143,7 @@ class UNet(nn.Module):
                 h = down.block(index, h, time)
                 skips.append(h)
             for downsample in down.downsamplers:
-                h = downsample(h)
+                h = downsample(h, time)
                 skips.append(h)
 
         h = self.mid_block.block(0, h, time)
@@ -117,8 +153,19 @@ class UNet(nn.Module):
             for index in range(len(up.resnets)):
                 h = up.block(index, torch.cat([h, skips.pop()], dim=1), time)
             for upsample in up.upsamplers:
-                h = upsample(h)
+                h = upsample(h, time)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+    def _embedding(self, t: Tensor, classes: Tensor | None) -> Tensor:
+        embedding = self.time_embedding(t)
+        if self.class_embedding is None:
+            if classes is not None:
+                raise ValueError("classes were given to a network that has num_classes=None")
+            return embedding
+        if classes is None or classes.shape != t.shape:
+            given = None if classes is None else tuple(classes.shape)
+            raise ValueError(f"classes must be {tuple(t.shape)}, one an image, since num_classes={self.class_embedding.num_embeddings}; got {given}")
+        return embedding + self.class_embedding(classes)
 
 
 def level_sizes(resolution: int | tuple[int, int], num_levels: int) -> list[tuple[int, int]]:
@@ -134,29 +181,27 @@ def level_sizes(resolution: int | tuple[int, int], num_levels: int) -> list[tupl
     return [(height >> level, width >> level) for level in range(num_levels)]
 
 
-def _check(
-    sizes: list[tuple[int, int]],
-    in_channels: int,
-    out_channels: int,
-    base_channels: int,
-    channel_multipliers: Sequence[int],
-    attention_resolutions: Sequence[int],
-    num_res_blocks: int,
-    dropout: float,
-    norm_groups: int,
-) -> None:
-    counts = {"in_channels": in_channels, "out_channels": out_channels, "num_res_blocks": num_res_blocks, "norm_groups": norm_groups}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count} must be at least 1")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout} must lie in [0, 1)")
+def _level_widths(base_channels: int, channel_multipliers: Sequence[int], norm_groups: int) -> list[int]:
     if base_channels < 4 or base_channels % 2:
         raise ValueError(f"base_channels={base_channels} must be even and at least 4 (half sines, half cosines)")
     for multiplier in channel_multipliers:
         if multiplier < 1 or base_channels * multiplier % norm_groups:
             raise ValueError(f"channel_multipliers has {multiplier}: its width {base_channels * multiplier} must be divisible by norm_groups={norm_groups}")
-    sides = [max(size) for size in sizes]
+    return [base_channels * multiplier for multiplier in channel_multipliers]
+
+
+def _check_attention(attention_resolutions: Sequence[int], sides: list[int]) -> None:
     for side in attention_resolutions:
         if side not in sides:
             raise ValueError(f"attention_resolutions has {side}, which no level has; the levels have {', '.join(map(str, sides))}")
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name}={count} must be at least 1")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value} must be one of {', '.join(choices)}")

@@ -1,0 +1,100 @@
+"""What the tests share: tiny runs, small folders of pictures, and commands in a process of their own. Nothing here needs a network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm import build
+from ddpm.cli import Composed, command
+from ddpm.config import training_config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY = [
+    *("data=digits", "model.base_channels=8", "model.norm_groups=4", "model.channel_multipliers=[1,2]", "model.attention_resolutions=[8]"),
+    *("training.steps=6", "training.batch_size=8", "runtime.num_previews=4", "sampler=ddim", "sampler.num_steps=2"),
+]
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def run(self) -> Path:
+        """The run folder, as its first line printed it."""
+        return Path(self.out.splitlines()[0].removeprefix("run "))
+
+
+@pytest.fixture(scope="session")
+def ddpm() -> Callable[..., Done]:
+    """Run `python -m ddpm.<name> <overrides>`."""
+
+    def call(name: str, *overrides: str, **environment: str) -> Done:
+        words = [sys.executable, "-m", f"ddpm.{name}", *overrides]
+        done = subprocess.run(words, cwd=ROOT, env={**os.environ, "HYDRA_FULL_ERROR": "0", **environment}, capture_output=True, text=True, timeout=200)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def train(ddpm: Callable[..., Done]) -> Callable[..., Done]:
+    """Train a tiny network below a folder; it must end well."""
+
+    def call(outputs: Path, *overrides: str) -> Done:
+        done = ddpm("train", *TINY, f"outputs={outputs}", *overrides)
+        assert done.code == 0, done.err
+        return done
+
+    return call
+
+
+@pytest.fixture
+def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a command line is refused with, before data is read: one line on standard error, and exit code 1."""
+
+    def check(composed: Composed) -> None:
+        build.check(training_config(composed))
+
+    def call(*overrides: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["ddpm", *overrides])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        with pytest.raises(SystemExit) as stopped:
+            command("config", check)()
+        printed = capsys.readouterr().err
+        if isinstance(stopped.value.code, str):  # what the interpreter prints when it ends with it, and then exit code 1
+            printed += stopped.value.code + "\n"
+        else:
+            assert stopped.value.code == 1
+        assert printed.count("\n") == 1, printed
+        return printed
+
+    return call
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Callable[..., Path]:
+    """Write PNG files of random pixels, 12 wide and 10 high, into a folder of tmp_path."""
+
+    def make(folder: str, names: list[str]) -> Path:
+        for seed, name in enumerate(names):
+            file = tmp_path / folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng(seed).integers(0, 256, (10, 12, 3), dtype=np.uint8)).save(file)
+        return tmp_path / folder
+
+    return make

@@ -1,0 +1,163 @@
+"""Samplers, by an exact denoiser: for Gaussian data each is a linear map that is known in closed form."""
+
+import pytest
+import torch
+
+from ddpm import schedules
+from ddpm.diffusion import Denoised, GaussianDiffusion
+from ddpm.samplers import Sampler, ancestral, ddim, spaced_timesteps
+
+ABAR = GaussianDiffusion(schedules.linear(1000, 1e-4, 0.02)).alphas_cumprod
+ALL = list(range(999, -1, -1))
+
+
+def gaussian_denoiser(std):
+    def denoise(x, t):
+        abar = ABAR[t].reshape(-1, 1, 1, 1)
+        x0 = abar.sqrt() * std**2 / (abar * std**2 + 1 - abar) * x
+        return Denoised(x0, (x - abar.sqrt() * x0) / (1 - abar).sqrt())
+
+    return denoise
+
+
+def no_noise(t):
+    raise AssertionError("a deterministic sampler asked for noise")
+
+
+def test_ancestral_reproduces_mean_and_spread_of_gaussian_data():
+    """Every element is a chain of its own; 40,000 of them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(t):
+        return torch.randn(1, 1, 200, 200, generator=generator, dtype=torch.float64)
+
+    for variance in ("fixed_small", "fixed_large"):
+        out = ancestral(gaussian_denoiser(0.5), noise(0), ABAR, ALL, noise, variance)
+        assert out.mean().item() == pytest.approx(0, abs=0.01)  # 4 standard errors
+        assert out.std().item() == pytest.approx(0.5, rel=0.02)
+
+
+def test_ancestral_returns_the_constant_of_constant_data_whatever_the_noise():
+    def denoise(x, t):
+        abar = ABAR[t].reshape(-1, 1, 1, 1)
+        return Denoised(torch.full_like(x, 0.3), (x - abar.sqrt() * 0.3) / (1 - abar).sqrt())
+
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(t):
+        return torch.randn(2, 1, 3, 3, generator=generator, dtype=torch.float64)
+
+    for steps in (ALL, spaced_timesteps(1000, 7, "respaced")):
+        torch.testing.assert_close(ancestral(denoise, noise(0), ABAR, steps, noise, "fixed_large"), torch.full((2, 1, 3, 3), 0.3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("num_steps", [10, 50, 1000])
+def test_ddim_is_the_closed_form_linear_map_on_gaussian_data(num_steps):
+    """Each step multiplies x by (abar' ratio) written out for the exact denoiser; the product of the steps is the map."""
+    steps = spaced_timesteps(1000, num_steps, "linear")
+    gain = 1.0
+    for t, following in zip(steps, [*(ABAR[t].item() for t in steps[1:]), 1.0], strict=True):
+        abar, s2 = ABAR[t].item(), 0.25
+        spread = abar * s2 + 1 - abar
+        gain *= (abar * following) ** 0.5 * s2 / spread + ((1 - following) * (1 - abar)) ** 0.5 / spread
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    assert ddim(gaussian_denoiser(0.5), x, ABAR, steps, no_noise).item() == pytest.approx(gain, rel=1e-12)
+
+
+def test_ddim_reproduces_the_spread_of_gaussian_data():
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)  # the map is linear: one point gives the spread
+    assert ddim(gaussian_denoiser(0.5), x, ABAR, ALL, no_noise).item() == pytest.approx(0.5, rel=0.01)
+
+
+@pytest.mark.parametrize(("t", "following", "sigma"), [(980, 960, 0.569741), (500, 480, 0.420265), (20, 0, 0.00992036)])
+def test_ddim_at_eta_1_has_the_golden_sigma_and_is_ancestral_of_fixed_small(t, following, sigma):
+    x, zero = torch.full((1, 1, 1, 1), 0.7, dtype=torch.float64), lambda t: torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+
+    def one_at_first(noise_of):
+        return lambda at: torch.ones(1, 1, 1, 1, dtype=torch.float64) if at == noise_of else zero(at)
+
+    def stop_after_first(x_t, at):  # the last step returns x0_hat: have it return x_t itself
+        return gaussian_denoiser(0.5)(x_t, at) if at[0] == t else Denoised(x_t, torch.zeros_like(x_t))
+
+    chain = [t, following]
+    plain = ddim(stop_after_first, x, ABAR, chain, zero, eta=1.0)
+    pushed = ddim(stop_after_first, x, ABAR, chain, one_at_first(t), eta=1.0)
+    assert (pushed - plain).item() == pytest.approx(sigma, rel=1e-5)
+    torch.testing.assert_close(ancestral(stop_after_first, x, ABAR, chain, one_at_first(t), "fixed_small"), pushed, rtol=1e-12, atol=0)
+
+
+def test_learned_range_reaches_from_the_posterior_variance_to_beta():
+    x, one = torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+
+    def denoiser_saying(words):
+        return lambda x_t, t: Denoised(torch.zeros_like(x_t) if t[0] == 500 else x_t, torch.zeros_like(x_t), words)
+
+    for words, variance in ((one, "fixed_large"), (-one, "fixed_small")):
+        learned = ancestral(denoiser_saying(words), x, ABAR, [500, 480], lambda t: one, "learned_range")
+        torch.testing.assert_close(learned, ancestral(denoiser_saying(None), x, ABAR, [500, 480], lambda t: one, variance), rtol=1e-12, atol=0)
+
+
+def test_timesteps_are_the_papers():
+    assert spaced_timesteps(1000, 50, "respaced")[::-1][:6] == [0, 20, 41, 61, 82, 102]
+    assert spaced_timesteps(1000, 50, "respaced")[:3] == [999, 979, 958]
+    assert spaced_timesteps(4000, 50, "respaced")[::-1][:4] == [0, 82, 163, 245]
+    assert spaced_timesteps(1000, 50, "linear") == list(range(980, -1, -20))
+    assert spaced_timesteps(1000, 10, "quadratic")[::-1] == [0, 9, 39, 88, 158, 246, 355, 483, 632, 800]
+    assert spaced_timesteps(1000, 1000, "respaced") == ALL
+
+
+def test_more_steps_than_timesteps_are_refused():
+    with pytest.raises(ValueError, match="num_steps=1001 must lie between 1 and .*1000"):
+        spaced_timesteps(1000, 1001, "respaced")
+    with pytest.raises(ValueError, match="num_steps=900 is too many for quadratic"):
+        spaced_timesteps(1000, 900, "quadratic")
+
+
+def test_a_chain_that_skips_pure_noise_is_refused_at_zero_terminal_snr():
+    process = GaussianDiffusion(schedules.linear(1000, 1e-4, 0.02, zero_terminal_snr=True), prediction="v")
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        Sampler(ddim, num_steps=50, spacing="linear").timesteps(process)
+    assert Sampler(ddim, num_steps=50, spacing="respaced").timesteps(process)[0] == 999
+
+
+def same_weights():
+    """A network with enough structure to tell samplers apart: smooth in x and t, no training needed."""
+    return lambda x, t: torch.tanh(x * (0.5 + t.reshape(-1, 1, 1, 1) / 2000)) + 0.1 * x.roll(1, -1)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_ddim_equals_diffusers(clip):
+    from diffusers import DDIMScheduler
+
+    process = GaussianDiffusion(schedules.linear(1000, 1e-4, 0.02))
+    theirs = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=clip, set_alpha_to_one=True, timestep_spacing="leading")
+    theirs.set_timesteps(50)
+    steps = spaced_timesteps(1000, 50, "linear")
+    assert theirs.timesteps.tolist() == steps
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = ddim(process.denoiser(same_weights(), clip=clip), x, process.alphas_cumprod, steps, no_noise)
+    for t in steps:  # with clip, diffusers re-derives the noise from the clipped image only if it is told to, as we always do
+        x = theirs.step(same_weights()(x, torch.full((2,), t)), t, x, use_clipped_model_output=clip).prev_sample
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_ancestral_equals_diffusers(variance):
+    """Step by step from the same x_t, so that errors do not add up; diffusers draws its own noise, so each draw is seeded and repeated."""
+    from diffusers import DDPMScheduler
+
+    process = GaussianDiffusion(schedules.linear(1000, 1e-4, 0.02))
+    theirs = DDPMScheduler(beta_start=1e-4, beta_end=0.02, variance_type=variance, clip_sample=True)
+    model, x = same_weights(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for t in (999, 500, 100, 10, 1):
+        draw = torch.randn(x.shape, generator=torch.Generator().manual_seed(t))
+        expected = theirs.step(model(x, torch.full((2,), t)), t, x, generator=torch.Generator().manual_seed(t)).prev_sample
+
+        def stop_after_first(x_t, at, t=t):
+            return process.denoiser(model)(x_t, at) if at[0] == t else Denoised(x_t, torch.zeros_like(x_t))
+
+        ours = ancestral(
+            stop_after_first, x, process.alphas_cumprod, [t, t - 1], lambda at, t=t, draw=draw: draw if at == t else torch.zeros_like(draw), variance
+        )
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        x = expected
