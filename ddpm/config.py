@@ -104,8 +104,10 @@ class Recipe(Section):
 
 
 class Config(Section):
-    """A training run, whole (conf/config.yaml)."""
+    """A training run, whole (conf/config.yaml).    init_weights: digest of what lies at init_from, found when the run is composed."""
 
+    init_from: str | None
+    init_weights: str | None = None
     model: Node
     data: Data
     schedule: Node
@@ -129,7 +131,11 @@ def training_config(composed: Composed) -> Config:
         raise ValueError(f"training.steps={config.training.steps} and training.epochs={config.training.epochs}: give one of them")
     if config.training.conditional and config.data.num_classes is None and config.data.name != "folder":
         raise ValueError(f"training.conditional=true needs labels, and data={config.data.name} has none (data.num_classes=null)")
-    return config
+    if config.init_from is None:
+        return config
+    from ddpm import diffusers_folder  # and torch with it, which other commands answer without
+
+    return config.model_copy(update={"init_weights": diffusers_folder.find(config.init_from, "init_from").digest()})
 
 
 def read_config(plain: Mapping[str, Any]) -> Config:

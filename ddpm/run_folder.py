@@ -25,6 +25,7 @@ NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no pa
     "sampler": True,
     "outputs": True,
     "recipe": True,
+    "init_weights": True,  # stands where init_from does
     "data": {"path": True, "cache": True, "max_unreadable": True, "num_images": True, "source": {"path": True}},
 }
 
@@ -76,14 +77,20 @@ def locate(config: Config, composed: Composed) -> RunFolder:
     pair = [f"{group}={composed.choices[group]}" for group in ("model", "data")]
     plain = training_config(compose([*pair, *([f"data.path='{config.data.path}'"] if config.data.name == "folder" else [])]))
     mine, recipe = computed(config), computed(plain)
+    shown = flat(mine)
+    if config.init_from is not None:
+        shown["init_from"] = Path(config.init_from).expanduser().resolve().name[-60:]
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:8]
     name = f"{composed.choices['model']}-{_typable(mine['data']['name'])}"
-    return RunFolder(Path(config.outputs) / name / f"{_difference(flat(mine), flat(recipe))}-{digest}")
+    return RunFolder(Path(config.outputs) / name / f"{_difference(shown, flat(recipe))}-{digest}")
 
 
 def computed(config: Config) -> dict[str, Any]:
-    """The half of a configuration that decides the numbers of a run (for data=folder with the folder's own name)."""
+    """The half of a configuration that decides the numbers of a run (for data=folder with the folder's own name, for init_from its content)."""
     half = _without(config.model_dump(mode="json"), NOT_COMPUTED)
+    half["init_from"] = config.init_weights
+    if config.init_from is None:
+        del half["init_from"]
     del half["training"]["steps" if config.training.steps is None else "epochs"]  # the unit not used
     if config.data.name == "folder" and config.data.path:
         half["data"]["name"] = Path(config.data.path).expanduser().resolve().name

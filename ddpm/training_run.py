@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from tqdm import tqdm
 
-from ddpm import build, checkpoint, images
+from ddpm import build, checkpoint, diffusers_folder, images
 from ddpm.cli import Composed
 from ddpm.config import Config
 from ddpm.data.batches import Batches
@@ -41,7 +41,9 @@ def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
     if record.get("status") == "complete":
         print(f"run {run.path} is complete: {record['step']} steps\n{_closing(run, record['step'])}", flush=True)
         return
-    with _accelerator(config) as accelerator:
+    if _starts_from_weights(config, run) and not (config.training.conditional and config.data.num_classes is None):
+        _first_weights(config, build.network(config, torch.device("meta"), config.data.num_classes or 1))  # before the data is read
+    with accelerator_for(config) as accelerator:
         leads = accelerator.is_main_process
         source = build.source(config)
         if leads:
@@ -83,6 +85,8 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
     leads, training, runtime = accelerator.is_main_process, config.training, config.runtime
     diffusion = build.diffusion(config)
     raw = build.network(config, accelerator.device, num_classes)
+    if _starts_from_weights(config, run):
+        raw.load_state_dict(_first_weights(config, raw))
     ema = EMA(raw, training.ema_decay, training.ema_warmup)
     meter = Meter(diffusion.num_timesteps, accelerator.device)
     timestep_sampler = build.timestep_sampler(diffusion, accelerator.device)
@@ -182,6 +186,18 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
         recorder.close()
 
 
+def _starts_from_weights(config: Config, run: RunFolder) -> bool:
+    return config.init_from is not None and not checkpoint.all_in(run.checkpoints)
+
+
+def _first_weights(config: Config, network: nn.Module) -> dict[str, torch.Tensor]:
+    """What lies at init_from, for this network.    Raises ValueError, one line, if it does not fit, or is no longer what the run is named after."""
+    found = diffusers_folder.find(str(config.init_from), "init_from")
+    if found.digest() != config.init_weights:
+        raise ValueError(f"init_from={config.init_from} has changed since the command was started; start it again")
+    return found.fitting(network, config.model)
+
+
 def _resume(
     found: checkpoint.Checkpoint,
     raw: nn.Module,
@@ -217,7 +233,7 @@ def _check_data(data: ImageSet, config: Config, run: RunFolder, record: dict[str
 
 
 @contextmanager
-def _accelerator(config: Config) -> Iterator[Accelerator]:
+def accelerator_for(config: Config) -> Iterator[Accelerator]:
     """Accelerate for one run; what it keeps between runs of one process is put back before and after.
 
     Raises ValueError if the device asked for is not here.

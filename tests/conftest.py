@@ -40,6 +40,12 @@ class Done(NamedTuple):
 
 
 @pytest.fixture(scope="session")
+def tiny() -> list[str]:
+    """Settings of a run that takes a second."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
 def ddpm() -> Callable[..., Done]:
     """Run `python -m ddpm.<name> <overrides>`."""
 

@@ -14,24 +14,24 @@ def batches(batch_size=4, seed=0, drop_last=False, flip=False, images=IMAGES):
 
 def order(found, epoch):
     first = epoch * found.steps_per_epoch
-    return [found.indices(step, 0, found.size(step)).tolist() for step in range(first, first + found.steps_per_epoch)]
+    return [found.indices(step, 0, found.size(step)) for step in range(first, first + found.steps_per_epoch)]
 
 
 def test_an_epoch_shows_every_image_once_the_last_batch_short():
     for epoch in (0, 1, 7):
         found = order(batches(), epoch)
         assert [len(batch) for batch in found] == [4, 4, 2]
-        assert sorted(sum(found, [])) == list(range(10))
+        assert sorted(torch.cat(found).tolist()) == list(range(10))
 
 
 def test_an_epoch_that_drops_its_short_batch_shows_no_image_twice():
     found = order(batches(drop_last=True), 0)
     assert [len(batch) for batch in found] == [4, 4]
-    assert len(set(sum(found, []))) == 8
+    assert len(set(torch.cat(found).tolist())) == 8
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
-    assert order(batches(), 3) == order(batches(), 3)
+    assert torch.equal(torch.cat(order(batches(), 3)), torch.cat(order(batches(), 3)))
     assert len({str(order(batches(seed=seed), epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
 
 
@@ -66,6 +66,20 @@ def test_flips_mirror_about_half_of_the_images_left_to_right_and_change_with_the
         assert torch.equal(torch.where(mirrored[-1][:, None, None, None], x0.flip(-1), x0), plain)
         assert 400 < mirrored[-1].sum() < 600
     assert not torch.equal(*mirrored)
+
+
+def test_each_image_keeps_its_label_but_for_the_share_that_is_dropped():
+    images, labels = np.zeros((5000, 1, 1, 1), dtype=np.uint8), np.arange(5000) % 10
+    found = Batches(images, 5000, 0, CPU, drop_last=False, flip=False, labels=labels, label_dropout=0.2, any_class=10)
+    dropped = []
+    for step in (0, 1):
+        classes = found.classes(step, 0, 5000)
+        dropped.append(classes == 10)
+        assert torch.equal(classes[~dropped[-1]], torch.from_numpy(labels)[found.indices(step, 0, 5000)][~dropped[-1]])
+        assert dropped[-1].double().mean().item() == pytest.approx(0.2, abs=5 * 0.4 / 5000**0.5)
+        assert torch.equal(found.classes(step, 7, 9), classes[7:9])
+    assert not torch.equal(*dropped)
+    assert batches().classes(0, 0, 4) is None
 
 
 def test_a_batch_larger_than_the_data_set_is_refused_by_its_key():

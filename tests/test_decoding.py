@@ -176,10 +176,8 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path, pictur
 
 
 def test_the_fingerprint_is_of_the_labels_too(tmp_path, pictures):
-    fingerprints = {
-        decode(pictures(name, files), tmp_path / "cache").fingerprint for name, files in (("a", ["x/1.png", "y/2.png"]), ("b", ["x/1.png", "x/2.png"]))
-    }
-    assert len(fingerprints) == 2
+    sets = {"a": ["x/1.png", "y/2.png", "y/3.png"], "b": ["x/1.png", "x/2.png", "y/3.png"], "c": ["x/1.png", "z/2.png", "z/3.png"]}
+    assert len({decode(pictures(name, files), tmp_path / "cache").fingerprint for name, files in sets.items()}) == 3
 
 
 def test_several_workers_give_the_array_that_one_gives(tmp_path, pictures):

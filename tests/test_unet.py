@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm import build
-from ddpm.cli import CONF, compose
+from ddpm.cli import compose
 from ddpm.config import training_config
 from ddpm.models.layers import TimestepEmbedding, conv3x3
 from ddpm.models.unet import UNet
@@ -16,7 +16,7 @@ SMALL = {"base_channels": 8, "channel_multipliers": [1, 2], "attention_resolutio
 def of_option(name: str) -> tuple[dict, torch.nn.Module]:
     """A model option's settings, and its network in colour without memory for its weights."""
     config = training_config(compose([f"model={name}", "data=butterflies"]))
-    return config.model, build.network(config, torch.device("meta"))
+    return config.model, build.network(config, torch.device("meta"), num_classes=1)
 
 
 def published(settings: dict) -> UNet2DModel:
@@ -44,8 +44,8 @@ def test_the_papers_networks_have_their_number_of_parameters(option, count):
     assert sum(parameter.numel() for parameter in of_option(option)[1].parameters()) == count
 
 
-@pytest.mark.parametrize("option", sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
-def test_every_model_option_has_the_parameters_that_diffusers_gives_it(option):
+@pytest.mark.parametrize("option", ["quickstart", "unet32", "unet64", "unet128", "unet256", "unet256_large"])
+def test_each_of_them_has_the_parameters_that_diffusers_gives_it_by_its_names(option):
     settings, network = of_option(option)
     with torch.device("meta"):
         theirs = published(settings)
@@ -74,6 +74,7 @@ def test_the_output_has_the_shape_of_the_input(resolution, channels):
     network = UNet(resolution, channels, channels, **{**SMALL, "attention_resolutions": [side // 2]})
     x_t = torch.zeros(2, channels, *((side, side) if isinstance(resolution, int) else resolution))
     assert network(x_t, torch.tensor([0, 999])).shape == x_t.shape
+    assert any(name.startswith("down_blocks.1.attentions.") for name in network.state_dict())  # the longer side tells
 
 
 def test_a_fresh_network_predicts_nearly_nothing():

@@ -1,0 +1,232 @@
+"""One call of ddpm.plan: sizes from the network built without memory, speed from a few real steps, expectations checked."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpm import build
+from ddpm.cli import Composed
+from ddpm.config import Config, Expect, training_config
+from ddpm.data.batches import Batches
+from ddpm.ema import EMA
+from ddpm.models.layers import AttentionBlock
+from ddpm.run_folder import locate
+from ddpm.training_loop import Meter, train
+from ddpm.training_run import accelerator_for
+
+
+class Sizes(NamedTuple):
+    """What a network needs. parameters: count.    forward_flops: of one image, a multiplication and an addition counting as 2.    saved_bytes: float32
+    activations kept for the backward pass, of one image.    attention: (height, width) -> number of attention blocks that see it."""
+
+    parameters: int
+    forward_flops: int
+    saved_bytes: int
+    attention: dict[tuple[int, int], int]
+
+
+class Verdict(NamedTuple):
+    """One expectation of a recipe. passed: None if it cannot be measured without training."""
+
+    what: str
+    expected: str
+    found: str
+    passed: bool | None
+
+
+def plan(composed: Composed) -> None:
+    """Print the plan of a run.    Raises ValueError, naming the first, if an expectation of the recipe does not hold."""
+    probe_seconds = float(composed.cfg.pop("probe"))
+    config = training_config(composed)
+    build.check(config)
+    training, data = config.training, config.data
+    found = sizes(config)
+    batches_per_epoch = steps_per_epoch(config)
+    num_steps = number_of_steps(config)
+    print(f"run         {locate(config, composed).path}")
+    print(f"network     {found.parameters:,} parameters, {found.forward_flops / 1e9:.1f} GFLOP an image forward, about 3 times that to train")
+    print(f"attention   {', '.join(f'{height}x{width} in {count} blocks' for (height, width), count in found.attention.items()) or 'none'}")
+    images = f"{data.num_images:,} images as published" if data.num_images else "number of images unknown until they are read"
+    print(f"data        {data.name}, {images}" + (f", {batches_per_epoch:,} steps an epoch" if batches_per_epoch else ""))
+    print(f"batch       {training.batch_size} images an update, {config.runtime.device_batch or training.batch_size} at once on one device")
+    if num_steps:
+        print(f"duration    {num_steps:,} steps, {num_steps * training.batch_size:,} images")
+    weights = 4 * found.parameters
+    print(f"disk        {4 * weights / 1e9:.2f} GB a checkpoint (weights, average, Adam's two moments), {config.runtime.keep_checkpoints} kept")
+    at_once = config.runtime.device_batch or training.batch_size
+    print(
+        f"memory      about {(5 * weights + at_once * found.saved_bytes) / 1e9:.1f} GB in float32: weights, gradients, Adam and average "
+        f"{5 * weights / 1e9:.2f} GB, activations {found.saved_bytes / 1e9:.3f} GB an image"
+    )
+    if probe_seconds > 0:
+        speed, device = probe(config, probe_seconds)
+        print(f"speed       {speed:.3g} images/s, {speed * 3 * found.forward_flops / 1e9:,.0f} GFLOP/s, on {device}")
+        if num_steps:
+            left = timedelta(seconds=round(num_steps * training.batch_size / speed))
+            print(f"time        {left.total_seconds() / 3600:,.1f} hours; started now, done {_when(left)}")
+    if config.recipe is None:
+        return
+    verdicts = expectations(config, config.recipe.expect, found, num_steps)
+    print(f"recipe      {config.recipe.source}" + (f"; takes {config.recipe.takes}" if config.recipe.takes else ""))
+    for verdict in verdicts:
+        word = {True: "pass", False: "FAIL", None: "not measurable yet"}[verdict.passed]
+        print(f"  {word:<19} {verdict.what}: expected {verdict.expected}" + (f", found {verdict.found}" if verdict.found else ""))
+    failed = [verdict for verdict in verdicts if verdict.passed is False]
+    if failed:
+        raise ValueError(
+            f"recipe.expect.{failed[0].what} expects {failed[0].expected}, and the run has {failed[0].found} ({len(failed)} of {len(verdicts)} fail)"
+        )
+
+
+def sizes(config: Config) -> Sizes:
+    """What the network of a run needs, found on the meta device: no memory, no arithmetic."""
+    meta = torch.device("meta")
+    network = build.network(config, meta, config.data.num_classes or 1).train()
+    x, t = torch.zeros(1, config.data.channels, *build.image_size(config.data), device=meta), torch.zeros(1, dtype=torch.int64, device=meta)
+    inputs = (x, t, t) if config.training.conditional else (x, t)
+    saved: dict[int, int] = {}
+    own = {id(parameter) for parameter in network.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        if id(tensor) not in own:
+            storage = tensor.untyped_storage()
+            saved[storage._cdata] = storage.nbytes()
+            kept.append(storage)  # keeps the address from being used again
+        return tensor
+
+    kept: list[torch.UntypedStorage] = []
+    attention: Counter[tuple[int, int]] = Counter()
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: attention.update([tuple(args[0].shape[2:])]))
+        for module in network.modules()
+        if isinstance(module, AttentionBlock)
+    ]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        network(*inputs)
+    for hook in hooks:
+        hook.remove()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(*inputs)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return Sizes(parameters, counter.get_total_flops(), sum(saved.values()), dict(attention))
+
+
+def steps_per_epoch(config: Config) -> int | None:
+    """Updates of one pass over the published number of images; None if that is not known."""
+    count, batch = config.data.num_images, config.training.batch_size
+    if count is None:
+        return None
+    return count // batch if config.training.drop_last else -(-count // batch)
+
+
+def number_of_steps(config: Config) -> int | None:
+    """Updates of the whole run, by the published number of images; None if that is needed and not known."""
+    if config.training.steps is not None:
+        return config.training.steps
+    of_epoch = steps_per_epoch(config)
+    return of_epoch * (config.training.epochs or 0) if of_epoch is not None else None
+
+
+def expectations(config: Config, expect: Expect, found: Sizes, num_steps: int | None) -> list[Verdict]:
+    """Each expectation of a recipe against what its configuration comes to; published figures need a trained network."""
+    verdicts: list[Verdict] = []
+
+    def exact(what: str, expected: int | None, value: int | None) -> None:
+        if expected is not None:
+            verdicts.append(Verdict(what, f"{expected:,}", "unknown" if value is None else f"{value:,}", expected == value))
+
+    def close(what: str, expected: float, value: float) -> None:
+        verdicts.append(Verdict(what, f"{expected:.8g}", f"{value:.8g}", abs(value - expected) <= 1e-6 * abs(expected)))
+
+    exact("parameters", expect.parameters, found.parameters)
+    exact("steps_per_epoch", expect.steps_per_epoch, steps_per_epoch(config))
+    exact("last_step", expect.last_step, None if num_steps is None else num_steps - 1)
+    schedule = build.lr_schedule(config)
+    for step, lr in expect.lr.items():
+        if num_steps is not None:
+            close(f"lr.{step}", lr, schedule(step, num_steps, float(config.optimizer["lr"])))
+    alphas_cumprod = build.diffusion(config).alphas_cumprod
+    for t, value in expect.alphas_cumprod.items():
+        if not 0 <= t < len(alphas_cumprod):
+            verdicts.append(Verdict(f"alphas_cumprod.{t}", f"{value:.8g}", f"no such timestep of {len(alphas_cumprod)}", False))
+        else:
+            close(f"alphas_cumprod.{t}", value, float(alphas_cumprod[t]))
+    for metric in expect.metrics:
+        verdicts.append(Verdict(metric.name, f"{metric.value} +- {metric.tolerance} ({metric.protocol})", "", None))
+    return verdicts
+
+
+def probe(config: Config, seconds: float) -> tuple[float, str]:
+    """(images/s, device) of the run's own training step on made-up pictures, in about that many seconds. At most 8 images at once on a CPU."""
+    with accelerator_for(config) as accelerator:
+        device, diffusion = accelerator.device, build.diffusion(config)
+        batch = min(config.training.batch_size, config.runtime.device_batch or config.training.batch_size, 8 if device.type == "cpu" else 1 << 30)
+        pictures = np.random.default_rng(0).integers(0, 256, (batch, config.data.channels, *build.image_size(config.data)), dtype=np.uint8)
+        num_classes = config.data.num_classes or 1
+        labels = np.arange(batch) % num_classes if config.training.conditional else None
+        raw = build.network(config, device, num_classes).train()
+        model, optimizer = accelerator.prepare(raw, build.optimizer(config, list(raw.parameters())))
+        clock = _Clock(seconds, device)
+        train(
+            accelerator=accelerator,
+            model=model,
+            diffusion=diffusion,
+            optimizer=optimizer,
+            lr_at=lambda step: 0.0,
+            ema=EMA(raw, config.training.ema_decay, config.training.ema_warmup),
+            batches=Batches(pictures, batch, config.seed, device, drop_last=True, flip=config.data.flip, labels=labels),
+            meter=Meter(diffusion.num_timesteps, device),
+            timestep_sampler=build.timestep_sampler(diffusion, device),
+            seed=config.seed,
+            steps=clock.steps(),
+            num_steps=1 << 60,
+            device_batch=None,
+            grad_clip=config.training.grad_clip,
+            log_every=1 << 60,
+            sample_every=1 << 60,
+            checkpoint_every=1 << 60,
+            log=_nothing,
+            save_samples=_nothing,
+            save_checkpoint=_nothing,
+        )
+        return batch / clock.seconds_per_step, f"{device.type} ({batch} images at once)"
+
+
+class _Clock:
+    """Hands out steps until the time is up, and knows how long one took; the first, which warms up, is not counted."""
+
+    def __init__(self, seconds: float, device: torch.device) -> None:
+        self._seconds, self._device, self.seconds_per_step = seconds, device, float("nan")
+
+    def steps(self) -> Iterator[int]:
+        began = time.perf_counter()
+        yield 0
+        self._wait()
+        start, step = time.perf_counter(), 1
+        while step < 3 or (time.perf_counter() - began < self._seconds and step < 100):
+            yield step
+            step += 1
+            self._wait()
+        self.seconds_per_step = (time.perf_counter() - start) / (step - 1)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _nothing(*_: Any) -> None:
+    """A probe neither logs nor saves."""
+
+
+def _when(left: timedelta) -> str:
+    try:
+        return (datetime.now().astimezone() + left).strftime("%Y-%m-%d %H:%M %Z")
+    except OverflowError:
+        return "in the far future"

@@ -1,0 +1,82 @@
+"""python -m ddpm.recipes: print experiments/README.md, the table of the named runs, from the files beside it."""
+
+from itertools import groupby
+
+from ddpm.cli import EXPERIMENTS, Composed, compose
+from ddpm.config import Config, Recipe, training_config
+
+INTRO = """\
+# Recipes
+
+One file a run: `python -m ddpm.train experiment=NAME` trains it, `python -m ddpm.plan experiment=NAME` says beforehand what it will be, and whether that
+is what its source describes. A file holds only what differs from its `model` and `data` options and, under `recipe`, what the run must come to. The LSUN
+bedroom and cat runs need `data.path=DIR`: the images exported from [LSUN's own databases](https://github.com/fyu/lsun).
+
+A published figure stands with its protocol; Ho et al. report the step of lowest FID. Each file also says how near a repetition should come: 0.2 for an FID
+of about 3 and 5% for larger ones, twice the deviation printed for IS, and 0.02 for precision, recall and bits/dim, where the objectives compared lie 0.04
+and more apart.
+
+The papers' tables of objectives and schedules are sweeps; where a row has a recipe, it is the same run, in the same folder:
+
+```bash
+# Ho et al. 2020, Table 2
+python -m ddpm.train -m model=unet32 data=cifar10 objective=epsilon_fixed_large,epsilon_bound,epsilon_bound_learned,mean,mean_bound,mean_bound_learned
+# Nichol & Dhariwal 2021, Table 2: cosine; linear, 4000 timesteps; linear, 1000 timesteps
+python -m ddpm.train -m experiment=cifar10_hybrid objective=epsilon_fixed_large,hybrid,vlb objective.rescale_timesteps=true
+python -m ddpm.train -m experiment=cifar10_hybrid model.dropout=0.1 schedule=linear_rescaled \\
+    objective=epsilon_fixed_large,hybrid objective.rescale_timesteps=true
+python -m ddpm.train experiment=cifar10_hybrid model.dropout=0.1 schedule=linear schedule.num_timesteps=1000 objective=epsilon_fixed_large
+```
+
+`python -m ddpm.recipes > experiments/README.md` writes this page.
+"""
+
+METRICS = {"fid": "FID", "inception_score": "IS", "bits_per_dim": "bits/dim", "precision": "precision", "recall": "recall"}
+
+
+def page() -> str:
+    """experiments/README.md, whole."""
+    return f"{INTRO}\n{table()}"
+
+
+def table() -> str:
+    """One row a recipe, in Markdown.    Raises ValueError, naming the file, for one that says nothing about where it comes from."""
+    head = ["recipe", "source", "model, data", "parameters", "steps", "published", "measured"]
+    rows = [head, ["---"] * 3 + ["---:"] * 2 + ["---"] * 2]
+    for file in sorted(EXPERIMENTS.glob("*.yaml")):
+        composed = compose([f"experiment={file.stem}"])
+        config = training_config(composed)
+        if config.recipe is None:
+            raise ValueError(f"experiments/{file.name} has no recipe")
+        rows.append([f"[{file.stem}]({file.name})", _source(config.recipe), *_run(composed, config, config.recipe), _published(config.recipe), "not measured"])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _source(recipe: Recipe) -> str:
+    takes = f"takes {recipe.takes}" if recipe.takes else None
+    return "<br>".join(part for part in (recipe.source, takes, recipe.note) if part)
+
+
+def _run(composed: Composed, config: Config, recipe: Recipe) -> list[str]:
+    """Options, parameters and steps."""
+    expect = recipe.expect
+    parameters, steps = (f"{number:,}" if number else "" for number in (expect.parameters, expect.last_step and expect.last_step + 1))
+    epochs = f" ({config.training.epochs} epochs)" if config.training.epochs else ""
+    return [f"`{composed.choices['model']}`, `{composed.choices['data']}`", parameters, steps + epochs]
+
+
+def _published(recipe: Recipe) -> str:
+    """The figures, those of one protocol together."""
+    lines = []
+    for protocol, metrics in groupby(recipe.expect.metrics, key=lambda metric: metric.protocol):
+        figures = ", ".join(f"{METRICS.get(metric.name, metric.name)} {metric.value:g}" for metric in metrics)
+        lines.append(f"{figures} ({protocol})")
+    return "<br>".join(lines) or "none"
+
+
+def main() -> None:
+    print(page(), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The named runs of experiments/: each is what its source describes, as far as that can be told without data or training."""
+
+import functools
+import itertools
+import json
+import re
+
+import pytest
+import torch
+
+from ddpm import build, recipes
+from ddpm.cli import EXPERIMENTS, compose
+from ddpm.config import Config, training_config
+from ddpm.run_folder import computed, locate
+
+NAMES = sorted(file.stem for file in EXPERIMENTS.glob("*.yaml"))
+PLAIN = {
+    "butterflies128": "model=unet128 data=butterflies",
+    "butterflies256": "model=unet256 data=butterflies",
+    "mtg128": "model=unet128 data=mtg",
+    "mtg256": "model=unet256 data=mtg",
+    "cifar10": "model=unet32 data=cifar10",
+    "cifar10_epsilon_bound": "model=unet32 data=cifar10 objective=epsilon_bound",
+    "cifar10_epsilon_bound_learned": "model=unet32 data=cifar10 objective=epsilon_bound_learned",
+    "cifar10_mean": "model=unet32 data=cifar10 objective=mean",
+    "cifar10_mean_bound": "model=unet32 data=cifar10 objective=mean_bound",
+    "cifar10_mean_bound_learned": "model=unet32 data=cifar10 objective=mean_bound_learned",
+    "celebahq256": "model=unet256 data=celebahq256",
+    "lsun_bedroom256": "model=unet256 data=lsun_bedroom256",
+    "lsun_church256": "model=unet256 data=lsun_church256",
+    "lsun_cat256": "model=unet256 data=lsun_cat256",
+}
+
+
+composed = functools.cache(lambda *overrides: compose(overrides))
+
+
+@functools.cache
+def configured(*overrides: str) -> Config:
+    return training_config(composed(*overrides))
+
+
+def run(*overrides: str) -> str:
+    """What decides the folder of a run, but for its readable part."""
+    return json.dumps(computed(configured(*overrides)), sort_keys=True)
+
+
+def num_steps(config: Config) -> int:
+    return config.training.steps or config.training.epochs * steps_per_epoch(config)
+
+
+def steps_per_epoch(config: Config) -> int:
+    images, batch = config.data.num_images, config.training.batch_size
+    return images // batch if config.training.drop_last else -(-images // batch)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_can_be_built_and_comes_to_what_it_says(name):
+    config = configured(f"experiment={name}")
+    build.check(config)
+    network = build.network(config, torch.device("meta"), config.data.num_classes or 1)
+    schedule, rate, abar = build.lr_schedule(config), config.optimizer["lr"], build.diffusion(config).alphas_cumprod
+    expect = config.recipe.expect
+    found = {"parameters": sum(parameter.numel() for parameter in network.parameters()), "steps_per_epoch": steps_per_epoch(config)}
+    found["last_step"] = num_steps(config) - 1
+    assert {key: getattr(expect, key) for key in found} == found
+    assert {step: schedule(step, num_steps(config), rate) for step in expect.lr} == pytest.approx(expect.lr, rel=1e-6)
+    assert {t: abar[t].item() for t in expect.alphas_cumprod} == pytest.approx(expect.alphas_cumprod, rel=1e-6, abs=0)
+    assert {0, len(abar) - 1} <= expect.alphas_cumprod.keys()
+    assert 0 in expect.lr
+    assert max(expect.lr) < num_steps(config)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_opens_with_its_command_and_prints_each_figure_once(name):
+    first = (EXPERIMENTS / f"{name}.yaml").read_text().splitlines()[0]
+    command, _, plain = first.partition("  ")
+    assert command.removesuffix(" data.path=DIR") == f"# python -m ddpm.train experiment={name}"
+    assert plain.strip() == (f"(the same run as {PLAIN[name]})" if name in PLAIN else "")
+    recipe = configured(f"experiment={name}").recipe
+    protocols = [(metric.name, metric.protocol) for metric in recipe.expect.metrics]
+    assert len(set(protocols)) == len(protocols)
+    assert {metric.name for metric in recipe.expect.metrics} <= recipes.METRICS.keys()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_plain_command_is_the_recipes_run(name):
+    paths = {locate(configured(*overrides), composed(*overrides)).path for overrides in ([f"experiment={name}"], PLAIN[name].split())}
+    assert len(paths) == 1
+
+
+def test_two_recipes_are_never_one_run():
+    assert len({run(f"experiment={name}") for name in NAMES}) == len(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("data", "steps", "flip"),
+    [("celebahq256", 500_000, True), ("lsun_bedroom256", 2_400_000, False), ("lsun_church256", 1_200_000, True), ("lsun_cat256", 1_800_000, True)],
+)
+def test_the_papers_runs_at_256_are_those_of_its_appendix_b(data, steps, flip):
+    config = configured("model=unet256", f"data={data}")
+    training = config.training
+    assert (training.steps, training.batch_size, training.ema_decay, training.ema_warmup, training.grad_clip) == (steps, 64, 0.9999, False, 1.0)
+    assert (config.optimizer["lr"], config.model["dropout"], config.data.flip, config.data.resolution) == (2e-5, 0.0, flip, 256)
+    assert (config.objective["prediction"], config.objective["loss"], config.objective["variance"]) == ("epsilon", "simple", "fixed_small")
+
+
+IMPROVED = [
+    "cifar10_hybrid",
+    "cifar10_vlb",
+    "imagenet64_hybrid",
+    "imagenet64_vlb",
+    "imagenet64_conditional",
+    "lsun_bedroom256_improved_a",
+    "lsun_bedroom256_improved_b",
+]
+
+
+@pytest.mark.parametrize("name", IMPROVED)
+def test_improved_ddpm_trains_without_warm_up_clipping_or_decay(name):
+    """And its bound weighs T / 1000 of the whole, or 1 / T where the code rescales nothing (Nichol & Dhariwal 2021, README)."""
+    config = configured(f"experiment={name}")
+    optimizer = build.optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["weight_decay"] == 0
+    assert (config.training.grad_clip, config.training.ema_decay, config.training.ema_warmup, config.data.flip) == (None, 0.9999, False, False)
+    assert config.lr_schedule == {"_target_": "ddpm.lr_schedules.Constant", "warmup_steps": 0}
+    diffusion = build.diffusion(config)
+    rescales = name in IMPROVED[:4]
+    assert diffusion.variance == "learned_range"
+    assert diffusion.rescale_timesteps == rescales
+    if name.endswith("vlb"):
+        assert (diffusion.loss, diffusion.vlb_weight, diffusion.timestep_sampling) == ("bound", 1.0, "loss_second_moment")
+    else:
+        assert (diffusion.loss, diffusion.timestep_sampling) == ("hybrid", "uniform")
+        assert diffusion.vlb_weight == pytest.approx(0.001 if rescales else 1 / diffusion.num_timesteps)
+
+
+@pytest.mark.parametrize(("data", "path"), [("lsun_bedroom256", None), ("lsun_cat256", None), ("celebahq256", "nowhere"), ("imagenet64", "nowhere")])
+def test_data_that_is_not_there_is_asked_for_by_data_path(data, path):
+    with pytest.raises(ValueError, match=r"data\.path"):
+        build.source(configured(f"data={data}", *([f"data.path={path}"] if path else [])))
+
+
+def commands() -> list[list[str]]:
+    """The command lines of the page, a sweep as its jobs."""
+    found = []
+    for line in re.sub(r"\\\n\s*", "", recipes.INTRO).splitlines():
+        if line.startswith("python -m ddpm.train "):
+            choices = [
+                [f"{key}={value}" for value in values.split(",")] for key, _, values in (word.partition("=") for word in line.split()[3:] if word != "-m")
+            ]
+            found += [list(job) for job in itertools.product(*choices)]
+    return found
+
+
+def test_the_pages_sweeps_are_the_rows_of_the_papers_tables():
+    jobs = commands()
+    for job in jobs:
+        build.check(configured(*job))
+    runs = [run(*job) for job in jobs]
+    rows = ["cifar10", "cifar10_epsilon_bound", "cifar10_epsilon_bound_learned", "cifar10_mean", "cifar10_mean_bound", "cifar10_mean_bound_learned"]
+    assert runs[:6] == [run(f"experiment={name}") for name in rows]
+    assert len(set(runs)) == len(runs) == 12
+    assert {run("experiment=cifar10_hybrid"), run("experiment=cifar10_vlb")} <= set(runs[6:])
+    noise = {
+        (job[1:].count("schedule=linear"), len(diffusion.betas), f"{diffusion.alphas_cumprod[-1]:.6g}")
+        for job in jobs[6:]
+        for diffusion in [build.diffusion(configured(*job))]
+    }
+    assert noise == {(0, 4000, "1.51798e-10"), (0, 4000, "4.24665e-05"), (1, 1000, "4.03583e-05")}
+
+
+def test_the_page_is_what_the_command_prints(capsys):
+    recipes.main()
+    assert capsys.readouterr().out == (EXPERIMENTS / "README.md").read_text()
+
+
+def test_the_page_has_a_row_for_each_recipe_with_its_figures():
+    page = (EXPERIMENTS / "README.md").read_text()
+    rows = {row.split("|")[1].strip(): row for row in page.splitlines() if row.startswith("| [")}
+    assert list(rows) == [f"[{name}]({name}.yaml)" for name in NAMES]
+    assert all(row.count(" | ") == 6 for row in rows.values())
+    cifar10 = rows["[cifar10](cifar10.yaml)"]
+    assert "`unet32`, `cifar10` | 35,746,307 | 800,000 | FID 3.17 (50k samples, train split" in cifar10
+    assert "50,100 (300 epochs)" in rows["[butterflies128](butterflies128.yaml)"]
