@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddpm.files import sync_file, sync_folder, write_whole
+from ddpm.files import allow_by_umask, sync_file, sync_folder, write_whole
 
 _PREFIX = "step_"
 
@@ -47,6 +47,7 @@ def save(checkpoints: Path, step: int, model: dict[str, Tensor], ema: dict[str, 
     torch.save(state, scratch / "state.pt")
     (scratch / "meta.json").write_text(json.dumps({"step": step}))
     for file in scratch.iterdir():
+        allow_by_umask(file)  # safetensors makes its files private
         sync_file(file)
     sync_folder(scratch)
     folder = checkpoints / name

@@ -104,7 +104,7 @@ class Recipe(Section):
 
 
 class Config(Section):
-    """A training run, whole (conf/config.yaml).    init_weights: digest of what lies at init_from, found when the run is composed."""
+    """A training run, whole (conf/config.yaml).    init_weights: digest of what lies at init_from, found when the run is (run_folder.with_content)."""
 
     init_from: str | None
     init_weights: str | None = None
@@ -124,18 +124,14 @@ class Config(Section):
 
 def training_config(composed: Composed) -> Config:
     """The configuration of a run, checked.    Raises ValueError, one line that names the key, the value and what is allowed."""
-    plain = plain_config(composed)
+    plain = {**plain_config(composed), "init_weights": None}
     _settle_duration(plain["training"], composed.overrides)
     config = read_config(plain)
     if (config.training.steps is None) == (config.training.epochs is None):
         raise ValueError(f"training.steps={config.training.steps} and training.epochs={config.training.epochs}: give one of them")
     if config.training.conditional and config.data.num_classes is None and config.data.name != "folder":
         raise ValueError(f"training.conditional=true needs labels, and data={config.data.name} has none (data.num_classes=null)")
-    if config.init_from is None:
-        return config
-    from ddpm import diffusers_folder  # and torch with it, which other commands answer without
-
-    return config.model_copy(update={"init_weights": diffusers_folder.find(config.init_from, "init_from").digest()})
+    return config
 
 
 def read_config(plain: Mapping[str, Any]) -> Config:

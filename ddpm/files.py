@@ -30,3 +30,10 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def allow_by_umask(path: Path) -> None:
+    """Give a file or folder the permissions that the user's umask grants, where what made it gave fewer."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

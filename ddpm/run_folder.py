@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
+from ddpm import diffusers_folder
 from ddpm.cli import Composed, compose
 from ddpm.config import Config, read_config, training_config
 from ddpm.files import write_whole
@@ -85,10 +86,17 @@ def locate(config: Config, composed: Composed) -> RunFolder:
     return RunFolder(Path(config.outputs) / name / f"{_difference(shown, flat(recipe))}-{digest}")
 
 
+def with_content(config: Config) -> Config:
+    """The configuration, with the digest of what lies at init_from unless it has one.    Raises ValueError, one line, if nothing of use lies there."""
+    if config.init_from is None or config.init_weights is not None:
+        return config
+    return config.model_copy(update={"init_weights": diffusers_folder.find(config.init_from, "init_from").digest()})
+
+
 def computed(config: Config) -> dict[str, Any]:
     """The half of a configuration that decides the numbers of a run (for data=folder with the folder's own name, for init_from its content)."""
     half = _without(config.model_dump(mode="json"), NOT_COMPUTED)
-    half["init_from"] = config.init_weights
+    half["init_from"] = with_content(config).init_weights
     if config.init_from is None:
         del half["init_from"]
     del half["training"]["steps" if config.training.steps is None else "epochs"]  # the unit not used

@@ -24,7 +24,7 @@ from ddpm.data.batches import Batches
 from ddpm.data.decoding import ImageSet
 from ddpm.ema import EMA
 from ddpm.recording import Recorder
-from ddpm.run_folder import RunFolder
+from ddpm.run_folder import RunFolder, with_content
 from ddpm.sampling import Drawing
 from ddpm.timestep_sampling import LossSecondMoment, Uniform
 from ddpm.training_loop import Meter, train
@@ -41,6 +41,7 @@ def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
     if record.get("status") == "complete":
         print(f"run {run.path} is complete: {record['step']} steps\n{_closing(run, record['step'])}", flush=True)
         return
+    config = with_content(config)
     if _starts_from_weights(config, run) and not (config.training.conditional and config.data.num_classes is None):
         _first_weights(config, build.network(config, torch.device("meta"), config.data.num_classes or 1))  # before the data is read
     with accelerator_for(config) as accelerator:

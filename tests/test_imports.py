@@ -8,19 +8,8 @@ from ddpm.cli import PACKAGE
 # A module imports only from those before it; one that is not listed is an entry point, and may import all of these.
 ORDER = [
     *("files", "randomness", "cli", "config", "data", "schedules", "models", "diffusion", "timestep_sampling", "samplers", "sampling"),
-    *(
-        "ema",
-        "lr_schedules",
-        "checkpoint",
-        "diffusers_settings",
-        "diffusers_folder",
-        "images",
-        "recording",
-        "build",
-        "run_folder",
-        "training_loop",
-        "training_run",
-    ),
+    *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "recording"),
+    *("build", "run_folder", "training_loop", "training_run"),
 ]
 PURE = {"randomness", "schedules", "models", "diffusion", "timestep_sampling", "samplers", "ema", "lr_schedules", "training_loop"}
 CONFIGURING = {"hydra", "omegaconf", "pydantic", "cli", "config", "build"}

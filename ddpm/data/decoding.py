@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import multiprocessing
-import os
 import shutil
 import tempfile
 import warnings
@@ -20,6 +19,7 @@ from PIL import Image, ImageColor, ImageOps
 from tqdm import tqdm
 
 from ddpm.data.sources import Source
+from ddpm.files import allow_by_umask
 
 Found = list[tuple[str, bytes | None, int | None]]  # name, digest of the content (None: does not decode), label
 
@@ -136,7 +136,7 @@ def _decode_into(folder: Path, source: Source, decoding: Decoding, workers: int,
                 fingerprint.update(digest + label.to_bytes(8, "little", signed=True))
         about = {"classes": source.classes, "fingerprint": fingerprint.hexdigest()[:16], "unreadable": bad}
         (scratch / "about.json").write_text(json.dumps(about))
-        scratch.chmod(0o777 & ~_umask())
+        allow_by_umask(scratch)
         try:
             scratch.rename(folder)
         except OSError:
@@ -187,9 +187,3 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
