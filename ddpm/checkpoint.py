@@ -62,7 +62,7 @@ def save(checkpoints: Path, step: int, model: dict[str, Tensor], ema: dict[str, 
 
 def all_in(checkpoints: Path) -> list[Checkpoint]:
     """The whole checkpoints of a run, oldest first."""
-    folders = [folder for folder in checkpoints.glob(f"{_PREFIX}*") if (folder / "meta.json").is_file()]
+    folders = [folder for folder in checkpoints.glob(f"{_PREFIX}{'[0-9]' * 8}") if (folder / "meta.json").is_file()]
     return sorted((Checkpoint(folder, int(folder.name.removeprefix(_PREFIX))) for folder in folders), key=lambda found: found.step)
 
 

@@ -79,6 +79,7 @@ def command(config_name: str, task: Callable[[Composed], None]) -> Callable[[], 
     return main
 
 
+@functools.cache
 def register_experiments() -> None:
     """Make each file of experiments/ an option of the group `experiment`, from whatever folder the command is started."""
     for file in sorted(EXPERIMENTS.glob("*.yaml")):

@@ -129,6 +129,8 @@ def training_config(composed: Composed) -> Config:
     config = read_config(plain)
     if (config.training.steps is None) == (config.training.epochs is None):
         raise ValueError(f"training.steps={config.training.steps} and training.epochs={config.training.epochs}: give one of them")
+    if "lr" not in config.optimizer:
+        raise ValueError("optimizer.lr is missing: the learning rate schedule starts from it")
     if config.training.conditional and config.data.num_classes is None and config.data.name != "folder":
         raise ValueError(f"training.conditional=true needs labels, and data={config.data.name} has none (data.num_classes=null)")
     return config
@@ -169,11 +171,8 @@ def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
     Only names that start with "ddpm.", "torch.optim." or a prefix of runtime.trusted_modules are imported (design rule: nothing loaded runs code).
     Raises ValueError, one line.
     """
-    target = node.get("_target_")
-    prefixes = (*TRUSTED, *(f"{name.rstrip('.')}." for name in trusted))
-    if not isinstance(target, str) or not target.startswith(prefixes):
-        raise ValueError(f"{key}._target_={target} is not trusted: it must start with {', '.join(prefixes)} (runtime.trusted_modules adds to these)")
-    function = _imported(key, target)
+    _check_trust(key, {"_target_": None, **node}, (*TRUSTED, *(f"{name.rstrip('.')}." for name in trusted)))
+    function = _imported(key, node["_target_"])
     signature = inspect.signature(function)
     hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
     arguments = {name: value for name, value in node.items() if name not in ("_target_", "_partial_")}
@@ -189,6 +188,20 @@ def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
         schema.model_validate_json(json.dumps(arguments))
     except ValidationError as error:
         raise ValueError(_first(error, arguments, schema, prefix=f"{key}.")) from None
+
+
+def _check_trust(key: str, value: Any, prefixes: tuple[str, ...]) -> None:
+    """Look at every `_target_` there is, however deep: Hydra would call each."""
+    if isinstance(value, list):
+        for index, inner in enumerate(value):
+            _check_trust(f"{key}.{index}", inner, prefixes)
+    if not isinstance(value, Mapping):
+        return
+    target = value.get("_target_")
+    if "_target_" in value and not (isinstance(target, str) and target.startswith(prefixes)):
+        raise ValueError(f"{key}._target_={target} is not trusted: it must start with {', '.join(prefixes)} (runtime.trusted_modules adds to these)")
+    for name, inner in value.items():
+        _check_trust(f"{key}.{name}", inner, prefixes)
 
 
 def _imported(key: str, target: str) -> Any:

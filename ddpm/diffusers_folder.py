@@ -69,14 +69,15 @@ class Pretrained:
         Raises ValueError, one line, that says the first name, shape or setting that differs.
         """
         weights, wanted = self.weights(), network.state_dict()
+        whose = f"the network of {'its config.json' if model is self.model else 'model.*'}"
         for name, tensor in wanted.items():
             if name not in weights:
-                raise ValueError(f"{self.option} has no {name}, which the network of model.* has")
+                raise ValueError(f"{self.option} has no {name}, which {whose} has")
             if weights[name].shape != tensor.shape:
-                raise ValueError(f"{self.option} has {name} of shape {tuple(weights[name].shape)}, the network of model.* {tuple(tensor.shape)}")
+                raise ValueError(f"{self.option} has {name} of shape {tuple(weights[name].shape)}, {whose} {tuple(tensor.shape)}")
         for name in weights:
             if name not in wanted:
-                raise ValueError(f"{self.option} has {name}, which the network of model.* has not")
+                raise ValueError(f"{self.option} has {name}, which {whose} has not")
         if self.model["_target_"] == model["_target_"] == UNET:
             theirs, ours = unseen(self.model), unseen(model)
             for key in ours:
@@ -104,6 +105,7 @@ def find(name: str, option: str) -> Pretrained:
     if (folder / "config.yaml").is_file():
         with _naming(f"{option}: config.yaml"):
             model = dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"])
+            _ = model["_target_"]
         with _naming(option):
             return Pretrained(option, model, checkpoint.find(folder / "checkpoints").folder / "ema.safetensors", None)
     if (folder / "model_index.json").is_file():

@@ -20,7 +20,7 @@ class Recorder:
         kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= first_step]
         write_whole(self._path, "".join(line + "\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")  # noqa: SIM115: open for as long as the run
-        self._board = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Record values that the configuration decides, such as losses, after `step` updates."""

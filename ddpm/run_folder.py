@@ -48,6 +48,8 @@ class RunFolder:
         if not file.is_file():
             raise ValueError(f"run={self.path} is no run folder: it has no config.yaml")
         plain = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(plain, dict) or not isinstance(plain.get("runtime"), dict):
+            raise ValueError(f"run={self.path} is no run folder: its config.yaml is not one of ddpm.train")
         return read_config({**plain, "runtime": {**plain["runtime"], "trusted_modules": trusted_modules}})
 
     def record(self) -> dict[str, Any]:
@@ -76,7 +78,8 @@ def locate(config: Config, composed: Composed) -> RunFolder:
     The same configuration has the same folder, however it was typed.
     """
     pair = [f"{group}={composed.choices[group]}" for group in ("model", "data")]
-    plain = training_config(compose([*pair, *([f"data.path='{config.data.path}'"] if config.data.name == "folder" else [])]))
+    path = [f"data.path={_quoted(config.data.path)}"] if config.data.name == "folder" and config.data.path else []
+    plain = training_config(compose([*pair, *path]))
     mine, recipe = computed(config), computed(plain)
     shown = flat(mine)
     if config.init_from is not None:
@@ -122,6 +125,11 @@ def _difference(mine: dict[str, Any], recipe: dict[str, Any], longest: int = 120
     while parts and len("_".join(parts)) > longest:  # the hash still tells such runs apart
         parts.pop()
     return "_".join(parts) or "recipe"
+
+
+def _quoted(text: str) -> str:
+    """Text as Hydra's command line takes it whatever is in it: backslashes count only before a quote or at the end."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text, count=0) + "'"
 
 
 def _typable(text: str) -> str:

@@ -78,9 +78,9 @@ def carry_out(config: SampleConfig) -> None:
     device = build.device(config.device)
     network = subject.build(device)
     weights = {name: tensor.to(device) for name, tensor in subject.weights().items()}
+    drawing = Drawing(network, weights, subject.diffusion, sampler, subject.shape, config.seed, subject.any_class)
     folder = Path(config.to) if config.to else subject.folder
     folder.mkdir(parents=True, exist_ok=True)
-    drawing = Drawing(network, weights, subject.diffusion, sampler, subject.shape, config.seed, subject.any_class)
     drawn: list[np.ndarray] = []
     with tqdm(total=config.num_samples, desc="sampling", unit="img", disable=None) as bar:
         for batch in drawing.batches(range(config.num_samples), classes, config.batch_size):

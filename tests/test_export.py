@@ -394,6 +394,13 @@ def test_what_cannot_be_expressed_here_is_refused_with_the_reason(tmp_path, save
     assert "\n" not in str(refused.value)
 
 
+def test_weights_that_are_not_of_the_config_beside_them_are_refused(tmp_path):
+    folder = google(tmp_path, "fixed_large", block_out_channels=(32, 32), **levels("", "Attn"))
+    edit(folder / "config.json", layers_per_block=1)
+    with pytest.raises(ValueError, match=r"^from=.* has down_blocks\.0\.resnets\.1\.\S+, which the network of its config\.json has not"):
+        ours(folder)
+
+
 class Payload:
     """Leaves a trace when it is unpickled."""
 
@@ -505,9 +512,10 @@ def test_a_scheduler_that_does_not_clip_is_heard_unless_the_command_line_says_ot
         (["from={folder}", "sampler.guidance_scale=2.0"], r"guidance_scale=2\.0"),
     ],
 )
-def test_settings_of_sampling_that_make_no_sense_are_refused(saved, overrides, reason):
+def test_settings_of_sampling_that_make_no_sense_are_refused(saved, tmp_path, overrides, reason):
     with pytest.raises(ValueError, match=reason):
-        sampled(*(override.format(folder=saved) for override in overrides))
+        sampled(f"outputs={tmp_path}", *(override.format(folder=saved) for override in overrides))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_runs_folder_is_not_sampled_as_if_it_were_diffusers(small):

@@ -51,9 +51,9 @@ class Decoding:
 
         Raises OSError, ValueError or SyntaxError (Pillow's) if it does not decode.
         """
-        image = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
             image.load()
         image = self._flat(ImageOps.exif_transpose(image))
         size = (self.width, self.height)

@@ -5,6 +5,7 @@ A source is cut into shards, so that several processes can read it; it holds pla
 
 import hashlib
 import json
+import re
 import socket
 import urllib.parse
 import urllib.request
@@ -93,7 +94,7 @@ def folder(path: str | None) -> Source:
     """
     if path is None:
         raise ValueError(
-            "data.path is missing: data=folder needs data.path=DIR, with image files (sub-folders are classes), parquet files or a saved arrow folder"
+            "data.path is missing: this data set needs data.path=DIR, with image files (sub-folders are classes), parquet files or a saved arrow folder"
         )
     return local(path, image_column=None, label_column=None)
 
@@ -118,7 +119,7 @@ def hub(
     except (ConnectionError, FileNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"cannot load {repo} from the hub ({reason}); give data.path=FOLDER for a local copy") from error
-    return _arrow(data, image_column, label_column, stamp=f"{repo} {split} {data._fingerprint}")
+    return _arrow(data, image_column, label_column, where=repo, stamp=f"{repo} {split} {data._fingerprint}")
 
 
 def local(path: str, image_column: str | None, label_column: str | None, split: str = "train") -> Source:
@@ -134,14 +135,15 @@ def local(path: str, image_column: str | None, label_column: str | None, split: 
 
         saved = datasets.load_from_disk(str(root))
         if isinstance(saved, datasets.DatasetDict):
-            if split not in saved:
-                raise ValueError(f"data.path={path} has no split {split}; it has {', '.join(saved)}")
-            saved = saved[split]
-        return _arrow(saved, image_column, label_column, stamp=_stamp(root, sorted(root.rglob("*.arrow"))))
+            missing = [name for name in split.split("+") if name not in saved]
+            if missing:
+                raise ValueError(f"data.path={path} has no split {missing[0]}; it has {', '.join(saved)}")
+            saved = datasets.concatenate_datasets([saved[name] for name in split.split("+")])
+        return _arrow(saved, image_column, label_column, where=path, stamp=f"{split} {_stamp(root, sorted(root.rglob('*.arrow')))}")
     files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if not any(part.startswith(".") for part in file.relative_to(root).parts))
     parquet = [file for file in files if file.suffix == ".parquet"]
     if parquet:
-        of_split = [file for file in parquet if split in file.stem or split in file.parent.name]
+        of_split = [file for file in parquet if set(split.split("+")) & set(re.split(r"[^A-Za-z0-9]+", file.relative_to(root).as_posix()))]
         return _parquet(root, of_split or parquet, image_column, label_column)
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
@@ -175,11 +177,12 @@ def _parquet(root: Path, files: Sequence[Path], image_column: str | None, label_
     schema = pq.ParquetFile(files[0]).schema_arrow
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
-    image_column, label_column = _columns(root, schema.names, kinds, image_column, label_column)
+    image_column, label_column = _columns(str(root), schema.names, kinds, image_column, label_column)
     classes: list[str] = []
     if label_column is not None:
         classes = features.get(label_column, {}).get("names") or _label_names(pq.ParquetFile(file).read([label_column]) for file in files)
-    return Source(counts, partial(_read_parquet, groups, image_column, label_column, classes), classes, _stamp(root, files))
+    stamp = f"{image_column} {label_column} {_stamp(root, files)}"
+    return Source(counts, partial(_read_parquet, groups, image_column, label_column, classes), classes, stamp)
 
 
 def _read_parquet(groups: Sequence[tuple[str, int]], image_column: str, label_column: str | None, classes: list[str], shard: int) -> Iterator[Item]:
@@ -194,18 +197,18 @@ def _read_parquet(groups: Sequence[tuple[str, int]], image_column: str, label_co
         yield Item(f"{Path(file).name} group {group} row {row}", _bytes_of(values[image_column], Path(file).parent), label)
 
 
-def _arrow(data: "datasets.Dataset", image_column: str | None, label_column: str | None, stamp: str) -> Source:
+def _arrow(data: "datasets.Dataset", image_column: str | None, label_column: str | None, where: str, stamp: str) -> Source:
     import datasets
 
     kinds = {name: type(feature).__name__ for name, feature in data.features.items()}
-    image_column, label_column = _columns(Path(stamp), data.column_names, kinds, image_column, label_column)
+    image_column, label_column = _columns(where, data.column_names, kinds, image_column, label_column)
     classes: list[str] = []
     if label_column is not None:
         feature = data.features[label_column]
         classes = feature.names if isinstance(feature, datasets.ClassLabel) else _label_names([data.select_columns([label_column]).data.table])
     data = data.select_columns([image_column] + ([label_column] if label_column else []))
     data = data.cast_column(image_column, datasets.Image(decode=False))
-    return Source(_shard_counts(len(data)), partial(_read_arrow, data, image_column, label_column, classes), classes, stamp)
+    return Source(_shard_counts(len(data)), partial(_read_arrow, data, image_column, label_column, classes), classes, f"{image_column} {label_column} {stamp}")
 
 
 def _read_arrow(data: "datasets.Dataset", image_column: str, label_column: str | None, classes: list[str], shard: int) -> Iterator[Item]:
@@ -216,7 +219,7 @@ def _read_arrow(data: "datasets.Dataset", image_column: str, label_column: str |
         yield Item(f"row {row}", _bytes_of(values[image_column], Path()), label)
 
 
-def _columns(where: Path, names: Sequence[str], kinds: dict[str, Any], image: str | None, label: str | None) -> tuple[str, str | None]:
+def _columns(where: str, names: Sequence[str], kinds: dict[str, Any], image: str | None, label: str | None) -> tuple[str, str | None]:
     """The columns of images and labels: those asked for, else the first that their kind or name gives away."""
     if image is None:
         image = next((name for name in names if kinds.get(name) == "Image"), None) or next((name for name in ("image", "img") if name in names), "image")
@@ -229,7 +232,7 @@ def _columns(where: Path, names: Sequence[str], kinds: dict[str, Any], image: st
 
 def _label_names(tables: Any) -> list[str]:
     """Label names where the file has none: the sorted strings, or the numbers from 0 to the largest."""
-    values = {value for table in tables for value in table.column(0).unique().to_pylist()}
+    values = {value for table in tables for value in table.column(0).unique().to_pylist()} - {None}
     if all(isinstance(value, int) for value in values):
         return [str(number) for number in range(max(values) + 1)]
     return sorted(map(str, values))
