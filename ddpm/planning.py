@@ -18,7 +18,7 @@ from ddpm.data.batches import Batches
 from ddpm.ema import EMA
 from ddpm.models.layers import AttentionBlock
 from ddpm.run_folder import locate
-from ddpm.training_loop import Meter, train
+from ddpm.training_loop import train
 from ddpm.training_run import accelerator_for
 
 
@@ -182,7 +182,6 @@ def probe(config: Config, seconds: float) -> tuple[float, str]:
             lr_at=lambda step: 0.0,
             ema=EMA(raw, config.training.ema_decay, config.training.ema_warmup),
             batches=Batches(pictures, batch, config.seed, device, drop_last=True, flip=config.data.flip, labels=labels),
-            meter=Meter(diffusion.num_timesteps, device),
             timestep_sampler=build.timestep_sampler(diffusion, device),
             seed=config.seed,
             steps=clock.steps(),

@@ -1,5 +1,6 @@
 """The training loop: one function, read from top to bottom."""
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -24,7 +25,6 @@ def train(
     lr_at: Callable[[int], float],
     ema: EMA,
     batches: Batches,
-    meter: "Meter",
     timestep_sampler: Uniform | LossSecondMoment,
     seed: int,
     steps: Iterable[int],
@@ -44,10 +44,12 @@ def train(
     lr_at: update, counted from 0 -> learning rate.    device_batch: images a device takes at once, None for all of its share.
     grad_clip: largest global gradient norm, None for none.
     log, save_samples, save_checkpoint: called with the number of updates done, at multiples of their interval and at the last step; log by every
-    process, with the means since the last time. Nothing in a step waits for the device.
+    process, with the means since the last time, before each checkpoint too. Nothing in a step waits for the device.
+    Raises FloatingPointError at such a time, before anything is saved, if the loss or the gradient was not finite.
     """
     device = accelerator.device
     parameters = list(model.parameters())
+    meter = Meter(diffusion.num_timesteps, device)
     for step in steps:
         lr = lr_at(step)
         for group in optimizer.param_groups:
@@ -78,8 +80,11 @@ def train(
             timestep_sampler.update(*of_all_processes(accelerator, t, losses, batch_size))
 
         done = step + 1
-        if is_due(done, log_every, num_steps):
-            log(done, {**meter.means(accelerator), "train/lr": lr})
+        if is_due(done, log_every, num_steps) or is_due(done, checkpoint_every, num_steps):  # nothing is saved unseen
+            means = meter.means(accelerator)
+            if not all(map(math.isfinite, means.values())):
+                raise FloatingPointError(f"step {done}: the loss or its gradient is not finite ({means}); try a lower optimizer.lr, or training.precision=fp32")
+            log(done, {**means, "train/lr": lr})
         if is_due(done, sample_every, num_steps):
             save_samples(done)
         if is_due(done, checkpoint_every, num_steps):
@@ -140,22 +145,11 @@ class Meter:
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over all processes, then start anew. Waits for the device."""
-        sums = self.state(accelerator).tolist()
+        everywhere = self._sums.clone()
+        if accelerator.num_processes > 1:
+            everywhere = accelerator.reduce(everywhere, reduction="sum")
         self._sums.zero_()
-        loss, count, (norm, updates) = sums[: self.NUM_QUARTILES], sums[self.NUM_QUARTILES : -2], sums[-2:]
+        *sums, norm, updates = everywhere.tolist()
+        loss, count = sums[: self.NUM_QUARTILES], sums[self.NUM_QUARTILES :]
         quartiles = {f"train/loss_q{index}": loss[index] / count[index] for index in range(self.NUM_QUARTILES) if count[index]}
         return {"train/loss": sum(loss) / sum(count), **quartiles, "train/grad_norm": norm / updates}
-
-    def state(self, accelerator: Accelerator) -> Tensor:
-        """The sums over all processes: what a checkpoint keeps."""
-        sums = self._sums.clone()
-        if accelerator.num_processes > 1:
-            sums = accelerator.reduce(sums, reduction="sum")
-            sums[-2:] /= accelerator.num_processes  # every process saw the same norms
-        return sums
-
-    def load(self, sums: Tensor, accelerator: Accelerator) -> None:
-        """Take over sums from a checkpoint; one process holds what all had."""
-        self._sums.copy_(sums)
-        if not accelerator.is_main_process:
-            self._sums[:-2] = 0

@@ -27,7 +27,7 @@ from ddpm.recording import Recorder
 from ddpm.run_folder import RunFolder, with_content
 from ddpm.sampling import Drawing
 from ddpm.timestep_sampling import LossSecondMoment, Uniform
-from ddpm.training_loop import Meter, train
+from ddpm.training_loop import train
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
 
@@ -89,12 +89,11 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
     if _starts_from_weights(config, run):
         raw.load_state_dict(_first_weights(config, raw))
     ema = EMA(raw, training.ema_decay, training.ema_warmup)
-    meter = Meter(diffusion.num_timesteps, accelerator.device)
     timestep_sampler = build.timestep_sampler(diffusion, accelerator.device)
     model, optimizer = accelerator.prepare(raw, build.optimizer(config, list(raw.parameters())))
     first_step = 0
     if checkpoint.all_in(run.checkpoints):
-        first_step = _resume(checkpoint.find(run.checkpoints), raw, ema, optimizer, timestep_sampler, meter, accelerator)
+        first_step = _resume(checkpoint.find(run.checkpoints), raw, ema, optimizer, timestep_sampler, accelerator)
     if leads:
         parameters = sum(parameter.numel() for parameter in raw.parameters())
         log.info(
@@ -135,7 +134,6 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
             "ema_updates": ema.num_updates,
             "optimizer": optimizer.state_dict(),
             "timesteps": timestep_sampler.state_dict(),
-            "meter": meter.state(accelerator).cpu(),
         }
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
@@ -169,7 +167,6 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
         lr_at=lambda step: lr_schedule(step, num_steps, lr),
         ema=ema,
         batches=batches,
-        meter=meter,
         timestep_sampler=timestep_sampler,
         seed=config.seed,
         steps=bar,
@@ -205,7 +202,6 @@ def _resume(
     ema: EMA,
     optimizer: torch.optim.Optimizer,
     timestep_sampler: Uniform | LossSecondMoment,
-    meter: Meter,
     accelerator: Accelerator,
 ) -> int:
     """Put everything back as it was after the checkpoint's step, and return that step."""
@@ -214,7 +210,6 @@ def _resume(
     ema.load_state_dict(found.weights("ema"), state["ema_updates"])
     optimizer.load_state_dict(state["optimizer"])
     timestep_sampler.load_state_dict(state["timesteps"])
-    meter.load(state["meter"], accelerator)
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     return found.step

@@ -46,12 +46,3 @@ def test_the_meters_means_are_those_of_everything_since_the_last_report():
     meter.add_losses(torch.tensor([7.0]), torch.tensor([999]))
     meter.add_norm(torch.tensor(2.0))
     assert meter.means(accelerator) == pytest.approx({"train/loss": 7.0, "train/loss_q3": 7.0, "train/grad_norm": 2.0})
-
-
-def test_a_meter_goes_on_from_the_state_of_another():
-    accelerator = Accelerator(cpu=True)
-    first, second = Meter(1000, CPU), Meter(1000, CPU)
-    first.add_losses(torch.tensor([1.0, 2.0]), torch.tensor([5, 900]))
-    first.add_norm(torch.tensor(2.0))
-    second.load(first.state(accelerator), accelerator)
-    assert second.means(accelerator) == first.means(accelerator)
