@@ -19,7 +19,7 @@ class Recorder:
         self._path = folder / "metrics.jsonl"
         kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= first_step]
         write_whole(self._path, "".join(line + "\n" for line in kept))
-        self._file = self._path.open("a", encoding="utf-8")  # noqa: SIM115
+        self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
