@@ -17,6 +17,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
+from ddpm.help import help_text
+
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE / "_bundled" if (PACKAGE / "_bundled" / "conf").is_dir() else PACKAGE.parent  # an installed wheel, else a checkout
 CONF = ROOT / "conf"
@@ -45,14 +47,18 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> Composed:
     return _composed(cfg, cfg.hydra)
 
 
-def command(config_name: str, task: Callable[[Composed], None]) -> Callable[[], None]:
+def command(config_name: str, task: Callable[[Composed], None], what: str, examples: Sequence[str]) -> Callable[[], None]:
     """The main function of an entry point: compose conf/<config_name>.yaml with the command line, then run `task`; in a sweep, once a job.
 
+    what, examples: for --help.
     An error is one line on standard error, and exit code 1; HYDRA_FULL_ERROR=1 brings the traceback. A failing job of a sweep does not stop the others.
     """
 
     @functools.wraps(task)
     def main() -> None:
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(help_text(CONF, EXPERIMENTS, config_name, what, examples))
+            return
         wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
         failed: list[str] = []
 

@@ -52,7 +52,16 @@ def task(composed: Composed) -> None:
     carry_out(ExportConfig.of(composed))
 
 
-main = command("export", task)
+main = command(
+    "export",
+    task,
+    "Write a trained network as a folder that diffusers' DDPMPipeline loads.",
+    [
+        "python -m ddpm.export run=DIR to=exported",
+        "python -m ddpm.export run=DIR to=exported weights=raw",
+        "python -m ddpm.export run=DIR to=exported step=5000",
+    ],
+)
 
 if __name__ == "__main__":
     main()

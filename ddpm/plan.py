@@ -9,7 +9,16 @@ def task(composed: Composed) -> None:
     plan(composed)
 
 
-main = command("plan", task)
+main = command(
+    "plan",
+    task,
+    "Say what a run will be before anything is downloaded or trained, and check what its recipe expects.",
+    [
+        "python -m ddpm.plan experiment=cifar10",
+        "python -m ddpm.plan model=unet256 data=mtg probe=0",
+        "python -m ddpm.plan experiment=celebahq256 runtime.device=cuda runtime.device_batch=16",
+    ],
+)
 
 if __name__ == "__main__":
     main()

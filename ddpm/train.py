@@ -14,7 +14,16 @@ def task(composed: Composed) -> None:
     carry_out(config, locate(config, composed), composed)
 
 
-main = command("config", task)
+main = command(
+    "config",
+    task,
+    "Train a denoising diffusion model; typed again, carry the same run on.",
+    [
+        "python -m ddpm.train model=unet128 data=butterflies",
+        "python -m ddpm.train -m optimizer.lr=1e-4,2e-4,4e-4",
+        "python -m ddpm.train data=folder data.path=~/pictures model=unet64 training.steps=20000",
+    ],
+)
 
 if __name__ == "__main__":
     main()

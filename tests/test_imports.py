@@ -7,7 +7,7 @@ from ddpm.cli import PACKAGE
 
 # A module imports only from those before it; one that is not listed is an entry point, and may import all of these.
 ORDER = [
-    *("files", "randomness", "cli", "config", "data", "schedules", "models", "diffusion", "timestep_sampling", "samplers", "sampling"),
+    *("files", "randomness", "help", "cli", "config", "data", "schedules", "models", "diffusion", "timestep_sampling", "samplers", "sampling"),
     *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "recording"),
     *("build", "run_folder", "training_loop", "training_run"),
 ]
