@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -82,6 +83,26 @@ def source(config: Config) -> Source:
 def images(config: Config, found: Source, workers: int) -> ImageSet:
     """The data set, decoded at the run's resolution."""
     return decoded(found, _decoding(config.data), Path(config.data.cache), workers, config.data.max_unreadable)
+
+
+def pictures(config: Config, wanted: list[int | str]) -> torch.Tensor:
+    """Pictures by number in the run's data set or by file, made ready as the run's are: (N, C, H, W) float32 in [-1, 1].
+
+    Raises ValueError, one line, for a number or a file that is not there.
+    """
+    found = []
+    for name in wanted:
+        if isinstance(name, str):
+            try:
+                found.append(_decoding(config.data)(Path(name).expanduser().read_bytes()))
+            except (OSError, SyntaxError) as error:
+                raise ValueError(f"pictures has {name}, which is no picture that can be read: {error}") from error
+            continue
+        decoded_set = images(config, source(config), workers=1)
+        if not 0 <= name < len(decoded_set):
+            raise ValueError(f"pictures has {name}; the data set has 0 to {len(decoded_set) - 1}")
+        found.append(decoded_set.images[name])
+    return torch.from_numpy(np.stack(found)).float().div(127.5).sub(1)
 
 
 def check(config: Config) -> None:

@@ -18,6 +18,13 @@ def to_picture(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
+def read_png(path: Path) -> np.ndarray:
+    """A picture as (H, W, C) uint8."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
 def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     """(B, H, W, C) uint8 as one picture, row by row, 2 pixels apart on white; as square as it gets if `columns` is None.
 
@@ -39,5 +46,8 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
 def save_png(path: Path, image: np.ndarray) -> None:
     """Write (H, W, C) uint8 as a PNG, whole or not at all."""
     scratch = path.with_name(f".{path.name}")
-    to_picture(image).save(scratch, format="PNG")
-    scratch.replace(path)
+    try:
+        to_picture(image).save(scratch, format="PNG")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)

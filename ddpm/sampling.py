@@ -1,6 +1,6 @@
 """Drawing images from a network: which weights, which images of which classes, in which batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ddpm.diffusion import GaussianDiffusion, Model
-from ddpm.samplers import Sampler
+from ddpm.samplers import Noise, Sampler, Watch, latents, step_noise
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,31 @@ class Drawing:
                 "(training.conditional=true training.label_dropout=0.1)"
             )
 
-    def batches(self, indices: Sequence[int], classes: Sequence[int] | None, batch_size: int) -> Iterator[Tensor]:
-        """The images with these indices, batch by batch: (B, C, H, W) float32 in [-1, 1].    classes: one an index, None for a network without."""
-        device = next(iter(self.weights.values())).device
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie, and so where images are drawn."""
+        return next(iter(self.weights.values())).device
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The timesteps that the sampler visits, from the noisiest down."""
+        return self.sampler.timesteps(self.diffusion)
+
+    def latents(self, indices: Sequence[int]) -> Tensor:
+        """The noise that the images with these indices start from: (B, C, H, W) float32."""
+        return latents(self.shape, indices, self.seed, self.device)
+
+    def images(self, indices: Sequence[int], classes: Sequence[int] | None = None, watch: Watch | None = None) -> Tensor:
+        """The images with these indices: (B, C, H, W) float32 in [-1, 1].    classes: one an index, None for a network without."""
+        return self.walk(self.latents(indices), self.timesteps, step_noise(self.shape, indices, self.seed, self.device), classes, watch)
+
+    def walk(self, x: Tensor, timesteps: Sequence[int], noise: Noise, classes: Sequence[int] | None = None, watch: Watch | None = None) -> Tensor:
+        """From x_t at timesteps[0], (B, C, H, W), to images.    noise, watch: see ddpm/samplers.py.    Returns like x, in [-1, 1]."""
         was_training = self.network.training
         self.network.eval()
         try:
-            for start in range(0, len(indices), batch_size):
-                of_batch = None if classes is None else torch.tensor(classes[start : start + batch_size], device=device)
-                model = self._model(of_batch)
-                yield self.sampler.sample(model, self.diffusion, self.shape, indices[start : start + batch_size], self.seed, device)
+            of_batch = None if classes is None else torch.tensor(list(classes), device=self.device)
+            return self.sampler.walk(self._model(of_batch), self.diffusion, x, timesteps, noise, watch)
         finally:
             self.network.train(was_training)
 

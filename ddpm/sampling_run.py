@@ -6,11 +6,11 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ddpm import build, checkpoint, diffusers_folder, images
+from ddpm import build, checkpoint, diffusers_folder, figures, images, sample_folder
 from ddpm.cli import Composed
 from ddpm.config import Node, Section, check_node, plain_config, validated
 from ddpm.diffusion import GaussianDiffusion
@@ -29,6 +29,11 @@ class SampleConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     batch_size: PositiveInt
     classes: list[int | str] | None
+    format: Annotated[list[Literal["png", "npz"]], Field(min_length=1)]
+    animate: bool
+    frames: Annotated[int, Field(ge=2)]
+    figure: Literal["progressive", "shared_latents", "interpolate", "interpolate_coarse", "grid_over_training"] | None
+    pictures: Annotated[list[int | str], Field(min_length=2, max_length=2)]
     device: Literal["auto", "cpu", "cuda", "mps"]
     to: str | None
     outputs: str
@@ -59,7 +64,11 @@ class SampleConfig(Section):
 
 
 class Subject(NamedTuple):
-    """What is drawn from.    classes: names, None for a network without.    any_class: see Drawing.    folder: where to write if nothing else is said."""
+    """What is drawn from.
+
+    classes: names, None for a network without.    any_class: see Drawing.    folder: where to write if nothing else is said.    name: of the weights.
+    run: its folder, if it is one.    pair: two pictures, by number in the data set or by file, (2, C, H, W) in [-1, 1].
+    """
 
     build: Callable[[torch.device], nn.Module]
     weights: Callable[[], dict[str, Tensor]]
@@ -68,28 +77,69 @@ class Subject(NamedTuple):
     classes: list[str] | None
     any_class: int | None
     folder: Path
+    name: str
+    run: RunFolder | None
+    pair: Callable[[list[int | str]], Tensor]
 
 
 def carry_out(config: SampleConfig) -> None:
     """Draw and write, and print where to.    Raises ValueError, one line, if there is no such run, checkpoint, folder or device."""
+    build.device(config.device)
+    processes = PartialState(cpu=config.device == "cpu")
+    device = processes.device if processes.num_processes > 1 else build.device(config.device)
     subject = _of_run(config, config.run) if config.run is not None else _of_folder(config, str(config.source))
     sampler = build.sampler(config.sampler, subject.diffusion)
     classes = _classes(config, subject.classes)
-    device = build.device(config.device)
     network = subject.build(device)
     weights = {name: tensor.to(device) for name, tensor in subject.weights().items()}
     drawing = Drawing(network, weights, subject.diffusion, sampler, subject.shape, config.seed, subject.any_class)
     folder = Path(config.to) if config.to else subject.folder
+    if config.figure is not None:
+        if processes.is_main_process:
+            _draw_figure(config, subject, drawing, classes, folder)
+        processes.wait_for_everyone()
+        return
+    if processes.is_main_process:
+        sample_folder.claim(folder, {"of": subject.name, "sampler": config.sampler, "seed": config.seed, "classes": config.classes})
+    processes.wait_for_everyone()
+    count, packed = config.num_samples, folder / "samples.npz"
+    if not (packed.is_file() and "png" not in config.format and len(np.load(packed, mmap_mode="r")["arr_0"]) == count):
+        sample_folder.fill(drawing, folder, count, classes, config.batch_size, processes.process_index, processes.num_processes)
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            images.save_png(folder / "grid.png", images.grid(sample_folder.read(folder, min(count, 100))))
+            if "npz" in config.format:
+                sample_folder.pack(folder, count, keep="png" in config.format)
+    if processes.is_main_process:
+        if config.animate:
+            shown = min(count, 36)
+            frames = figures.denoising(drawing, shown, None if classes is None else classes[:shown], config.frames)
+            figures.save_gif(folder / "denoising.gif", frames, seconds=4, hold=2)
+            print(f"animation {folder / 'denoising.gif'}", flush=True)
+        print(f"samples {folder / 'grid.png'}", flush=True)
+
+
+def _draw_figure(config: SampleConfig, subject: Subject, drawing: Drawing, classes: list[int] | None, folder: Path) -> None:
+    folder = folder.parent if config.to is None else folder  # a figure stands beside the folders of samples
     folder.mkdir(parents=True, exist_ok=True)
-    drawn: list[np.ndarray] = []
-    with tqdm(total=config.num_samples, desc="sampling", unit="img", disable=None) as bar:
-        for batch in drawing.batches(range(config.num_samples), classes, config.batch_size):
-            for image in images.to_uint8(batch):
-                images.save_png(folder / f"{len(drawn):05d}.png", image)
-                drawn.append(image)
-            bar.update(len(batch))
-    images.save_png(folder / "grid.png", images.grid(np.stack(drawn)))
-    print(f"samples {folder / 'grid.png'}", flush=True)
+    path = folder / f"{config.figure}_{subject.name.replace(' ', '_')}.png" if config.to is None else folder / f"{config.figure}.png"
+    count = min(config.num_samples, 8)
+    if config.figure == "grid_over_training":
+        if subject.run is None:
+            raise ValueError("figure=grid_over_training needs run=DIR")
+        frames, figure = figures.over_training(sorted(subject.run.samples.glob("step_*[0-9].png")), config.frames)
+        figures.save_gif(path.with_suffix(".gif"), frames, seconds=4, hold=2)
+        print(f"animation {path.with_suffix('.gif')}", flush=True)
+    elif config.figure == "progressive":
+        figure = figures.progressive(drawing, count, classes)
+    elif config.figure == "shared_latents":
+        figure = figures.shared_latents(drawing, count, classes)
+    elif config.figure == "interpolate":
+        figure = figures.interpolate(drawing, subject.pair(config.pictures), classes, drawing.diffusion.num_timesteps // 2)
+    else:
+        figure = figures.interpolate_coarse(drawing, subject.pair(config.pictures), classes)
+    figures.save_figure(path, figure)
+    print(f"figure {path}", flush=True)
 
 
 def _of_run(config: SampleConfig, path: str) -> Subject:
@@ -104,7 +154,10 @@ def _of_run(config: SampleConfig, path: str) -> Subject:
         shape=(trained.data.channels, *build.image_size(trained.data)),
         classes=names if trained.training.conditional else None,
         any_class=build.any_class(trained, len(names)),
-        folder=run.samples / f"step_{found.step:08d}_{config.weights}_seed_{config.seed}",
+        folder=run.samples / f"step_{found.step:08d}_{config.weights}_{_sampler_name(config)}_seed_{config.seed}",
+        name=f"step {found.step} {config.weights}",
+        run=run,
+        pair=lambda wanted: build.pictures(trained, wanted),
     )
 
 
@@ -120,8 +173,20 @@ def _of_folder(config: SampleConfig, name: str) -> Subject:
         shape=(found.model["in_channels"], height, width),
         classes=None if num_classes is None else [str(number) for number in range(num_classes)],
         any_class=None,
-        folder=Path(config.outputs) / f"samples-{Path(name).expanduser().resolve().name}" / f"seed_{config.seed}",
+        folder=Path(config.outputs) / f"samples-{Path(name).expanduser().resolve().name}" / f"{_sampler_name(config)}_seed_{config.seed}",
+        name=Path(name).expanduser().resolve().name,
+        run=None,
+        pair=_of_no_data,
     )
+
+
+def _of_no_data(wanted: list[int | str]) -> Tensor:
+    raise ValueError("figure=interpolate needs a run's data: give run=DIR")
+
+
+def _sampler_name(config: SampleConfig) -> str:
+    """Sampler and steps, for the name of a folder; protocol.json has all of it."""
+    return f"{str(config.sampler['function']['_target_']).rpartition('.')[2]}{config.sampler['num_steps'] or ''}"
 
 
 def _classes(config: SampleConfig, names: list[str] | None) -> list[int] | None:

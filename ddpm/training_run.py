@@ -148,8 +148,9 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
             count, shape = runtime.num_previews, (config.data.channels, *batches.image_size)
             classes = [index % num_classes for index in range(count)] if training.conditional else None
             drawing = Drawing(raw, ema.state_dict(), diffusion, preview_sampler, shape, config.seed, build.any_class(config, num_classes))
-            drawn = drawing.batches(range(count), classes, training.batch_size)
-            sheet = images.grid(np.concatenate([images.to_uint8(batch) for batch in drawn]))
+            parts = [range(start, min(start + training.batch_size, count)) for start in range(0, count, training.batch_size)]
+            drawn = [drawing.images(part, None if classes is None else [classes[index] for index in part]) for part in parts]
+            sheet = images.grid(np.concatenate([images.to_uint8(part) for part in drawn]))
             images.save_png(run.samples / f"step_{step:08d}.png", sheet)
             recorder.picture(step, "samples", sheet)
             recorder.flush()

@@ -47,14 +47,14 @@ def test_ancestral_returns_the_constant_of_constant_data_whatever_the_noise():
     def noise(t):
         return torch.randn(2, 1, 3, 3, generator=generator, dtype=torch.float64)
 
-    for steps in (ALL, spaced_timesteps(1000, 7, "respaced")):
+    for steps in (ALL, spaced_timesteps(ABAR, 7, "respaced")):
         torch.testing.assert_close(ancestral(denoise, noise(0), ABAR, steps, noise, "fixed_large"), torch.full((2, 1, 3, 3), 0.3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("num_steps", [10, 50, 1000])
 def test_ddim_is_the_closed_form_linear_map_on_gaussian_data(num_steps):
     """Each step multiplies x by (abar' ratio) written out for the exact denoiser; the product of the steps is the map."""
-    steps = spaced_timesteps(1000, num_steps, "linear")
+    steps = spaced_timesteps(ABAR, num_steps, "linear")
     gain = 1.0
     for t, following in zip(steps, [*(ABAR[t].item() for t in steps[1:]), 1.0], strict=True):
         abar, s2 = ABAR[t].item(), 0.25
@@ -98,19 +98,19 @@ def test_learned_range_reaches_from_the_posterior_variance_to_beta():
 
 
 def test_timesteps_are_the_papers():
-    assert spaced_timesteps(1000, 50, "respaced")[::-1][:6] == [0, 20, 41, 61, 82, 102]
-    assert spaced_timesteps(1000, 50, "respaced")[:3] == [999, 979, 958]
-    assert spaced_timesteps(4000, 50, "respaced")[::-1][:4] == [0, 82, 163, 245]
-    assert spaced_timesteps(1000, 50, "linear") == list(range(980, -1, -20))
-    assert spaced_timesteps(1000, 10, "quadratic")[::-1] == [0, 9, 39, 88, 158, 246, 355, 483, 632, 800]
-    assert spaced_timesteps(1000, 1000, "respaced") == ALL
+    assert spaced_timesteps(ABAR, 50, "respaced")[::-1][:6] == [0, 20, 41, 61, 82, 102]
+    assert spaced_timesteps(ABAR, 50, "respaced")[:3] == [999, 979, 958]
+    assert spaced_timesteps(torch.linspace(0.999, 1e-4, 4000), 50, "respaced")[::-1][:4] == [0, 82, 163, 245]
+    assert spaced_timesteps(ABAR, 50, "linear") == list(range(980, -1, -20))
+    assert spaced_timesteps(ABAR, 10, "quadratic")[::-1] == [0, 9, 39, 88, 158, 246, 355, 483, 632, 800]
+    assert spaced_timesteps(ABAR, 1000, "respaced") == ALL
 
 
 def test_more_steps_than_timesteps_are_refused():
     with pytest.raises(ValueError, match="num_steps=1001 must lie between 1 and .*1000"):
-        spaced_timesteps(1000, 1001, "respaced")
+        spaced_timesteps(ABAR, 1001, "respaced")
     with pytest.raises(ValueError, match="num_steps=900 is too many for quadratic"):
-        spaced_timesteps(1000, 900, "quadratic")
+        spaced_timesteps(ABAR, 900, "quadratic")
 
 
 def test_a_chain_that_skips_pure_noise_is_refused_at_zero_terminal_snr():
@@ -132,7 +132,7 @@ def test_ddim_equals_diffusers(clip):
     process = GaussianDiffusion(schedules.linear(1000, 1e-4, 0.02))
     theirs = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=clip, set_alpha_to_one=True, timestep_spacing="leading")
     theirs.set_timesteps(50)
-    steps = spaced_timesteps(1000, 50, "linear")
+    steps = spaced_timesteps(ABAR, 50, "linear")
     assert theirs.timesteps.tolist() == steps
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     ours = ddim(process.denoiser(same_weights(), clip=clip), x, process.alphas_cumprod, steps, no_noise)
