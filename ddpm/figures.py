@@ -147,7 +147,7 @@ def save_figure(path: Path, figure: Figure) -> None:
 
 def labelled(figure: Figure) -> np.ndarray:
     """The rows under one another, labels to the left, column heads above: (H, W, C) uint8."""
-    sheets = [images.grid(row, columns=len(row)) for row in figure.rows]
+    sheets = [images.grid(row, columns=len(row), least_width=64 * len(row)) for row in figure.rows]
     left, top, (height, width, channels) = 110, 18, sheets[0].shape
     sheet = Image.new("L" if channels == 1 else "RGB", (left + width, top + height * len(sheets)), "white")
     draw = ImageDraw.Draw(sheet)

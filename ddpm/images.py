@@ -25,13 +25,13 @@ def read_png(path: Path) -> np.ndarray:
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+def grid(images: np.ndarray, columns: int | None = None, least_width: int = 512) -> np.ndarray:
     """(B, H, W, C) uint8 as one picture, row by row, 2 pixels apart on white; as square as it gets if `columns` is None.
 
-    Pixels are drawn as squares of several where the picture would be narrower than 512.
+    Pixels are drawn as squares of several where the picture would be narrower than least_width.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
-    magnified = max(1, 512 // (columns * images.shape[2]))
+    magnified = max(1, least_width // (columns * images.shape[2]))
     images = images.repeat(magnified, axis=1).repeat(magnified, axis=2)
     count, height, width, channels = images.shape
     rows = math.ceil(count / columns)

@@ -5,7 +5,7 @@ import torch
 
 from ddpm import schedules
 from ddpm.diffusion import Denoised, GaussianDiffusion
-from ddpm.samplers import Sampler, ancestral, ddim, spaced_timesteps
+from ddpm.samplers import Sampler, ancestral, ddim, dpm_solver_pp, heun, spaced_timesteps
 
 ABAR = GaussianDiffusion(schedules.linear(1000, 1e-4, 0.02)).alphas_cumprod
 ALL = list(range(999, -1, -1))
@@ -161,3 +161,61 @@ def test_ancestral_equals_diffusers(variance):
         )
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
         x = expected
+
+
+def exact_end(t, std):
+    """Where the probability-flow ODE takes x_t = 1: x / sqrt(variance of x_t) is constant along it."""
+    abar = ABAR[t].item()
+    return std / (abar * std**2 + 1 - abar) ** 0.5
+
+
+def test_second_order_samplers_come_nearer_to_the_exact_ode_with_fewer_calls():
+    """Relative errors at std 0.5: DDIM in 50 steps 5.5%, Heun in 18 4.7%, DPM-Solver++(2M) in 20 1.9%."""
+    x, errors = torch.ones(1, 1, 1, 1, dtype=torch.float64), {}
+    for sampler, num_steps, spacing in ((ddim, 50, "linear"), (dpm_solver_pp, 20, "quadratic"), (heun, 18, "edm")):
+        steps = spaced_timesteps(ABAR, num_steps, spacing)
+        errors[sampler] = abs(sampler(gaussian_denoiser(0.5), x, ABAR, steps, no_noise).item() / exact_end(steps[0], 0.5) - 1)
+    assert errors[dpm_solver_pp] < 0.5 * errors[ddim]
+    assert errors[heun] < errors[ddim]
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (heun, 2), (dpm_solver_pp, 2)])
+def test_samplers_converge_with_their_order(sampler, order):
+    """Half the step, and the error falls by 2^order, from t = 900 to 100; all then step to the image by x0_hat, which is known."""
+    errors = []
+    start, end = (1 / ABAR[900].item() - 1) ** 0.5, (1 / ABAR[100].item() - 1) ** 0.5
+    spread = ABAR * 0.25 + 1 - ABAR
+    exact = ((spread[100] / spread[900]).sqrt() * ABAR[100].sqrt() * 0.25 / spread[100]).item()
+    for num_steps in (40, 80):
+        sigmas = [start * (end / start) ** (index / num_steps) for index in range(num_steps + 1)]
+        steps = [int(((1 / ABAR - 1).sqrt() - sigma).abs().argmin()) for sigma in sigmas]
+        found = sampler(gaussian_denoiser(0.5), torch.ones(1, 1, 1, 1, dtype=torch.float64), ABAR, steps, no_noise).item()
+        errors.append(abs(found / exact - 1))
+    assert errors[1] < errors[0] / 2**order * 1.35
+
+
+def test_heun_makes_two_calls_a_step_but_one_in_the_last():
+    calls = []
+
+    def counting(x, t):
+        calls.append(int(t[0]))
+        return gaussian_denoiser(0.5)(x, t)
+
+    heun(counting, torch.ones(1, 1, 1, 1, dtype=torch.float64), ABAR, spaced_timesteps(ABAR, 18, "edm"), no_noise)
+    assert len(calls) == 35
+
+
+def test_dpm_solver_equals_diffusers():
+    from diffusers import DPMSolverMultistepScheduler
+
+    process = GaussianDiffusion(schedules.linear(1000, 1e-4, 0.02))
+    steps = spaced_timesteps(ABAR, 20, "respaced")
+    theirs = DPMSolverMultistepScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
+    )
+    theirs.set_timesteps(timesteps=steps)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = dpm_solver_pp(process.denoiser(same_weights(), clip=False), x, process.alphas_cumprod, steps, no_noise)
+    for t in theirs.timesteps:
+        x = theirs.step(same_weights()(x, torch.full((2,), int(t))), t, x).prev_sample
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)

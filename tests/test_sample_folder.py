@@ -1,0 +1,83 @@
+"""Many images into a folder: the same bytes however it was cut up or cut off."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddpm import images, sample_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def run(ddpm, tiny, tmp_path_factory):
+    done = ddpm("train", f"outputs={tmp_path_factory.mktemp('outputs')}", *tiny)
+    assert done.code == 0, done.err
+    return done.run
+
+
+def pngs(folder):
+    return {file.name: file.read_bytes() for file in folder.glob("[0-9]*.png")}
+
+
+@pytest.mark.slow
+def test_images_are_the_same_bytes_from_one_process_and_two_and_nearly_so_from_other_batches(ddpm, run, tmp_path):
+    settings = (f"run={run}", "num_samples=7", "sampler=ddim", "sampler.num_steps=4", "device=cpu")
+    for to, batch in (("three", 3), ("one", 1), ("seven", 7)):
+        assert ddpm("sample", *settings, f"batch_size={batch}", f"to={tmp_path / to}").code == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddpm.sample"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HYDRA_FULL_ERROR": "0"}  # as many threads as one process has here: sums are cut up alike
+    two = subprocess.run(
+        [*command, *settings, "batch_size=3", f"to={tmp_path / 'two'}"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert two.returncode == 0, two.stderr
+    assert len(pngs(tmp_path / "three")) == 7
+    assert pngs(tmp_path / "two") == pngs(tmp_path / "three")
+    for other in ("one", "seven"):
+        difference = sample_folder.read(tmp_path / other, 7).astype(int) - sample_folder.read(tmp_path / "three", 7)
+        assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.slow
+def test_killed_and_typed_again_it_makes_only_what_is_missing(ddpm, run, tmp_path):
+    settings = (f"run={run}", "num_samples=12", "batch_size=2", "device=cpu")
+    assert ddpm("sample", *settings, f"to={tmp_path / 'whole'}").code == 0
+    cut = tmp_path / "cut"
+    process = subprocess.Popen([sys.executable, "-m", "ddpm.sample", *settings, f"to={cut}"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 100
+        while not sample_folder.file_of(cut, 3).is_file() and time.monotonic() < until:
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+    made = {file: file.stat().st_mtime_ns for file in cut.glob("[0-9]*.png")}
+    assert 4 <= len(made) < 12
+    assert ddpm("sample", *settings, f"to={cut}").code == 0
+    assert pngs(cut) == pngs(tmp_path / "whole")
+    assert {file: file.stat().st_mtime_ns for file in made} == made
+
+
+def test_a_folder_of_another_protocol_is_refused(tmp_path):
+    sample_folder.claim(tmp_path, {"seed": 0, "sampler": {"num_steps": 50}})
+    sample_folder.claim(tmp_path, {"seed": 0, "sampler": {"num_steps": 50}})
+    with pytest.raises(ValueError, match="seed=0, not 1"):
+        sample_folder.claim(tmp_path, {"seed": 1, "sampler": {"num_steps": 50}})
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("keep", [True, False])
+def test_packed_images_are_those_of_the_files(tmp_path, channels, keep):
+    made = np.random.default_rng(0).integers(0, 256, (5, 4, 6, channels), dtype=np.uint8)
+    for index, image in enumerate(made):
+        images.save_png(sample_folder.file_of(tmp_path, index), image)
+    packed = sample_folder.pack(tmp_path, 5, keep)
+    np.testing.assert_array_equal(np.load(packed)["arr_0"], made)
+    assert len(pngs(tmp_path)) == (5 if keep else 0)
+    assert {file.name for file in tmp_path.iterdir()} == {"samples.npz", *pngs(tmp_path)}
