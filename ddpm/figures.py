@@ -121,10 +121,10 @@ def denoising(drawing: Drawing, count: int, classes: Sequence[int] | None, frame
     def watch(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
         if t in kept and t not in seen:
             seen.add(t)
-            grids.append(images.grid(images.to_uint8(x_t)))
+            grids.append(images.grid(images.to_uint8(x_t), least_width=256))
 
     sample = drawing.images(range(count), classes, watch)
-    return [*grids, images.grid(images.to_uint8(sample))]
+    return [*grids, images.grid(images.to_uint8(sample), least_width=256)]  # smaller than a still: noise does not compress
 
 
 def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float, hold: float) -> None:

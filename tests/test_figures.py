@@ -76,7 +76,7 @@ def test_coarse_interpolation_goes_from_pixels_to_noise(drawing, pair):
 def test_a_gif_has_the_frames_and_the_time_it_was_asked_for(drawing, tmp_path):
     frames = figures.denoising(drawing, 4, None, frames=11)
     assert len(frames) == 11
-    np.testing.assert_array_equal(frames[-1], images.grid(images.to_uint8(drawing.images(range(4)))))
+    np.testing.assert_array_equal(frames[-1], images.grid(images.to_uint8(drawing.images(range(4))), least_width=256))
     figures.save_gif(tmp_path / "a.gif", frames, seconds=2.2, hold=1.0)
     with Image.open(tmp_path / "a.gif") as gif:
         durations = []
