@@ -1,5 +1,7 @@
 """One call of ddpm.sample: rebuild the network from a run folder, or a diffusers folder, alone, draw, and write."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -154,7 +156,7 @@ def _of_run(config: SampleConfig, path: str) -> Subject:
         shape=(trained.data.channels, *build.image_size(trained.data)),
         classes=names if trained.training.conditional else None,
         any_class=build.any_class(trained, len(names)),
-        folder=run.samples / f"step_{found.step:08d}_{config.weights}_{_sampler_name(config)}_seed_{config.seed}",
+        folder=run.samples / f"step_{found.step:08d}_{config.weights}_{_folder_name(config)}",
         name=f"step {found.step} {config.weights}",
         run=run,
         pair=lambda wanted: build.pictures(trained, wanted),
@@ -173,7 +175,7 @@ def _of_folder(config: SampleConfig, name: str) -> Subject:
         shape=(found.model["in_channels"], height, width),
         classes=None if num_classes is None else [str(number) for number in range(num_classes)],
         any_class=None,
-        folder=Path(config.outputs) / f"samples-{Path(name).expanduser().resolve().name}" / f"{_sampler_name(config)}_seed_{config.seed}",
+        folder=Path(config.outputs) / f"samples-{Path(name).expanduser().resolve().name}" / _folder_name(config),
         name=Path(name).expanduser().resolve().name,
         run=None,
         pair=_of_no_data,
@@ -184,9 +186,11 @@ def _of_no_data(wanted: list[int | str]) -> Tensor:
     raise ValueError("figure=interpolate needs a run's data: give run=DIR")
 
 
-def _sampler_name(config: SampleConfig) -> str:
-    """Sampler and steps, for the name of a folder; protocol.json has all of it."""
-    return f"{str(config.sampler['function']['_target_']).rpartition('.')[2]}{config.sampler['num_steps'] or ''}"
+def _folder_name(config: SampleConfig) -> str:
+    """Sampler, steps and seed to read, and a hash of all that decides the images to tell apart what the words do not."""
+    function = str(config.sampler["function"]["_target_"]).rpartition(".")[2]
+    digest = hashlib.sha256(json.dumps([config.sampler, config.classes], sort_keys=True).encode()).hexdigest()[:8]
+    return f"{function}{config.sampler['num_steps'] or ''}_seed_{config.seed}-{digest}"
 
 
 def _classes(config: SampleConfig, names: list[str] | None) -> list[int] | None:
