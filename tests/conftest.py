@@ -80,7 +80,7 @@ def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         monkeypatch.setattr(sys, "argv", ["ddpm", *overrides])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         with pytest.raises(SystemExit) as stopped:
-            command("config", check)()
+            command("config", check, "Check.", [])()
         printed = capsys.readouterr().err
         if isinstance(stopped.value.code, str):  # what the interpreter prints when it ends with it, and then exit code 1
             printed += stopped.value.code + "\n"

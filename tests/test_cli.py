@@ -133,7 +133,7 @@ def test_an_image_is_the_same_whatever_it_is_drawn_with(finished, ddpm, tmp_path
     for name, overrides in (("alone", ["num_samples=3", "batch_size=1"]), ("together", ["num_samples=8", "batch_size=7"])):
         done = ddpm("sample", f"run={finished.run}", f"to={tmp_path / name}", "sampler.num_steps=5", *overrides)
         assert done.code == 0, done.err
-    assert sorted(file.name for file in (tmp_path / "together").iterdir()) == [*(f"{index:05d}.png" for index in range(8)), "grid.png"]
+    assert sorted(file.name for file in (tmp_path / "together").iterdir()) == [*(f"{index:05d}.png" for index in range(8)), "grid.png", "protocol.json"]
     together = [pixels(tmp_path / "together" / f"{index:05d}.png") for index in range(8)]
     assert {image.shape for image in together} == {(16, 16)}
     for index in range(3):
