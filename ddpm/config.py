@@ -40,6 +40,7 @@ class Data(Section):
     num_images: PositiveInt | None
     crop: Literal["center", "none"]
     flip: bool
+    holdout: Share
     background: str
     max_unreadable: Share
     cache: str

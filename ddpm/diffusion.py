@@ -195,7 +195,8 @@ class GaussianDiffusion:
         """Row t of a table in the dtype and on the device of `like`, (B, 1, 1, 1). Tables are made once for each device and dtype."""
         key = (name, like.device, like.dtype)
         if key not in self._tables:
-            self._tables[key] = self._table(name).to(device=like.device, dtype=like.dtype)
+            with torch.inference_mode(False):  # a table first needed by a sampler serves training too
+                self._tables[key] = self._table(name).to(device=like.device, dtype=like.dtype)
         return self._tables[key][t].reshape(-1, 1, 1, 1)
 
     def _table(self, name: str) -> Tensor:

@@ -119,10 +119,11 @@ def sizes(config: Config) -> Sizes:
 
 
 def steps_per_epoch(config: Config) -> int | None:
-    """Updates of one pass over the published number of images; None if that is not known."""
-    count, batch = config.data.num_images, config.training.batch_size
-    if count is None:
+    """Updates of one pass over the published number of images, less what is about held out; None if that number is not known."""
+    batch = config.training.batch_size
+    if config.data.num_images is None:
         return None
+    count = round(config.data.num_images * (1 - config.data.holdout))
     return count // batch if config.training.drop_last else -(-count // batch)
 
 

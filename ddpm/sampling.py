@@ -58,11 +58,13 @@ class Drawing:
         self.network.eval()
         try:
             of_batch = None if classes is None else torch.tensor(list(classes), device=self.device)
-            return self.sampler.walk(self._model(of_batch), self.diffusion, x, timesteps, noise, watch)
+            return self.sampler.walk(self.model(of_batch), self.diffusion, x, timesteps, noise, watch)
         finally:
             self.network.train(was_training)
 
-    def _model(self, classes: Tensor | None) -> Model:
+    def model(self, classes: Tensor | None) -> Model:
+        """(x_t, t) -> output, with these weights, guided as the sampler says, in the network's present mode.    classes: (B,) int64, None without."""
+
         def model(x_t: Tensor, t: Tensor) -> Tensor:
             return functional_call(self.network, self.weights, (x_t, t) if classes is None else (x_t, t, classes))
 

@@ -52,17 +52,19 @@ def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
         with accelerator.main_process_first():
             data = build.images(config, source, config.runtime.workers or _cores())
         _check_data(data, config, run, record)
+        trained_on, held_out = data.split(config.data.holdout)
         training = config.training
         batches = Batches(
-            data.images,
+            trained_on.stored,
             training.batch_size,
             config.seed,
             accelerator.device,
             training.drop_last,
             config.data.flip,
-            labels=data.labels if training.conditional else None,
+            labels=trained_on.labels if training.conditional else None,
             label_dropout=training.label_dropout,
             any_class=len(data.classes),
+            rows=trained_on.rows,
         )
         num_steps = training.steps or (training.epochs or 0) * batches.steps_per_epoch
         if not leads:
@@ -70,7 +72,8 @@ def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
             return
         run.start(config, composed)
         run.update(device=_device_name(accelerator), num_steps=num_steps, steps_per_epoch=batches.steps_per_epoch)
-        run.update(data={"fingerprint": data.fingerprint, "images": len(data), "classes": data.classes, "unreadable": data.unreadable})
+        about = {"fingerprint": data.fingerprint, "images": len(data), "held_out": len(held_out)}
+        run.update(data={**about, "classes": data.classes, "unreadable": data.unreadable})
         with _log_file(run):
             try:
                 _train(config, run, accelerator, batches, num_steps, len(data.classes))

@@ -7,11 +7,27 @@ from ddpm.cli import PACKAGE
 
 # A module imports only from those before it; one that is not listed is an entry point, and may import all of these.
 ORDER = [
-    *("files", "randomness", "help", "cli", "config", "data", "schedules", "models", "diffusion", "timestep_sampling", "samplers", "sampling"),
+    *(
+        "files",
+        "randomness",
+        "help",
+        "cli",
+        "config",
+        "data",
+        "schedules",
+        "models",
+        "diffusion",
+        "timestep_sampling",
+        "samplers",
+        "sampling",
+        "bound",
+        "metrics",
+        "features",
+    ),
     *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "recording"),
     *("build", "run_folder", "training_loop", "training_run"),
 ]
-PURE = {"randomness", "schedules", "models", "diffusion", "timestep_sampling", "samplers", "ema", "lr_schedules", "training_loop"}
+PURE = {"randomness", "schedules", "models", "diffusion", "timestep_sampling", "samplers", "ema", "lr_schedules", "training_loop", "bound", "metrics"}
 CONFIGURING = {"hydra", "omegaconf", "pydantic", "cli", "config", "build"}
 
 

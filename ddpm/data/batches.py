@@ -10,7 +10,8 @@ from ddpm import randomness
 class Batches:
     """The training batches of a run: step s, position p -> image, the same for any number of processes and after any resume.
 
-    images: (N, C, H, W) uint8.    batch_size: images a step, over all processes.    drop_last: leave out an epoch's last, short batch.
+    images: (M, C, H, W) uint8.    rows: (N,) int64, those of `images` that are the data set, the others never being seen; None for all.
+    batch_size: images a step, over all processes.    drop_last: leave out an epoch's last, short batch.
     flip: mirror half of the images left to right, anew each time.    The images are kept whole on the device where they take less than a quarter of its
     free memory, else they are read from `images` each step.
     labels: (N,) int64, None to train without classes.    label_dropout: share of labels replaced, anew each time, by the class number `any_class`
@@ -28,10 +29,12 @@ class Batches:
         labels: np.ndarray | None = None,
         label_dropout: float = 0.0,
         any_class: int = 0,
+        rows: np.ndarray | None = None,
     ) -> None:
-        if batch_size > len(images):
-            raise ValueError(f"training.batch_size={batch_size} is more than the {len(images)} images of the data set")
-        self.num_images = len(images)
+        rows = np.arange(len(images)) if rows is None else rows
+        if batch_size > len(rows):
+            raise ValueError(f"training.batch_size={batch_size} is more than the {len(rows)} images of the data set")
+        self.num_images = len(rows)
         self.image_size = (images.shape[2], images.shape[3])
         self.batch_size = batch_size
         self.seed = seed
@@ -41,6 +44,7 @@ class Batches:
         self._images = torch.from_numpy(images)
         if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
             self._images = self._images.to(device)
+        self._rows = torch.from_numpy(rows).to(self._images.device)
         self._labels = torch.from_numpy(labels).to(self._images.device) if labels is not None else None
         self._any_class = any_class
         self._label_dropout = label_dropout
@@ -63,7 +67,7 @@ class Batches:
 
     def images(self, step: int, start: int, stop: int) -> Tensor:
         """The images at positions start to stop of this step's batch: (stop - start, C, H, W) float32 in [-1, 1], channels_last, on the device."""
-        chosen = self._images[self.indices(step, start, stop)]
+        chosen = self._images[self._rows[self.indices(step, start, stop)]]
         if chosen.device != self.device:
             chosen = (chosen.pin_memory() if self.device.type == "cuda" else chosen).to(self.device, non_blocking=True)
         x0 = chosen.contiguous(memory_format=torch.channels_last).float().div_(127.5).sub_(1)

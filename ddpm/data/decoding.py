@@ -10,7 +10,8 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,7 @@ Found = list[tuple[str, bytes | None, int | None]]  # name, digest of the conten
 log = logging.getLogger(__name__)
 
 FILTER = Image.Resampling.BICUBIC
-LAYOUT = 1  # of the cache; a change makes old ones be decoded again
+LAYOUT = 2  # of the cache; a change makes old ones be decoded again
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,40 @@ class Decoding:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Decoded pictures. images: (N, C, H, W) uint8, memory-mapped.    labels: (N,) int64, or None.    classes: their names.
-    fingerprint: of content, labels and order, the same wherever the pictures lie.    unreadable: names of those left out."""
+    """Decoded pictures, all of a source or a part of them. stored: (M, C, H, W) uint8, all of the source, memory-mapped.    rows: (N,) int64, those of
+    `stored` that belong here.    digests: (N,) uint64, the first 8 bytes of each content's SHA-256.    labels: (N,) int64, or None.    classes: their names.
+    fingerprint: of content, labels and order of the whole, the same wherever the pictures lie.    unreadable: names of those left out."""
 
-    images: np.ndarray
+    stored: np.ndarray
+    rows: np.ndarray
+    digests: np.ndarray
     labels: np.ndarray | None
     classes: list[str]
     fingerprint: str
     unreadable: list[str]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.rows)
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """The pictures, (N, C, H, W) uint8: `stored` itself for the whole, a copy in memory for a part."""
+        return self.stored if len(self) == len(self.stored) else self.stored[self.rows]
+
+    def split(self, holdout: float) -> tuple["ImageSet", "ImageSet"]:
+        """(to train on, held out): a picture is held out if its digest, read as a number in [0, 1), lies below the share `holdout`.
+
+        So a picture's side follows from its content: not from its name, its place or the pictures beside it; and equal pictures are on the same side.
+        Raises ValueError if `holdout` is more than 0 and leaves no picture on one of the sides.
+        """
+        held = self.digests < np.uint64(int(holdout * 2**64))
+        if holdout > 0 and not 0 < held.sum() < len(self):
+            raise ValueError(f"data.holdout={holdout} holds out {held.sum()} of the {len(self)} pictures, and both sides need some; give another share")
+        return self._part(~held), self._part(held)
+
+    def _part(self, chosen: np.ndarray) -> "ImageSet":
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, rows=self.rows[chosen], digests=self.digests[chosen], labels=labels)
 
 
 def decoded(source: Source, decoding: Decoding, cache: Path, workers: int, max_unreadable: float) -> ImageSet:
@@ -97,11 +121,11 @@ def decoded(source: Source, decoding: Decoding, cache: Path, workers: int, max_u
         _decode_into(folder, source, decoding, workers, max_unreadable)
     about = json.loads((folder / "about.json").read_text())
     labels = np.load(folder / "labels.npy") if about["classes"] else None
-    images = np.load(folder / "images.npy", mmap_mode="c")
+    images, digests = np.load(folder / "images.npy", mmap_mode="c"), np.load(folder / "digests.npy")
     if about["unreadable"]:
         names = about["unreadable"]
         log.warning("left out %d of %d pictures that do not decode: %s", len(names), len(names) + len(images), _some(names))
-    return ImageSet(images, labels, about["classes"], about["fingerprint"], about["unreadable"])
+    return ImageSet(images, np.arange(len(images)), digests, labels, about["classes"], about["fingerprint"], about["unreadable"])
 
 
 def _decode_into(folder: Path, source: Source, decoding: Decoding, workers: int, max_unreadable: float) -> None:
@@ -127,6 +151,7 @@ def _decode_into(folder: Path, source: Source, decoding: Decoding, workers: int,
         good = np.array([index not in unreadable for index in range(len(source))])
         images = np.memmap(raw, np.uint8, "r", shape=shape)
         _save(scratch / "images.npy", images if good.all() else images[good])
+        _save(scratch / "digests.npy", np.array([int.from_bytes(digest[:8], "big") for digest in digests if digest], dtype=np.uint64))
         if source.classes:
             _save(scratch / "labels.npy", labels[good])
         raw.unlink()

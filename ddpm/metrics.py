@@ -1,0 +1,180 @@
+"""How near two sets of images are, from their features: Fréchet and kernel distance, inception score, precision and recall, nearest neighbours.
+
+All of it in float64, on the device of the features (on the CPU if that device has no float64). Features are (N, D) tensors or arrays of any type.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Rows = Tensor | np.ndarray  # (N, D)
+
+NUMBERS_AT_ONCE = 2**24  # of a chunk of rows, and of a chunk of distances: 128 MB in float64
+SAME = 1e-12  # squared distances below this share of the squared lengths are rounding: the rows are equal
+
+
+class Moments(NamedTuple):
+    """Mean (D,) and unbiased covariance (D, D) of `count` rows of features, float64."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: int  # type: ignore[assignment]  # instead of the tuple's method
+
+
+def moments(features: Rows) -> Moments:
+    """Mean and covariance of the features, divided by N - 1.    features: (N, D).    Raises ValueError if there are fewer than 2 or they are not finite."""
+    rows = _rows(features, 2, "a covariance")
+    mean = rows.mean(dim=0, dtype=torch.float64)
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=rows.device)
+    for chunk in rows.split(_chunk_length(rows)):
+        centred = chunk.double() - mean
+        covariance += centred.T @ centred
+    return Moments(mean, covariance / (len(rows) - 1), len(rows))
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Squared Fréchet distance of two normals, |mean_a - mean_b|^2 + tr(S_a + S_b - 2 sqrt(S_a S_b)); of Inception features, the FID (Heusel et al. 2017).
+
+    tr sqrt(S_a S_b) is the sum of the singular values of sqrt(S_a) sqrt(S_b), with symmetric roots. That stays accurate where there are fewer images
+    than features; the distance then leans on their number all the same, so only figures of equal counts compare.
+    Returns 0 or more.    Raises ValueError if the features differ in length.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"the Fréchet distance needs features of one length, got {len(a.mean)} and {len(b.mean)}")
+    mean_gap = (a.mean - b.mean.to(a.mean.device)).square().sum()
+    roots = _symmetric_root(a.covariance) @ _symmetric_root(b.covariance.to(a.covariance.device))
+    shared = torch.linalg.svdvals(roots).sum()
+    return max(0.0, float(mean_gap + a.covariance.trace() + b.covariance.trace().to(a.mean.device) - 2 * shared))
+
+
+def kernel_distance(a: Rows, b: Rows, seed: int, num_subsets: int = 100, subset_size: int = 1000) -> tuple[float, float]:
+    """Squared MMD of two sets under the kernel (x.y / D + 1)^3, unbiased; of Inception features, the KID (Binkowski et al. 2018).
+
+    a, b: (N, D) and (M, D).    seed: of the subsets, each drawn without replacement; no larger than the smaller set, and one only if it is both sets.
+    Returns mean and standard deviation over the subsets. The mean may be slightly negative.    Raises ValueError if a set has fewer than 2 images.
+    """
+    if num_subsets < 1 or subset_size < 2:
+        raise ValueError(f"the kernel distance needs 1 subset or more, of 2 images or more, got {num_subsets} of {subset_size}")
+    a, b = _pair(a, b, 2, "the kernel distance")
+    size = min(subset_size, len(a), len(b))
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(1 if size == len(a) == len(b) else num_subsets):
+        x, y = (rows[torch.from_numpy(generator.choice(len(rows), size, replace=False)).to(rows.device)].double() for rows in (a, b))
+        within = sum((kernel.sum() - kernel.diagonal().sum()) / (size * (size - 1)) for kernel in (_kernel(x, x), _kernel(y, y)))
+        found.append(float(within - 2 * _kernel(x, y).mean()))
+    return float(np.mean(found)), float(np.std(found))
+
+
+def inception_score(probabilities: Rows, num_splits: int = 10) -> tuple[float, float]:
+    """exp of the mean KL(p(class | image) || p(class)) over the images (Salimans et al. 2016).
+
+    probabilities: (N, K), rows that sum to 1. They are put in a fixed random order first, so that images sorted by class do not end up in one split.
+    Returns mean and standard deviation over the splits.    Raises ValueError if a split would be empty, N is below 2, or rows are no probabilities.
+    """
+    if num_splits < 1:
+        raise ValueError(f"the inception score needs 1 split or more, got {num_splits}")
+    rows = _rows(probabilities, max(2, num_splits), f"the inception score with num_splits={num_splits}").double()
+    if bool((rows < 0).any()) or bool(((rows.sum(dim=1) - 1).abs() > 1e-3).any()):
+        raise ValueError("the inception score needs probabilities that sum to 1 for each image")
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(rows))).to(rows.device)
+    scores = []
+    for split in rows[order].tensor_split(num_splits):
+        kl = torch.special.xlogy(split, split) - torch.special.xlogy(split, split.mean(dim=0))
+        scores.append(float(kl.sum(dim=1).mean().exp()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def precision_recall(real: Rows, generated: Rows, neighbours: int = 3) -> tuple[float, float]:
+    """Shares of generated images that lie among the real ones, and of real ones among the generated (Kynkäänniemi et al. 2019).
+
+    An image lies among a set if it is no farther from some image of it than that image's k-th nearest neighbour in the set.
+    real, generated: (N, D) and (M, D).    neighbours: k.    Raises ValueError if a set has not more than k images.
+    """
+    if neighbours < 1:
+        raise ValueError(f"precision and recall need 1 neighbour or more, got {neighbours}")
+    real, generated = _pair(real, generated, neighbours + 1, f"precision and recall with {neighbours} neighbours")
+    return _share_among(generated, real, neighbours), _share_among(real, generated, neighbours)
+
+
+def nearest(queries: Rows, references: Rows, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
+    """The reference nearest to each query by Euclidean distance.
+
+    queries, references: (N, D) and (M, D).    exclude_self: both are the same set, and no row is its own neighbour.
+    Returns distances, (N,) float64, and indices, (N,) int64.    Raises ValueError if there is no reference to find.
+    """
+    queries, references = _pair(queries, references, 2 if exclude_self else 1, "a nearest neighbour")
+    if exclude_self and len(queries) != len(references):
+        raise ValueError(f"exclude_self needs the same images on both sides, got {len(queries)} and {len(references)}")
+    index = _nearest(queries, references, 1, exclude_self)[1].flatten()
+    pairs = zip(queries.split(_chunk_length(queries)), index.split(_chunk_length(queries)), strict=True)
+    return torch.cat([(chunk.double() - references[found].double()).square().sum(dim=1).sqrt() for chunk, found in pairs]), index
+
+
+def _rows(features: Rows, least: int, wanted_by: str) -> Tensor:
+    """The features as a tensor on a device that has float64, checked."""
+    rows = torch.as_tensor(features).detach()
+    if rows.device.type == "mps":
+        rows = rows.cpu()
+    if rows.ndim != 2 or rows.shape[1] == 0:
+        raise ValueError(f"{wanted_by} needs features of shape (N, D), got {tuple(rows.shape)}")
+    if len(rows) < least:
+        raise ValueError(f"{wanted_by} needs at least {least} image{'s' if least > 1 else ''}, got {len(rows)}")
+    if not bool(rows.isfinite().all()):
+        raise ValueError(f"{wanted_by} needs finite features, got some that are infinite or not a number")
+    return rows
+
+
+def _pair(a: Rows, b: Rows, least: int, wanted_by: str) -> tuple[Tensor, Tensor]:
+    a, b = _rows(a, least, wanted_by), _rows(b, least, wanted_by)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"{wanted_by} needs features of one length, got {a.shape[1]} and {b.shape[1]}")
+    return a, b.to(a.device)
+
+
+def _chunk_length(rows: Tensor) -> int:
+    return max(1, min(4096, NUMBERS_AT_ONCE // rows.shape[1]))
+
+
+def _symmetric_root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance.double())
+    rounding = values[-1] * len(values) * torch.finfo(torch.float64).eps  # what stands where there is no variance, negative or not
+    return (vectors * values.where(values > rounding, 0).sqrt()) @ vectors.T
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """All pairs of a row of a and a row of b, chunk by chunk: which rows, and their squared distances; exactly 0 for equal rows."""
+    length, shift = _chunk_length(a), b[0].double()  # a shift changes no distance, and keeps what is squared small
+    for rows, columns in ((slice(i, i + length), slice(j, j + length)) for i in range(0, len(a), length) for j in range(0, len(b), length)):
+        x, y = a[rows].double() - shift, b[columns].double() - shift
+        lengths = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
+        squared = torch.addmm(lengths, x, y.T, alpha=-2)
+        yield rows, columns, squared.masked_fill_(squared <= SAME * lengths, 0)
+
+
+def _nearest(a: Tensor, b: Tensor, count: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
+    """Squared distances and indices of the `count` nearest rows of b for each row of a, nearest first: (N, count)."""
+    best = torch.full((len(a), count), torch.inf, dtype=torch.float64, device=a.device)
+    index = torch.zeros(len(a), count, dtype=torch.int64, device=a.device)
+    for rows, columns, squared in _squared_distances(a, b):
+        if exclude_self and rows == columns:
+            squared.fill_diagonal_(torch.inf)
+        here = torch.arange(len(b), device=a.device)[columns].expand(len(squared), -1)
+        best[rows], chosen = torch.cat([best[rows], squared], dim=1).topk(count, largest=False)
+        index[rows] = torch.cat([index[rows], here], dim=1).gather(1, chosen)
+    return best, index
+
+
+def _share_among(points: Tensor, centres: Tensor, neighbours: int) -> float:
+    radii = _nearest(centres, centres, neighbours, exclude_self=True)[0][:, -1]
+    among = torch.zeros(len(points), dtype=torch.bool, device=points.device)
+    for rows, columns, squared in _squared_distances(points, centres):
+        among[rows] |= (squared <= radii[columns]).any(dim=1)
+    return float(among.double().mean())
