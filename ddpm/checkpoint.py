@@ -32,8 +32,10 @@ class Checkpoint:
         return torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
 
 
-def save(checkpoints: Path, step: int, model: dict[str, Tensor], ema: dict[str, Tensor], state: dict[str, Any], keep: int) -> Checkpoint:
-    """Write a checkpoint of `step` updates, point `latest` at it, and drop all but the newest `keep`.
+def save(
+    checkpoints: Path, step: int, model: dict[str, Tensor], ema: dict[str, Tensor], state: dict[str, Any], keep: int, best: int | None = None
+) -> Checkpoint:
+    """Write a checkpoint of `step` updates, point `latest` at it, and drop all but the newest `keep` and that of step `best`.
 
     state: tensors and plain values (torch.load's weights_only reads it back).
     """
@@ -56,7 +58,8 @@ def save(checkpoints: Path, step: int, model: dict[str, Tensor], ema: dict[str, 
     sync_folder(checkpoints)
     write_whole(checkpoints / "latest", name + "\n")
     for old in all_in(checkpoints)[:-keep]:
-        shutil.rmtree(old.folder)
+        if old.step != best:
+            shutil.rmtree(old.folder)
     return Checkpoint(folder, step)
 
 

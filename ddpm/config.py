@@ -71,8 +71,27 @@ class Runtime(Section):
     sample_every: PositiveInt
     checkpoint_every: PositiveInt
     keep_checkpoints: PositiveInt
+    evaluate_every: PositiveInt | None
     num_previews: PositiveInt
     trusted_modules: list[str]
+
+
+Split = Literal["train", "heldout", "test"]
+
+
+class EvaluationSettings(Section):
+    """Which metrics, by which protocol. See conf/evaluation/default.yaml for each key."""
+
+    metrics: list[Literal["fd", "kd", "inception_score", "precision_recall", "nearest", "colour", "bits_per_dim", "losses"]]
+    extractor: Literal["inception", "efficientnet_lite0"]
+    weights_path: str | None
+    download: bool
+    num_samples: Annotated[int, Field(ge=2)]
+    split: Split
+    num_images: PositiveInt
+    bound_split: Split
+    batch_size: PositiveInt
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Metric(Section):
@@ -116,6 +135,7 @@ class Config(Section):
     optimizer: Node
     lr_schedule: Node
     sampler: Node
+    evaluation: EvaluationSettings
     training: Training
     runtime: Runtime
     seed: Annotated[int, Field(ge=0, lt=2**63)]

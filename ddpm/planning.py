@@ -191,9 +191,11 @@ def probe(config: Config, seconds: float) -> tuple[float, str]:
             grad_clip=config.training.grad_clip,
             log_every=1 << 60,
             sample_every=1 << 60,
+            evaluate_every=None,
             checkpoint_every=1 << 60,
             log=_nothing,
             save_samples=_nothing,
+            evaluate=_nothing,
             save_checkpoint=_nothing,
         )
         return batch / clock.seconds_per_step, f"{device.type} ({batch} images at once)"

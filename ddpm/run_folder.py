@@ -24,6 +24,7 @@ Status = Literal["running", "complete", "failed", "preempted"]
 NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no part of the name
     "runtime": True,
     "sampler": True,
+    "evaluation": True,
     "outputs": True,
     "recipe": True,
     "init_weights": True,  # stands where init_from does

@@ -33,9 +33,11 @@ def train(
     grad_clip: float | None,
     log_every: int,
     sample_every: int,
+    evaluate_every: int | None,
     checkpoint_every: int,
     log: Callable[[int, dict[str, float]], None],
     save_samples: Callable[[int], None],
+    evaluate: Callable[[int], None],
     save_checkpoint: Callable[[int], None],
 ) -> None:
     """Algorithm 1 of Ho et al. 2020.    steps: the updates to do, in order, the first of all being 0 and the last num_steps - 1.
@@ -43,7 +45,7 @@ def train(
     model, optimizer: as Accelerate prepared them; model is (x_t, t) or, where batches has classes, (x_t, t, classes) -> output.
     lr_at: update, counted from 0 -> learning rate.    device_batch: images a device takes at once, None for all of its share.
     grad_clip: largest global gradient norm, None for none.
-    log, save_samples, save_checkpoint: called with the number of updates done, at multiples of their interval and at the last step; log by every
+    log, save_samples, evaluate, save_checkpoint: called with the number of updates done, at multiples of their interval and at the last step; log by every
     process, with the means since the last time, before each checkpoint too. Nothing in a step waits for the device.
     Raises FloatingPointError at such a time, before anything is saved, if the loss or the gradient was not finite.
     """
@@ -80,14 +82,18 @@ def train(
             timestep_sampler.update(*of_all_processes(accelerator, t, losses, batch_size))
 
         done = step + 1
-        if is_due(done, log_every, num_steps) or is_due(done, checkpoint_every, num_steps):  # nothing is saved unseen
+        evaluates = evaluate_every is not None and is_due(done, evaluate_every, num_steps)
+        saves = evaluates or is_due(done, checkpoint_every, num_steps)
+        if saves or is_due(done, log_every, num_steps):  # nothing is saved unseen
             means = meter.means(accelerator)
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(f"step {done}: the loss or its gradient is not finite ({means}); try a lower optimizer.lr, or training.precision=fp32")
             log(done, {**means, "train/lr": lr})
         if is_due(done, sample_every, num_steps):
             save_samples(done)
-        if is_due(done, checkpoint_every, num_steps):
+        if evaluates:
+            evaluate(done)
+        if saves:
             save_checkpoint(done)
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -12,17 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from tqdm import tqdm
 
-from ddpm import build, checkpoint, diffusers_folder, images
+from ddpm import build, checkpoint, diffusers_folder, evaluation, images
 from ddpm.cli import Composed
 from ddpm.config import Config
 from ddpm.data.batches import Batches
 from ddpm.data.decoding import ImageSet
 from ddpm.ema import EMA
+from ddpm.evaluation_run import check_extractor, measure, samples_folder
 from ddpm.recording import Recorder
 from ddpm.run_folder import RunFolder, with_content
 from ddpm.sampling import Drawing
@@ -47,6 +49,8 @@ def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
     with accelerator_for(config) as accelerator:
         leads = accelerator.is_main_process
         source = build.source(config)
+        if config.runtime.evaluate_every is not None:
+            check_extractor(config.evaluation, accelerator.device)
         if leads:
             print(f"run {run.path}", flush=True)
         with accelerator.main_process_first():
@@ -68,7 +72,7 @@ def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
         )
         num_steps = training.steps or (training.epochs or 0) * batches.steps_per_epoch
         if not leads:
-            _train(config, run, accelerator, batches, num_steps, len(data.classes))
+            _train(config, run, accelerator, batches, num_steps, data.classes)
             return
         run.start(config, composed)
         run.update(device=_device_name(accelerator), num_steps=num_steps, steps_per_epoch=batches.steps_per_epoch)
@@ -76,7 +80,7 @@ def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
         run.update(data={**about, "classes": data.classes, "unreadable": data.unreadable})
         with _log_file(run):
             try:
-                _train(config, run, accelerator, batches, num_steps, len(data.classes))
+                _train(config, run, accelerator, batches, num_steps, data.classes)
             except BaseException as error:
                 run.update(status="preempted" if isinstance(error, KeyboardInterrupt) else "failed", error=f"{type(error).__name__}: {error}")
                 raise
@@ -84,11 +88,11 @@ def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
         print(f"run {run.path} is complete: {num_steps} steps\n{_closing(run, num_steps)}", flush=True)
 
 
-def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Batches, num_steps: int, num_classes: int) -> None:
+def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Batches, num_steps: int, names: list[str]) -> None:
     log = logging.getLogger("ddpm")
     leads, training, runtime = accelerator.is_main_process, config.training, config.runtime
     diffusion = build.diffusion(config)
-    raw = build.network(config, accelerator.device, num_classes)
+    raw = build.network(config, accelerator.device, len(names))
     if _starts_from_weights(config, run):
         raw.load_state_dict(_first_weights(config, raw))
     ema = EMA(raw, training.ema_decay, training.ema_warmup)
@@ -112,6 +116,8 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
             print(f"carrying on from step {first_step}", flush=True)
     lr_schedule, lr = build.lr_schedule(config), float(config.optimizer["lr"])
     preview_sampler = build.sampler(config.sampler, diffusion)
+    shape = (config.data.channels, *batches.image_size)
+    best: dict[str, Any] = run.record().get("best") or {}  # of the evaluations so far
     recorder = Recorder(run.path, first_step) if leads else None
     bar = tqdm(range(first_step, num_steps), initial=first_step, total=num_steps, unit="step", disable=None if leads else True, dynamic_ncols=True)
     speed = _Speed(first_step, training.batch_size)
@@ -132,6 +138,20 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
             images_per_second,
         )
 
+    def evaluate(step: int) -> None:
+        drawing = Drawing(raw, ema.state_dict(), diffusion, preview_sampler, shape, config.evaluation.seed, build.any_class(config, len(names)))
+        figures, missing = measure(drawing, config.sampler, config.evaluation, config, names, run, step, "ema", PartialState())
+        if missing:
+            raise ValueError("; ".join(missing))
+        if recorder is not None:
+            evaluation.record(run.path / "evaluation.json", figures)
+            recorder.scalars(step, {f"eval/{figure.metric}": figure.value for figure in figures})
+            shutil.rmtree(samples_folder(run, figures[0].protocol), ignore_errors=True)  # ddpm.evaluate can draw them again
+            if not best or figures[0].value < best["value"]:
+                best.update(id=figures[0].id, value=figures[0].value, step=step)
+            log.info("step %d  %s", step, "  ".join(f"{figure.metric} {figure.value:.4f}" for figure in figures))
+        speed.pause(step)
+
     def save_checkpoint(step: int) -> None:
         state = {
             "ema_updates": ema.num_updates,
@@ -142,15 +162,15 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
             state["scaler"] = accelerator.scaler.state_dict()
         if recorder is not None:
             recorder.flush()
-            checkpoint.save(run.checkpoints, step, raw.state_dict(), ema.state_dict(), state, runtime.keep_checkpoints)
-            run.update(step=step)
+            checkpoint.save(run.checkpoints, step, raw.state_dict(), ema.state_dict(), state, runtime.keep_checkpoints, best.get("step"))
+            run.update(step=step, best=best or None)
         speed.pause(step)
 
     def save_samples(step: int) -> None:
         if recorder is not None:
-            count, shape = runtime.num_previews, (config.data.channels, *batches.image_size)
-            classes = [index % num_classes for index in range(count)] if training.conditional else None
-            drawing = Drawing(raw, ema.state_dict(), diffusion, preview_sampler, shape, config.seed, build.any_class(config, num_classes))
+            count = runtime.num_previews
+            classes = [index % len(names) for index in range(count)] if training.conditional else None
+            drawing = Drawing(raw, ema.state_dict(), diffusion, preview_sampler, shape, config.seed, build.any_class(config, len(names)))
             parts = [range(start, min(start + training.batch_size, count)) for start in range(0, count, training.batch_size)]
             drawn = [drawing.images(part, None if classes is None else [classes[index] for index in part]) for part in parts]
             sheet = images.grid(np.concatenate([images.to_uint8(part) for part in drawn]))
@@ -179,9 +199,11 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
         grad_clip=training.grad_clip,
         log_every=runtime.log_every,
         sample_every=runtime.sample_every,
+        evaluate_every=runtime.evaluate_every,
         checkpoint_every=runtime.checkpoint_every,
         log=report,
         save_samples=save_samples,
+        evaluate=evaluate,
         save_checkpoint=save_checkpoint,
     )
     if recorder is not None:

@@ -7,7 +7,7 @@ import pytest
 from ddpm.cli import CONF, EXPERIMENTS
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "plan", "export"])
+@pytest.mark.parametrize("name", ["train", "sample", "plan", "evaluate", "export"])
 def test_help_is_one_screen_with_every_group_option_and_key(name, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", [name, "--help"])
     importlib.import_module(f"ddpm.{name}").main()

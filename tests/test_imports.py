@@ -25,7 +25,7 @@ ORDER = [
         "features",
     ),
     *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "recording"),
-    *("build", "run_folder", "training_loop", "training_run"),
+    *("build", "run_folder", "sample_folder", "evaluation", "evaluation_run", "training_loop", "training_run"),
 ]
 PURE = {"randomness", "schedules", "models", "diffusion", "timestep_sampling", "samplers", "ema", "lr_schedules", "training_loop", "bound", "metrics"}
 CONFIGURING = {"hydra", "omegaconf", "pydantic", "cli", "config", "build"}

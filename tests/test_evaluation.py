@@ -1,0 +1,140 @@
+"""Figures with their protocol: kept once each, measured the same however the work is cut up, and refused in one line where they cannot be had."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm import evaluation
+from ddpm.config import Metric
+from ddpm.evaluation import Figure
+from ddpm.features import Features
+
+ROOT = Path(__file__).resolve().parent.parent
+PROTOCOL = {"count": 50_000, "split": "train", "extractor": "inception", "sampler": "ancestral1000", "weights": "ema", "step": 800_000, "seed": 0}
+
+
+def test_a_figures_id_says_its_protocol():
+    assert Figure("fid", 3.17, PROTOCOL).id == "fid@50k:train:inception:ancestral1000:ema:step800000"
+    assert Figure("bits_per_dim", 3.7, {"count": 256, "split": "test", "weights": "raw", "step": 5}).id == "bits_per_dim@256:test:raw:step5"
+
+
+def test_a_figure_takes_the_place_of_the_same_one_and_no_other(tmp_path):
+    file = tmp_path / "evaluation.json"
+    evaluation.record(file, [Figure("fid", 9.0, PROTOCOL), Figure("precision", 0.5, PROTOCOL)])
+    evaluation.record(file, [Figure("fid", 8.0, PROTOCOL), Figure("fid", 7.0, {**PROTOCOL, "seed": 1})])
+    assert [(entry["metric"], entry["value"], entry["protocol"]["seed"]) for entry in evaluation.recorded(file)] == [
+        ("fid", 8.0, 0), ("precision", 0.5, 0), ("fid", 7.0, 1),
+    ]  # fmt: skip
+
+
+def test_the_table_shows_what_was_published_beside_what_was_measured():
+    shown = evaluation.table([Figure("fid", 3.4, PROTOCOL, floor=1.5)], [Metric(name="fid", value=3.17, tolerance=0.2, protocol="50k samples")])
+    assert "3.4000" in shown
+    assert "floor 1.5000" in shown
+    assert "published 3.17 +- 0.2 (50k samples)" in shown
+
+
+def test_colour_gaps_are_those_of_the_channels_and_a_tint_is_warned_of():
+    data = np.random.default_rng(0).integers(50, 200, (20, 3, 8, 8), dtype=np.uint8)
+    drawn = data.transpose(0, 2, 3, 1).copy()
+    drawn[..., 2] += 20
+    figures, warnings = evaluation.colour(drawn, data, PROTOCOL)
+    gaps = {figure.metric: figure.value for figure in figures}
+    assert gaps["channel_2_mean_gap"] == pytest.approx(20)
+    assert all(value == 0 for name, value in gaps.items() if name != "channel_2_mean_gap")
+    assert len(warnings) == 1
+    assert "channel 2" in warnings[0]
+
+
+def test_copies_of_training_pictures_are_found_and_come_first():
+    reference = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    drawn = torch.cat([reference[7:8] + 3.0, reference[20:21], reference[8:9] - 3.0])
+    figure, pairs = evaluation.nearest_pairs(Features(drawn, None), Features(reference, None), PROTOCOL)
+    assert pairs[0] == (1, 20)
+    copies, _ = evaluation.nearest_pairs(Features(reference, None), Features(reference, None), PROTOCOL)
+    assert copies.value == 0
+    assert figure.value > 0
+
+
+def test_reference_features_come_from_the_cache_the_second_time(tmp_path):
+    calls = []
+
+    def extractor(pictures):
+        calls.append(pictures.shape)
+        return Features(torch.from_numpy(pictures.reshape(len(pictures), -1).astype(np.float32)), None)
+
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 3, 2, 2), dtype=np.uint8)
+    first, again = (evaluation.reference_features(pictures, extractor, tmp_path / "cache" / "f.npz") for _ in range(2))
+    torch.testing.assert_close(first.features, again.features, rtol=0, atol=0)
+    assert calls == [(4, 2, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def run(ddpm, tiny, tmp_path_factory):
+    done = ddpm("train", f"outputs={tmp_path_factory.mktemp('outputs')}", *tiny, "data.holdout=0.2")
+    assert done.code == 0, done.err
+    return done.run
+
+
+def measured(run):
+    return {entry["id"]: entry["value"] for entry in json.loads((run / "evaluation.json").read_text())}
+
+
+SETTINGS = ["sampler=ddim", "sampler.num_steps=2", "evaluation.num_samples=12", "evaluation.num_images=6", "device=cpu", "evaluation.split=heldout"]
+
+
+@pytest.mark.slow
+def test_figures_do_not_depend_on_batches_or_processes_and_are_kept(ddpm, run):
+    metrics = "evaluation.metrics=[kd,nearest,colour,losses,bits_per_dim]"
+    done = ddpm("evaluate", f"run={run}", *SETTINGS, metrics, "evaluation.batch_size=4", "evaluation.bound_split=heldout")
+    assert done.code == 0, done.err
+    first = measured(run)
+    assert {"kd_efficientnet_lite0@12:heldout:efficientnet_lite0:ddim2:ema:step6", "bits_per_dim@6:heldout:ema:step6"} <= first.keys()
+    assert first["bits_per_dim_rate@6:heldout:ema:step6"] + first["bits_per_dim_distortion@6:heldout:ema:step6"] == pytest.approx(
+        first["bits_per_dim@6:heldout:ema:step6"]
+    )
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddpm.evaluate", f"run={run}", *SETTINGS, metrics]
+    words += ["evaluation.batch_size=3", "evaluation.bound_split=heldout"]
+    two = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=250)
+    assert two.returncode == 0, two.stderr
+    assert measured(run) == pytest.approx(first, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_had_is_said_in_one_line_and_the_rest_is_measured(ddpm, run):
+    done = ddpm("evaluate", f"run={run}", *SETTINGS, "evaluation.metrics=[fd,losses]", "evaluation.extractor=inception", "evaluation.num_images=5")
+    assert done.code == 1
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "torch-fidelity" in errors[0] or "weights_path" in errors[0]
+    assert any(name.startswith("loss_t0000") and "@5:" in name for name in measured(run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("overrides", "named"), [
+    (["evaluation.split=test"], "no test split"), (["step=5"], "step=5"), (["evaluation.num_samples=1"], "evaluation.num_samples"), (["evaluation.metrics=[fdd]"], "evaluation.metrics"),
+])  # fmt: skip
+def test_an_impossible_protocol_is_refused_in_one_line(ddpm, run, overrides, named):
+    done = ddpm("evaluate", f"run={run}", *SETTINGS, *overrides)
+    assert done.code == 1
+    assert named in done.err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_in_training_the_best_checkpoint_is_kept(ddpm, tiny, tmp_path):
+    done = ddpm(
+        "train", f"outputs={tmp_path}", *tiny, "runtime.evaluate_every=2", "runtime.keep_checkpoints=1", "evaluation.num_samples=6", "evaluation.metrics=[kd]",
+        "optimizer.lr=0.1", "lr_schedule=constant", "lr_schedule.warmup_steps=0",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    best = json.loads((done.run / "run.json").read_text())["best"]
+    by_step = {entry["protocol"]["step"]: entry["value"] for entry in json.loads((done.run / "evaluation.json").read_text())}
+    assert by_step.keys() == {2, 4, 6}
+    assert best["step"] == min(by_step, key=by_step.get)
+    assert {int(folder.name[-8:]) for folder in (done.run / "checkpoints").glob("step_*")} == {best["step"], 6}
