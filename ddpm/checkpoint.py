@@ -1,6 +1,8 @@
 """Checkpoints: one folder a step, whole or not there. Tensors only: nothing in them can run code."""
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -12,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm.files import allow_by_umask, sync_file, sync_folder, write_whole
+
+log = logging.getLogger(__name__)
 
 _PREFIX = "step_"
 
@@ -31,6 +35,20 @@ class Checkpoint:
         """All else that a resume needs, on the CPU: what `save` was given."""
         return torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
 
+    def damage(self) -> str | None:
+        """What is wrong with the files, by the checksums that were written with them; None for a whole checkpoint."""
+        try:
+            sums = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))["sha256"]
+        except (OSError, ValueError, KeyError) as error:
+            return f"meta.json cannot be read ({error})"
+        for name, expected in sums.items():
+            file = self.folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if _sha256(file) != expected:
+                return f"{name} is not what was written"
+        return None
+
 
 def save(
     checkpoints: Path, step: int, model: dict[str, Tensor], ema: dict[str, Tensor], state: dict[str, Any], keep: int, best: int | None = None
@@ -47,20 +65,27 @@ def save(
     for kind, tensors in (("model", model), ("ema", ema)):
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, scratch / f"{kind}.safetensors")
     torch.save(state, scratch / "state.pt")
-    (scratch / "meta.json").write_text(json.dumps({"step": step}))
+    sums = {file.name: _sha256(file) for file in sorted(scratch.iterdir())}
+    (scratch / "meta.json").write_text(json.dumps({"step": step, "sha256": sums}))
     for file in scratch.iterdir():
         allow_by_umask(file)  # safetensors makes its files private
         sync_file(file)
     sync_folder(scratch)
     folder = checkpoints / name
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(folder)
     scratch.rename(folder)
     sync_folder(checkpoints)
     write_whole(checkpoints / "latest", name + "\n")
     for old in all_in(checkpoints)[:-keep]:
         if old.step != best:
-            shutil.rmtree(old.folder)
+            _remove(old.folder)
     return Checkpoint(folder, step)
+
+
+def clear_scratch(checkpoints: Path) -> None:
+    """Remove what a process that was killed while saving left behind. Only for who alone writes here."""
+    for left in checkpoints.glob(f".{_PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def all_in(checkpoints: Path) -> list[Checkpoint]:
@@ -69,14 +94,50 @@ def all_in(checkpoints: Path) -> list[Checkpoint]:
     return sorted((Checkpoint(folder, int(folder.name.removeprefix(_PREFIX))) for folder in folders), key=lambda found: found.step)
 
 
+def newest_whole(checkpoints: Path) -> Checkpoint | None:
+    """The newest checkpoint whose files are what was written; a damaged one is named in the log and passed over. None if there is none at all.
+
+    Raises ValueError if there are some and all are damaged.
+    """
+    found = all_in(checkpoints)
+    damages = []
+    for checkpoint in reversed(found):
+        damage = checkpoint.damage()
+        if damage is None:
+            return checkpoint
+        damages.append(f"{checkpoint.folder}: {damage}")
+        log.warning("passing over a damaged checkpoint, %s", damages[-1])
+    if damages:
+        raise ValueError(f"no checkpoint is whole: {'; '.join(damages)}")
+    return None
+
+
 def find(checkpoints: Path, step: int | None = None) -> Checkpoint:
-    """The checkpoint of a step, or the newest.    Raises ValueError, listing the steps there are, if it is not there."""
+    """The checkpoint of a step, or the newest whole one.    Raises ValueError, listing the steps there are, if it is not there or damaged."""
     found = all_in(checkpoints)
     if not found:
         raise ValueError(f"{checkpoints} holds no checkpoint yet")
     if step is None:
-        return found[-1]
+        newest = newest_whole(checkpoints)
+        assert newest is not None
+        return newest
     for checkpoint in found:
         if checkpoint.step == step:
+            damage = checkpoint.damage()
+            if damage is not None:
+                raise ValueError(f"step={step}: {checkpoint.folder} is damaged: {damage}")
             return checkpoint
     raise ValueError(f"step={step} has no checkpoint; there are {', '.join(str(checkpoint.step) for checkpoint in found)}")
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint so that a half-removed one is never taken for a whole one."""
+    if folder.exists():
+        hidden = folder.with_name(f".{folder.name}.removed.{os.getpid()}")
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -185,6 +185,7 @@ def probe(config: Config, seconds: float) -> tuple[float, str]:
             batches=Batches(pictures, batch, config.seed, device, drop_last=True, flip=config.data.flip, labels=labels),
             timestep_sampler=build.timestep_sampler(diffusion, device),
             seed=config.seed,
+            meter_sums=None,
             steps=clock.steps(),
             num_steps=1 << 60,
             device_batch=None,
@@ -197,6 +198,7 @@ def probe(config: Config, seconds: float) -> tuple[float, str]:
             save_samples=_nothing,
             evaluate=_nothing,
             save_checkpoint=_nothing,
+            stopped_by=_nothing,
         )
         return batch / clock.seconds_per_step, f"{device.type} ({batch} images at once)"
 

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -19,7 +21,10 @@ from ddpm.cli import Composed, compose
 from ddpm.config import Config, read_config, training_config
 from ddpm.files import write_whole
 
-Status = Literal["running", "complete", "failed", "preempted"]
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no part of the name
     "runtime": True,
@@ -66,6 +71,25 @@ class RunFolder:
         write_whole(self.path / ".hydra" / "overrides.yaml", yaml.safe_dump(composed.overrides))
         write_whole(self.path / ".hydra" / "choices.yaml", yaml.safe_dump(composed.choices))
         self.update(status="running", command=[Path(sys.argv[0]).name, *sys.argv[1:]], started=_now(), **_provenance())
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other process from training in this folder while this one does; the system lets go when the process ends, however it ends.
+
+        Raises ValueError, naming the process that holds it, if one does.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+", encoding="utf-8") as lock:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    lock.seek(0)
+                    raise ValueError(f"run {self.path} is being trained by {lock.read().strip() or 'another process'}; wait for it, or stop it") from error
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
+            lock.flush()
+            yield
 
     def update(self, **values: Any) -> None:
         """Change entries of run.json."""

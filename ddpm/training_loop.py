@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,7 @@ from ddpm import randomness
 from ddpm.data.batches import Batches
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.ema import EMA
+from ddpm.interruption import Preempted
 from ddpm.timestep_sampling import LossSecondMoment, Uniform
 
 
@@ -27,6 +29,7 @@ def train(
     batches: Batches,
     timestep_sampler: Uniform | LossSecondMoment,
     seed: int,
+    meter_sums: Tensor | None,
     steps: Iterable[int],
     num_steps: int,
     device_batch: int | None,
@@ -38,20 +41,26 @@ def train(
     log: Callable[[int, dict[str, float]], None],
     save_samples: Callable[[int], None],
     evaluate: Callable[[int], None],
-    save_checkpoint: Callable[[int], None],
+    save_checkpoint: Callable[[int, Tensor], None],
+    stopped_by: Callable[[int], str | None],
 ) -> None:
     """Algorithm 1 of Ho et al. 2020.    steps: the updates to do, in order, the first of all being 0 and the last num_steps - 1.
 
     model, optimizer: as Accelerate prepared them; model is (x_t, t) or, where batches has classes, (x_t, t, classes) -> output.
     lr_at: update, counted from 0 -> learning rate.    device_batch: images a device takes at once, None for all of its share.
     grad_clip: largest global gradient norm, None for none.
-    log, save_samples, evaluate, save_checkpoint: called with the number of updates done, at multiples of their interval and at the last step; log by every
-    process, with the means since the last time, before each checkpoint too. Nothing in a step waits for the device.
-    Raises FloatingPointError at such a time, before anything is saved, if the loss or the gradient was not finite.
+    log, save_samples, evaluate, save_checkpoint: called with the number of updates done, at multiples of their interval and at the last step; log by
+    every process, with the means since the last time; save_checkpoint also with the sums of what is still to be reported, which meter_sums brings back.
+    stopped_by: updates done -> the signal to stop for, if any.
+    Nothing in a step waits for the device.
+    Raises NotFinite, before anything is saved, if a loss or a gradient was not finite; the weights are those of before that update.
+    Raises Preempted, after a checkpoint, if told to stop.
     """
     device = accelerator.device
     parameters = list(model.parameters())
     meter = Meter(diffusion.num_timesteps, device)
+    meter.reset(meter_sums, accelerator.is_main_process)
+    guard = Guard(optimizer, scaled=accelerator.scaler is not None, device=device)
     for step in steps:
         lr = lr_at(step)
         for group in optimizer.param_groups:
@@ -73,7 +82,9 @@ def train(
                 accelerator.backward(total * (accelerator.num_processes / batch_size))  # DDP averages over processes
             seen.append((t, losses.detach()))
             meter.add_losses(losses.detach(), t)
-        meter.add_norm(accelerator.clip_grad_norm_(parameters, grad_clip if grad_clip is not None else float("inf")))
+        norm = accelerator.clip_grad_norm_(parameters, grad_clip if grad_clip is not None else float("inf"))
+        guard.see(step, norm)
+        meter.add_norm(norm.nan_to_num(0, 0, 0) if accelerator.scaler is not None else norm)  # there, a skipped update is no failure
         optimizer.step()
         optimizer.zero_grad()
         ema.update()
@@ -82,19 +93,24 @@ def train(
             timestep_sampler.update(*of_all_processes(accelerator, t, losses, batch_size))
 
         done = step + 1
+        signal = stopped_by(done)
         evaluates = evaluate_every is not None and is_due(done, evaluate_every, num_steps)
-        saves = evaluates or is_due(done, checkpoint_every, num_steps)
+        saves = evaluates or signal is not None or is_due(done, checkpoint_every, num_steps)
         if saves or is_due(done, log_every, num_steps):  # nothing is saved unseen
-            means = meter.means(accelerator)
-            if not all(map(math.isfinite, means.values())):
-                raise FloatingPointError(f"step {done}: the loss or its gradient is not finite ({means}); try a lower optimizer.lr, or training.precision=fp32")
-            log(done, {**means, "train/lr": lr})
+            sums = meter.sums(accelerator)
+            means = meter.means(sums)
+            guard.check(step, means)
+            if is_due(done, log_every, num_steps):
+                log(done, {**means, "train/lr": lr})
+                meter.reset(None, accelerator.is_main_process)
         if is_due(done, sample_every, num_steps):
             save_samples(done)
         if evaluates:
             evaluate(done)
         if saves:
-            save_checkpoint(done)
+            save_checkpoint(done, meter.sums(accelerator))
+        if signal is not None and done < num_steps:
+            raise Preempted(f"{signal} after step {done}")
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -129,6 +145,51 @@ def micro_batches(batch_size: int, num_processes: int, process: int, device_batc
     return [(start, min(start + size, end)) for start in range(first, end, size)]
 
 
+class NotFinite(FloatingPointError):
+    """A loss or gradient was not finite.    update: the first such, counted from 0."""
+
+    def __init__(self, update: int, norm: float, means: dict[str, float]) -> None:
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in means.items() if "loss" in name or "norm" in name)
+        super().__init__(
+            f"step {update + 1}: the gradient norm is {norm} (since the last report: {shown}); try a lower optimizer.lr, or training.precision=fp32"
+        )
+        self.update = update
+
+
+class Guard:
+    """Notices the first update whose gradient is not finite, on the device; from then on no update changes the weights, until the host has seen it.
+
+    scaled: a gradient scaler is at work (fp16), which skips such updates itself and goes on.
+    An optimizer that cannot be told on the device to change nothing (fused=true can) makes the host look at every step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scaled: bool, device: torch.device) -> None:
+        self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+        self._scaled = scaled
+        self._told_on_device = bool(getattr(self._optimizer, "_step_supports_amp_scaling", False))
+        self._first = torch.full((), -1, dtype=torch.int64, device=device)
+        self._norm = torch.zeros((), device=device)
+
+    def see(self, step: int, norm: Tensor) -> None:
+        """norm: of the whole gradient of update number `step`, before that update is made."""
+        if self._scaled:
+            return
+        fresh = (self._first < 0) & ~torch.isfinite(norm)
+        self._first = torch.where(fresh, step, self._first)
+        self._norm = torch.where(fresh, norm.float(), self._norm)
+        if self._told_on_device:
+            self._optimizer.grad_scale = None
+            self._optimizer.found_inf = (self._first >= 0).float()
+        else:
+            self.check(step, {})
+
+    def check(self, step: int, means: dict[str, float]) -> None:
+        """Raises NotFinite if one was seen, or if the means since the last report are not finite. Waits for the device."""
+        first = int(self._first)
+        if first >= 0 or not all(map(math.isfinite, means.values())):
+            raise NotFinite(first if first >= 0 else step, float(self._norm) if first >= 0 else float("nan"), means)
+
+
 class Meter:
     """Means of loss (overall and by timestep quartile) and gradient norm since the last report, kept on the device."""
 
@@ -141,21 +202,28 @@ class Meter:
     def add_losses(self, losses: Tensor, t: Tensor) -> None:
         """losses: (B,) of each image, at its timestep t (B,) int64."""
         quartile = t * self.NUM_QUARTILES // self._num_timesteps
-        self._sums.index_add_(0, quartile, losses.float())
-        self._sums.index_add_(0, quartile + self.NUM_QUARTILES, torch.ones_like(losses, dtype=torch.float32))
+        share = (quartile[:, None] == torch.arange(self.NUM_QUARTILES, device=t.device)).float()  # and no scatter: its sums have no fixed order on a GPU
+        self._sums[: self.NUM_QUARTILES] += losses.float() @ share
+        self._sums[self.NUM_QUARTILES : -2] += share.sum(dim=0)
 
     def add_norm(self, norm: Tensor) -> None:
         """norm: of the gradient of one update, before clipping."""
         self._sums[-2] += norm.float()
         self._sums[-1] += 1
 
-    def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all processes, then start anew. Waits for the device."""
-        everywhere = self._sums.clone()
-        if accelerator.num_processes > 1:
-            everywhere = accelerator.reduce(everywhere, reduction="sum")
-        self._sums.zero_()
-        *sums, norm, updates = everywhere.tolist()
-        loss, count = sums[: self.NUM_QUARTILES], sums[self.NUM_QUARTILES :]
+    def sums(self, accelerator: Accelerator) -> Tensor:
+        """Everything since the last report, of all processes: what `means` reads and a checkpoint keeps."""
+        return accelerator.reduce(self._sums.clone(), reduction="sum") if accelerator.num_processes > 1 else self._sums.clone()
+
+    def means(self, sums: Tensor) -> dict[str, float]:
+        """The means of such sums. Waits for the device."""
+        *parts, norm, updates = sums.tolist()
+        loss, count = parts[: self.NUM_QUARTILES], parts[self.NUM_QUARTILES :]
         quartiles = {f"train/loss_q{index}": loss[index] / count[index] for index in range(self.NUM_QUARTILES) if count[index]}
         return {"train/loss": sum(loss) / sum(count), **quartiles, "train/grad_norm": norm / updates}
+
+    def reset(self, sums: Tensor | None, leads: bool) -> None:
+        """Start anew, or from the sums of a checkpoint, which the leading process alone then holds."""
+        self._sums.zero_()
+        if sums is not None and leads:
+            self._sums.copy_(sums)

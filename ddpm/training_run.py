@@ -25,11 +25,12 @@ from ddpm.data.batches import Batches
 from ddpm.data.decoding import ImageSet
 from ddpm.ema import EMA
 from ddpm.evaluation_run import check_extractor, measure, samples_folder
+from ddpm.interruption import Interruption, Preempted
 from ddpm.recording import Recorder
 from ddpm.run_folder import RunFolder, with_content
 from ddpm.sampling import Drawing
 from ddpm.timestep_sampling import LossSecondMoment, Uniform
-from ddpm.training_loop import train
+from ddpm.training_loop import NotFinite, train
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
 
@@ -71,24 +72,31 @@ def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
             rows=trained_on.rows,
         )
         num_steps = training.steps or (training.epochs or 0) * batches.steps_per_epoch
+        interruption = Interruption(accelerator.num_processes)
         if not leads:
-            _train(config, run, accelerator, batches, num_steps, data.classes)
+            with interruption.listening():
+                _train(config, run, accelerator, batches, num_steps, data.classes, interruption)
             return
-        run.start(config, composed)
-        run.update(device=_device_name(accelerator), num_steps=num_steps, steps_per_epoch=batches.steps_per_epoch)
-        about = {"fingerprint": data.fingerprint, "images": len(data), "held_out": len(held_out)}
-        run.update(data={**about, "classes": data.classes, "unreadable": data.unreadable})
-        with _log_file(run):
+        with run.held(), _log_file(run), interruption.listening():
+            checkpoint.clear_scratch(run.checkpoints)
+            run.start(config, composed)
+            run.update(device=_device_name(accelerator), num_steps=num_steps, steps_per_epoch=batches.steps_per_epoch)
+            about = {"fingerprint": data.fingerprint, "images": len(data), "held_out": len(held_out)}
+            run.update(data={**about, "classes": data.classes, "unreadable": data.unreadable})
             try:
-                _train(config, run, accelerator, batches, num_steps, data.classes)
+                _train(config, run, accelerator, batches, num_steps, data.classes, interruption)
             except BaseException as error:
-                run.update(status="preempted" if isinstance(error, KeyboardInterrupt) else "failed", error=f"{type(error).__name__}: {error}")
+                preempted = isinstance(error, Preempted | KeyboardInterrupt)
+                why = error.why if isinstance(error, Preempted) else f"{type(error).__name__}: {error}"
+                run.update(status="preempted" if preempted else "failed", error=why)
+                if isinstance(error, NotFinite):
+                    _save_batch(run, batches, error)
                 raise
-        run.update(status="complete", error=None)
+            run.update(status="complete", error=None)
         print(f"run {run.path} is complete: {num_steps} steps\n{_closing(run, num_steps)}", flush=True)
 
 
-def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Batches, num_steps: int, names: list[str]) -> None:
+def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Batches, num_steps: int, names: list[str], interruption: Interruption) -> None:
     log = logging.getLogger("ddpm")
     leads, training, runtime = accelerator.is_main_process, config.training, config.runtime
     diffusion = build.diffusion(config)
@@ -98,9 +106,10 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
     ema = EMA(raw, training.ema_decay, training.ema_warmup)
     timestep_sampler = build.timestep_sampler(diffusion, accelerator.device)
     model, optimizer = accelerator.prepare(raw, build.optimizer(config, list(raw.parameters())))
-    first_step = 0
-    if checkpoint.all_in(run.checkpoints):
-        first_step = _resume(checkpoint.find(run.checkpoints), raw, ema, optimizer, timestep_sampler, accelerator)
+    first_step, meter_sums = 0, None
+    newest = checkpoint.newest_whole(run.checkpoints)
+    if newest is not None:
+        first_step, meter_sums = _resume(newest, raw, ema, optimizer, timestep_sampler, accelerator)
     if leads:
         parameters = sum(parameter.numel() for parameter in raw.parameters())
         log.info(
@@ -152,11 +161,12 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
             log.info("step %d  %s", step, "  ".join(f"{figure.metric} {figure.value:.4f}" for figure in figures))
         speed.pause(step)
 
-    def save_checkpoint(step: int) -> None:
+    def save_checkpoint(step: int, sums: torch.Tensor) -> None:
         state = {
             "ema_updates": ema.num_updates,
             "optimizer": optimizer.state_dict(),
             "timesteps": timestep_sampler.state_dict(),
+            "meter": sums.cpu(),
         }
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
@@ -193,6 +203,7 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
         batches=batches,
         timestep_sampler=timestep_sampler,
         seed=config.seed,
+        meter_sums=meter_sums,
         steps=bar,
         num_steps=num_steps,
         device_batch=runtime.device_batch,
@@ -205,6 +216,7 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
         save_samples=save_samples,
         evaluate=evaluate,
         save_checkpoint=save_checkpoint,
+        stopped_by=interruption.after,
     )
     if recorder is not None:
         recorder.close()
@@ -229,8 +241,8 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     timestep_sampler: Uniform | LossSecondMoment,
     accelerator: Accelerator,
-) -> int:
-    """Put everything back as it was after the checkpoint's step, and return that step."""
+) -> tuple[int, torch.Tensor]:
+    """Put everything back as it was after the checkpoint's step; that step, and the sums of what is still to be reported."""
     state = found.state()
     raw.load_state_dict(found.weights("raw"))
     ema.load_state_dict(found.weights("ema"), state["ema_updates"])
@@ -238,7 +250,16 @@ def _resume(
     timestep_sampler.load_state_dict(state["timesteps"])
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    return found.step
+    return found.step, state["meter"]
+
+
+def _save_batch(run: RunFolder, batches: Batches, error: NotFinite) -> None:
+    """Keep the global batch of the update that failed, for a look at it: trouble_step_*.pt with the images' numbers and pixels."""
+    size = batches.size(error.update)
+    indices = batches.indices(error.update, 0, size).cpu()
+    kept = {"images": batches.images(error.update, 0, size).cpu(), "indices": indices, "update": error.update}
+    torch.save(kept, run.path / f"trouble_step_{error.update + 1:08d}.pt")
+    logging.getLogger("ddpm").error("step %d: images %s of the data set", error.update + 1, indices.tolist())
 
 
 def _check_data(data: ImageSet, config: Config, run: RunFolder, record: dict[str, Any]) -> None:

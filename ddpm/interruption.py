@@ -1,0 +1,66 @@
+"""Being told to stop: finish the step, save, leave with a code that says "start me again"."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+EXIT_CODE = 75  # EX_TEMPFAIL: the same command carries on
+
+
+class Preempted(SystemExit):
+    """A run that was told to stop has saved and stops. It ends a sweep too, and the process with EXIT_CODE."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(EXIT_CODE)
+        self.why = why
+
+
+class Interruption:
+    """Whether SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 has come since, on any process of the run.
+
+    The second SIGINT ends the process at once.    agree_every: with several processes, after how many steps they tell each other; all then stop at the same.
+    """
+
+    def __init__(self, num_processes: int, agree_every: int = 10) -> None:
+        self._told: str | None = None
+        self._agree_every = agree_every
+        self._group = torch.distributed.new_group(backend="gloo") if num_processes > 1 else None  # on the host: no device waits
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._told == "SIGINT":
+            raise KeyboardInterrupt
+        self._told = signal.Signals(number).name
+        print(f"{self._told}: stopping after this step, to carry on later (Ctrl-C twice leaves at once)", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals over, and give them back afterwards. Only the main thread of a process can; elsewhere nothing is taken.
+
+        SIGUSR2 is left to who holds it already, such as submitit.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        wanted = [signal.SIGTERM, signal.SIGINT, *(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))]
+        taken = [number for number in wanted if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) == signal.SIG_DFL]
+        before = {number: signal.signal(number, self._handle) for number in taken}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def after(self, step: int) -> str | None:
+        """The name of the signal if the run is to stop after `step` updates, None to go on. With several processes, all must ask at every step."""
+        if self._group is None:
+            return self._told
+        if step % self._agree_every:
+            return None
+        flag = torch.tensor([0 if self._told is None else 1])
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        return (self._told or "a signal to another process") if int(flag) else None
