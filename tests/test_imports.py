@@ -24,10 +24,23 @@ ORDER = [
         "metrics",
         "features",
     ),
-    *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "recording"),
+    *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "recording", "interruption"),
     *("build", "run_folder", "sample_folder", "evaluation", "evaluation_run", "training_loop", "training_run"),
 ]
-PURE = {"randomness", "schedules", "models", "diffusion", "timestep_sampling", "samplers", "ema", "lr_schedules", "training_loop", "bound", "metrics"}
+PURE = {
+    "randomness",
+    "schedules",
+    "models",
+    "diffusion",
+    "timestep_sampling",
+    "samplers",
+    "ema",
+    "lr_schedules",
+    "training_loop",
+    "bound",
+    "metrics",
+    "interruption",
+}
 CONFIGURING = {"hydra", "omegaconf", "pydantic", "cli", "config", "build"}
 
 
