@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: one thread is as fast, and several processes do not fight over the cores
 
 import subprocess
 import sys
@@ -47,10 +48,11 @@ def tiny() -> list[str]:
 
 @pytest.fixture(scope="session")
 def ddpm() -> Callable[..., Done]:
-    """Run `python -m ddpm.<name> <overrides>`."""
+    """Run `python -m ddpm.<name> <overrides>`, in several processes under torchrun."""
 
-    def call(name: str, *overrides: str, **environment: str) -> Done:
-        words = [sys.executable, "-m", f"ddpm.{name}", *overrides]
+    def call(name: str, *overrides: str, processes: int = 1, **environment: str) -> Done:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+        words = [sys.executable, *launcher, "-m", f"ddpm.{name}", *overrides]
         done = subprocess.run(words, cwd=ROOT, env={**os.environ, "HYDRA_FULL_ERROR": "0", **environment}, capture_output=True, text=True, timeout=200)
         return Done(done.returncode, done.stdout, done.stderr)
 
