@@ -25,6 +25,7 @@ from ddpm.config import Config, EvaluationSettings, Node, Section, Split, check_
 from ddpm.data.decoding import ImageSet
 from ddpm.evaluation import Figure
 from ddpm.features import Extractor, Features
+from ddpm.processes import find_processes
 from ddpm.run_folder import RunFolder
 from ddpm.sampling import Drawing
 
@@ -64,8 +65,7 @@ def carry_out(config: EvaluateConfig) -> None:
     A metric that cannot be had here (no weights of an extractor, say) is named with the reason, and the others go on. Raises ValueError, one line, if
     there is no such run or checkpoint, or if any metric could not be had, after the others.
     """
-    build.device(config.device)
-    processes, settings = PartialState(cpu=config.device == "cpu"), config.evaluation
+    processes, settings = find_processes(config.device), config.evaluation
     device = processes.device if processes.num_processes > 1 else build.device(config.device)
     run = RunFolder(Path(config.run))
     trained = run.config(config.trusted_modules)

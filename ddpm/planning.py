@@ -17,9 +17,9 @@ from ddpm.config import Config, Expect, training_config
 from ddpm.data.batches import Batches
 from ddpm.ema import EMA
 from ddpm.models.layers import AttentionBlock
+from ddpm.processes import accelerator_for
 from ddpm.run_folder import locate
 from ddpm.training_loop import train
-from ddpm.training_run import accelerator_for
 
 
 class Sizes(NamedTuple):

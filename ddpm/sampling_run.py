@@ -8,7 +8,6 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from ddpm import build, checkpoint, diffusers_folder, figures, images, sample_fo
 from ddpm.cli import Composed
 from ddpm.config import Node, Section, check_node, plain_config, validated
 from ddpm.diffusion import GaussianDiffusion
+from ddpm.processes import find_processes
 from ddpm.run_folder import RunFolder
 from ddpm.sampling import Drawing
 
@@ -86,8 +86,7 @@ class Subject(NamedTuple):
 
 def carry_out(config: SampleConfig) -> None:
     """Draw and write, and print where to.    Raises ValueError, one line, if there is no such run, checkpoint, folder or device."""
-    build.device(config.device)
-    processes = PartialState(cpu=config.device == "cpu")
+    processes = find_processes(config.device)
     device = processes.device if processes.num_processes > 1 else build.device(config.device)
     subject = _of_run(config, config.run) if config.run is not None else _of_folder(config, str(config.source))
     sampler = build.sampler(config.sampler, subject.diffusion)

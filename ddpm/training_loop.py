@@ -50,7 +50,8 @@ def train(
     lr_at: update, counted from 0 -> learning rate.    device_batch: images a device takes at once, None for all of its share.
     grad_clip: largest global gradient norm, None for none.
     log, save_samples, evaluate, save_checkpoint: called with the number of updates done, at multiples of their interval and at the last step; log by
-    every process, with the means since the last time; save_checkpoint also with the sums of what is still to be reported, which meter_sums brings back.
+    every process, with the means since the last time; save_checkpoint also with the sums of what is still to be reported (a row for each process),
+    which meter_sums brings back.
     stopped_by: updates done -> the signal to stop for, if any.
     Nothing in a step waits for the device.
     Raises NotFinite, before anything is saved, if a loss or a gradient was not finite; the weights are those of before that update.
@@ -59,7 +60,7 @@ def train(
     device = accelerator.device
     parameters = list(model.parameters())
     meter = Meter(diffusion.num_timesteps, device)
-    meter.reset(meter_sums, accelerator.is_main_process)
+    meter.load(meter_sums, accelerator)
     guard = Guard(optimizer, scaled=accelerator.scaler is not None, device=device)
     for step in steps:
         lr = lr_at(step)
@@ -97,12 +98,11 @@ def train(
         evaluates = evaluate_every is not None and is_due(done, evaluate_every, num_steps)
         saves = evaluates or signal is not None or is_due(done, checkpoint_every, num_steps)
         if saves or is_due(done, log_every, num_steps):  # nothing is saved unseen
-            sums = meter.sums(accelerator)
-            means = meter.means(sums)
+            means = meter.means(accelerator)
             guard.check(step, means)
             if is_due(done, log_every, num_steps):
                 log(done, {**means, "train/lr": lr})
-                meter.reset(None, accelerator.is_main_process)
+                meter.reset()
         if is_due(done, sample_every, num_steps):
             save_samples(done)
         if evaluates:
@@ -212,18 +212,24 @@ class Meter:
         self._sums[-1] += 1
 
     def sums(self, accelerator: Accelerator) -> Tensor:
-        """Everything since the last report, of all processes: what `means` reads and a checkpoint keeps."""
-        return accelerator.reduce(self._sums.clone(), reduction="sum") if accelerator.num_processes > 1 else self._sums.clone()
+        """Everything since the last report, a row for each process: what a checkpoint keeps."""
+        return accelerator.gather(self._sums[None]) if accelerator.num_processes > 1 else self._sums[None].clone()
 
-    def means(self, sums: Tensor) -> dict[str, float]:
-        """The means of such sums. Waits for the device."""
-        *parts, norm, updates = sums.tolist()
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all processes since the last report. Waits for the device."""
+        *parts, norm, updates = self.sums(accelerator).sum(dim=0).tolist()
         loss, count = parts[: self.NUM_QUARTILES], parts[self.NUM_QUARTILES :]
         quartiles = {f"train/loss_q{index}": loss[index] / count[index] for index in range(self.NUM_QUARTILES) if count[index]}
         return {"train/loss": sum(loss) / sum(count), **quartiles, "train/grad_norm": norm / updates}
 
-    def reset(self, sums: Tensor | None, leads: bool) -> None:
-        """Start anew, or from the sums of a checkpoint, which the leading process alone then holds."""
+    def load(self, sums: Tensor | None, accelerator: Accelerator) -> None:
+        """Carry on from the sums of a checkpoint: each process from its own, or the leading one from all of them if there are more or fewer now."""
+        self.reset()
+        if sums is not None and len(sums) == accelerator.num_processes:
+            self._sums.copy_(sums[accelerator.process_index])
+        elif sums is not None and accelerator.is_main_process:
+            self._sums.copy_(sums.sum(dim=0))
+
+    def reset(self) -> None:
+        """Start anew."""
         self._sums.zero_()
-        if sums is not None and leads:
-            self._sums.copy_(sums)

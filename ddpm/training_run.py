@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from tqdm import tqdm
 
@@ -26,13 +25,12 @@ from ddpm.data.decoding import ImageSet
 from ddpm.ema import EMA
 from ddpm.evaluation_run import check_extractor, measure, samples_folder
 from ddpm.interruption import Interruption, Preempted
+from ddpm.processes import accelerator_for
 from ddpm.recording import Recorder
 from ddpm.run_folder import RunFolder, with_content
 from ddpm.sampling import Drawing
 from ddpm.timestep_sampling import LossSecondMoment, Uniform
 from ddpm.training_loop import NotFinite, train
-
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
 
 
 def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
@@ -273,25 +271,6 @@ def _check_data(data: ImageSet, config: Config, run: RunFolder, record: dict[str
         raise ValueError(
             f"the data has changed since {run.path} was started: fingerprint {data.fingerprint}, was {before}; restore it, or start anew with another outputs="
         )
-
-
-@contextmanager
-def accelerator_for(config: Config) -> Iterator[Accelerator]:
-    """Accelerate for one run; what it keeps between runs of one process is put back before and after.
-
-    Raises ValueError if the device asked for is not here.
-    """
-    build.device(config.runtime.device)
-    _reset_accelerate()
-    try:
-        yield Accelerator(mixed_precision=PRECISIONS[config.training.precision], cpu=config.runtime.device == "cpu")
-    finally:
-        _reset_accelerate()
-
-
-def _reset_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    GradientState._reset_state()
 
 
 @contextmanager
