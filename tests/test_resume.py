@@ -1,7 +1,5 @@
 """A run that was cut off ends with the bytes of one that was not, whatever the network, the precision and the optimizer."""
 
-import shutil
-
 import pytest
 import torch
 
@@ -16,7 +14,6 @@ FAMILIES = {
     "ddpm": ["model=unet32", *SMALL],
     "improved": ["model=improved_unet32", *SMALL, "objective=hybrid", "training.conditional=true"],
     "adm": ["model=adm64", *SMALL, "model.head_channels=32", "training.conditional=true"],
-    "readme": ["model=unet_readme", "model.resolution=32"],  # of one size: 58 million weights
 }
 
 
@@ -29,11 +26,10 @@ def trained(*overrides):
     return run
 
 
-@pytest.mark.parametrize(("family", "precision"), [(family, precision) for family in FAMILIES for precision in ("fp32", "bf16")][:-1])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_cut_off_and_carried_on_is_the_same_run(tmp_path, family, precision):
-    settings = [f"outputs={tmp_path}", *FAMILIES[family], f"training.precision={precision}", "runtime.device_batch=3"]
-    if family != "readme":
-        settings.append("model.dropout=0.1")
+    settings = [f"outputs={tmp_path}", *FAMILIES[family], f"training.precision={precision}", "runtime.device_batch=3", "model.dropout=0.1"]
     run = trained(*settings)
     last = run.checkpoints / "step_00000004"
     whole = last.rename(tmp_path / "whole")
