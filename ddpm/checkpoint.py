@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -55,11 +56,29 @@ def save(
 ) -> Checkpoint:
     """Write a checkpoint of `step` updates, point `latest` at it, and drop all but the newest `keep` and that of step `best`.
 
-    state: tensors and plain values (torch.load's weights_only reads it back).
+    state: tensors and plain values (torch.load's weights_only reads it back).    Raises ValueError, one line, if it cannot be written: a full disk, say.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     name = f"{_PREFIX}{step:08d}"
     scratch = checkpoints / f".{name}.{os.getpid()}"
+    try:
+        _write(scratch, step, model, ema, state)
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError is torch.save's
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise ValueError(f"{checkpoints / name} cannot be written, and those before it stay: {error}") from error
+    folder = checkpoints / name
+    _remove(folder)
+    scratch.rename(folder)
+    sync_folder(checkpoints)
+    write_whole(checkpoints / "latest", name + "\n")
+    for old in all_in(checkpoints)[:-keep]:
+        if old.step != best:
+            _remove(old.folder)
+    return Checkpoint(folder, step)
+
+
+def _write(scratch: Path, step: int, model: dict[str, Tensor], ema: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """The files of a checkpoint, all of them on the disk when this returns."""
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     for kind, tensors in (("model", model), ("ema", ema)):
@@ -71,15 +90,6 @@ def save(
         allow_by_umask(file)  # safetensors makes its files private
         sync_file(file)
     sync_folder(scratch)
-    folder = checkpoints / name
-    _remove(folder)
-    scratch.rename(folder)
-    sync_folder(checkpoints)
-    write_whole(checkpoints / "latest", name + "\n")
-    for old in all_in(checkpoints)[:-keep]:
-        if old.step != best:
-            _remove(old.folder)
-    return Checkpoint(folder, step)
 
 
 def clear_scratch(checkpoints: Path) -> None:
