@@ -126,6 +126,7 @@ class Recipe(Section):
 class Config(Section):
     """A training run, whole (conf/config.yaml).    init_weights: digest of what lies at init_from, found when the run is (run_folder.with_content)."""
 
+    resume: str | None = None
     init_from: str | None
     init_weights: str | None = None
     model: Node
@@ -145,8 +146,15 @@ class Config(Section):
 
 def training_config(composed: Composed) -> Config:
     """The configuration of a run, checked.    Raises ValueError, one line that names the key, the value and what is allowed."""
-    plain = {**plain_config(composed), "init_weights": None}
-    _settle_duration(plain["training"], composed.overrides)
+    return settled({**plain_config(composed), "init_weights": None}, composed.overrides)
+
+
+def settled(plain: dict[str, Any], overrides: list[str]) -> Config:
+    """The configuration of a run from plain values, checked.    overrides: of the command line, which settle the unit of the duration.
+
+    Raises ValueError, one line.
+    """
+    _settle_duration(plain["training"], overrides)
     config = read_config(plain)
     if (config.training.steps is None) == (config.training.epochs is None):
         raise ValueError(f"training.steps={config.training.steps} and training.epochs={config.training.epochs}: give one of them")

@@ -31,6 +31,7 @@ NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no pa
     "sampler": True,
     "evaluation": True,
     "outputs": True,
+    "resume": True,
     "recipe": True,
     "init_weights": True,  # stands where init_from does
     "data": {"path": True, "cache": True, "max_unreadable": True, "num_images": True, "source": {"path": True}},

@@ -27,19 +27,24 @@ from ddpm.evaluation_run import check_extractor, measure, samples_folder
 from ddpm.interruption import Interruption, Preempted
 from ddpm.processes import accelerator_for
 from ddpm.recording import Recorder
-from ddpm.run_folder import RunFolder, with_content
+from ddpm.run_folder import RunFolder, computed, with_content
 from ddpm.sampling import Drawing
 from ddpm.timestep_sampling import LossSecondMoment, Uniform
 from ddpm.training_loop import NotFinite, train
 
 
-def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
+def carry_out(config: Config, run: RunFolder, composed: Composed, changes: dict[str, list[Any]] | None = None) -> None:
     """Train from the newest checkpoint of the run, or from the start, to the end. A run that is complete is left as it is.
 
+    changes: what is computed otherwise than before (key -> [before, now]), None where the configuration itself names the run.
     Raises ValueError, one line, where the data or the device is not what the configuration needs.
     """
     record = run.record()
-    if record.get("status") == "complete":
+    if changes is None and record.get("changes") and computed(config) != computed(run.config(config.runtime.trusted_modules)):
+        raise ValueError(
+            f"run {run.path} was carried on with other settings (run.json, changes): go on with resume={run.path}, or start anew with another outputs="
+        )
+    if record.get("status") == "complete" and not changes:
         print(f"run {run.path} is complete: {record['step']} steps\n{_closing(run, record['step'])}", flush=True)
         return
     config = with_content(config)
@@ -78,6 +83,8 @@ def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
         with run.held(), _log_file(run), interruption.listening():
             checkpoint.clear_scratch(run.checkpoints)
             run.start(config, composed)
+            if changes:
+                run.update(changes=[*record.get("changes", []), {"step": record.get("step", 0), "changed": changes}])
             run.update(device=_device_name(accelerator), num_steps=num_steps, steps_per_epoch=batches.steps_per_epoch)
             about = {"fingerprint": data.fingerprint, "images": len(data), "held_out": len(held_out)}
             run.update(data={**about, "classes": data.classes, "unreadable": data.unreadable})
