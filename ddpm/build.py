@@ -34,6 +34,12 @@ def network(config: Config, device: torch.device, num_classes: int) -> nn.Module
     torch.manual_seed(randomness.host_key(randomness.INITIAL_WEIGHTS, config.seed))
     with _naming("model"), torch.device("meta" if device.type == "meta" else "cpu"):
         built: nn.Module = instantiate(config.model, **arguments, _convert_="all")
+    if config.runtime.recompute:
+        with _naming("runtime"):
+            recompute = getattr(built, "recompute", None)
+            if not callable(recompute):
+                raise ValueError(f"recompute={config.runtime.recompute}: {config.model['_target_']} has no method recompute(levels)")
+            recompute(config.runtime.recompute)
     return built.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

@@ -65,7 +65,8 @@ class Runtime(Section):
     """How a run is carried out. See conf/runtime/default.yaml for each key."""
 
     device: Literal["auto", "cpu", "cuda", "mps"]
-    device_batch: PositiveInt | None
+    device_batch: PositiveInt | Literal["auto"]
+    recompute: list[int]
     workers: PositiveInt | None
     log_every: PositiveInt
     sample_every: PositiveInt

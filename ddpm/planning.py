@@ -55,12 +55,12 @@ def plan(composed: Composed) -> None:
     print(f"attention   {', '.join(f'{height}x{width} in {count} blocks' for (height, width), count in found.attention.items()) or 'none'}")
     images = f"{data.num_images:,} images as published" if data.num_images else "number of images unknown until they are read"
     print(f"data        {data.name}, {images}" + (f", {batches_per_epoch:,} steps an epoch" if batches_per_epoch else ""))
-    print(f"batch       {training.batch_size} images an update, {config.runtime.device_batch or training.batch_size} at once on one device")
+    at_once = _at_once(config)
+    print(f"batch       {training.batch_size} images an update, {at_once} at once on one device")
     if num_steps:
         print(f"duration    {num_steps:,} steps, {num_steps * training.batch_size:,} images")
     weights = 4 * found.parameters
     print(f"disk        {4 * weights / 1e9:.2f} GB a checkpoint (weights, average, Adam's two moments), {config.runtime.keep_checkpoints} kept")
-    at_once = config.runtime.device_batch or training.batch_size
     print(
         f"memory      about {(5 * weights + at_once * found.saved_bytes) / 1e9:.1f} GB in float32: weights, gradients, Adam and average "
         f"{5 * weights / 1e9:.2f} GB, activations {found.saved_bytes / 1e9:.3f} GB an image"
@@ -118,6 +118,11 @@ def sizes(config: Config) -> Sizes:
     return Sizes(parameters, counter.get_total_flops(), sum(saved.values()), dict(attention))
 
 
+def _at_once(config: Config) -> int:
+    """Images that one device takes at once, if they fit its memory."""
+    return config.training.batch_size if config.runtime.device_batch == "auto" else min(config.runtime.device_batch, config.training.batch_size)
+
+
 def steps_per_epoch(config: Config) -> int | None:
     """Updates of one pass over the published number of images, less what is about held out; None if that number is not known."""
     batch = config.training.batch_size
@@ -168,7 +173,7 @@ def probe(config: Config, seconds: float) -> tuple[float, str]:
     """(images/s, device) of the run's own training step on made-up pictures, in about that many seconds. At most 8 images at once on a CPU."""
     with accelerator_for(config) as accelerator:
         device, diffusion = accelerator.device, build.diffusion(config)
-        batch = min(config.training.batch_size, config.runtime.device_batch or config.training.batch_size, 8 if device.type == "cpu" else 1 << 30)
+        batch = min(_at_once(config), 8 if device.type == "cpu" else 1 << 30)
         pictures = np.random.default_rng(0).integers(0, 256, (batch, config.data.channels, *build.image_size(config.data)), dtype=np.uint8)
         num_classes = config.data.num_classes or 1
         labels = np.arange(batch) % num_classes if config.training.conditional else None

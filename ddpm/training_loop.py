@@ -70,19 +70,10 @@ def train(
         spans = micro_batches(batch_size, accelerator.num_processes, accelerator.process_index, device_batch)
         seen: list[tuple[Tensor, Tensor]] = []
         for start, stop in spans:
-            positions = torch.arange(start, stop, device=device)
-            x0 = batches.images(step, start, stop)
-            classes = batches.classes(step, start, stop)
-            t, weights = timestep_sampler.draw(randomness.stream_keys(randomness.TRAIN_TIMESTEP, seed, step, positions))
-            noise = randomness.normal(randomness.stream_keys(randomness.TRAIN_NOISE, seed, step, positions), tuple(x0.shape[1:]))
-            torch.manual_seed(randomness.host_key(randomness.TRAIN_DROPOUT, seed, step, start))
             with nullcontext() if stop == spans[-1][1] else accelerator.no_sync(model):
-                predict = model if classes is None else partial(model, classes=classes)
-                losses = diffusion.losses(predict, x0, t, noise.contiguous(memory_format=torch.channels_last))
-                total = losses.sum() if weights is None else (weights * losses).sum()
-                accelerator.backward(total * (accelerator.num_processes / batch_size))  # DDP averages over processes
-            seen.append((t, losses.detach()))
-            meter.add_losses(losses.detach(), t)
+                t, losses = backward(accelerator, model, diffusion, batches, timestep_sampler, seed, step, start, stop)
+            seen.append((t, losses))
+            meter.add_losses(losses, t)
         norm = accelerator.clip_grad_norm_(parameters, grad_clip if grad_clip is not None else float("inf"))
         guard.see(step, norm)
         meter.add_norm(norm.nan_to_num(0, 0, 0) if accelerator.scaler is not None else norm)  # there, a skipped update is no failure
@@ -111,6 +102,31 @@ def train(
             save_checkpoint(done, meter.sums(accelerator))
         if signal is not None and done < num_steps:
             raise Preempted(f"{signal} after step {done}")
+
+
+def backward(
+    accelerator: Accelerator,
+    model: nn.Module,
+    diffusion: GaussianDiffusion,
+    batches: Batches,
+    timestep_sampler: Uniform | LossSecondMoment,
+    seed: int,
+    step: int,
+    start: int,
+    stop: int,
+) -> tuple[Tensor, Tensor]:
+    """Add to the gradients what the images at positions start to stop of a step's batch give; (timesteps (B,) int64, losses (B,)) of these."""
+    positions = torch.arange(start, stop, device=accelerator.device)
+    x0 = batches.images(step, start, stop)
+    classes = batches.classes(step, start, stop)
+    t, weights = timestep_sampler.draw(randomness.stream_keys(randomness.TRAIN_TIMESTEP, seed, step, positions))
+    noise = randomness.normal(randomness.stream_keys(randomness.TRAIN_NOISE, seed, step, positions), tuple(x0.shape[1:]))
+    torch.manual_seed(randomness.host_key(randomness.TRAIN_DROPOUT, seed, step, start))
+    predict = model if classes is None else partial(model, classes=classes)
+    losses = diffusion.losses(predict, x0, t, noise.contiguous(memory_format=torch.channels_last))
+    total = losses.sum() if weights is None else (weights * losses).sum()
+    accelerator.backward(total * (accelerator.num_processes / batches.size(step)))  # DDP averages over processes
+    return t, losses.detach()
 
 
 def is_due(step: int, every: int, last: int) -> bool:

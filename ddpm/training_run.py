@@ -22,6 +22,7 @@ from ddpm.cli import Composed
 from ddpm.config import Config
 from ddpm.data.batches import Batches
 from ddpm.data.decoding import ImageSet
+from ddpm.device_batch import largest_fitting
 from ddpm.ema import EMA
 from ddpm.evaluation_run import check_extractor, measure, samples_folder
 from ddpm.interruption import Interruption, Preempted
@@ -198,31 +199,38 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
     if recorder is not None and not first_step:
         recorder.text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")
     raw.train()
-    train(
-        accelerator=accelerator,
-        model=model,
-        diffusion=diffusion,
-        optimizer=optimizer,
-        lr_at=lambda step: lr_schedule(step, num_steps, lr),
-        ema=ema,
-        batches=batches,
-        timestep_sampler=timestep_sampler,
-        seed=config.seed,
-        meter_sums=meter_sums,
-        steps=bar,
-        num_steps=num_steps,
-        device_batch=runtime.device_batch,
-        grad_clip=training.grad_clip,
-        log_every=runtime.log_every,
-        sample_every=runtime.sample_every,
-        evaluate_every=runtime.evaluate_every,
-        checkpoint_every=runtime.checkpoint_every,
-        log=report,
-        save_samples=save_samples,
-        evaluate=evaluate,
-        save_checkpoint=save_checkpoint,
-        stopped_by=interruption.after,
-    )
+    device_batch = runtime.device_batch
+    if device_batch == "auto":
+        device_batch = largest_fitting(accelerator, model, optimizer, diffusion, batches, timestep_sampler, config.seed)
+        log.info("%d images at once on each device", device_batch)
+    try:
+        train(
+            accelerator=accelerator,
+            model=model,
+            diffusion=diffusion,
+            optimizer=optimizer,
+            lr_at=lambda step: lr_schedule(step, num_steps, lr),
+            ema=ema,
+            batches=batches,
+            timestep_sampler=timestep_sampler,
+            seed=config.seed,
+            meter_sums=meter_sums,
+            steps=bar,
+            num_steps=num_steps,
+            device_batch=device_batch,
+            grad_clip=training.grad_clip,
+            log_every=runtime.log_every,
+            sample_every=runtime.sample_every,
+            evaluate_every=runtime.evaluate_every,
+            checkpoint_every=runtime.checkpoint_every,
+            log=report,
+            save_samples=save_samples,
+            evaluate=evaluate,
+            save_checkpoint=save_checkpoint,
+            stopped_by=interruption.after,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"runtime.device_batch={device_batch} does not fit the device's memory: give {max(device_batch // 2, 1)}, or auto") from error
     if recorder is not None:
         recorder.close()
 

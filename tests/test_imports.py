@@ -25,7 +25,7 @@ ORDER = [
         "features",
     ),
     *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "recording", "interruption"),
-    *("build", "processes", "run_folder", "sample_folder", "evaluation", "evaluation_run", "training_loop", "training_run", "resuming"),
+    *("build", "processes", "run_folder", "sample_folder", "evaluation", "evaluation_run", "training_loop", "device_batch", "training_run", "resuming"),
 ]
 PURE = {
     "randomness",
