@@ -7,18 +7,19 @@ import importlib
 import inspect
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ddpm.cli import Composed, nearest
 
-TRUSTED = ("ddpm.", "torch.optim.")
+TRUSTED = ("ddpm.models.", "ddpm.schedules.", "ddpm.diffusion.", "ddpm.samplers.", "ddpm.lr_schedules.", "ddpm.data.sources.", "torch.optim.")
 
 Node = dict[str, Any]  # {_target_: what to call, arguments...}
+Count = Annotated[int, Field(gt=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -34,10 +35,10 @@ class Data(Section):
     source: Node
     path: str | None
     revision: str | None
-    resolution: PositiveInt | tuple[PositiveInt, PositiveInt]
+    resolution: Count | tuple[Count, Count]
     channels: Literal[1, 3]
-    num_classes: PositiveInt | None
-    num_images: PositiveInt | None
+    num_classes: Count | None
+    num_images: Count | None
     crop: Literal["center", "none"]
     flip: bool
     holdout: Share
@@ -49,9 +50,9 @@ class Data(Section):
 class Training(Section):
     """Duration, batch, precision and averaging. See conf/training/default.yaml for each key."""
 
-    steps: PositiveInt | None
-    epochs: PositiveInt | None
-    batch_size: PositiveInt
+    steps: Count | None
+    epochs: Count | None
+    batch_size: Count
     drop_last: bool
     precision: Literal["fp32", "bf16", "fp16"]
     grad_clip: PositiveFloat | None
@@ -65,14 +66,14 @@ class Runtime(Section):
     """How a run is carried out. See conf/runtime/default.yaml for each key."""
 
     device: Literal["auto", "cpu", "cuda", "mps"]
-    device_batch: PositiveInt | None
-    workers: PositiveInt | None
-    log_every: PositiveInt
-    sample_every: PositiveInt
-    checkpoint_every: PositiveInt
-    keep_checkpoints: PositiveInt
-    evaluate_every: PositiveInt | None
-    num_previews: PositiveInt
+    device_batch: Count | None
+    workers: Count | None
+    log_every: Count
+    sample_every: Count
+    checkpoint_every: Count
+    keep_checkpoints: Count
+    evaluate_every: Count | None
+    num_previews: Count
     trusted_modules: list[str]
 
 
@@ -88,9 +89,9 @@ class EvaluationSettings(Section):
     download: bool
     num_samples: Annotated[int, Field(ge=2)]
     split: Split
-    num_images: PositiveInt
+    num_images: Count
     bound_split: Split
-    batch_size: PositiveInt
+    batch_size: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -106,9 +107,9 @@ class Metric(Section):
 class Expect(Section):
     """What a recipe's run must come to; ddpm.plan checks it. Steps are optimizer updates counted from 0."""
 
-    parameters: PositiveInt | None = None
-    steps_per_epoch: PositiveInt | None = None
-    last_step: PositiveInt | None = None
+    parameters: Count | None = None
+    steps_per_epoch: Count | None = None
+    last_step: Count | None = None
     lr: dict[int, float] = {}
     alphas_cumprod: dict[int, float] = {}
     metrics: list[Metric] = []
@@ -145,20 +146,32 @@ class Config(Section):
 
 def training_config(composed: Composed) -> Config:
     """The configuration of a run, checked.    Raises ValueError, one line that names the key, the value and what is allowed."""
-    plain = {**plain_config(composed), "init_weights": None}
+    plain = plain_config(composed)
+    if "init_weights" in plain:
+        raise ValueError("init_weights: no such key; it follows from init_from")
+    plain["init_weights"] = None
     _settle_duration(plain["training"], composed.overrides)
     config = read_config(plain)
     if (config.training.steps is None) == (config.training.epochs is None):
         raise ValueError(f"training.steps={config.training.steps} and training.epochs={config.training.epochs}: give one of them")
-    if "lr" not in config.optimizer:
+    lr = config.optimizer.get("lr")
+    if lr is None:
         raise ValueError("optimizer.lr is missing: the learning rate schedule starts from it")
+    if lr <= 0:
+        raise ValueError(f"optimizer.lr={lr} must be more than 0")
+    _check_shapes(config)
+    _check_splits(config)
     if config.training.conditional and config.data.num_classes is None and config.data.name != "folder":
         raise ValueError(f"training.conditional=true needs labels, and data={config.data.name} has none (data.num_classes=null)")
     return config
 
 
 def read_config(plain: Mapping[str, Any]) -> Config:
-    """A configuration from plain values, such as a run folder's config.yaml, checked like one that was just composed."""
+    """A configuration from plain values, such as a run folder's config.yaml, checked like one that was just composed.
+
+    It must be composed already: an interpolation left in it would be resolved when objects are built, and could read the environment.
+    """
+    _check_resolved("", plain)
     config = validated(Config, plain)
     for group in ("model", "schedule", "objective", "optimizer", "lr_schedule", "sampler"):
         check_node(group, plain[group], config.runtime.trusted_modules)
@@ -189,11 +202,18 @@ def validated(schema: type[S], plain: Mapping[str, Any]) -> S:
 def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
     """Check that a group names something trusted, and gives it arguments that it takes, of their types.
 
-    Only names that start with "ddpm.", "torch.optim." or a prefix of runtime.trusted_modules are imported (design rule: nothing loaded runs code).
-    Raises ValueError, one line.
+    Only names that start with a prefix of TRUSTED or runtime.trusted_modules are imported (design rule: nothing loaded runs code), and what is found there
+    must be defined there too: a module's own imports are not its wares.    Raises ValueError, one line.
     """
-    _check_trust(key, {"_target_": None, **node}, (*TRUSTED, *(f"{name.rstrip('.')}." for name in trusted)))
-    function = _imported(key, node["_target_"])
+    if node.get("_target_") is None:
+        raise ValueError(f"{key}._target_ is missing: it names what to call")
+    prefixes = (*TRUSTED, *(f"{name.rstrip('.')}." for name in trusted))
+    targets = dict(_targets(key, node))
+    for place, target in targets.items():
+        if not (isinstance(target, str) and target.startswith(prefixes)):
+            raise ValueError(f"{place}={target} is not trusted: it must start with {', '.join(prefixes)} (runtime.trusted_modules adds to these)")
+    found = {place: _imported(place, target, prefixes) for place, target in targets.items()}
+    function = found[f"{key}._target_"]
     signature = inspect.signature(function)
     hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
     arguments = {name: value for name, value in node.items() if name not in ("_target_", "_partial_")}
@@ -211,28 +231,54 @@ def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
         raise ValueError(_first(error, arguments, schema, prefix=f"{key}.")) from None
 
 
-def _check_trust(key: str, value: Any, prefixes: tuple[str, ...]) -> None:
-    """Look at every `_target_` there is, however deep: Hydra would call each."""
-    if isinstance(value, list):
-        for index, inner in enumerate(value):
-            _check_trust(f"{key}.{index}", inner, prefixes)
-    if not isinstance(value, Mapping):
-        return
-    target = value.get("_target_")
-    if "_target_" in value and not (isinstance(target, str) and target.startswith(prefixes)):
-        raise ValueError(f"{key}._target_={target} is not trusted: it must start with {', '.join(prefixes)} (runtime.trusted_modules adds to these)")
-    for name, inner in value.items():
-        _check_trust(f"{key}.{name}", inner, prefixes)
+def _targets(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) of every `_target_` there is, however deep: Hydra would call each."""
+    inside = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in inside:
+        if name == "_target_":
+            yield f"{key}._target_", inner
+        yield from _targets(f"{key}.{name}", inner)
 
 
-def _imported(key: str, target: str) -> Any:
+def _imported(key: str, target: str, prefixes: tuple[str, ...]) -> Callable[..., Any]:
     module_name, _, name = target.rpartition(".")
-    if not all(part.isidentifier() for part in target.split(".")):
-        raise ValueError(f"{key}._target_={target} is not a dotted name")
+    if not all(part.isidentifier() and not part.startswith("_") for part in target.split(".")):
+        raise ValueError(f"{key}={target} is not the dotted name of something public")
     try:
-        return getattr(importlib.import_module(module_name), name)
+        found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{key}._target_={target} cannot be imported: {error}") from error
+        raise ValueError(f"{key}={target} cannot be imported: {error}") from error
+    home = getattr(found, "__module__", None)
+    if not callable(found) or not f"{home}.".startswith(prefixes):
+        raise ValueError(f"{key}={target} is not trusted: that is {f'of {home}' if callable(found) else 'nothing to call'}, only passed on by {module_name}")
+    return found
+
+
+def _check_resolved(key: str, value: Any) -> None:
+    if isinstance(value, str) and "${" in value:
+        raise ValueError(f"{key}={value} is an interpolation, which a composed configuration has no more")
+    inside = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in inside:
+        _check_resolved(f"{key}.{name}".removeprefix("."), inner)
+
+
+def _check_shapes(config: Config) -> None:
+    """The network must be made for the pictures, where its arguments tell."""
+    resolution = config.data.resolution if isinstance(config.data.resolution, int) else list(config.data.resolution)
+    for key, theirs, wanted in (("in_channels", "channels", config.data.channels), ("resolution", "resolution", resolution)):
+        if config.model.get(key, wanted) != wanted:
+            raise ValueError(f"model.{key}={config.model[key]} and data.{theirs}={wanted} must be the same")
+
+
+def _check_splits(config: Config) -> None:
+    """What is measured in training must be there; better known before a run than in the middle of it."""
+    if config.runtime.evaluate_every is None:
+        return
+    for key, split in (("split", config.evaluation.split), ("bound_split", config.evaluation.bound_split)):
+        if split == "heldout" and config.data.holdout == 0:
+            raise ValueError(f"evaluation.{key}=heldout needs pictures that are kept from training, and data.holdout=0.0; give data.holdout=0.1, say")
+        if split == "test" and "split" not in config.data.source:
+            raise ValueError(f"evaluation.{key}=test: data={config.data.name} has no test split; use heldout, with data.holdout=0.1")
 
 
 def _settle_duration(training: dict[str, Any], overrides: list[str]) -> None:
@@ -260,11 +306,20 @@ def _first(error: ValidationError, plain: Mapping[str, Any], schema: type[BaseMo
         return f"{key}: no such key{nearest(path[-1], names)}"
     if complaint["type"] == "missing":
         return f"{key} is missing"
-    choices = [
-        wrong["msg"] for wrong in error.errors() if wrong["loc"][: len(path)] == complaint["loc"][: len(path)] and wrong["type"] != "needs_python_object"
-    ]
-    wanted = " or ".join(dict.fromkeys(message.removeprefix("Input should be ") for message in choices))
-    return f"{key}={value if isinstance(value, str) else json.dumps(value)} should be {wanted}"
+    here = [wrong for wrong in error.errors() if wrong["loc"][: len(path)] == complaint["loc"][: len(path)] and wrong["type"] != "needs_python_object"]
+    wanted = " or ".join(dict.fromkeys(_wanted(wrong) for wrong in here))
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)} should {wanted}"
+
+
+def _wanted(complaint: Any) -> str:
+    """What pydantic misses, as the end of a sentence."""
+    if complaint["type"] == "missing":
+        return "have more entries"
+    if complaint["type"] == "too_short":
+        return f"have at least {complaint['ctx']['min_length']} entries"
+    if complaint["type"] == "too_long":
+        return f"have at most {complaint['ctx']['max_length']} entries"
+    return complaint["msg"].removeprefix("Input should ")
 
 
 def _fields_at(schema: type[BaseModel], path: list[str]) -> dict[str, Any]:

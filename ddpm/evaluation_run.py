@@ -71,7 +71,7 @@ def carry_out(config: EvaluateConfig) -> None:
     trained = run.config(config.trusted_modules)
     found = checkpoint.find(run.checkpoints, config.step)
     diffusion = build.diffusion(trained)
-    names = run.record()["data"]["classes"]
+    names = run.classes()
     network = build.network(trained, device, len(names)).eval()
     weights = {name: tensor.to(device) for name, tensor in found.weights(config.weights).items()}
     shape = (trained.data.channels, *build.image_size(trained.data))

@@ -9,12 +9,12 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
 from ddpm import build, checkpoint, diffusers_folder, figures, images, sample_folder
 from ddpm.cli import Composed
-from ddpm.config import Node, Section, check_node, plain_config, validated
+from ddpm.config import Count, Node, Section, check_node, plain_config, validated
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.run_folder import RunFolder
 from ddpm.sampling import Drawing
@@ -27,9 +27,9 @@ class SampleConfig(Section):
     source: Annotated[str | None, Field(alias="from")]
     step: Annotated[int, Field(ge=1)] | None
     weights: Literal["ema", "raw"]
-    num_samples: PositiveInt
+    num_samples: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    batch_size: PositiveInt
+    batch_size: Count
     classes: list[int | str] | None
     format: Annotated[list[Literal["png", "npz"]], Field(min_length=1)]
     animate: bool
@@ -148,7 +148,7 @@ def _of_run(config: SampleConfig, path: str) -> Subject:
     run = RunFolder(Path(path))
     trained = run.config(config.trusted_modules)
     found = checkpoint.find(run.checkpoints, config.step)
-    names = run.record()["data"]["classes"]
+    names = run.classes()
     return Subject(
         build=lambda device: build.network(trained, device, len(names)),
         weights=lambda: found.weights(config.weights),
