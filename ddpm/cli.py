@@ -115,10 +115,16 @@ def _check_recipe(node: Any) -> None:
         raise ValueError("it is no table of keys")
     if "hydra" in node:
         raise ValueError("it sets hydra, which is for the command line alone")
-    for entry in OmegaConf.to_container(node).get("defaults", []):  # type: ignore[union-attr]
-        words = [f"{key}={option}" for key, option in entry.items()] if isinstance(entry, dict) else [str(entry)]
-        if any("@hydra" in word or re.search(r"=.*[/\\[]|\.\.", word) or not re.search("=|^_self_$", word) for word in words):
-            raise ValueError(f"its defaults have {', '.join(words)}, which is no option of a group")
+    defaults = OmegaConf.to_container(node).get("defaults", [])  # type: ignore[union-attr]
+    if not isinstance(defaults, list):
+        raise ValueError(f"defaults={defaults} is no list")
+    for entry in defaults:
+        for key, option in entry.items() if isinstance(entry, dict) else [(str(entry), None)]:
+            group = key.removeprefix("override ").strip("/ ")
+            if "@" in key or not re.fullmatch(r"_self_=None|[\w/]+=[\w-]+", f"{group}={option}"):
+                raise ValueError(f"its defaults have {key}: {option}, which is no group with one of its options")
+            if group != "_self_" and not group.startswith("hydra/") and not (CONF / group).is_dir():
+                raise ValueError(f"its defaults have {key}: there is no such group{nearest(group, _groups())}")
 
 
 def explain(error: Exception) -> str:
@@ -155,9 +161,13 @@ def _overrides_in(arguments: Sequence[str]) -> list[str]:
     return parser.parse_args(arguments).overrides
 
 
+def _groups() -> list[str]:
+    return [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+
+
 def _refuse_paths(overrides: Sequence[str]) -> None:
     """Raises ValueError for an option of a group that is no name: a path could lead to any file, and two options would be mixed."""
-    groups = {folder.name: folder for folder in CONF.iterdir() if folder.is_dir()} | {"experiment": EXPERIMENTS}
+    groups = {**{group: CONF / group for group in _groups()}, "experiment": EXPERIMENTS}
     for override in overrides:
         key, _, option = override.lstrip("+~").partition("=")
         group = re.split("[/@:]", key)[0]

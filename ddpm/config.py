@@ -19,6 +19,7 @@ from ddpm.cli import Composed, nearest
 TRUSTED = ("ddpm.models.", "ddpm.schedules.", "ddpm.diffusion.", "ddpm.samplers.", "ddpm.lr_schedules.", "ddpm.data.sources.", "torch.optim.")
 
 Node = dict[str, Any]  # {_target_: what to call, arguments...}
+Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -33,7 +34,7 @@ class Data(Section):
 
     name: str
     source: Node
-    path: str | None
+    path: Text | None
     revision: str | None
     resolution: Count | tuple[Count, Count]
     channels: Literal[1, 3]
@@ -44,7 +45,7 @@ class Data(Section):
     holdout: Share
     background: str
     max_unreadable: Share
-    cache: str
+    cache: Text
 
 
 class Training(Section):
@@ -127,7 +128,7 @@ class Recipe(Section):
 class Config(Section):
     """A training run, whole (conf/config.yaml).    init_weights: digest of what lies at init_from, found when the run is (run_folder.with_content)."""
 
-    init_from: str | None
+    init_from: Text | None
     init_weights: str | None = None
     model: Node
     data: Data
@@ -140,7 +141,7 @@ class Config(Section):
     training: Training
     runtime: Runtime
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    outputs: str
+    outputs: Text
     recipe: Recipe | None
 
 
@@ -319,6 +320,8 @@ def _wanted(complaint: Any) -> str:
         return f"have at least {complaint['ctx']['min_length']} entries"
     if complaint["type"] == "too_long":
         return f"have at most {complaint['ctx']['max_length']} entries"
+    if complaint["type"] == "string_too_short":
+        return "not be empty"
     return complaint["msg"].removeprefix("Input should ")
 
 

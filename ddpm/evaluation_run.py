@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ddpm import bound, build, checkpoint, evaluation, features, images, sample_folder
 from ddpm.cli import Composed
-from ddpm.config import Config, EvaluationSettings, Node, Section, Split, check_node, plain_config, validated
+from ddpm.config import Config, EvaluationSettings, Node, Section, Split, Text, check_node, plain_config, validated
 from ddpm.data.decoding import ImageSet
 from ddpm.evaluation import Figure
 from ddpm.features import Extractor, Features
@@ -35,11 +35,11 @@ OF_SAMPLES = (*OF_FEATURES, "colour")  # metrics that need drawn images
 class EvaluateConfig(Section):
     """What to measure. See conf/evaluate.yaml for each key."""
 
-    run: str
+    run: Text
     step: Annotated[int, Field(ge=1)] | None
     weights: Literal["ema", "raw"]
     device: Literal["auto", "cpu", "cuda", "mps"]
-    outputs: str
+    outputs: Text
     trusted_modules: list[str]
     sampler: Node
     evaluation: EvaluationSettings

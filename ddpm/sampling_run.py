@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ddpm import build, checkpoint, diffusers_folder, figures, images, sample_folder
 from ddpm.cli import Composed
-from ddpm.config import Count, Node, Section, check_node, plain_config, validated
+from ddpm.config import Count, Node, Section, Text, check_node, plain_config, validated
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.run_folder import RunFolder
 from ddpm.sampling import Drawing
@@ -23,8 +23,8 @@ from ddpm.sampling import Drawing
 class SampleConfig(Section):
     """What to draw. See conf/sample.yaml for each key."""
 
-    run: str | None
-    source: Annotated[str | None, Field(alias="from")]
+    run: Text | None
+    source: Annotated[Text | None, Field(alias="from")]
     step: Annotated[int, Field(ge=1)] | None
     weights: Literal["ema", "raw"]
     num_samples: Count
@@ -37,8 +37,8 @@ class SampleConfig(Section):
     figure: Literal["progressive", "shared_latents", "interpolate", "interpolate_coarse", "grid_over_training"] | None
     pictures: Annotated[list[int | str], Field(min_length=2, max_length=2)]
     device: Literal["auto", "cpu", "cuda", "mps"]
-    to: str | None
-    outputs: str
+    to: Text | None
+    outputs: Text
     trusted_modules: list[str]
     sampler: Node
 
