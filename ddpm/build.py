@@ -15,7 +15,7 @@ from torch import nn
 from ddpm import randomness
 from ddpm.config import Config, Data
 from ddpm.data.decoding import Decoding, ImageSet, decoded
-from ddpm.data.sources import Source
+from ddpm.data.shards import Source
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.samplers import Sampler
 from ddpm.timestep_sampling import LossSecondMoment, Uniform

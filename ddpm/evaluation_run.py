@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from ddpm import bound, build, checkpoint, evaluation, features, images, sample_folder
 from ddpm.cli import Composed
-from ddpm.config import Config, EvaluationSettings, Node, Section, Split, Text, check_node, plain_config, validated
+from ddpm.config import Config, EvaluationSettings, Split, plain_config
 from ddpm.data.decoding import ImageSet
 from ddpm.evaluation import Figure
 from ddpm.features import Extractor, Features
 from ddpm.run_folder import RunFolder
 from ddpm.sampling import Drawing
+from ddpm.validation import Node, Section, Text, check_node, validated
 
 OF_FEATURES = ("fd", "kd", "inception_score", "precision_recall", "nearest")
 OF_SAMPLES = (*OF_FEATURES, "colour")  # metrics that need drawn images

@@ -7,7 +7,8 @@ from omegaconf import OmegaConf
 from pydantic import Field
 
 from ddpm.cli import Composed, command
-from ddpm.config import Section, Text, plain_config, validated
+from ddpm.config import plain_config
+from ddpm.validation import Section, Text, validated
 
 
 class ExportConfig(Section):

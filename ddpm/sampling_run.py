@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from ddpm import build, checkpoint, diffusers_folder, figures, images, sample_folder
 from ddpm.cli import Composed
-from ddpm.config import Count, Node, Section, Text, check_node, plain_config, validated
+from ddpm.config import plain_config
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.run_folder import RunFolder
 from ddpm.sampling import Drawing
+from ddpm.validation import Count, Node, Section, Text, check_node, validated
 
 
 class SampleConfig(Section):

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps
 from tqdm import tqdm
 
-from ddpm.data.sources import Source
+from ddpm.data.shards import Source
 from ddpm.files import allow_by_umask, alone, sync_file, sync_folder, write_whole
 
 Found = list[tuple[str, bytes | None, int | None]]  # name, digest of the content (None: does not decode), label
