@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,20 @@ class Checkpoint:
     step: int
 
     def weights(self, kind: Literal["ema", "raw"]) -> dict[str, Tensor]:
-        """The network's weights by name, on the CPU: their average, or as trained."""
-        return load_file(self.folder / ("ema.safetensors" if kind == "ema" else "model.safetensors"))
+        """The network's weights by name, on the CPU: their average, or as trained.    Raises ValueError if the file holds anything but tensors."""
+        file = self.folder / ("ema.safetensors" if kind == "ema" else "model.safetensors")
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} holds no tensors, so it is left unread ({error})") from error
 
     def state(self) -> dict[str, Any]:
-        """All else that a resume needs, on the CPU: what `save` was given."""
-        return torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+        """All else that a resume needs, on the CPU: what `save` was given.    Raises ValueError if the file holds anything but tensors and plain values."""
+        file = self.folder / "state.pt"
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{file} holds more than tensors and plain values, so it is left unread ({str(error).splitlines()[0]})") from error
 
     def damage(self) -> str | None:
         """What is wrong with the files, by the checksums that were written with them; None for a whole checkpoint."""

@@ -1,5 +1,6 @@
 """One call of ddpm.plan: sizes from the network built without memory, speed from a few real steps, expectations checked."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -43,7 +44,9 @@ class Verdict(NamedTuple):
 
 def plan(composed: Composed) -> None:
     """Print the plan of a run.    Raises ValueError, naming the first, if an expectation of the recipe does not hold."""
-    probe_seconds = float(composed.cfg.pop("probe"))
+    probe_seconds = composed.cfg.pop("probe")
+    if not isinstance(probe_seconds, int | float) or not 0 <= probe_seconds < math.inf:
+        raise ValueError(f"probe={probe_seconds} should be seconds, 0 for none")
     config = training_config(composed)
     build.check(config)
     training, data = config.training, config.data

@@ -281,6 +281,8 @@ def _check_data(data: ImageSet, config: Config, run: RunFolder, record: dict[str
         raise ValueError(
             f"training.conditional=true needs {config.data.num_classes or 'some'} classes (data.num_classes), and the data has {len(data.classes)}"
         )
+    if config.training.conditional and data.labels is not None and (data.labels < 0).any():
+        raise ValueError(f"training.conditional=true needs a class for each picture, and {(data.labels < 0).sum()} of {len(data)} have none")
     before = record.get("data", {}).get("fingerprint")
     if before is not None and before != data.fingerprint:
         raise ValueError(

@@ -12,6 +12,7 @@ ORDER = [
         "randomness",
         "help",
         "cli",
+        "validation",
         "config",
         "data",
         "schedules",
@@ -41,7 +42,7 @@ PURE = {
     "metrics",
     "interruption",
 }
-CONFIGURING = {"hydra", "omegaconf", "pydantic", "cli", "config", "build"}
+CONFIGURING = {"hydra", "omegaconf", "pydantic", "cli", "validation", "config", "build"}
 
 
 def imports() -> dict[str, set[str]]:
