@@ -1,14 +1,15 @@
 """One call of ddpm.plan: sizes from the network built without memory, speed from a few real steps, expectations checked."""
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
+from pydantic import Field
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +21,9 @@ from ddpm.ema import EMA
 from ddpm.models.layers import AttentionBlock
 from ddpm.processes import accelerator_for
 from ddpm.run_folder import locate
+from ddpm.scaling import expected_speed
 from ddpm.training_loop import train
+from ddpm.validation import Count, PositiveFloat, Section, validated
 
 
 class Sizes(NamedTuple):
@@ -42,11 +45,22 @@ class Verdict(NamedTuple):
     passed: bool | None
 
 
+class PlanSettings(Section):
+    """What ddpm.plan is asked besides. See conf/plan.yaml for each key."""
+
+    probe: Annotated[float, Field(ge=0)]
+    speed: PositiveFloat | None
+    devices: list[Count]
+    bandwidth: PositiveFloat
+
+
 def plan(composed: Composed) -> None:
     """Print the plan of a run.    Raises ValueError, naming the first, if an expectation of the recipe does not hold."""
-    probe_seconds = composed.cfg.pop("probe")
-    if not isinstance(probe_seconds, int | float) or not 0 <= probe_seconds < math.inf:
-        raise ValueError(f"probe={probe_seconds} should be seconds, 0 for none")
+    asked = validated(
+        PlanSettings, {name: OmegaConf.to_object(composed.cfg[name]) if name == "devices" else composed.cfg[name] for name in PlanSettings.model_fields}
+    )
+    for name in PlanSettings.model_fields:
+        del composed.cfg[name]
     config = training_config(composed)
     build.check(config)
     training, data = config.training, config.data
@@ -68,12 +82,20 @@ def plan(composed: Composed) -> None:
         f"memory      about {(5 * weights + at_once * found.saved_bytes) / 1e9:.1f} GB in float32: weights, gradients, Adam and average "
         f"{5 * weights / 1e9:.2f} GB, activations {found.saved_bytes / 1e9:.3f} GB an image"
     )
-    if probe_seconds > 0:
-        speed, device = probe(config, probe_seconds)
+    speed = asked.speed
+    if speed is not None:
+        print(f"speed       {speed:.4g} images/s of one device, as given")
+    elif asked.probe > 0:
+        speed, device = probe(config, asked.probe)
         print(f"speed       {speed:.3g} images/s, {speed * 3 * found.forward_flops / 1e9:,.0f} GFLOP/s, on {device}")
-        if num_steps:
-            left = timedelta(seconds=round(num_steps * training.batch_size / speed))
-            print(f"time        {left.total_seconds() / 3600:,.1f} hours; started now, done {_when(left)}")
+    if speed is not None:
+        for devices in asked.devices:
+            print(_time(devices, speed, config, found, num_steps, asked.bandwidth))
+        if any(devices > 1 for devices in asked.devices):
+            print(
+                f"            assumed: {asked.bandwidth:g} GB/s between devices, float32 gradients sent behind the backward pass, "
+                "each device as fast with its share of the batch"
+            )
     if config.recipe is None:
         return
     verdicts = expectations(config, config.recipe.expect, found, num_steps)
@@ -119,6 +141,20 @@ def sizes(config: Config) -> Sizes:
         network(*inputs)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Sizes(parameters, counter.get_total_flops(), sum(saved.values()), dict(attention))
+
+
+def _time(devices: int, speed: float, config: Config, found: Sizes, num_steps: int | None, bandwidth: float) -> str:
+    """How long the run takes on so many devices."""
+    batch = config.training.batch_size
+    words = f"time        {devices} device{'s' * (devices > 1)}: "
+    if devices > batch:
+        return f"{words}more than the {batch} images of a batch"
+    together = expected_speed(speed, devices, batch, 4 * found.parameters, bandwidth * 1e9)
+    words += f"{together:,.4g} images/s"
+    if num_steps:
+        left = timedelta(seconds=round(num_steps * batch / together))
+        words += f", {left.total_seconds() / 3600:,.1f} hours; started now, done {_when(left)}"
+    return words
 
 
 def _at_once(config: Config) -> int:

@@ -33,6 +33,7 @@ PURE = {
     "schedules",
     "models",
     "diffusion",
+    "scaling",
     "timestep_sampling",
     "samplers",
     "ema",
