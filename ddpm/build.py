@@ -14,7 +14,9 @@ from torch import nn
 
 from ddpm import randomness
 from ddpm.config import Config, Data
-from ddpm.data.decoding import Decoding, ImageSet, decoded
+from ddpm.data.decoding import Decoding
+from ddpm.data.feeding import decodes_later
+from ddpm.data.image_set import ImageSet, image_set
 from ddpm.data.shards import Source
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.samplers import Sampler
@@ -87,8 +89,10 @@ def source(config: Config) -> Source:
 
 
 def images(config: Config, found: Source, workers: int) -> ImageSet:
-    """The data set, decoded at the run's resolution."""
-    return decoded(found, _decoding(config.data), Path(config.data.cache), workers, config.data.max_unreadable)
+    """The data set at the run's resolution, decoded or to be decoded as runtime.feed says."""
+    decoding, cache = _decoding(config.data), Path(config.data.cache)
+    later = decodes_later(config.runtime.feed, found, decoding, cache)
+    return image_set(found, decoding, cache, workers, config.data.max_unreadable, later)
 
 
 def pictures(config: Config, wanted: list[int | str]) -> torch.Tensor:

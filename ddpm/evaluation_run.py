@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ddpm import bound, build, checkpoint, evaluation, features, images, sample_folder
 from ddpm.cli import Composed
 from ddpm.config import Config, EvaluationSettings, Split, plain_config
-from ddpm.data.decoding import ImageSet
+from ddpm.data.image_set import ImageSet
 from ddpm.evaluation import Figure
 from ddpm.features import Extractor, Features
 from ddpm.processes import find_processes

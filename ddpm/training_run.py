@@ -21,7 +21,9 @@ from ddpm import build, checkpoint, diffusers_folder, evaluation, images
 from ddpm.cli import Composed
 from ddpm.config import Config
 from ddpm.data.batches import Batches
-from ddpm.data.decoding import ImageSet
+from ddpm.data.feeding import goes_on_device
+from ddpm.data.image_set import ImageSet
+from ddpm.data.packed import Packed
 from ddpm.device_batch import largest_fitting
 from ddpm.ema import EMA
 from ddpm.evaluation_run import check_extractor, measure, samples_folder
@@ -63,6 +65,7 @@ def carry_out(config: Config, run: RunFolder, composed: Composed, changes: dict[
         _check_data(data, config, run, record)
         trained_on, held_out = data.split(config.data.holdout)
         training = config.training
+        on_device = goes_on_device(config.runtime.feed, data, accelerator.device)
         batches = Batches(
             trained_on.stored,
             training.batch_size,
@@ -74,6 +77,7 @@ def carry_out(config: Config, run: RunFolder, composed: Composed, changes: dict[
             label_dropout=training.label_dropout,
             any_class=len(data.classes),
             rows=trained_on.rows,
+            on_device=on_device,
         )
         num_steps = training.steps or (training.epochs or 0) * batches.steps_per_epoch
         interruption = Interruption(accelerator.num_processes)
@@ -89,6 +93,8 @@ def carry_out(config: Config, run: RunFolder, composed: Composed, changes: dict[
             run.update(device=_device_name(accelerator), num_steps=num_steps, steps_per_epoch=batches.steps_per_epoch)
             about = {"fingerprint": data.fingerprint, "images": len(data), "held_out": len(held_out)}
             run.update(data={**about, "classes": data.classes, "unreadable": data.unreadable})
+            how = "decoded as they are needed" if isinstance(data.stored, Packed) else "whole on the device" if on_device else "from the decoded file"
+            logging.getLogger("ddpm").info("%d pictures, %s (runtime.feed)", len(data), how)
             try:
                 _train(config, run, accelerator, batches, num_steps, data.classes, interruption)
             except BaseException as error:

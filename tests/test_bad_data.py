@@ -18,7 +18,8 @@ from PIL import Image
 from ddpm.cli import compose
 from ddpm.config import training_config
 from ddpm.data import sources
-from ddpm.data.decoding import Decoding, decoded
+from ddpm.data.decoding import Decoding
+from ddpm.data.image_set import image_set
 from ddpm.run_folder import locate
 from ddpm.training_run import carry_out
 
@@ -32,7 +33,7 @@ def encoded(image: Image.Image, form: str, **options) -> bytes:
 
 
 def decode(folder, cache, max_unreadable=0.9, decoding=COLOUR, workers=1):
-    return decoded(sources.folder(str(folder)), decoding, cache, workers, max_unreadable)
+    return image_set(sources.folder(str(folder)), decoding, cache, workers, max_unreadable)
 
 
 def noise(mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -84,7 +85,7 @@ def test_a_picture_that_vanishes_before_it_is_read_is_left_out_and_named(tmp_pat
     folder = pictures("set", ["1.png", "2.png", "3.png"])
     source = sources.folder(str(folder))
     (folder / "2.png").unlink()
-    assert decoded(source, COLOUR, tmp_path / "cache", 1, 0.5).unreadable == ["2.png"]
+    assert image_set(source, COLOUR, tmp_path / "cache", 1, 0.5).unreadable == ["2.png"]
 
 
 def test_a_picture_of_one_pixel_fills_the_whole():
@@ -281,7 +282,7 @@ def test_a_cache_that_finds_no_room_is_refused_by_its_key(tmp_path, pictures, ca
         decode(folder, tmp_path / "cache")
 
     assert os.waitstatus_to_exitcode(os.waitpid(in_child(limited), 0)[1]) == 1
-    assert f"data.cache={tmp_path / 'cache'}: decoded pictures cannot be kept there (File too large)" in capfd.readouterr().out
+    assert f"data.cache={tmp_path / 'cache'}: pictures cannot be kept there (File too large)" in capfd.readouterr().out
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
 
 

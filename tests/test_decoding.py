@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from ddpm.data import sources
-from ddpm.data.decoding import Decoding, decoded
+from ddpm.data.decoding import Decoding
+from ddpm.data.image_set import image_set
 
 COLOUR = Decoding(10, 12, 3, "center", "white")  # the size of the pictures that are made: nothing is resized
 
@@ -19,7 +20,7 @@ def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
 
 
 def decode(folder, cache, decoding=COLOUR, workers=1, max_unreadable=0.1):
-    return decoded(sources.folder(str(folder)), decoding, cache, workers, max_unreadable)
+    return image_set(sources.folder(str(folder)), decoding, cache, workers, max_unreadable)
 
 
 def pixels(*shape: int) -> np.ndarray:

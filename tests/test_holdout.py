@@ -12,7 +12,8 @@ from ddpm.cli import compose
 from ddpm.config import training_config
 from ddpm.data import sources
 from ddpm.data.batches import Batches
-from ddpm.data.decoding import Decoding, decoded
+from ddpm.data.decoding import Decoding
+from ddpm.data.image_set import image_set
 from ddpm.run_folder import locate
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    return decoded(sources.digits(), Decoding(8, 8, 1, "center", "white"), tmp_path_factory.mktemp("cache"), workers=1, max_unreadable=0.0)
+    return image_set(sources.digits(), Decoding(8, 8, 1, "center", "white"), tmp_path_factory.mktemp("cache"), workers=1, max_unreadable=0.0)
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def many(pictures):
 
 
 def decode(folder, size=(10, 12)):
-    return decoded(sources.folder(str(folder)), Decoding(*size, 3, "center", "white"), folder.parent / "cache", workers=1, max_unreadable=0.0)
+    return image_set(sources.folder(str(folder)), Decoding(*size, 3, "center", "white"), folder.parent / "cache", workers=1, max_unreadable=0.0)
 
 
 def contents(images) -> set[bytes]:
@@ -99,7 +100,7 @@ def test_the_side_is_kept_in_the_cache_and_not_upset_by_a_file_that_does_not_dec
     held_out = contents(decode(many).split(0.3)[1].images)
     assert contents(decode(many).split(0.3)[1].images) == held_out
     (many / "0" / "000 broken.png").write_bytes(b"no picture")
-    found = decoded(sources.folder(str(many)), Decoding(10, 12, 3, "center", "white"), many.parent / "cache", workers=1, max_unreadable=0.1)
+    found = image_set(sources.folder(str(many)), Decoding(10, 12, 3, "center", "white"), many.parent / "cache", workers=1, max_unreadable=0.1)
     assert found.unreadable == ["0/000 broken.png"]
     assert contents(found.split(0.3)[1].images) == held_out
 

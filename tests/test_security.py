@@ -24,7 +24,8 @@ from PIL import Image
 from ddpm import checkpoint, diffusers_folder, evaluate, export, sample, train
 from ddpm.cli import PACKAGE, compose
 from ddpm.data import sources
-from ddpm.data.decoding import Decoding, decoded
+from ddpm.data.decoding import Decoding
+from ddpm.data.image_set import image_set
 from ddpm.run_folder import RunFolder
 
 TARGETS = [
@@ -200,7 +201,7 @@ def test_a_data_sets_rows_name_no_file_outside_of_it(tmp_path, path):
     (tmp_path / "set").mkdir()
     pq.write_table(pa.table({"image": [{"bytes": None, "path": path.format(tmp=tmp_path)}]}), tmp_path / "set" / "train.parquet")
     with pytest.raises(ValueError, match="outside of the data set"):
-        decoded(sources.folder(str(tmp_path / "set")), Decoding(4, 4, 3, "none", "white"), tmp_path / "cache", 1, 0.5)
+        image_set(sources.folder(str(tmp_path / "set")), Decoding(4, 4, 3, "none", "white"), tmp_path / "cache", 1, 0.5)
 
 
 @pytest.mark.parametrize("repo", ["../x", "/etc", "a/../b", "./x", "a/b/c"])
@@ -264,7 +265,7 @@ def test_numbers_that_are_pickled_in_a_cache_are_left_unread(tmp_path, pictures)
     folder = pictures("set", ["a/1.png", "b/2.png"])
 
     def decode():
-        return decoded(sources.folder(str(folder)), Decoding(4, 4, 3, "none", "white"), tmp_path / "cache", 1, 0.5)
+        return image_set(sources.folder(str(folder)), Decoding(4, 4, 3, "none", "white"), tmp_path / "cache", 1, 0.5)
 
     expected = decode()
     cached = next((tmp_path / "cache").glob("*/labels.npy"))

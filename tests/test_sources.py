@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from ddpm.data import sources
-from ddpm.data.decoding import Decoding, decoded
+from ddpm.data.decoding import Decoding
+from ddpm.data.image_set import image_set
 
 
 def encoded(value: int) -> bytes:
@@ -42,7 +43,7 @@ def read(source):
 
 
 def decode(source, folder):
-    return decoded(source, Decoding(4, 4, 1, "none", "white"), folder / "cache", workers=1, max_unreadable=0.0)
+    return image_set(source, Decoding(4, 4, 1, "none", "white"), folder / "cache", workers=1, max_unreadable=0.0)
 
 
 def test_image_files_below_sub_folders_are_of_their_class(tmp_path):

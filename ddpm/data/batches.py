@@ -1,26 +1,51 @@
 """From decoded pictures to training batches: which pictures a step sees, as floats in [-1, 1]. No state: step and position decide."""
 
+from concurrent.futures import Future
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm import randomness
+from ddpm.data.packed import Packed
+
+
+class _Ahead:
+    """Decodes what will be asked for while something else is done: at most the images of one step."""
+
+    def __init__(self, images: Packed) -> None:
+        self._images = images
+        self._started: dict[tuple[int, int, int], list[Future[np.ndarray]]] = {}
+
+    def start(self, span: tuple[int, int, int], rows: Tensor) -> None:
+        """span: (step, start, stop) of these rows."""
+        if span not in self._started:
+            self._started[span] = self._images.start(rows.numpy())
+
+    def take(self, span: tuple[int, int, int], rows: Tensor) -> Tensor:
+        """The images of a span, which need not have been started; what was started for steps before it is dropped."""
+        self.start(span, rows)
+        started = self._started.pop(span)
+        for old in [other for other in self._started if other[0] < span[0]]:
+            for picture in self._started.pop(old):
+                picture.cancel()
+        return torch.from_numpy(self._images.result(started))
 
 
 class Batches:
     """The training batches of a run: step s, position p -> image, the same for any number of processes and after any resume.
 
-    images: (M, C, H, W) uint8.    rows: (N,) int64, those of `images` that are the data set, the others never being seen; None for all.
-    batch_size: images a step, over all processes.    drop_last: leave out an epoch's last, short batch.
-    flip: mirror half of the images left to right, anew each time.    The images are kept whole on the device where they take less than a quarter of its
-    free memory, else they are read from `images` each step.
+    images: (M, C, H, W) uint8, an array or one that decodes as it is asked.    rows: (N,) int64, those of `images` that are the data set, the others never
+    being seen; None for all.    batch_size: images a step, over all processes.    drop_last: leave out an epoch's last, short batch.
+    flip: mirror half of the images left to right, anew each time.
+    on_device: keep the images whole on the device, else they are read from `images` each step (those to be decoded, a step ahead).
     labels: (N,) int64, None to train without classes.    label_dropout: share of labels replaced, anew each time, by the class number `any_class`
     (Ho & Salimans 2022, Algorithm 1).    Raises ValueError if the batch is larger than the data set.
     """
 
     def __init__(
         self,
-        images: np.ndarray,
+        images: np.ndarray | Packed,
         batch_size: int,
         seed: int,
         device: torch.device,
@@ -30,6 +55,7 @@ class Batches:
         label_dropout: float = 0.0,
         any_class: int = 0,
         rows: np.ndarray | None = None,
+        on_device: bool = False,
     ) -> None:
         rows = np.arange(len(images)) if rows is None else rows
         if batch_size > len(rows):
@@ -41,15 +67,17 @@ class Batches:
         self.device = device
         self.flip = flip
         self.steps_per_epoch = self.num_images // batch_size if drop_last else -(-self.num_images // batch_size)
-        self._images = torch.from_numpy(images)
-        if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
-            self._images = self._images.to(device)
-        self._rows = torch.from_numpy(rows).to(self._images.device)
-        self._labels = torch.from_numpy(labels).to(self._images.device) if labels is not None else None
+        self._images: torch.Tensor | _Ahead
+        if isinstance(images, Packed):
+            self._images = _Ahead(images)
+        else:
+            self._images = torch.from_numpy(images).to(device) if on_device else torch.from_numpy(images)
+        home = device if on_device else torch.device("cpu")
+        self._rows = torch.from_numpy(rows).to(home)
+        self._labels = torch.from_numpy(labels).to(home) if labels is not None else None
         self._any_class = any_class
         self._label_dropout = label_dropout
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
+        self._orders: dict[int, Tensor] = {}  # epoch -> its permutation
 
     def size(self, step: int) -> int:
         """Images of this step's global batch: batch_size, or fewer in an epoch's last step if that is not dropped."""
@@ -59,15 +87,15 @@ class Batches:
     def indices(self, step: int, start: int, stop: int) -> Tensor:
         """Which images stand at positions start to stop of this step's batch: (stop - start,) int64, each image once an epoch."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
+        if epoch not in self._orders:
             generator = torch.Generator().manual_seed(randomness.host_key(randomness.DATA_ORDER, self.seed, epoch))
-            self._order = torch.randperm(self.num_images, generator=generator).to(self._images.device)
-            self._epoch = epoch
-        return self._order[within * self.batch_size + start : within * self.batch_size + stop]
+            self._orders = {other: order for other, order in self._orders.items() if other == epoch - 1}  # what is decoded ahead crosses the border
+            self._orders[epoch] = torch.randperm(self.num_images, generator=generator).to(self._rows.device)
+        return self._orders[epoch][within * self.batch_size + start : within * self.batch_size + stop]
 
     def images(self, step: int, start: int, stop: int) -> Tensor:
         """The images at positions start to stop of this step's batch: (stop - start, C, H, W) float32 in [-1, 1], channels_last, on the device."""
-        chosen = self._images[self._rows[self.indices(step, start, stop)]]
+        chosen = self._chosen(step, start, stop)
         if chosen.device != self.device:
             chosen = (chosen.pin_memory() if self.device.type == "cuda" else chosen).to(self.device, non_blocking=True)
         x0 = chosen.contiguous(memory_format=torch.channels_last).float().div_(127.5).sub_(1)
@@ -76,6 +104,15 @@ class Batches:
             mirrored = randomness.coin(randomness.stream_keys(randomness.TRAIN_FLIP, self.seed, step, positions))
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
         return x0
+
+    def _chosen(self, step: int, start: int, stop: int) -> Tensor:
+        if not isinstance(self._images, _Ahead):
+            return self._images[self._rows[self.indices(step, start, stop)]]
+        now = self._images.take((step, start, stop), self._rows[self.indices(step, start, stop)])
+        after = self.size(step + 1)
+        span = (step + 1, min(start, after), min(stop, after))
+        self._images.start(span, self._rows[self.indices(*span)])
+        return now
 
     def classes(self, step: int, start: int, stop: int) -> Tensor | None:
         """The classes at positions start to stop of this step's batch, some dropped: (stop - start,) int64 on the device; None without labels."""

@@ -1,0 +1,125 @@
+"""A source made ready for training, kept in the cache: as one array of decoded pictures, or encoded where that would take too much room."""
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ddpm.data import arrays, keeping, packed
+from ddpm.data.decoding import Decoding
+from ddpm.data.packed import Packed
+from ddpm.data.shards import Source
+from ddpm.files import allow_by_umask, alone, sync_folder
+
+log = logging.getLogger(__name__)
+
+LAYOUT = 4  # of the cache; a change makes old ones be made again
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Pictures, all of a source or a part of them.
+
+    stored: (M, C, H, W) uint8, all of the source, memory-mapped or decoded as asked for.    rows: (N,) int64, those of `stored` that belong here.
+    digests: (N,) uint64, the first 8 bytes of each content's SHA-256.    labels: (N,) int64, or None.    classes: their names.
+    fingerprint: of content, labels and order of the whole, the same wherever the pictures lie.    unreadable: names of those left out.
+    """
+
+    stored: np.ndarray | Packed
+    rows: np.ndarray
+    digests: np.ndarray
+    labels: np.ndarray | None
+    classes: list[str]
+    fingerprint: str
+    unreadable: list[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """The pictures, (N, C, H, W) uint8: `stored` itself for the whole, a copy in memory for a part."""
+        return self.stored if isinstance(self.stored, np.ndarray) and len(self) == len(self.stored) else self.stored[self.rows]
+
+    def split(self, holdout: float) -> tuple["ImageSet", "ImageSet"]:
+        """(to train on, held out): a picture is held out if its digest, read as a number in [0, 1), lies below the share `holdout`.
+
+        So a picture's side follows from its content: not from its name, its place or the pictures beside it; and equal pictures are on the same side.
+        Raises ValueError if `holdout` is more than 0 and leaves no picture on one of the sides.
+        """
+        held = self.digests < np.uint64(int(holdout * 2**64))
+        if holdout > 0 and not 0 < held.sum() < len(self):
+            raise ValueError(f"data.holdout={holdout} holds out {held.sum()} of the {len(self)} pictures, and both sides need some; give another share")
+        return self._part(~held), self._part(held)
+
+    def _part(self, chosen: np.ndarray) -> "ImageSet":
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, rows=self.rows[chosen], digests=self.digests[chosen], labels=labels)
+
+
+def image_set(source: Source, decoding: Decoding, cache: Path, workers: int, max_unreadable: float, decode_later: bool = False) -> ImageSet:
+    """The pictures of a source, from the cache if they have been made ready this way before, else made so now by `workers` processes.
+
+    decode_later: keep them encoded, and decode in `workers` threads those that are asked for.
+    A second process that wants them waits for the first; a cache that is not what was written is made anew. Raises ValueError, naming the first such
+    files, if more than the share max_unreadable (and more than one) do not decode; and, naming data.cache, if they cannot be kept there.
+    """
+    folder = folder_of(source, decoding, cache, decode_later)
+    if keeping.damage(folder) is not None:
+        with keeping.naming(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+        with alone(cache / f".{folder.name}.lock"):
+            for left in cache.glob(f".{folder.name}-*"):  # by a process that was killed: nobody else is in here
+                shutil.rmtree(left, ignore_errors=True)
+            damage = keeping.damage(folder)
+            if damage is not None:
+                if folder.exists():
+                    log.warning("decoding again, since the cache is damaged: %s %s", folder, damage)
+                    shutil.rmtree(folder)
+                _make(folder, source, decoding, workers, max_unreadable, decode_later)
+    about = json.loads((folder / "about.json").read_text())
+    labels = np.load(folder / "labels.npy") if about["classes"] else None
+    stored = Packed(folder, decoding, workers) if decode_later else np.load(folder / arrays.FILE, mmap_mode="c")
+    if about["unreadable"]:
+        names = about["unreadable"]
+        log.warning("left out %d of %d pictures that do not decode: %s", len(names), len(names) + len(stored), _some(names))
+    empty = [] if labels is None else [name for number, name in enumerate(about["classes"]) if number not in labels]
+    if empty:
+        log.warning("%d of %d classes have no picture: %s", len(empty), len(about["classes"]), _some(empty))
+    return ImageSet(stored, np.arange(len(stored)), np.load(folder / "digests.npy"), labels, about["classes"], about["fingerprint"], about["unreadable"])
+
+
+def folder_of(source: Source, decoding: Decoding, cache: Path, decode_later: bool) -> Path:
+    """Where they are kept: encoded they are the same for any resolution."""
+    key = [LAYOUT, source.stamp, source.counts, "encoded" if decode_later else asdict(decoding)]
+    return cache / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+
+def _make(folder: Path, source: Source, decoding: Decoding, workers: int, max_unreadable: float, decode_later: bool) -> None:
+    with keeping.naming(folder.parent):
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        survey = packed.pack_into(scratch, source) if decode_later else arrays.decode_into(scratch, source, decoding, workers)
+        bad = survey.unreadable
+        if len(bad) == len(source) or len(bad) > max(1, max_unreadable * len(source)):
+            raise ValueError(f"{len(bad)} of {len(source)} pictures do not decode (data.max_unreadable={max_unreadable}): {_some(bad)}")
+        with keeping.naming(folder.parent):
+            keeping.save_rows(scratch / "digests.npy", survey.first_digests(), survey.good)
+            if source.classes:
+                keeping.save_rows(scratch / "labels.npy", survey.labels, survey.good)
+            keeping.write_about(scratch, {"classes": source.classes, "fingerprint": survey.fingerprint(source.classes), "unreadable": bad})
+            allow_by_umask(scratch)
+            scratch.rename(folder)
+            sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
