@@ -1,9 +1,10 @@
 """A run that was cut off ends with the bytes of one that was not, whatever the network, the precision and the optimizer."""
 
+import psutil
 import pytest
 import torch
 
-from ddpm import checkpoint
+from ddpm import checkpoint, recording
 from ddpm.cli import compose
 from ddpm.config import training_config
 from ddpm.run_folder import locate
@@ -44,3 +45,17 @@ def test_cut_off_and_carried_on_is_the_same_run(tmp_path, family, precision):
     assert (run.path / "metrics.jsonl").read_bytes() == metrics
     first = checkpoint.find(run.checkpoints, 2).weights("raw")
     assert any(not torch.equal(tensor, first[name]) for name, tensor in checkpoint.find(run.checkpoints, 4).weights("raw").items())
+
+
+def test_a_training_process_takes_no_more_memory_as_it_goes_on(tmp_path, monkeypatch):
+    held = {}
+    really = recording.Recorder.scalars
+
+    def scalars(self, step, values):
+        held[step] = psutil.Process().memory_info().rss
+        really(self, step, values)
+
+    monkeypatch.setattr(recording.Recorder, "scalars", scalars)
+    narrow = ["model.base_channels=8", "model.norm_groups=4", "model.channel_multipliers=[1,2]", "model.attention_resolutions=[8]"]
+    trained(f"outputs={tmp_path}", *narrow, "training.steps=250", "runtime.log_every=50", "runtime.checkpoint_every=50")
+    assert held[250] - held[100] < 8 * 2**20
