@@ -19,12 +19,13 @@ from pydantic import Field
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ddpm import bound, build, checkpoint, evaluation, features, images, sample_folder
+from ddpm import bound, build, checkpoint, evaluation, features, images, recording, sample_folder
 from ddpm.cli import Composed
 from ddpm.config import Config, EvaluationSettings, Node, Section, Split, check_node, plain_config, validated
 from ddpm.data.decoding import ImageSet
 from ddpm.evaluation import Figure
 from ddpm.features import Extractor, Features
+from ddpm.results import results, scalars
 from ddpm.run_folder import RunFolder
 from ddpm.sampling import Drawing
 
@@ -82,7 +83,10 @@ def carry_out(config: EvaluateConfig) -> None:
         evaluation.record(run.path / "evaluation.json", figures)
         with SummaryWriter(str(run.path)) as board:
             for figure in figures:
-                board.add_scalar(f"eval/{figure.metric}", figure.value, found.step)
+                board.add_scalar(f"eval/{evaluation.name(figure.metric, figure.protocol)}", figure.value, found.step)
+        status = run.record()["status"]
+        if status != "running":
+            recording.conclude(run.path, status, run.record()["step"], scalars(results(run, trained.model_dump(mode="json"))))
         print(evaluation.table(figures, trained.recipe.expect.metrics if trained.recipe else []))
         print(f"figures {run.path / 'evaluation.json'}", flush=True)
     processes.wait_for_everyone()

@@ -11,6 +11,7 @@ ORDER = [
         "files",
         "randomness",
         "help",
+        "sweep",
         "cli",
         "config",
         "data",
@@ -25,7 +26,7 @@ ORDER = [
         "features",
     ),
     *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "recording", "interruption"),
-    *("build", "run_folder", "sample_folder", "evaluation", "evaluation_run", "training_loop", "training_run"),
+    *("build", "run_folder", "sample_folder", "evaluation", "results", "evaluation_run", "training_loop", "training_run", "comparison", "comparison_run"),
 ]
 PURE = {
     "randomness",
