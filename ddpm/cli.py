@@ -6,16 +6,17 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra._internal.hydra import Hydra
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigLoadError, ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -27,6 +28,10 @@ PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE / "_bundled" if (PACKAGE / "_bundled" / "conf").is_dir() else PACKAGE.parent  # an installed wheel, else a checkout
 CONF = ROOT / "conf"
 EXPERIMENTS = ROOT / "experiments"
+LAUNCHERS: dict[str, dict[str, Any]] = {  # what is not as the plugins have it
+    "joblib": {"n_jobs": "${num_devices:}"},
+    "submitit_slurm": {"timeout_min": 1440, "max_num_timeout": 100, "signal_delay_s": 300},
+}
 CARRIES_ON = 75  # the exit code of a run that was told to stop: the same command carries on
 
 
@@ -103,7 +108,7 @@ def command(
             return sweep.Outcome(composed.overrides, code, {**ended, **shown, **(ended if code else {})})
 
         register_experiments()
-        OmegaConf.register_new_resolver("num_devices", lambda: max(1, len(visible_devices())), replace=True)
+        sweep_defaults(typed)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise rather than print its own several lines
         try:
             sweep.refuse_in_process_group(typed)
@@ -141,6 +146,18 @@ def _collecting(outcomes: list[sweep.Outcome]) -> Iterator[None]:
         yield
     finally:
         Hydra.multirun = multirun  # type: ignore[method-assign]
+
+
+def sweep_defaults(arguments: Sequence[str]) -> None:
+    """Have the launchers that are installed (extra sweep) run a job for each device, and queue a Slurm job again as often as its time runs out."""
+    if not any(argument.startswith("hydra/launcher=") for argument in arguments):
+        return
+    OmegaConf.register_new_resolver("num_devices", lambda: max(1, len(visible_devices())), replace=True)
+    Plugins.instance()  # which puts their options into the store
+    store = ConfigStore.instance()
+    for name, settings in LAUNCHERS.items():
+        with suppress(ConfigLoadError):  # not installed
+            store.store(group="hydra/launcher", name=name, node=OmegaConf.merge(store.load(f"hydra/launcher/{name}.yaml").node, settings), provider="ddpm")
 
 
 def visible_devices() -> list[str]:
@@ -184,7 +201,12 @@ def _explain_composition(error: HydraException, arguments: Sequence[str], config
     """Hydra's composition errors in one line, with the nearest valid name."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        return f"{group}={option}: no such option of {group}{nearest(option, error.options)}"
+        more = (
+            "; pip install 'ddpm[sweep]' brings joblib, submitit_local and submitit_slurm"
+            if group == "hydra/launcher" and "joblib" not in error.options
+            else ""
+        )
+        return f"{group}={option}: no such option of {group}{nearest(option, error.options)}{more}"
     message = " ".join(str(error).split("\n")[0].split())
     if message.startswith("Ambiguous value"):
         message += ": a sweep over values needs -m; a list needs [brackets]"

@@ -214,7 +214,7 @@ def as_json(compared: Sequence[Compared]) -> str:
 
 
 def plot(path: Path, compared: Sequence[Compared]) -> None:
-    """Every run's training loss over its steps, on a log axis, averaged over a fiftieth of its steps, as a PNG; losses of other objectives apart.
+    """Every run's training loss over its steps, on a log axis, averaged over a twentieth of its steps, as a PNG; losses of other objectives apart.
 
     Raises ValueError, one line, if matplotlib is missing or no run has reported a loss.
     """
@@ -234,7 +234,7 @@ def plot(path: Path, compared: Sequence[Compared]) -> None:
                 records = losses(one.run.path)
                 colour = f"C{index % 10}"
                 axes.plot(*zip(*records, strict=True), color=colour, alpha=0.2, linewidth=0.8)
-                smooth = windowed(records, share=0.02)
+                smooth = windowed(records, share=0.05)
                 axes.plot(*zip(*smooth, strict=True), color=colour, label=labels[index], linestyle=("-", "--", ":")[index // 10 % 3])
         axes.set(xlabel="step (optimizer updates)", ylabel=name, yscale="log")
         axes.grid(alpha=0.3, which="both")

@@ -18,6 +18,7 @@ from torch.utils.tensorboard.summary import scalar
 
 from ddpm.files import write_whole, write_whole_bytes
 
+_CURVE = r"(?!.*_(final|best)$)"
 LAYOUT = {  # TensorBoard's tab Custom Scalars: the curves worth comparing, each kind of all runs in one chart
     "training": {
         "loss": ["Multiline", [r"^train/loss$"]],
@@ -27,9 +28,9 @@ LAYOUT = {  # TensorBoard's tab Custom Scalars: the curves worth comparing, each
         "images a second": ["Multiline", [r"^train/images_per_second$"]],
     },
     "evaluation": {
-        "distances": ["Multiline", [r"^eval/(fid|fd_|kid|kd_)"]],
-        "precision and recall": ["Multiline", [r"^eval/(precision|recall)"]],
-        "bits/dim": ["Multiline", [r"^eval/bits_per_dim"]],
+        "distances": ["Multiline", [r"^eval/(fid|fd_|kid|kd_)" + _CURVE]],
+        "precision and recall": ["Multiline", [r"^eval/(precision|recall)" + _CURVE]],
+        "bits/dim": ["Multiline", [r"^eval/bits_per_dim" + _CURVE]],
     },
 }
 

@@ -77,9 +77,14 @@ def results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
 
 
 def scalars(measures: Sequence[Result]) -> dict[str, float]:
-    """Final and best values under names that are the same in every run."""
-    named = {f"final/{result.name}": result.final[0] for result in measures}
-    return named | {f"best/{result.name}": result.best[0] for result in measures if result.best is not None}
+    """Final and best values under names that are the same in every run, beside the curves that they are of."""
+    values = {}
+    for result in measures:
+        tag = f"train/{result.name}" if result.metric == "loss" else f"eval/{result.name}"
+        values[f"{tag}_final"] = result.final[0]
+        if result.best is not None:
+            values[f"{tag}_best"] = result.best[0]
+    return values
 
 
 def images_per_second(record: Mapping[str, Any]) -> float | None:

@@ -72,7 +72,10 @@ class RunFolder:
         """What runs are told apart by, under the same keys whatever the run: the options chosen, the numbers tuned most, and `differs`, all that is not
         the model's and data's own, in the words of the folder's name."""
         chosen = self.choices()
-        options = {group: chosen.get(group, "") for group in ("experiment", "model", "data", "schedule", "objective", "optimizer", "lr_schedule")}
+        options = {
+            group: chosen.get(group, "None").replace("None", "none")
+            for group in ("experiment", "model", "data", "schedule", "objective", "optimizer", "lr_schedule")
+        }
         half = flat(config.model_dump(mode="json"))
         numbers = {key: half.get(key) for key in ("optimizer.lr", "lr_schedule.warmup_steps", "data.holdout", "data.flip", "seed")}
         numbers |= {key: value for key, value in half.items() if key.startswith("training.") and key not in ("training.steps", "training.epochs")}
