@@ -52,15 +52,12 @@ def find(runs: str | Sequence[str] | None, outputs: str) -> tuple[list[RunFolder
     found: dict[Path, None] = {}
     empty = []
     for pattern in [runs] if isinstance(runs, str) else runs if runs is not None else [outputs]:
-        before = len(found)
-        paths = [Path(pattern)] if Path(pattern).exists() else [Path(path) for path in sorted(glob.glob(str(Path(pattern).expanduser())))]  # noqa: PTH207
-        for path in paths:
-            inside = [path] if (path / "config.yaml").is_file() else sorted(file.parent for file in path.glob("**/config.yaml"))
-            here = [folder for folder in inside if (folder / "run.json").is_file()]
-            found.update(dict.fromkeys(here))
-            if not here and len(paths) > 1:
-                empty.append(str(path))
-        if len(found) == before and len(paths) <= 1:
+        path = Path(pattern).expanduser()
+        matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path)))]  # noqa: PTH207
+        inside = [[match] if (match / "config.yaml").is_file() else sorted(file.parent for file in match.glob("**/config.yaml")) for match in matches]
+        here = [folder for folders in inside for folder in folders if (folder / "run.json").is_file()]
+        found.update(dict.fromkeys(here))
+        if not here:
             empty.append(pattern)
     if not found:
         asked = f"outputs={outputs}" if runs is None else f"runs={runs}"
@@ -137,10 +134,10 @@ def over_seeds(compared: Sequence[Compared]) -> list[Row]:
                 for found in compared[index].results
                 if _protocol(found) == protocol and found.final[1] == compared[index].steps
             ]
-            row[f"{column} mean"] = statistics.mean(values) if values else None
-            row[f"{column} deviation"] = statistics.stdev(values) if len(values) > 1 else None
-            if len(values) not in (0, len(members)):
-                row[f"{column} runs"] = len(values)
+            if len(values) > 1:
+                row |= {f"{column} mean": statistics.mean(values), f"{column} deviation": statistics.stdev(values)}
+                if len(values) < len(members):
+                    row[f"{column} runs"] = len(values)
         table.append(row)
     return table
 

@@ -50,12 +50,13 @@ def carry_out(config: CompareConfig, composed: Composed, width: int) -> None:
     compared = [comparison.read(run) for run in runs]
     table = comparison.listing(compared) if config.runs is None else comparison.rows(compared)
     print(comparison.text(table, width))
-    seeds = comparison.over_seeds(compared)
-    if seeds and config.runs is not None:
-        print(f"\nover seeds\n{comparison.text(seeds, width)}")
-    for one in compared:
-        if one.status in ("failed", "preempted"):
-            print(f"\n{one.run.path} {one.status}: {one.record.get('error')}")
+    if config.runs is not None:
+        seeds = comparison.over_seeds(compared)
+        if seeds:
+            print(f"\nover seeds\n{comparison.text(seeds, width)}")
+        for one in compared:
+            if one.status in ("failed", "preempted"):
+                print(f"\n{one.run.path} {one.status}: {one.record.get('error')}")
     folder = Path(config.to) if config.to is not None else Path(config.outputs) / "comparison"
     if config.to is not None:
         folder.mkdir(parents=True, exist_ok=True)

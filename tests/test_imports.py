@@ -25,7 +25,7 @@ ORDER = [
         "metrics",
         "features",
     ),
-    *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "recording", "interruption"),
+    *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "figures", "recording", "interruption"),
     *("build", "run_folder", "sample_folder", "evaluation", "results", "evaluation_run", "training_loop", "training_run", "comparison", "comparison_run"),
 ]
 PURE = {
