@@ -1,5 +1,6 @@
 """The folder of a run: its name follows from the configuration, run.json tells how it stands."""
 
+import functools
 import hashlib
 import json
 import os
@@ -133,16 +134,20 @@ def locate(config: Config, composed: Composed) -> RunFolder:
 
     The same configuration has the same folder, however it was typed.
     """
-    pair = [f"{group}={composed.choices[group]}" for group in ("model", "data")]
-    path = [f"data.path={_quoted(config.data.path)}"] if config.data.name == "folder" and config.data.path else []
-    plain = training_config(compose([*pair, *path]))
-    mine, recipe = computed(config), computed(plain)
+    mine, path = computed(config), config.data.path if config.data.name == "folder" else None
     shown = flat(mine)
     if config.init_from is not None:
         shown["init_from"] = Path(config.init_from).expanduser().resolve().name[-60:]
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:8]
     name = f"{composed.choices['model']}-{_typable(mine['data']['name'])}"
-    return RunFolder(Path(config.outputs) / name / f"{_difference(shown, flat(recipe))}-{digest}")
+    own = _own_settings(composed.choices["model"], composed.choices["data"], path)
+    return RunFolder(Path(config.outputs) / name / f"{_difference(shown, own)}-{digest}")
+
+
+@functools.cache
+def _own_settings(model: str, data: str, path: str | None) -> dict[str, Any]:
+    """What a model and a data set are computed with if nothing else is said."""
+    return flat(computed(training_config(compose([f"model={model}", f"data={data}", *([f"data.path={_quoted(path)}"] if path else [])]))))
 
 
 def with_content(config: Config) -> Config:
