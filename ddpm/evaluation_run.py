@@ -80,9 +80,10 @@ def carry_out(config: EvaluateConfig) -> None:
     drawing = Drawing(network, weights, diffusion, sampler, shape, settings.seed, build.any_class(trained, len(names)))
     figures, missing = measure(drawing, config.sampler, settings, trained, names, run, found.step, config.weights, processes)
     if processes.is_main_process:
+        shown = {evaluation.key(entry) for entry in evaluation.recorded(run.path / "evaluation.json")}
         evaluation.record(run.path / "evaluation.json", figures)
         with SummaryWriter(str(run.path)) as board:
-            for figure in figures:
+            for figure in (figure for figure in figures if evaluation.key({"metric": figure.metric, "protocol": figure.protocol}) not in shown):
                 board.add_scalar(f"eval/{evaluation.name(figure.metric, figure.protocol)}", figure.value, found.step)
         status = run.record()["status"]
         if status != "running":
