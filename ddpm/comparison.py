@@ -162,6 +162,15 @@ def differences(compared: Sequence[Compared]) -> list[Row]:
     ]
 
 
+def ordered(compared: Sequence[Compared]) -> list[Compared]:
+    """The runs by what differs between them, numbers by their value."""
+
+    def place(settings: Row) -> list[tuple[bool, float, str]]:
+        return [(False, value, "") if isinstance(value, int | float) else (True, 0.0, str(value)) for value in settings.values()]
+
+    return [one for one, _ in sorted(zip(compared, differences(compared), strict=True), key=lambda pair: place(pair[1]))]
+
+
 def label(settings: Row) -> str:
     """What differs, in one line."""
     return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items() if value is not None) or "-"

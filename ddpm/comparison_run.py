@@ -48,6 +48,8 @@ def carry_out(config: CompareConfig, composed: Composed, width: int) -> None:
     for given in empty:
         print(f"warning: {given}: no run there", file=sys.stderr, flush=True)
     compared = [comparison.read(run) for run in runs]
+    if isinstance(config.runs, str):  # a list keeps its order
+        compared = comparison.ordered(compared)
     table = comparison.listing(compared) if config.runs is None else comparison.rows(compared)
     print(comparison.text(table, width))
     if config.runs is not None:

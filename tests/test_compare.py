@@ -92,6 +92,15 @@ def test_seeds_give_mean_and_deviation_and_only_of_complete_runs_that_are_otherw
     assert comparison.over_seeds([compared[0], compared[2], compared[3]]) == []
 
 
+def test_runs_are_in_the_order_of_what_differs(compared):
+    for numbers in ([2, 0, 1], [1, 2, 0]):
+        assert [one.settings["training.steps"] * 10 + one.settings["seed"] for one in comparison.ordered([compared[index] for index in numbers])] == [
+            40,
+            60,
+            61,
+        ]
+
+
 def test_a_loss_is_averaged_over_the_same_share_of_steps_whatever_the_log_interval():
     loss = np.random.default_rng(0).normal(size=200)
     every_5, every_10 = ([(step, float(loss[step - every : step].mean())) for step in range(every, 201, every)] for every in (5, 10))
