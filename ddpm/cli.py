@@ -6,27 +6,37 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 import yaml
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigLoadError, ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ddpm import sweep
 from ddpm.help import help_text
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE / "_bundled" if (PACKAGE / "_bundled" / "conf").is_dir() else PACKAGE.parent  # an installed wheel, else a checkout
 CONF = ROOT / "conf"
 EXPERIMENTS = ROOT / "experiments"
+LAUNCHERS: dict[str, dict[str, Any]] = {  # what is not as the plugins have it
+    "joblib": {"n_jobs": "${num_devices:}"},
+    "submitit_slurm": {"timeout_min": 1440, "max_num_timeout": 100, "signal_delay_s": 300},
+}
+CARRIES_ON = 75  # the exit code of a run that was told to stop: the same command carries on
 
 _broken: dict[str, str] = {}  # files of experiments/ that cannot be options: name -> what is wrong
 
@@ -54,10 +64,16 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> Composed:
     return _composed(cfg, cfg.hydra)
 
 
-def command(config_name: str, task: Callable[[Composed], None], what: str, examples: Sequence[str]) -> Callable[[], None]:
+def command(
+    config_name: str,
+    task: Callable[[Composed], None],
+    what: str,
+    examples: Sequence[str],
+    facts: Callable[[Composed], dict[str, str]] = lambda composed: {},
+) -> Callable[[], None]:
     """The main function of an entry point: compose conf/<config_name>.yaml with the command line, then run `task`; in a sweep, once a job.
 
-    what, examples: for --help.
+    what, examples: for --help.    facts: what to show of a job in the table at the end of a sweep, by column.
     An error is one line on standard error, and exit code 1; HYDRA_FULL_ERROR=1 brings the traceback. A failing job of a sweep does not stop the others.
     """
 
@@ -67,30 +83,95 @@ def command(config_name: str, task: Callable[[Composed], None], what: str, examp
             print(help_text(CONF, EXPERIMENTS, config_name, what, examples))
             return
         wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-        failed: list[str] = []
+        typed, process = sys.argv[1:], os.getpid()
+        outcomes: list[sweep.Outcome] = []
 
-        def job(cfg: DictConfig) -> None:
+        def job(cfg: DictConfig) -> sweep.Outcome:
+            hydra_cfg = HydraConfig.get()
+            composed, code, ended = _composed(cfg, hydra_cfg), 0, {"status": "done"}
+            elsewhere = os.getpid() != process  # where the launcher has put the job
+            if elsewhere:
+                sys.argv[1:] = typed
+                if str(hydra_cfg.launcher.get("_target_")).endswith(".JoblibLauncher"):
+                    sweep.claim_device(visible_devices())
             try:
-                task(_composed(cfg, HydraConfig.get()))
+                task(composed)
             except Exception as error:
                 if wants_traceback:
                     raise
-                failed.append(explain(error))
-                print(f"error: {failed[-1]}", file=sys.stderr, flush=True)
+                code, ended = 1, {"status": "failed"}
+                print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+            except SystemExit as stopped:
+                if not (elsewhere and stopped.code == CARRIES_ON):
+                    raise
+                code, ended = CARRIES_ON, {"status": "preempted"}
+            if hydra_cfg.mode != RunMode.MULTIRUN:
+                outcomes.append(sweep.Outcome(composed.overrides, code))
+                return outcomes[-1]
+            try:
+                shown = facts(composed)
+            except (OSError, ValueError):  # a configuration that is none has no run
+                shown = {}
+            return sweep.Outcome(composed.overrides, code, {**ended, **shown, **(ended if code else {})})
 
         register_experiments()
+        sweep_defaults(typed)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise rather than print its own several lines
         try:
-            _refuse_paths(_overrides_in(sys.argv[1:]))
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(functools.wraps(task)(job))()
+            _refuse_paths(_overrides_in(typed))
+            sweep.refuse_in_process_group(typed)
+            with _collecting(outcomes):
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(functools.wraps(task)(job))()
         except Exception as error:  # what a job raises is caught above: this is a composition that failed
             if wants_traceback:
                 raise
-            sys.exit(f"error: {_explain_composition(error, sys.argv[1:], config_name)}")
-        if failed:
-            sys.exit(1)
+            sys.exit(f"error: {_explain_composition(error, typed, config_name)}")
+        if any(outcome.facts for outcome in outcomes):
+            print(f"\n{sweep.table(outcomes)}", flush=True)
+        codes = {outcome.code for outcome in outcomes} - {0}
+        if codes:
+            sys.exit(max(codes))
 
     return main
+
+
+@contextmanager
+def _collecting(outcomes: list[sweep.Outcome]) -> Iterator[None]:
+    """Keep what the jobs of a sweep return, in whatever process they ran: hydra.main drops it."""
+    multirun = Hydra.multirun
+
+    def collect(self: Hydra, *arguments: Any, **named: Any) -> Any:
+        batches = multirun(self, *arguments, **named)
+        outcomes.extend(done.return_value for batch in batches for done in batch)
+        return batches
+
+    Hydra.multirun = collect  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.multirun = multirun  # type: ignore[method-assign]
+
+
+def sweep_defaults(arguments: Sequence[str]) -> None:
+    """Have the launchers that are installed (extra sweep) run a job for each device, and queue a Slurm job again as often as its time runs out."""
+    if not any(argument.startswith("hydra/launcher=") for argument in arguments):
+        return
+    OmegaConf.register_new_resolver("num_devices", lambda: max(1, len(visible_devices())), replace=True)
+    Plugins.instance()  # which puts their options into the store
+    store = ConfigStore.instance()
+    for name, settings in LAUNCHERS.items():
+        with suppress(ConfigLoadError):  # not installed
+            store.store(group="hydra/launcher", name=name, node=OmegaConf.merge(store.load(f"hydra/launcher/{name}.yaml").node, settings), provider="ddpm")
+
+
+def visible_devices() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. Starts none of them."""
+    said = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if said is not None:
+        return [name for name in said.split(",") if name]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 @functools.cache
@@ -187,7 +268,12 @@ def _explain_composition(error: Exception, arguments: Sequence[str], config_name
         group, _, option = error.missing_cfg_file.rpartition("/")
         if group == "experiment" and option in _broken:
             return _broken[option]
-        return f"{group}={option}: no such option of {group}{nearest(option, error.options)}"
+        more = (
+            "; pip install 'ddpm[sweep]' brings joblib, submitit_local and submitit_slurm"
+            if group == "hydra/launcher" and "joblib" not in error.options
+            else ""
+        )
+        return f"{group}={option}: no such option of {group}{nearest(option, error.options)}{more}"
     if not isinstance(error, HydraException):
         return explain(error)
     message = " ".join(str(error).split("\n")[0].split())

@@ -1,7 +1,7 @@
 """What is measured of a trained network, and how each figure is kept: with its protocol, so that only like is compared with like."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,21 @@ class Figure:
     @property
     def id(self) -> str:
         """The protocol in one word, such as fid@50k:train:inception:ancestral1000:ema:step800000."""
-        said = [str(self.protocol[key]) for key in ("split", "extractor", "sampler", "weights") if key in self.protocol]
-        count = self.protocol["count"]
-        short = f"{count // 1000}k" if count % 1000 == 0 else str(count)
-        return ":".join([f"{self.metric}@{short}", *said, f"step{self.protocol['step']}"])
+        return f"{name(self.metric, self.protocol)}:step{self.protocol['step']}"
+
+
+def name(metric: str, protocol: Mapping[str, Any]) -> str:
+    """A metric and its protocol, without the step, in one word."""
+    said = [str(protocol[key]) for key in ("split", "extractor", "sampler", "weights") if key in protocol]
+    count = protocol["count"]
+    return ":".join([f"{metric}@{count // 1000}k" if count % 1000 == 0 else f"{metric}@{count}", *said])
+
+
+def better(metric: str) -> Callable[..., Any] | None:
+    """min or max, whichever of two values of a metric is the better; None where neither is in itself (a colour gap, a ratio of nearest distances)."""
+    if metric.startswith(("fid", "fd_", "kid", "kd_", "bits_per_dim", "loss_", "rmse")):
+        return min
+    return max if metric.startswith(("inception_score", "class_score_", "precision", "recall")) else None
 
 
 def record(path: Path, figures: Sequence[Figure]) -> None:

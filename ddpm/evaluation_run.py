@@ -19,13 +19,14 @@ from pydantic import Field
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ddpm import bound, build, checkpoint, evaluation, features, images, sample_folder
+from ddpm import bound, build, checkpoint, evaluation, features, images, recording, sample_folder
 from ddpm.cli import Composed
 from ddpm.config import Config, EvaluationSettings, Split, plain_config
 from ddpm.data.image_set import ImageSet
 from ddpm.evaluation import Figure
 from ddpm.features import Extractor, Features
 from ddpm.processes import find_processes
+from ddpm.results import results, scalars
 from ddpm.run_folder import RunFolder
 from ddpm.sampling import Drawing
 from ddpm.validation import Node, Section, Text, check_node, validated
@@ -80,10 +81,14 @@ def carry_out(config: EvaluateConfig) -> None:
     drawing = Drawing(network, weights, diffusion, sampler, shape, settings.seed, build.any_class(trained, len(names)))
     figures, missing = measure(drawing, config.sampler, settings, trained, names, run, found.step, config.weights, processes)
     if processes.is_main_process:
+        shown = {evaluation.key(entry) for entry in evaluation.recorded(run.path / "evaluation.json")}
         evaluation.record(run.path / "evaluation.json", figures)
         with SummaryWriter(str(run.path)) as board:
-            for figure in figures:
-                board.add_scalar(f"eval/{figure.metric}", figure.value, found.step)
+            for figure in (figure for figure in figures if evaluation.key({"metric": figure.metric, "protocol": figure.protocol}) not in shown):
+                board.add_scalar(f"eval/{evaluation.name(figure.metric, figure.protocol)}", figure.value, found.step)
+        status = run.record()["status"]
+        if status != "running":
+            recording.conclude(run.path, status, run.record()["step"], scalars(results(run, trained.model_dump(mode="json"))))
         print(evaluation.table(figures, trained.recipe.expect.metrics if trained.recipe else []))
         print(f"figures {run.path / 'evaluation.json'}", flush=True)
     processes.wait_for_everyone()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ddpm import images
@@ -148,7 +148,8 @@ def save_figure(path: Path, figure: Figure) -> None:
 def labelled(figure: Figure) -> np.ndarray:
     """The rows under one another, labels to the left, column heads above: (H, W, C) uint8."""
     sheets = [images.grid(row, columns=len(row), least_width=64 * len(row)) for row in figure.rows]
-    left, top, (height, width, channels) = 110, 18, sheets[0].shape
+    top, (height, width, channels) = 18, sheets[0].shape
+    left = max(110, *(round(ImageFont.load_default().getlength(label)) + 12 for label in figure.labels))
     sheet = Image.new("L" if channels == 1 else "RGB", (left + width, top + height * len(sheets)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, head in enumerate(figure.columns):

@@ -13,9 +13,14 @@ except ImportError:  # Windows has no such locks
 
 def write_whole(path: Path, text: str) -> None:
     """Put `text` at `path`, whole or not at all. The file gets the permissions that the user's umask gives."""
+    write_whole_bytes(path, text.encode())
+
+
+def write_whole_bytes(path: Path, content: bytes) -> None:
+    """`write_whole` of bytes."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with scratch.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)

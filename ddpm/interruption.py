@@ -41,19 +41,21 @@ class Interruption:
     def listening(self) -> Iterator[None]:
         """Take the signals over, and give them back afterwards. Only the main thread of a process can; elsewhere nothing is taken.
 
-        SIGUSR2 is left to who holds it already, such as submitit.
+        One that came is then handed on to who held it before: submitit queues the job again.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        wanted = [signal.SIGTERM, signal.SIGINT, *(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))]
-        taken = [number for number in wanted if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) == signal.SIG_DFL]
+        taken = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
         before = {number: signal.signal(number, self._handle) for number in taken}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            held = before[signal.Signals[self._told]] if self._told is not None else None
+            if callable(held) and held is not signal.default_int_handler:
+                signal.raise_signal(signal.Signals[str(self._told)])
 
     def after(self, step: int) -> str | None:
         """The name of the signal if the run is to stop after `step` updates, None to go on. With several processes, all must ask at every step."""

@@ -1,12 +1,38 @@
 """What a run measures, written as it goes: metrics.jsonl (the same bytes for the same run) and TensorBoard (also speed)."""
 
+import io
 import json
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import scalar
 
-from ddpm.files import write_whole
+from ddpm.files import write_whole, write_whole_bytes
+
+_CURVE = r"(?!.*_(final|best)$)"
+LAYOUT = {  # TensorBoard's tab Custom Scalars: the curves worth comparing, each kind of all runs in one chart
+    "training": {
+        "loss": ["Multiline", [r"^train/loss$"]],
+        "loss by noise level (q0 the least noise)": ["Multiline", [r"^train/loss_q\d$"]],
+        "gradient norm": ["Multiline", [r"^train/grad_norm$"]],
+        "learning rate": ["Multiline", [r"^train/lr$"]],
+        "images a second": ["Multiline", [r"^train/images_per_second$"]],
+    },
+    "evaluation": {
+        "distances": ["Multiline", [r"^eval/(fid|fd_|kid|kd_)" + _CURVE]],
+        "precision and recall": ["Multiline", [r"^eval/(precision|recall)" + _CURVE]],
+        "bits/dim": ["Multiline", [r"^eval/bits_per_dim" + _CURVE]],
+    },
+}
 
 
 class Recorder:
@@ -20,7 +46,19 @@ class Recorder:
         kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= first_step]
         write_whole(self._path, "".join(line + "\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
+        _forget_conclusion(folder)
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def settings(self, values: Mapping[str, float | str | None]) -> None:
+        """The run's row in TensorBoard's tab HPARAMS; every run must give the same keys. None is shown as "none"."""
+        start = SessionStartInfo(start_time_secs=time.time())
+        for key, value in values.items():
+            if isinstance(value, int | float):  # also bool, as 0 and 1
+                start.hparams[key].number_value = value
+            else:
+                start.hparams[key].string_value = "none" if value is None else value
+        self._board._get_file_writer().add_summary(_hparams(metadata.SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=start)))
+        self._board.add_custom_scalars(LAYOUT)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Record values that the configuration decides, such as losses, after `step` updates."""
@@ -48,6 +86,40 @@ class Recorder:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+def conclude(folder: Path, status: Literal["complete", "failed", "preempted"], step: int, values: Mapping[str, float]) -> None:
+    """Tell TensorBoard how the run ended, and with what: one small event file, which takes the place of the one before, and goes when the run goes on.
+
+    TensorBoard keeps the first end that it reads of a run, so an end inside the files that stay would outlive a resume.    values: scalars, at `step`.
+    """
+    _forget_conclusion(folder)
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    if not files:
+        return
+    ended = {"complete": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE, "preempted": api_pb2.STATUS_UNKNOWN}[status]
+    end = SessionEndInfo(status=ended, end_time_secs=time.time())
+    now = time.time()
+    events = [Event(wall_time=now, file_version="brain.Event:2")]
+    events += [Event(wall_time=now, step=step, summary=scalar(tag, value)) for tag, value in values.items()]
+    events.append(Event(wall_time=now, summary=_hparams(metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=end))))
+    content = io.BytesIO()
+    for event in events:
+        RecordWriter(content).write(event.SerializeToString())
+    write_whole_bytes(files[-1].with_name(files[-1].name + _CONCLUSION), content.getvalue())
+
+
+_CONCLUSION = ".end"  # after the newest file's name: TensorBoard reads a folder's files in the order of their names
+
+
+def _forget_conclusion(folder: Path) -> None:
+    for file in folder.glob(f"*events.out.tfevents.*{_CONCLUSION}*"):  # also what a crash left half written
+        file.unlink()
+
+
+def _hparams(tag: str, content: HParamsPluginData) -> Summary:
+    about = metadata.create_summary_metadata(content)
+    return Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)])
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """The folder of a run: its name follows from the configuration, run.json tells how it stands."""
 
+import functools
 import hashlib
 import json
 import os
@@ -77,6 +78,37 @@ class RunFolder:
             raise ValueError(f"run={self.path} has no run.json that tells of its data; start its training once more")
         return data["classes"]
 
+    def choices(self) -> dict[str, str]:
+        """The option that was chosen in each group, empty before the first start."""
+        file = self.path / ".hydra" / "choices.yaml"
+        return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def settings(self, config: Config, num_steps: int) -> dict[str, float | str | None]:
+        """What runs are told apart by, under the same keys whatever the run: the options chosen, the numbers tuned most, and `differs`, all that is not
+        the model's and data's own, in the words of the folder's name."""
+        chosen = self.choices()
+        options = {
+            group: chosen.get(group, "None").replace("None", "none")
+            for group in ("experiment", "model", "data", "schedule", "objective", "optimizer", "lr_schedule")
+        }
+        half = flat(config.model_dump(mode="json"))
+        numbers = {key: half.get(key) for key in ("optimizer.lr", "lr_schedule.warmup_steps", "data.holdout", "data.flip", "seed")}
+        numbers |= {key: value for key, value in half.items() if key.startswith("training.") and key not in ("training.steps", "training.epochs")}
+        name = self.path.name.rpartition("-")[0]
+        return {**options, **numbers, "training.steps": num_steps, "resolution": str(config.data.resolution), "differs": name}
+
+    def standing(self) -> str:
+        """complete, failed, preempted, running; or cut off, where the process that trained it is gone and could not say so."""
+        status = self.record().get("status", "not started")
+        if status != "running" or fcntl is None or not (self.path / ".lock").is_file():
+            return status
+        with (self.path / ".lock").open(encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return status
+        return "cut off"
+
     def start(self, config: Config, composed: Composed) -> None:
         """Make the folder if need be, and write down what is being started."""
         (self.path / ".hydra").mkdir(parents=True, exist_ok=True)
@@ -116,16 +148,20 @@ def locate(config: Config, composed: Composed) -> RunFolder:
 
     The same configuration has the same folder, however it was typed.
     """
-    pair = [f"{group}={composed.choices[group]}" for group in ("model", "data")]
-    path = [f"data.path={_quoted(config.data.path)}"] if config.data.name == "folder" and config.data.path else []
-    plain = training_config(compose([*pair, *path]))
-    mine, recipe = computed(config), computed(plain)
+    mine, path = computed(config), config.data.path if config.data.name == "folder" else None
     shown = flat(mine)
     if config.init_from is not None:
         shown["init_from"] = Path(config.init_from).expanduser().resolve().name[-60:]
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:8]
     name = f"{composed.choices['model']}-{_typable(mine['data']['name'])}"
-    return RunFolder(Path(config.outputs) / name / f"{_difference(shown, flat(recipe))}-{digest}")
+    own = _own_settings(composed.choices["model"], composed.choices["data"], path)
+    return RunFolder(Path(config.outputs) / name / f"{_difference(shown, own)}-{digest}")
+
+
+@functools.cache
+def _own_settings(model: str, data: str, path: str | None) -> dict[str, Any]:
+    """What a model and a data set are computed with if nothing else is said."""
+    return flat(computed(training_config(compose([f"model={model}", f"data={data}", *([f"data.path={_quoted(path)}"] if path else [])]))))
 
 
 def with_content(config: Config) -> Config:
@@ -137,7 +173,7 @@ def with_content(config: Config) -> Config:
 
 def computed(config: Config) -> dict[str, Any]:
     """The half of a configuration that decides the numbers of a run (for data=folder with the folder's own name, for init_from its content)."""
-    half = _without(config.model_dump(mode="json"), NOT_COMPUTED)
+    half = without(config.model_dump(mode="json"), NOT_COMPUTED)
     half["init_from"] = with_content(config).init_weights
     if config.init_from is None:
         del half["init_from"]
@@ -176,12 +212,13 @@ def _typable(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-") or "unnamed"
 
 
-def _without(tree: Mapping[str, Any], left_out: Mapping[str, Any]) -> dict[str, Any]:
+def without(tree: Mapping[str, Any], left_out: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings less those that are True in left_out."""
     kept = {}
     for key, value in tree.items():
         if left_out.get(key) is True:
             continue
-        kept[key] = _without(value, left_out.get(key, {})) if isinstance(value, Mapping) else value
+        kept[key] = without(value, left_out.get(key, {})) if isinstance(value, Mapping) else value
     return kept
 
 

@@ -19,6 +19,15 @@ def task(composed: Composed) -> None:
     carry_out(config, run, composed, changes)
 
 
+def facts(composed: Composed) -> dict[str, str]:
+    """What the table at the end of a sweep shows of a run."""
+    from ddpm.comparison import read, summary
+    from ddpm.config import training_config
+    from ddpm.run_folder import locate
+
+    return summary(read(locate(training_config(composed), composed)))
+
+
 main = command(
     "config",
     task,
@@ -28,6 +37,7 @@ main = command(
         "python -m ddpm.train -m optimizer.lr=1e-4,2e-4,4e-4",
         "python -m ddpm.train data=folder data.path=~/pictures model=unet64 training.steps=20000",
     ],
+    facts,
 )
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from torch import nn
 from tqdm import tqdm
 
-from ddpm import build, checkpoint, diffusers_folder, evaluation, images
+from ddpm import build, checkpoint, diffusers_folder, evaluation, images, recording
 from ddpm.cli import Composed
 from ddpm.config import Config
 from ddpm.data.batches import Batches
@@ -30,6 +31,7 @@ from ddpm.evaluation_run import check_extractor, measure, samples_folder
 from ddpm.interruption import Interruption, Preempted
 from ddpm.processes import accelerator_for
 from ddpm.recording import Recorder
+from ddpm.results import results, scalars
 from ddpm.run_folder import RunFolder, computed, with_content
 from ddpm.sampling import Drawing
 from ddpm.timestep_sampling import LossSecondMoment, Uniform
@@ -100,11 +102,11 @@ def carry_out(config: Config, run: RunFolder, composed: Composed, changes: dict[
             except BaseException as error:
                 preempted = isinstance(error, Preempted | KeyboardInterrupt)
                 why = error.why if isinstance(error, Preempted) else f"{type(error).__name__}: {error}"
-                run.update(status="preempted" if preempted else "failed", error=why)
+                _conclude(run, config, "preempted" if preempted else "failed", why)
                 if isinstance(error, NotFinite):
                     _save_batch(run, batches, error)
                 raise
-            run.update(status="complete", error=None)
+            _conclude(run, config, "complete", None)
         print(f"run {run.path} is complete: {num_steps} steps\n{_closing(run, num_steps)}", flush=True)
 
 
@@ -141,7 +143,7 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
     best: dict[str, Any] = run.record().get("best") or {}  # of the evaluations so far
     recorder = Recorder(run.path, first_step) if leads else None
     bar = tqdm(range(first_step, num_steps), initial=first_step, total=num_steps, unit="step", disable=None if leads else True, dynamic_ncols=True)
-    speed = _Speed(first_step, training.batch_size)
+    speed = _Speed(first_step, training.batch_size, run.record().get("timed") if first_step else None)
 
     def report(step: int, values: dict[str, float]) -> None:
         if recorder is None:
@@ -168,8 +170,9 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
             evaluation.record(run.path / "evaluation.json", figures)
             recorder.scalars(step, {f"eval/{figure.metric}": figure.value for figure in figures})
             shutil.rmtree(samples_folder(run, figures[0].protocol), ignore_errors=True)  # ddpm.evaluate can draw them again
-            if not best or figures[0].value < best["value"]:
-                best.update(id=figures[0].id, value=figures[0].value, step=step)
+            first, better = figures[0], evaluation.better(figures[0].metric) or min
+            if not best or better(first.value, best["value"]) != best["value"]:
+                best.update(id=first.id, value=first.value, step=step)
             log.info("step %d  %s", step, "  ".join(f"{figure.metric} {figure.value:.4f}" for figure in figures))
         speed.pause(step)
 
@@ -185,7 +188,7 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
         if recorder is not None:
             recorder.flush()
             checkpoint.save(run.checkpoints, step, raw.state_dict(), ema.state_dict(), state, runtime.keep_checkpoints, best.get("step"))
-            run.update(step=step, best=best or None)
+            run.update(step=step, best=best or None, timed=speed.timed())
         speed.pause(step)
 
     def save_samples(step: int) -> None:
@@ -202,8 +205,11 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
         accelerator.wait_for_everyone()
         speed.pause(step)
 
-    if recorder is not None and not first_step:
-        recorder.text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")
+    if recorder is not None:
+        recorder.settings(run.settings(config, num_steps))
+        recorder.text("command", f"```\n{shlex.join(run.record()['command'])}\n```")
+        if not first_step:
+            recorder.text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")
     raw.train()
     device_batch = runtime.device_batch
     if device_batch == "auto":
@@ -239,6 +245,13 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
         raise ValueError(f"runtime.device_batch={device_batch} does not fit the device's memory: give {max(device_batch // 2, 1)}, or auto") from error
     if recorder is not None:
         recorder.close()
+
+
+def _conclude(run: RunFolder, config: Config, status: Literal["complete", "failed", "preempted"], error: str | None) -> None:
+    """Write down how the run ended, and for TensorBoard also with what."""
+    run.update(status=status, error=error)
+    step = run.record().get("step", 0)
+    recording.conclude(run.path, status, step, scalars(results(run, config.model_dump(mode="json"))))
 
 
 def _starts_from_weights(config: Config, run: RunFolder) -> bool:
@@ -315,30 +328,43 @@ def _log_file(run: RunFolder) -> Iterator[None]:
 
 
 class _Speed:
-    """Images a second between reports, the time for samples and checkpoints left out."""
+    """Images a second between reports, the time for samples and checkpoints left out; and the time that the run took in all.
 
-    def __init__(self, step: int, batch_size: int) -> None:
+    before: what `timed` said when an earlier start of the run got as far as `step`.
+    """
+
+    def __init__(self, step: int, batch_size: int, before: dict[str, float] | None) -> None:
         self._batch_size = batch_size
         self._steps, self._seconds = 0, 0.0
+        self._started = time.perf_counter()
+        self._before = before or {"seconds": 0.0, "images": 0, "seconds_in_steps": 0.0}
+        self._all_steps, self._all_seconds = 0, 0.0
         self._resume(step)
 
     def _resume(self, step: int) -> None:
         self._from_step, self._from_time = step, time.perf_counter()
-
-    def _stop(self, step: int) -> None:
-        self._steps += step - self._from_step
-        self._seconds += time.perf_counter() - self._from_time
 
     def pause(self, step: int) -> None:
         """Leave out the time since `report` at this step."""
         self._resume(step)
 
     def since_last(self, step: int) -> float:
-        self._stop(step)
+        self._steps += step - self._from_step
+        self._seconds += time.perf_counter() - self._from_time
         speed = self._steps * self._batch_size / self._seconds if self._seconds else 0.0
+        self._all_steps += self._steps
+        self._all_seconds += self._seconds
         self._steps, self._seconds = 0, 0.0
         self._resume(step)
         return speed
+
+    def timed(self) -> dict[str, float]:
+        """Of all starts so far: seconds in all; and of the steps that were timed, their images and seconds."""
+        return {
+            "seconds": self._before["seconds"] + time.perf_counter() - self._started,
+            "images": self._before["images"] + self._all_steps * self._batch_size,
+            "seconds_in_steps": self._before["seconds_in_steps"] + self._all_seconds,
+        }
 
 
 def _cores() -> int:

@@ -121,14 +121,6 @@ def test_the_average_and_the_weights_both_move(finished):
         assert not any(torch.equal(before[key], after[key]) for key in ("conv_in.weight", "conv_out.weight"))
 
 
-def test_each_job_of_a_sweep_has_its_folder_and_one_that_fails_does_not_stop_the_others(ddpm, tiny, tmp_path):
-    done = ddpm("train", "-m", *tiny, f"outputs={tmp_path}", "seed=0,1", "training.batch_size=8,5000")
-    assert done.code == 1
-    assert done.err.count("error: training.batch_size=5000") == 2
-    records = [json.loads(file.read_text()) for file in tmp_path.glob("*/*/run.json")]
-    assert [record["status"] for record in records] == ["complete", "complete"]
-
-
 def test_an_image_is_the_same_whatever_it_is_drawn_with(finished, ddpm, tmp_path):
     for name, overrides in (("alone", ["num_samples=3", "batch_size=1"]), ("together", ["num_samples=8", "batch_size=7"])):
         done = ddpm("sample", f"run={finished.run}", f"to={tmp_path / name}", "sampler.num_steps=5", *overrides)

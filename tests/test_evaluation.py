@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddpm import evaluation
 from ddpm.config import Metric
@@ -27,6 +28,12 @@ def test_a_figure_takes_the_place_of_the_same_one_and_no_other(tmp_path):
     assert [(entry["metric"], entry["value"], entry["protocol"]["seed"]) for entry in evaluation.recorded(file)] == [
         ("fid", 8.0, 0), ("precision", 0.5, 0), ("fid", 7.0, 1),
     ]  # fmt: skip
+
+
+def test_which_of_two_values_is_the_better_is_known_where_one_is():
+    assert [evaluation.better(name) for name in ("fid", "kd_efficientnet_lite0", "bits_per_dim")] == [min] * 3
+    assert [evaluation.better(name) for name in ("inception_score", "precision", "recall")] == [max] * 3
+    assert evaluation.better("nearest_ratio") is evaluation.better("channel_0_mean_gap") is None
 
 
 def test_the_table_shows_what_was_published_beside_what_was_measured():
@@ -104,6 +111,9 @@ def test_figures_do_not_depend_on_batches_or_processes_and_are_kept(ddpm, run):
     assert first["bits_per_dim_rate@6:heldout:ema:step6"] + first["bits_per_dim_distortion@6:heldout:ema:step6"] == pytest.approx(
         first["bits_per_dim@6:heldout:ema:step6"]
     )
+    board = EventAccumulator(str(run)).Reload()  # beside the curves of training, under a name that tells the protocol
+    (tag,) = (tag for tag in board.Tags()["scalars"] if tag.startswith("eval/kd_efficientnet_lite0_12_heldout") and tag.endswith("ema"))
+    assert board.Scalars(f"{tag}_final")[0].value == pytest.approx(board.Scalars(tag)[0].value)
     two = ddpm("evaluate", f"run={run}", *SETTINGS, metrics, "evaluation.batch_size=3", "evaluation.bound_split=heldout", processes=2)
     assert two.code == 0, two.err
     assert measured(run) == pytest.approx(first, rel=1e-3, abs=1e-4)

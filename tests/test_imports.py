@@ -11,6 +11,7 @@ ORDER = [
         "files",
         "randomness",
         "help",
+        "sweep",
         "cli",
         "validation",
         "config",
@@ -25,8 +26,9 @@ ORDER = [
         "metrics",
         "features",
     ),
-    *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "recording", "interruption"),
-    *("build", "processes", "run_folder", "sample_folder", "evaluation", "evaluation_run", "training_loop", "device_batch", "training_run", "resuming"),
+    *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "figures", "recording", "interruption"),
+    *("build", "processes", "run_folder", "sample_folder", "evaluation", "results", "evaluation_run", "training_loop", "device_batch", "training_run"),
+    *("resuming", "comparison", "comparison_run"),
 ]
 PURE = {
     "randomness",

@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import api_pb2, metadata
 
-from ddpm.recording import Recorder
+from ddpm.recording import Recorder, conclude
 
 
 def record(folder, first_step, *steps):
@@ -56,3 +57,36 @@ def test_values_come_back_from_both_files(tmp_path):
     assert shown == pytest.approx({"train/loss": 0.25, "train/lr": 1e-4, "train/images_per_second": 100.0})
     assert (board.Images("samples")[0].height, board.Images("samples")[0].width) == (4, 6)
     assert any(tag.startswith("config") for tag in board.Tags()["tensors"])
+
+
+def ended(folder):
+    board = EventAccumulator(str(folder)).Reload()
+    content = board.SummaryMetadata(metadata.SESSION_END_INFO_TAG).plugin_data.content
+    return metadata.parse_session_end_info_plugin_data(content).status, board
+
+
+def test_how_a_run_ended_is_what_it_ended_with_last(tmp_path):
+    record(tmp_path, 0, 2, 4)
+    conclude(tmp_path, "failed", 4, {"train/loss_final": 0.5})
+    assert ended(tmp_path)[0] == api_pb2.STATUS_FAILURE
+    record(tmp_path, 4, 6)
+    conclude(tmp_path, "complete", 6, {"train/loss_final": 0.25})
+    conclude(tmp_path, "complete", 6, {"train/loss_final": 0.25, "eval/fid_final": 9.0})
+    status, board = ended(tmp_path)
+    assert status == api_pb2.STATUS_SUCCESS
+    assert {tag: [(shown.step, shown.value) for shown in board.Scalars(tag)] for tag in ("train/loss_final", "eval/fid_final")} == {
+        "train/loss_final": [(6, 0.25)], "eval/fid_final": [(6, 9.0)],
+    }  # fmt: skip
+
+
+def test_a_run_that_goes_on_has_not_ended(tmp_path):
+    record(tmp_path, 0, 2)
+    conclude(tmp_path, "failed", 2, {})
+    recorder = Recorder(tmp_path, 2)
+    recorder.settings({"optimizer.lr": 1e-3, "model": "unet", "training.grad_clip": None, "data.flip": True})
+    recorder.close()
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert metadata.SESSION_END_INFO_TAG not in board.Tags()["tensors"]
+    start = metadata.parse_session_start_info_plugin_data(board.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content)
+    assert (start.hparams["optimizer.lr"].number_value, start.hparams["data.flip"].number_value) == (1e-3, 1)
+    assert (start.hparams["model"].string_value, start.hparams["training.grad_clip"].string_value) == ("unet", "none")

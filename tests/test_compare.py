@@ -1,0 +1,189 @@
+"""ddpm.compare on runs of every kind: what differs, what they came to by which protocol, and pictures; right tables, never a traceback."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from ddpm import comparison, evaluation
+from ddpm.comparison import At
+from ddpm.evaluation import Figure
+from ddpm.results import windowed
+from ddpm.run_folder import RunFolder
+
+PROTOCOL = {"count": 1000, "split": "train", "extractor": "efficientnet_lite0", "sampler": "ddim50", "weights": "ema", "data": "abc", "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory, typed, tiny):
+    """Two seeds, a shorter run, and one that failed; the seeds measured twice by one protocol, the first also by another."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    settings = [*tiny, f"outputs={outputs}", "runtime.log_every=2"]
+    assert typed("train", "-m", *settings, "seed=0,1").code == 0
+    assert typed("train", *settings, "training.steps=4").code == 0
+    assert typed("train", *settings, "optimizer.lr=1e30", "lr_schedule=constant", "lr_schedule.warmup_steps=0").code == 1
+    for seed, values in ((0, (9.0, 8.0)), (1, (7.0, 7.5))):
+        for step, value in zip((4, 6), values, strict=True):
+            evaluation.record(path(outputs, seed=seed, steps=6) / "evaluation.json", [Figure("fd_efficientnet_lite0", value, {**PROTOCOL, "step": step})])
+    other = {**PROTOCOL, "seed": 5, "step": 6}
+    evaluation.record(path(outputs, seed=0, steps=6) / "evaluation.json", [Figure("fd_efficientnet_lite0", 50.0, other), Figure("recall", 0.5, other)])
+    return outputs
+
+
+def path(outputs, seed, steps, lr=1e-3):
+    for file in outputs.glob("*/*/config.yaml"):
+        config = yaml.safe_load(file.read_text())
+        if (config["seed"], config["training"]["steps"], config["optimizer"]["lr"]) == (seed, steps, lr):
+            return file.parent
+    raise LookupError
+
+
+@pytest.fixture(scope="module")
+def compared(outputs):
+    wanted = [path(outputs, 0, 6), path(outputs, 1, 6), path(outputs, 0, 4), path(outputs, 0, 6, 1e30)]
+    return [comparison.read(RunFolder(folder)) for folder in wanted]
+
+
+def test_only_what_differs_has_a_column(compared):
+    table = comparison.rows(compared[:2])
+    assert [column for column in table[0] if "." in column.partition("@")[0]] == []
+    assert [row["seed"] for row in table] == [0, 1]
+    assert {"optimizer.lr", "training.steps", "seed"} <= comparison.rows(compared)[0].keys()
+
+
+def test_runs_stand_as_they_ended_with_their_steps_speed_and_hours(compared):
+    table = comparison.rows(compared)
+    assert [(row["status"], row["steps"]) for row in table] == [("complete", "6"), ("complete", "6"), ("complete", "4"), ("failed", "0/6")]
+    assert all(row["images/s"] > 0 and row["hours"] > 0 for row in table[:3])
+    assert table[3]["images/s"] is table[3]["hours"] is None
+
+
+def test_a_protocol_has_a_column_of_its_own_and_a_run_that_was_not_measured_has_none_in_it(compared):
+    table = comparison.rows(compared)
+    first, second = (column for column in table[0] if column.startswith("fd_") and not column.endswith(" best"))
+    assert {first.split()[-1], second.split()[-1]} == {"seed=0", "seed=5"}
+    assert [[row[first], row[second]] for row in table] == [[8.0, 50.0], [7.5, None], [None, None], [None, None]]
+    assert [row[f"{first} best"] for row in table] == [None, At(7.0, 4), None, None]  # None: the final one is the best
+
+
+def test_a_loss_of_another_objective_is_not_in_the_same_column(compared):
+    other = comparison.Compared(
+        compared[1].run,
+        {**compared[1].settings, "objective.prediction": "v"},
+        compared[1].choices,
+        compared[1].record,
+        [comparison.Result("loss", {**compared[1].results[0].protocol, "objective.prediction": "v"}, (0.5, 6), (0.5, 6))],
+        "complete",
+    )
+    table = comparison.rows([compared[0], other])
+    assert [(row["loss prediction=epsilon"] is None, row["loss prediction=v"]) for row in table] == [(False, None), (True, 0.5)]
+
+
+def test_seeds_give_mean_and_deviation_and_only_of_complete_runs_that_are_otherwise_the_same(compared):
+    (row,) = comparison.over_seeds(compared)
+    assert row["seeds"] == "0 1"
+    column = next(name for name in row if name.startswith("fd_") and "seed=0" in name).removesuffix(" mean")
+    assert row[f"{column} mean"] == pytest.approx(7.75)
+    assert row[f"{column} deviation"] == pytest.approx(np.std([8.0, 7.5], ddof=1))
+    assert comparison.over_seeds([compared[0], compared[2], compared[3]]) == []
+
+
+def test_runs_are_in_the_order_of_what_differs(compared):
+    for numbers in ([2, 0, 1], [1, 2, 0]):
+        assert [one.settings["training.steps"] * 10 + one.settings["seed"] for one in comparison.ordered([compared[index] for index in numbers])] == [
+            40,
+            60,
+            61,
+        ]
+
+
+def test_a_loss_is_averaged_over_the_same_share_of_steps_whatever_the_log_interval():
+    loss = np.random.default_rng(0).normal(size=200)
+    every_5, every_10 = ([(step, float(loss[step - every : step].mean())) for step in range(every, 201, every)] for every in (5, 10))
+    assert windowed(every_5)[-1] == (200, pytest.approx(loss[-20:].mean()))
+    assert windowed(every_10)[-1] == (200, pytest.approx(loss[-20:].mean()))
+    assert windowed([(3, 1.0), (200, 2.0)]) == [(3, 1.0), (200, 2.0)]
+    assert windowed([]) == []
+
+
+def test_the_command_writes_the_table_in_whole_digits_and_the_pictures(outputs, typed, tmp_path):
+    done = typed("compare", f"runs={outputs}", f"to={tmp_path}", "plot=true", "grid=true", "num_samples=3", "sampler=ddim", "sampler.num_steps=2")
+    assert done.code == 0, done.err
+    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert sorted(row["status"] for row in rows) == ["complete", "complete", "complete", "failed"]
+    entries = {entry["run"]: entry for entry in json.loads((tmp_path / "table.json").read_text())}
+    assert entries.keys() == {row["run"] for row in rows}
+    measured = entries[str(path(outputs, 0, 6))]["figures"]
+    assert (measured[-1]["metric"], measured[-1]["final"], measured[-1]["protocol"]["seed"]) == ("recall", [0.5, 6], 5)
+    assert "gradient norm" in done.out  # why the failed one failed
+    assert done.err.count("has no row in the grid") == 1
+    assert Image.open(tmp_path / "loss.png").size[0] > 500
+
+
+def test_the_grid_has_the_same_noise_in_each_column_and_a_row_a_run(outputs, typed, tmp_path):
+    """A copy of a run gives its very images; another seed's network others."""
+    shutil.copytree(path(outputs, 0, 6), tmp_path / "copy")
+    runs = f"[{path(outputs, 0, 6)},{tmp_path / 'copy'},{path(outputs, 1, 6)}]"
+    done = typed("compare", f"runs={runs}", f"to={tmp_path}", "grid=true", "num_samples=3", "sampler=ddim", "sampler.num_steps=2", "weights=raw")
+    assert done.code == 0, done.err
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"), dtype=int)[18:, 110:]
+    rows = np.split(sheet, 3)
+    assert (rows[0] == rows[1]).all()
+    assert (rows[0] != rows[2]).any()
+    first, second, _ = np.array_split(rows[0], 3, axis=1)
+    assert (first != second[:, : first.shape[1]]).any()
+
+
+def test_without_runs_everything_is_listed_newest_first(outputs, typed):
+    done = typed("compare", f"outputs={outputs}")
+    assert done.code == 0, done.err
+    head, *lines = done.out.splitlines()
+    assert head.startswith("updated")
+    assert len(lines) == 4, done.out
+    assert lines[0].split()[-1] == str(path(outputs, 0, 6, 1e30))
+
+
+def test_folders_that_are_no_runs_or_damaged_spoil_nothing(outputs, typed, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, file, content in (
+        ("half", "run.json", '{"status": "comp'),
+        ("no_yaml", "config.yaml", "a: [1"),
+        ("odd", "evaluation.json", "[3]"),
+        ("cut", "metrics.jsonl", '{"step": 2, "tr'),
+    ):
+        shutil.copytree(path(outputs, 0, 6), tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
+        (tmp_path / name / file).write_text(content)
+    running = tmp_path / "killed"
+    shutil.copytree(path(outputs, 1, 6), running)
+    (running / "run.json").write_text((running / "run.json").read_text().replace('"complete"', '"running"'))
+    good = path(outputs, 1, 6)
+    done = typed("compare", f"runs=[{good},{tmp_path}/[a-z]*,{tmp_path / 'empty'},/nowhere]".replace("[a-z]", "?"))
+    assert done.code == 0, done.err
+    assert done.err.splitlines() == [f"warning: {tmp_path / 'empty'}: no run there", "warning: /nowhere: no run there"]
+    for name, said in (
+        ("half", "unreadable"),
+        ("no_yaml", "unreadable"),
+        ("odd", "unreadable"),
+        ("cut", "complete"),
+        ("killed", "cut off"),
+        (good.name, "complete"),
+    ):
+        (line,) = [line for line in done.out.splitlines() if line.endswith(f"/{name}")]
+        assert said in line
+
+
+def test_no_run_at_all_is_one_line(typed, tmp_path):
+    done = typed("compare", f"runs={tmp_path}")
+    assert (done.code, done.out) == (1, "")
+    assert done.err == f"error: runs={tmp_path}: no run there; give a folder that ddpm.train made, one above such, a list of them, or a quoted glob\n"
+
+
+def test_a_table_too_wide_for_the_terminal_is_turned(compared):
+    table = comparison.rows(compared[:2])
+    across, down = comparison.text(table, 10_000), comparison.text(table, 60)
+    assert len(across.splitlines()) == 3
+    assert len(down.splitlines()) == len(table[0])
