@@ -10,6 +10,7 @@ from typing import Any
 from ddpm import evaluation
 from ddpm.run_folder import RunFolder, flat
 
+PARTS = ("loss_t", "channel_", "bits_per_dim_")  # one timestep bucket, one channel, one term of the bound
 WINDOW = 0.1  # share of a run's steps that a loss is averaged over, so that runs with other log intervals compare
 
 
@@ -77,9 +78,11 @@ def results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
 
 
 def scalars(measures: Sequence[Result]) -> dict[str, float]:
-    """Final and best values under names that are the same in every run, beside the curves that they are of."""
+    """Final and best values under names that are the same in every run, beside the curves that they are of; of the parts of a figure, none."""
     values = {}
     for result in measures:
+        if result.metric.startswith(PARTS):
+            continue
         tag = f"train/{result.name}" if result.metric == "loss" else f"eval/{result.name}"
         values[f"{tag}_final"] = result.final[0]
         if result.best is not None:
