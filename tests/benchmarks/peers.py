@@ -205,7 +205,7 @@ def training(name: str, rounds: int, compiled: bool, lucidrains: bool, clock: Ca
         found = {"batch": batch, "loss_difference": losses_agree(config, ours.network, batch)}
         weights = {key: tensor.detach().contiguous() for key, tensor in ours.network.state_dict().items()}
         flops = 3 * forward_flops(ours.network, config) * batch
-        count = 1 if name == "unet128" else 2 if name == "unet32" else 10
+        count = 10 if name == "quickstart" else 1
         contenders = [
             Times("ours", ours.run, count, batch, flops),
             Times("diffusers", DiffusersStep(config, weights, batch).run, count, batch, flops),
