@@ -1,76 +1,166 @@
-"""One call of ddpm.benchmark: the run's own training step and sampler step, timed in rounds; and the pieces of it that others time too."""
+"""One call of ddpm.benchmark: a run's training step and sampler step in rounds, and what they are measured against."""
+
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
-from accelerate import Accelerator
 
 from ddpm import build
-from ddpm.config import Config
-from ddpm.data.batches import Batches
-from ddpm.ema import EMA
-from ddpm.training_loop import train
+from ddpm.cli import Composed
+from ddpm.config import Config, PositiveFloat, PositiveInt, Section, training_config, validated
+from ddpm.files import write_whole
+from ddpm.sizing import sizes
+from ddpm.timing import HostWaits, SamplerStep, TrainingStep, compile_in_place, made_up, matrix_products
+from ddpm.training_run import accelerator_for
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TrainingStep:
-    """A run's own training step, the loop of ddpm.train with everything between the steps left out, on the pictures given or some made up.
+class Settings(Section):
+    """What ddpm.benchmark adds to a run's keys. See conf/benchmark.yaml for each."""
 
-    batch: images an update.    pictures: (N, C, H, W) uint8, N at least batch.
+    rounds: PositiveInt
+    seconds: PositiveFloat
+    sample_batch: PositiveInt
+    pictures: Literal["made_up", "data"]
+    to: str | None
+
+
+def benchmark(composed: Composed) -> None:
+    """Time it, print it, and write it to the JSON file `to`.    Raises ValueError, one line, for a key that cannot be."""
+    settings = validated(Settings, {key: composed.cfg.pop(key) for key in Settings.model_fields})
+    config = training_config(composed)
+    build.check(config)
+    report: dict[str, Any] = {"settings": list(composed.overrides), "choices": composed.choices}
+    with accelerator_for(config) as accelerator:
+        report |= {"machine": machine(accelerator.device), "precision": config.training.precision, "compiled": config.runtime.compile}
+        products = matrix_products(accelerator.device, DTYPES[config.training.precision], 2048 if accelerator.device.type == "cpu" else 8192)
+        report["matrix_products_gflop_per_second"] = {name: round(speed / 1e9, 1) for name, speed in products.items()}
+        batch = min(config.training.batch_size, config.runtime.device_batch or config.training.batch_size)
+        pictures, decoding = _pictures(config, settings, batch)
+        flops, peak = sizes(config).forward_flops, max(products.values())
+        _show("machine", ", ".join(str(value) for value in report["machine"].values()))
+        _show("peak", ", ".join(f"{name} {speed / 1e9:,.0f} GFLOP/s" for name, speed in products.items()))
+        if decoding is not None:
+            report["decoding_s"] = decoding
+            _show("decoding", f"{len(pictures):,} pictures in {decoding:.1f} s")
+
+        step = TrainingStep(config, accelerator, pictures, batch)
+        began = time.perf_counter()
+        step.run(1)
+        from_start, first = time.time() - psutil.Process().create_time(), time.perf_counter() - began
+        with HostWaits() as waits:
+            step.run(1)
+        if config.runtime.compile:
+            compile_in_place(step.network)
+            began = time.perf_counter()
+            step.run(1)
+            first = time.perf_counter() - began
+        step.batches.seconds = 0.0
+        speed, seconds = timed(step.run, batch, settings)
+        report["training"] = {
+            "batch": batch,
+            "images_per_second": speed,
+            "gflop_per_image": round(3 * flops / 1e9, 2),
+            "share_of_peak": round(speed["median"] * 3 * flops / peak, 3),
+            "first_step_s": round(first, 2),
+            "process_start_to_first_step_s": round(from_start, 2),
+            "waiting_for_data": round(step.batches.seconds / seconds, 5),
+            "host_waits_per_step": waits.count,
+            "peak_memory_bytes": _peak_memory(accelerator.device),
+        }
+        _show("training", _words(report["training"]))
+        _show("", f"the first step took {first:.2f} s, and was done {from_start:.1f} s after the process was started")
+        shares = f"{step.batches.seconds / seconds:.2%} of the time waiting for data, {waits.count} waits for the device in a step"
+        _show("", f"{shares}, {_peak_memory(accelerator.device) / 1e9:.2f} GB at most")
+
+        sampler = SamplerStep(config, accelerator.device, settings.sample_batch, bool(config.runtime.compile))
+        began = time.perf_counter()
+        sampler.run(1)
+        first = time.perf_counter() - began
+        speed, _ = timed(sampler.run, settings.sample_batch, settings, at_most=len(sampler.drawing.timesteps))
+        calls = 2 if config.sampler["function"]["_target_"].endswith(".heun") else 1
+        report["sampling"] = {
+            "batch": settings.sample_batch,
+            "timesteps": len(sampler.drawing.timesteps),
+            "images_per_second": speed,
+            "gflop_per_image": round(calls * flops / 1e9, 2),
+            "share_of_peak": round(speed["median"] * calls * flops / peak, 3),
+            "first_step_s": round(first, 2),
+        }
+        _show("sampling", f"{_words(report['sampling'])}, a step of {len(sampler.drawing.timesteps)}")
+    if settings.to is not None:
+        write_whole(Path(settings.to), json.dumps(report, indent=1) + "\n")
+        _show("written to", settings.to)
+
+
+def timed(run: Callable[[int], None], images: int, settings: Settings, at_most: int | None = None) -> tuple[dict[str, float], float]:
+    """(images/s over the rounds, seconds that all rounds took) of `run`, which does its work so many times, on so many images each.
+
+    at_most: how often it can at once.
     """
-
-    def __init__(self, config: Config, accelerator: Accelerator, batch: int, pictures: np.ndarray | None = None) -> None:
-        self.config, self.accelerator, self.batch = config, accelerator, batch
-        self.device, self.diffusion = accelerator.device, build.diffusion(config)
-        num_classes = config.data.num_classes or 1
-        if pictures is None:
-            pictures = made_up(config, batch)
-        labels = np.arange(len(pictures)) % num_classes if config.training.conditional else None
-        self.network = build.network(config, self.device, num_classes).train()
-        self.model, self.optimizer = accelerator.prepare(self.network, build.optimizer(config, list(self.network.parameters())))
-        self.ema = EMA(self.network, config.training.ema_decay, config.training.ema_warmup)
-        self.batches = Batches(pictures, batch, config.seed, self.device, drop_last=True, flip=config.data.flip, labels=labels)
-        self.done = 0
-
-    def run(self, count: int) -> None:
-        """Make so many updates, and wait for the last."""
-        train(
-            accelerator=self.accelerator,
-            model=self.model,
-            diffusion=self.diffusion,
-            optimizer=self.optimizer,
-            lr_at=lambda step: 0.0,
-            ema=self.ema,
-            batches=self.batches,
-            timestep_sampler=build.timestep_sampler(self.diffusion, self.device),
-            seed=self.config.seed,
-            meter_sums=None,
-            steps=range(self.done, self.done + count),
-            num_steps=1 << 60,
-            device_batch=self.config.runtime.device_batch,
-            grad_clip=self.config.training.grad_clip,
-            log_every=1 << 60,
-            sample_every=1 << 60,
-            evaluate_every=None,
-            checkpoint_every=1 << 60,
-            log=_nothing,
-            save_samples=_nothing,
-            evaluate=_nothing,
-            save_checkpoint=_nothing,
-            stopped_by=_nothing,
-        )
-        self.done += count
-        wait_for(self.device)
+    began = time.perf_counter()
+    run(1)
+    once = time.perf_counter() - began
+    count = max(1, min(int(settings.seconds / settings.rounds / once), at_most or 1 << 30))
+    speeds, total = [], 0.0
+    for _ in range(settings.rounds):
+        began = time.perf_counter()
+        run(count)
+        seconds = time.perf_counter() - began
+        speeds.append(images * count / seconds)
+        total += seconds
+    return {"median": statistics.median(speeds), "lowest": min(speeds), "highest": max(speeds), "rounds": len(speeds), "steps_a_round": count}, total
 
 
-def made_up(config: Config, count: int) -> np.ndarray:
-    """Random pictures of the run's shape: (count, C, H, W) uint8."""
-    return np.random.default_rng(0).integers(0, 256, (count, config.data.channels, *build.image_size(config.data)), dtype=np.uint8)
+def machine(device: torch.device) -> dict[str, Any]:
+    """What was measured on: device, cores, versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    threads = {"threads": f"{torch.get_num_threads()} threads"} if device.type == "cpu" else {}
+    versions = {package: f"{package} {metadata.version(package)}" for package in ("torch", "ddpm", "accelerate")}
+    return {"device": f"{device.type} ({name})", **threads, "python": f"Python {platform.python_version()}", **versions}
 
 
-def wait_for(device: torch.device) -> None:
-    """Until the device has done all it was given."""
+def _processor() -> str:
+    """The processor's name as Linux tells it, with the instructions that torch uses."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _pictures(config: Config, settings: Settings, batch: int) -> tuple[np.ndarray, float | None]:
+    """The pictures to train on, and the seconds that it took to have them decoded, if they are the run's."""
+    if settings.pictures == "made_up":
+        return made_up(config, batch), None
+    began = time.perf_counter()
+    stored = build.images(config, build.source(config), config.runtime.workers or torch.get_num_threads()).images
+    return stored, round(time.perf_counter() - began, 2)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the device's memory, or, on a CPU, of the whole process."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _nothing(*_: object) -> None:
-    """Between the steps."""
+def _words(measured: dict[str, Any]) -> str:
+    speed, flops = measured["images_per_second"], measured["gflop_per_image"]
+    return (
+        f"{speed['median']:,.4g} images/s ({speed['lowest']:,.4g} to {speed['highest']:,.4g} in {speed['rounds']} rounds), batch {measured['batch']}, "
+        f"{flops:,.4g} GFLOP an image, {measured['share_of_peak']:.0%} of the peak"
+    )
+
+
+def _show(what: str, words: str) -> None:
+    print(f"{what:<11} {words}", flush=True)

@@ -66,6 +66,7 @@ class Runtime(Section):
 
     device: Literal["auto", "cpu", "cuda", "mps"]
     device_batch: PositiveInt | None
+    compile: bool
     workers: PositiveInt | None
     log_every: PositiveInt
     sample_every: PositiveInt

@@ -1,35 +1,16 @@
 """One call of ddpm.plan: sizes from the network built without memory, speed from a few real steps, expectations checked."""
 
 import time
-from collections import Counter
-from collections.abc import Iterator
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
-
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from typing import NamedTuple
 
 from ddpm import build
 from ddpm.cli import Composed
 from ddpm.config import Config, Expect, training_config
-from ddpm.data.batches import Batches
-from ddpm.ema import EMA
-from ddpm.models.layers import AttentionBlock
 from ddpm.run_folder import locate
-from ddpm.training_loop import train
+from ddpm.sizing import Sizes, sizes
+from ddpm.timing import TrainingStep, made_up
 from ddpm.training_run import accelerator_for
-
-
-class Sizes(NamedTuple):
-    """What a network needs. parameters: count.    forward_flops: of one image, a multiplication and an addition counting as 2.    saved_bytes: float32
-    activations kept for the backward pass, of one image.    attention: (height, width) -> number of attention blocks that see it."""
-
-    parameters: int
-    forward_flops: int
-    saved_bytes: int
-    attention: dict[tuple[int, int], int]
 
 
 class Verdict(NamedTuple):
@@ -85,39 +66,6 @@ def plan(composed: Composed) -> None:
         )
 
 
-def sizes(config: Config) -> Sizes:
-    """What the network of a run needs, found on the meta device: no memory, no arithmetic."""
-    meta = torch.device("meta")
-    network = build.network(config, meta, config.data.num_classes or 1).train()
-    x, t = torch.zeros(1, config.data.channels, *build.image_size(config.data), device=meta), torch.zeros(1, dtype=torch.int64, device=meta)
-    inputs = (x, t, t) if config.training.conditional else (x, t)
-    saved: dict[int, int] = {}
-    own = {id(parameter) for parameter in network.parameters()}
-
-    def note(tensor: Tensor) -> Tensor:
-        if id(tensor) not in own:
-            storage = tensor.untyped_storage()
-            saved[storage._cdata] = storage.nbytes()
-            kept.append(storage)  # keeps the address from being used again
-        return tensor
-
-    kept: list[torch.UntypedStorage] = []
-    attention: Counter[tuple[int, int]] = Counter()
-    hooks = [
-        module.register_forward_pre_hook(lambda module, args: attention.update([tuple(args[0].shape[2:])]))
-        for module in network.modules()
-        if isinstance(module, AttentionBlock)
-    ]
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        network(*inputs)
-    for hook in hooks:
-        hook.remove()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(*inputs)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Sizes(parameters, counter.get_total_flops(), sum(saved.values()), dict(attention))
-
-
 def steps_per_epoch(config: Config) -> int | None:
     """Updates of one pass over the published number of images, less what is about held out; None if that number is not known."""
     batch = config.training.batch_size
@@ -167,66 +115,16 @@ def expectations(config: Config, expect: Expect, found: Sizes, num_steps: int | 
 def probe(config: Config, seconds: float) -> tuple[float, str]:
     """(images/s, device) of the run's own training step on made-up pictures, in about that many seconds. At most 8 images at once on a CPU."""
     with accelerator_for(config) as accelerator:
-        device, diffusion = accelerator.device, build.diffusion(config)
+        device = accelerator.device
         batch = min(config.training.batch_size, config.runtime.device_batch or config.training.batch_size, 8 if device.type == "cpu" else 1 << 30)
-        pictures = np.random.default_rng(0).integers(0, 256, (batch, config.data.channels, *build.image_size(config.data)), dtype=np.uint8)
-        num_classes = config.data.num_classes or 1
-        labels = np.arange(batch) % num_classes if config.training.conditional else None
-        raw = build.network(config, device, num_classes).train()
-        model, optimizer = accelerator.prepare(raw, build.optimizer(config, list(raw.parameters())))
-        clock = _Clock(seconds, device)
-        train(
-            accelerator=accelerator,
-            model=model,
-            diffusion=diffusion,
-            optimizer=optimizer,
-            lr_at=lambda step: 0.0,
-            ema=EMA(raw, config.training.ema_decay, config.training.ema_warmup),
-            batches=Batches(pictures, batch, config.seed, device, drop_last=True, flip=config.data.flip, labels=labels),
-            timestep_sampler=build.timestep_sampler(diffusion, device),
-            seed=config.seed,
-            meter_sums=None,
-            steps=clock.steps(),
-            num_steps=1 << 60,
-            device_batch=None,
-            grad_clip=config.training.grad_clip,
-            log_every=1 << 60,
-            sample_every=1 << 60,
-            evaluate_every=None,
-            checkpoint_every=1 << 60,
-            log=_nothing,
-            save_samples=_nothing,
-            evaluate=_nothing,
-            save_checkpoint=_nothing,
-            stopped_by=_nothing,
-        )
-        return batch / clock.seconds_per_step, f"{device.type} ({batch} images at once)"
-
-
-class _Clock:
-    """Hands out steps until the time is up, and knows how long one took; the first, which warms up, is not counted."""
-
-    def __init__(self, seconds: float, device: torch.device) -> None:
-        self._seconds, self._device, self.seconds_per_step = seconds, device, float("nan")
-
-    def steps(self) -> Iterator[int]:
+        step = TrainingStep(config, accelerator, made_up(config, batch), batch)
         began = time.perf_counter()
-        yield 0
-        self._wait()
-        start, step = time.perf_counter(), 1
-        while step < 3 or (time.perf_counter() - began < self._seconds and step < 100):
-            yield step
-            step += 1
-            self._wait()
-        self.seconds_per_step = (time.perf_counter() - start) / (step - 1)
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-
-def _nothing(*_: Any) -> None:
-    """A probe neither logs nor saves."""
+        step.run(1)  # warms up, and is not counted
+        start, count = time.perf_counter(), 0
+        while count < 2 or (time.perf_counter() - began < seconds and count < 100):
+            step.run(1)
+            count += 1
+        return batch * count / (time.perf_counter() - start), f"{device.type} ({batch} images at once)"
 
 
 def _when(left: timedelta) -> str:

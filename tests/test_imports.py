@@ -25,7 +25,7 @@ ORDER = [
         "features",
     ),
     *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "recording", "interruption"),
-    *("build", "run_folder", "sample_folder", "evaluation", "evaluation_run", "training_loop", "training_run"),
+    *("build", "sizing", "run_folder", "sample_folder", "evaluation", "evaluation_run", "training_loop", "timing", "training_run"),
 ]
 PURE = {
     "randomness",

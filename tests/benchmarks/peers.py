@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from ddpm import build
-from ddpm.benchmarking import TrainingStep, made_up
+from ddpm.timing import SamplerStep, TrainingStep, made_up
 from ddpm.cli import compose
 from ddpm.config import Config, training_config
 from ddpm.diffusers_settings import unet_config
@@ -85,9 +85,7 @@ class DiffusersStep:
         if channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
-        self.ema = EMAModel(
-            model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75, model_cls=UNet2DModel, model_config=model.config
-        )
+        self.ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75, model_cls=UNet2DModel, model_config=model.config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
         pictures = torch.from_numpy(made_up(config, batch)).float() / 127.5 - 1  # decoded, resized and normalized already: a help to them
         loader = DataLoader(_Repeated(pictures), batch_size=batch, shuffle=True, num_workers=0)
@@ -201,7 +199,7 @@ def training(name: str, rounds: int, compiled: bool, lucidrains: bool, clock: Ca
     settings, batch = WORK[name]
     config = training_config(compose([*settings, "runtime.device=cpu"]))
     with accelerator_for(config) as accelerator, tempfile.TemporaryDirectory() as folder:
-        ours = TrainingStep(config, accelerator, batch)
+        ours = TrainingStep(config, accelerator, made_up(config, batch), batch)
         found = {"batch": batch, "loss_difference": losses_agree(config, ours.network, batch)}
         weights = {key: tensor.detach().contiguous() for key, tensor in ours.network.state_dict().items()}
         flops = 3 * forward_flops(ours.network, config) * batch
@@ -212,7 +210,7 @@ def training(name: str, rounds: int, compiled: bool, lucidrains: bool, clock: Ca
             Times("diffusers channels_last", DiffusersStep(config, weights, batch, channels_last=True).run, count, batch, flops),
         ]
         if compiled:
-            contenders.append(Times("ours compiled", TrainingStep(config, accelerator, batch, compiled=True).run, count, batch, flops))
+            contenders.append(Times("ours compiled", TrainingStep(config, accelerator, made_up(config, batch), batch, compiled=True).run, count, batch, flops))
             contenders.append(Times("diffusers compiled", DiffusersStep(config, weights, batch, compiled=True, channels_last=True).run, count, batch, flops))
         if lucidrains:
             size = build.image_size(config.data)[0]
@@ -300,7 +298,7 @@ def peak_memory(contender: str, name: str) -> int:
     before = resident("VmRSS")
     with accelerator_for(config) as accelerator:
         if contender == "ours":
-            step: Any = TrainingStep(config, accelerator, batch)
+            step: Any = TrainingStep(config, accelerator, made_up(config, batch), batch)
         else:
             step = DiffusersStep(config, build.network(config, torch.device("cpu"), 1).state_dict(), batch)
         step.run(3)
