@@ -17,11 +17,13 @@ import torch
 
 from ddpm import build
 from ddpm.cli import Composed
-from ddpm.config import Config, PositiveFloat, PositiveInt, Section, training_config, validated
+from ddpm.compilation import compile_in_place, decide
+from ddpm.config import Config, training_config
 from ddpm.files import write_whole
-from ddpm.sizing import sizes
-from ddpm.timing import HostWaits, SamplerStep, TrainingStep, compile_in_place, made_up, matrix_products
-from ddpm.training_run import accelerator_for
+from ddpm.planning import images_at_once, sizes
+from ddpm.processes import accelerator_for
+from ddpm.timing import HostWaits, SamplerStep, TrainingStep, made_up, matrix_products
+from ddpm.validation import Count, PositiveFloat, Section, validated
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,9 +31,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Settings(Section):
     """What ddpm.benchmark adds to a run's keys. See conf/benchmark.yaml for each."""
 
-    rounds: PositiveInt
+    rounds: Count
     seconds: PositiveFloat
-    sample_batch: PositiveInt
+    sample_batch: Count
     pictures: Literal["made_up", "data"]
     to: str | None
 
@@ -43,14 +45,16 @@ def benchmark(composed: Composed) -> None:
     build.check(config)
     report: dict[str, Any] = {"settings": list(composed.overrides), "choices": composed.choices}
     with accelerator_for(config) as accelerator:
-        report |= {"machine": machine(accelerator.device), "precision": config.training.precision, "compiled": config.runtime.compile}
+        compiles, why = decide(config.runtime.compile, accelerator.device)
+        report |= {"machine": machine(accelerator.device), "precision": config.training.precision, "compiled": compiles, "because": why}
         products = matrix_products(accelerator.device, DTYPES[config.training.precision], 2048 if accelerator.device.type == "cpu" else 8192)
         report["matrix_products_gflop_per_second"] = {name: round(speed / 1e9, 1) for name, speed in products.items()}
-        batch = min(config.training.batch_size, config.runtime.device_batch or config.training.batch_size)
+        batch = images_at_once(config)
         pictures, decoding = _pictures(config, settings, batch)
         flops, peak = sizes(config).forward_flops, max(products.values())
         _show("machine", ", ".join(str(value) for value in report["machine"].values()))
         _show("peak", ", ".join(f"{name} {speed / 1e9:,.0f} GFLOP/s" for name, speed in products.items()))
+        _show("compiled", f"{'yes' if compiles else 'no'} ({why})")
         if decoding is not None:
             report["decoding_s"] = decoding
             _show("decoding", f"{len(pictures):,} pictures in {decoding:.1f} s")
@@ -61,7 +65,7 @@ def benchmark(composed: Composed) -> None:
         from_start, first = time.time() - psutil.Process().create_time(), time.perf_counter() - began
         with HostWaits() as waits:
             step.run(1)
-        if config.runtime.compile:
+        if compiles:
             compile_in_place(step.network)
             began = time.perf_counter()
             step.run(1)
@@ -84,7 +88,7 @@ def benchmark(composed: Composed) -> None:
         shares = f"{step.batches.seconds / seconds:.2%} of the time waiting for data, {waits.count} waits for the device in a step"
         _show("", f"{shares}, {_peak_memory(accelerator.device) / 1e9:.2f} GB at most")
 
-        sampler = SamplerStep(config, accelerator.device, settings.sample_batch, bool(config.runtime.compile))
+        sampler = SamplerStep(config, accelerator.device, settings.sample_batch, compiles)
         began = time.perf_counter()
         sampler.run(1)
         first = time.perf_counter() - began

@@ -15,7 +15,7 @@ from torch import nn
 from ddpm import randomness
 from ddpm.config import Config, Data
 from ddpm.data.decoding import Decoding, ImageSet, decoded
-from ddpm.data.sources import Source
+from ddpm.data.shards import Source
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.samplers import Sampler
 from ddpm.timestep_sampling import LossSecondMoment, Uniform
@@ -34,6 +34,12 @@ def network(config: Config, device: torch.device, num_classes: int) -> nn.Module
     torch.manual_seed(randomness.host_key(randomness.INITIAL_WEIGHTS, config.seed))
     with _naming("model"), torch.device("meta" if device.type == "meta" else "cpu"):
         built: nn.Module = instantiate(config.model, **arguments, _convert_="all")
+    if config.runtime.recompute:
+        with _naming("runtime"):
+            recompute = getattr(built, "recompute", None)
+            if not callable(recompute):
+                raise ValueError(f"recompute={config.runtime.recompute}: {config.model['_target_']} has no method recompute(levels)")
+            recompute(config.runtime.recompute)
     return built.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -108,7 +114,11 @@ def pictures(config: Config, wanted: list[int | str]) -> torch.Tensor:
 def check(config: Config) -> None:
     """Build everything that needs no data, on no device.    Raises ValueError, one line that names the key, for what cannot be or does not fit together."""
     process = diffusion(config)
-    sampler(config.sampler, process)
+    if sampler(config.sampler, process).guidance_scale != 1 and any_class(config, 1) is None:
+        raise ValueError(
+            f"sampler.guidance_scale={config.sampler['guidance_scale']} needs classes in training, some of them left out "
+            "(training.conditional=true training.label_dropout=0.1)"
+        )
     lr_schedule(config)
     network(config, torch.device("meta"), config.data.num_classes or 1)
     optimizer(config, [nn.Parameter(torch.zeros(1))])

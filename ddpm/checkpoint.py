@@ -4,12 +4,14 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,12 +30,20 @@ class Checkpoint:
     step: int
 
     def weights(self, kind: Literal["ema", "raw"]) -> dict[str, Tensor]:
-        """The network's weights by name, on the CPU: their average, or as trained."""
-        return load_file(self.folder / ("ema.safetensors" if kind == "ema" else "model.safetensors"))
+        """The network's weights by name, on the CPU: their average, or as trained.    Raises ValueError if the file holds anything but tensors."""
+        file = self.folder / ("ema.safetensors" if kind == "ema" else "model.safetensors")
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} holds no tensors, so it is left unread ({error})") from error
 
     def state(self) -> dict[str, Any]:
-        """All else that a resume needs, on the CPU: what `save` was given."""
-        return torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+        """All else that a resume needs, on the CPU: what `save` was given.    Raises ValueError if the file holds anything but tensors and plain values."""
+        file = self.folder / "state.pt"
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{file} holds more than tensors and plain values, so it is left unread ({str(error).splitlines()[0]})") from error
 
     def damage(self) -> str | None:
         """What is wrong with the files, by the checksums that were written with them; None for a whole checkpoint."""
@@ -55,11 +65,29 @@ def save(
 ) -> Checkpoint:
     """Write a checkpoint of `step` updates, point `latest` at it, and drop all but the newest `keep` and that of step `best`.
 
-    state: tensors and plain values (torch.load's weights_only reads it back).
+    state: tensors and plain values (torch.load's weights_only reads it back).    Raises ValueError, one line, if it cannot be written: a full disk, say.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     name = f"{_PREFIX}{step:08d}"
     scratch = checkpoints / f".{name}.{os.getpid()}"
+    try:
+        _write(scratch, step, model, ema, state)
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError is torch.save's
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise ValueError(f"{checkpoints / name} cannot be written, and those before it stay: {error}") from error
+    folder = checkpoints / name
+    _remove(folder)
+    scratch.rename(folder)
+    sync_folder(checkpoints)
+    write_whole(checkpoints / "latest", name + "\n")
+    for old in all_in(checkpoints)[:-keep]:
+        if old.step != best:
+            _remove(old.folder)
+    return Checkpoint(folder, step)
+
+
+def _write(scratch: Path, step: int, model: dict[str, Tensor], ema: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """The files of a checkpoint, all of them on the disk when this returns."""
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     for kind, tensors in (("model", model), ("ema", ema)):
@@ -71,15 +99,6 @@ def save(
         allow_by_umask(file)  # safetensors makes its files private
         sync_file(file)
     sync_folder(scratch)
-    folder = checkpoints / name
-    _remove(folder)
-    scratch.rename(folder)
-    sync_folder(checkpoints)
-    write_whole(checkpoints / "latest", name + "\n")
-    for old in all_in(checkpoints)[:-keep]:
-        if old.step != best:
-            _remove(old.folder)
-    return Checkpoint(folder, step)
 
 
 def clear_scratch(checkpoints: Path) -> None:

@@ -1,5 +1,6 @@
 """The command line that all entry points share: where the YAML lies, composing it with Hydra, and errors in one line."""
 
+import copy
 import difflib
 import functools
 import os
@@ -8,14 +9,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
+import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ddpm.help import help_text
 
@@ -23,6 +27,8 @@ PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE / "_bundled" if (PACKAGE / "_bundled" / "conf").is_dir() else PACKAGE.parent  # an installed wheel, else a checkout
 CONF = ROOT / "conf"
 EXPERIMENTS = ROOT / "experiments"
+
+_broken: dict[str, str] = {}  # files of experiments/ that cannot be options: name -> what is wrong
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,9 @@ class Composed:
 
 
 def compose(overrides: Sequence[str], config_name: str = "config") -> Composed:
-    """What the command line `overrides` would compose to.    Raises Hydra's errors, as the command itself does."""
+    """What the command line `overrides` would compose to.    Raises Hydra's errors, as the command itself does, and ValueError for a path as an option."""
     register_experiments()
+    _refuse_paths(overrides)
     running = GlobalHydra.instance().hydra  # set when called from within a command
     GlobalHydra.instance().clear()
     try:
@@ -74,8 +81,9 @@ def command(config_name: str, task: Callable[[Composed], None], what: str, examp
         register_experiments()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise rather than print its own several lines
         try:
+            _refuse_paths(_overrides_in(sys.argv[1:]))
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(functools.wraps(task)(job))()
-        except HydraException as error:
+        except Exception as error:  # what a job raises is caught above: this is a composition that failed
             if wants_traceback:
                 raise
             sys.exit(f"error: {_explain_composition(error, sys.argv[1:], config_name)}")
@@ -86,10 +94,37 @@ def command(config_name: str, task: Callable[[Composed], None], what: str, examp
 
 
 @functools.cache
-def register_experiments() -> None:
-    """Make each file of experiments/ an option of the group `experiment`, from whatever folder the command is started."""
-    for file in sorted(EXPERIMENTS.glob("*.yaml")):
-        ConfigStore.instance().store(group="experiment", name=file.stem, node=OmegaConf.load(file), package="_global_", provider=f"experiments/{file.name}")
+def register_experiments(folder: Path = EXPERIMENTS) -> None:
+    """Make each file of experiments/ an option of the group `experiment`, from whatever folder the command is started.
+
+    One that cannot be is an error only for who asks for it.
+    """
+    for file in sorted(folder.glob("*.yaml")):
+        try:
+            node = OmegaConf.load(file)
+            _check_recipe(node)
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+            _broken[file.stem] = f"experiment={file.stem}: {file.name} cannot be used: {' '.join(str(error).split())}"
+        else:
+            ConfigStore.instance().store(group="experiment", name=file.stem, node=node, package="_global_", provider=f"experiments/{file.name}")
+
+
+def _check_recipe(node: Any) -> None:
+    """Raises ValueError for a recipe that is no table, or that reaches for Hydra itself, which would call what it names before anything is checked."""
+    if not isinstance(node, DictConfig):
+        raise ValueError("it is no table of keys")
+    if "hydra" in node:
+        raise ValueError("it sets hydra, which is for the command line alone")
+    defaults = OmegaConf.to_container(node).get("defaults", [])  # type: ignore[union-attr]
+    if not isinstance(defaults, list):
+        raise ValueError(f"defaults={defaults} is no list")
+    for entry in defaults:
+        for key, option in entry.items() if isinstance(entry, dict) else [(str(entry), None)]:
+            group = key.removeprefix("override ").strip("/ ")
+            if "@" in key or not re.fullmatch(r"_self_=None|[\w/]+=[\w-]+", f"{group}={option}"):
+                raise ValueError(f"its defaults have {key}: {option}, which is no group with one of its options")
+            if group != "_self_" and not group.startswith("hydra/") and not (CONF / group).is_dir():
+                raise ValueError(f"its defaults have {key}: there is no such group{nearest(group, _groups())}")
 
 
 def explain(error: Exception) -> str:
@@ -107,16 +142,54 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 
 def _composed(cfg: DictConfig, hydra_cfg: Any) -> Composed:
-    task_cfg = OmegaConf.create({key: value for key, value in cfg.items_ex(resolve=False) if key != "hydra"})
+    task_cfg = copy.deepcopy(cfg)
+    OmegaConf.set_struct(task_cfg, False)
+    task_cfg.pop("hydra", None)
     choices = {group: str(option) for group, option in hydra_cfg.runtime.choices.items() if not group.startswith("hydra/")}
-    return Composed(task_cfg, choices, list(hydra_cfg.overrides.task))
+    return Composed(task_cfg, choices, OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False))  # type: ignore[arg-type]
 
 
-def _explain_composition(error: HydraException, arguments: Sequence[str], config_name: str) -> str:
+def _overrides_in(arguments: Sequence[str]) -> list[str]:
+    """The overrides among a command line's arguments.    Ends the process, with one line, for flags that Hydra does not have."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        wrong = next((word for word in arguments if re.match("-+[a-z_.]+=", word)), None)
+        sys.exit(f"error: {message}" + (f"; settings are given without dashes, as {wrong.lstrip('-')}" if wrong else "; see --help"))
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args(arguments).overrides
+
+
+def _groups() -> list[str]:
+    return [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+
+
+def _refuse_paths(overrides: Sequence[str]) -> None:
+    """Raises ValueError for an option of a group that is no name: a path could lead to any file, and two options would be mixed."""
+    groups = {**{group: CONF / group for group in _groups()}, "experiment": EXPERIMENTS}
+    for override in overrides:
+        key, _, option = override.lstrip("+~").partition("=")
+        group = re.split("[/@:]", key)[0]
+        if not key:
+            raise ValueError(f"{override}: settings are key=value")
+        if group in groups and "." not in key.partition("@")[0] and re.search(r"[/\\[]|\.\.|\.ya?ml|^(null|true|false|[\d.]+)$", option):
+            raise ValueError(f"{key}={option}: no such option of {group}{nearest(option, [file.stem for file in groups[group].glob('*.yaml')])}")
+
+
+def _explain_composition(error: Exception, arguments: Sequence[str], config_name: str) -> str:
     """Hydra's composition errors in one line, with the nearest valid name."""
+    if isinstance(error, OverrideParseException):
+        key, equals, _ = error.override.partition("=")
+        what = f"{error.override} cannot be read" if equals else f"{key} is no setting"
+        return f"{what}: settings are key=value; spaces, brackets and other signs in a value need quotes: 'key=\"value\"'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if group == "experiment" and option in _broken:
+            return _broken[option]
         return f"{group}={option}: no such option of {group}{nearest(option, error.options)}"
+    if not isinstance(error, HydraException):
+        return explain(error)
     message = " ".join(str(error).split("\n")[0].split())
     if message.startswith("Ambiguous value"):
         message += ": a sweep over values needs -m; a list needs [brackets]"

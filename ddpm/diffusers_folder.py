@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ddpm import checkpoint
 from ddpm.diffusers_settings import UNET, VERSION, Chain, chain, check_pipeline, scheduler_config, unet_config, unet_model, unseen
 from ddpm.diffusion import GaussianDiffusion
-from ddpm.files import sync_file, sync_folder
+from ddpm.files import allow_by_umask, sync_file, sync_folder
 from ddpm.models.unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -147,6 +147,7 @@ def write(folder: Path, model: Mapping[str, Any], weights: Mapping[str, Tensor],
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(tensors, scratch / "unet" / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
         for path in (scratch, *scratch.rglob("*")):
+            allow_by_umask(path)  # safetensors makes its files private
             (sync_folder if path.is_dir() else sync_file)(path)
         if folder.exists():
             folder.rmdir()

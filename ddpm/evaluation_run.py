@@ -21,12 +21,14 @@ from tqdm import tqdm
 
 from ddpm import bound, build, checkpoint, evaluation, features, images, sample_folder
 from ddpm.cli import Composed
-from ddpm.config import Config, EvaluationSettings, Node, Section, Split, check_node, plain_config, validated
+from ddpm.config import Config, EvaluationSettings, Split, plain_config
 from ddpm.data.decoding import ImageSet
 from ddpm.evaluation import Figure
 from ddpm.features import Extractor, Features
+from ddpm.processes import find_processes
 from ddpm.run_folder import RunFolder
 from ddpm.sampling import Drawing
+from ddpm.validation import Node, Section, Text, check_node, validated
 
 OF_FEATURES = ("fd", "kd", "inception_score", "precision_recall", "nearest")
 OF_SAMPLES = (*OF_FEATURES, "colour")  # metrics that need drawn images
@@ -35,11 +37,11 @@ OF_SAMPLES = (*OF_FEATURES, "colour")  # metrics that need drawn images
 class EvaluateConfig(Section):
     """What to measure. See conf/evaluate.yaml for each key."""
 
-    run: str
+    run: Text
     step: Annotated[int, Field(ge=1)] | None
     weights: Literal["ema", "raw"]
     device: Literal["auto", "cpu", "cuda", "mps"]
-    outputs: str
+    outputs: Text
     trusted_modules: list[str]
     sampler: Node
     evaluation: EvaluationSettings
@@ -64,14 +66,13 @@ def carry_out(config: EvaluateConfig) -> None:
     A metric that cannot be had here (no weights of an extractor, say) is named with the reason, and the others go on. Raises ValueError, one line, if
     there is no such run or checkpoint, or if any metric could not be had, after the others.
     """
-    build.device(config.device)
-    processes, settings = PartialState(cpu=config.device == "cpu"), config.evaluation
+    processes, settings = find_processes(config.device), config.evaluation
     device = processes.device if processes.num_processes > 1 else build.device(config.device)
     run = RunFolder(Path(config.run))
     trained = run.config(config.trusted_modules)
     found = checkpoint.find(run.checkpoints, config.step)
     diffusion = build.diffusion(trained)
-    names = run.record()["data"]["classes"]
+    names = run.classes()
     network = build.network(trained, device, len(names)).eval()
     weights = {name: tensor.to(device) for name, tensor in found.weights(config.weights).items()}
     shape = (trained.data.channels, *build.image_size(trained.data))

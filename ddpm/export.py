@@ -7,17 +7,18 @@ from omegaconf import OmegaConf
 from pydantic import Field
 
 from ddpm.cli import Composed, command
-from ddpm.config import Section, plain_config, validated
+from ddpm.config import plain_config
+from ddpm.validation import Section, Text, validated
 
 
 class ExportConfig(Section):
     """What to write, and where. See conf/export.yaml for each key."""
 
-    run: str
-    to: str
+    run: Text
+    to: Text
     step: Annotated[int, Field(ge=1)] | None
     weights: Literal["ema", "raw"]
-    outputs: str
+    outputs: Text
     trusted_modules: list[str]
 
     @classmethod

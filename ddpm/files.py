@@ -1,7 +1,14 @@
 """Writing so that a reader finds the whole file or the one before it: temporary name, fsync, rename."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -13,6 +20,15 @@ def write_whole(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     scratch.replace(path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is in here with the same `path`, a file made for this, and keep others waiting; where the system has such locks."""
+    with path.open("a") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def sync_file(path: Path) -> None:

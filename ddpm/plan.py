@@ -15,8 +15,8 @@ main = command(
     "Say what a run will be before anything is downloaded or trained, and check what its recipe expects.",
     [
         "python -m ddpm.plan experiment=cifar10",
-        "python -m ddpm.plan model=unet256 data=mtg probe=0",
         "python -m ddpm.plan experiment=celebahq256 runtime.device=cuda runtime.device_batch=16",
+        "python -m ddpm.plan experiment=cifar10 'devices=[1,8,64]' bandwidth=50",
     ],
 )
 

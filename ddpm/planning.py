@@ -1,16 +1,35 @@
 """One call of ddpm.plan: sizes from the network built without memory, speed from a few real steps, expectations checked."""
 
 import time
+from collections import Counter
 from datetime import datetime, timedelta
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+import torch
+from omegaconf import OmegaConf
+from pydantic import Field
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm import build
 from ddpm.cli import Composed
 from ddpm.config import Config, Expect, training_config
+from ddpm.models.layers import AttentionBlock
+from ddpm.processes import accelerator_for
 from ddpm.run_folder import locate
-from ddpm.sizing import Sizes, sizes
+from ddpm.scaling import expected_speed
 from ddpm.timing import TrainingStep, made_up
-from ddpm.training_run import accelerator_for
+from ddpm.validation import Count, PositiveFloat, Section, validated
+
+
+class Sizes(NamedTuple):
+    """What a network needs. parameters: count.    forward_flops: of one image, a multiplication and an addition counting as 2.    saved_bytes: float32
+    activations kept for the backward pass, of one image.    attention: (height, width) -> number of attention blocks that see it."""
+
+    parameters: int
+    forward_flops: int
+    saved_bytes: int
+    attention: dict[tuple[int, int], int]
 
 
 class Verdict(NamedTuple):
@@ -22,9 +41,22 @@ class Verdict(NamedTuple):
     passed: bool | None
 
 
+class PlanSettings(Section):
+    """What ddpm.plan is asked besides. See conf/plan.yaml for each key."""
+
+    probe: Annotated[float, Field(ge=0)]
+    speed: PositiveFloat | None
+    devices: list[Count]
+    bandwidth: PositiveFloat
+
+
 def plan(composed: Composed) -> None:
     """Print the plan of a run.    Raises ValueError, naming the first, if an expectation of the recipe does not hold."""
-    probe_seconds = float(composed.cfg.pop("probe"))
+    asked = validated(
+        PlanSettings, {name: OmegaConf.to_object(composed.cfg[name]) if name == "devices" else composed.cfg[name] for name in PlanSettings.model_fields}
+    )
+    for name in PlanSettings.model_fields:
+        del composed.cfg[name]
     config = training_config(composed)
     build.check(config)
     training, data = config.training, config.data
@@ -36,22 +68,30 @@ def plan(composed: Composed) -> None:
     print(f"attention   {', '.join(f'{height}x{width} in {count} blocks' for (height, width), count in found.attention.items()) or 'none'}")
     images = f"{data.num_images:,} images as published" if data.num_images else "number of images unknown until they are read"
     print(f"data        {data.name}, {images}" + (f", {batches_per_epoch:,} steps an epoch" if batches_per_epoch else ""))
-    print(f"batch       {training.batch_size} images an update, {config.runtime.device_batch or training.batch_size} at once on one device")
+    at_once = images_at_once(config)
+    print(f"batch       {training.batch_size} images an update, {at_once} at once on one device")
     if num_steps:
         print(f"duration    {num_steps:,} steps, {num_steps * training.batch_size:,} images")
     weights = 4 * found.parameters
     print(f"disk        {4 * weights / 1e9:.2f} GB a checkpoint (weights, average, Adam's two moments), {config.runtime.keep_checkpoints} kept")
-    at_once = config.runtime.device_batch or training.batch_size
     print(
         f"memory      about {(5 * weights + at_once * found.saved_bytes) / 1e9:.1f} GB in float32: weights, gradients, Adam and average "
         f"{5 * weights / 1e9:.2f} GB, activations {found.saved_bytes / 1e9:.3f} GB an image"
     )
-    if probe_seconds > 0:
-        speed, device = probe(config, probe_seconds)
+    speed = asked.speed
+    if speed is not None:
+        print(f"speed       {speed:.4g} images/s of one device, as given")
+    elif asked.probe > 0:
+        speed, device = probe(config, asked.probe)
         print(f"speed       {speed:.3g} images/s, {speed * 3 * found.forward_flops / 1e9:,.0f} GFLOP/s, on {device}")
-        if num_steps:
-            left = timedelta(seconds=round(num_steps * training.batch_size / speed))
-            print(f"time        {left.total_seconds() / 3600:,.1f} hours; started now, done {_when(left)}")
+    if speed is not None:
+        for devices in asked.devices:
+            print(_time(devices, speed, config, found, num_steps, asked.bandwidth))
+        if any(devices > 1 for devices in asked.devices):
+            print(
+                f"            assumed: {asked.bandwidth:g} GB/s between devices, float32 gradients sent behind the backward pass, "
+                "each device as fast with its share of the batch"
+            )
     if config.recipe is None:
         return
     verdicts = expectations(config, config.recipe.expect, found, num_steps)
@@ -64,6 +104,58 @@ def plan(composed: Composed) -> None:
         raise ValueError(
             f"recipe.expect.{failed[0].what} expects {failed[0].expected}, and the run has {failed[0].found} ({len(failed)} of {len(verdicts)} fail)"
         )
+
+
+def sizes(config: Config) -> Sizes:
+    """What the network of a run needs, found on the meta device: no memory, no arithmetic."""
+    meta = torch.device("meta")
+    network = build.network(config, meta, config.data.num_classes or 1).train()
+    x, t = torch.zeros(1, config.data.channels, *build.image_size(config.data), device=meta), torch.zeros(1, dtype=torch.int64, device=meta)
+    inputs = (x, t, t) if config.training.conditional else (x, t)
+    saved: dict[int, int] = {}
+    own = {id(parameter) for parameter in network.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        if id(tensor) not in own:
+            storage = tensor.untyped_storage()
+            saved[storage._cdata] = storage.nbytes()
+            kept.append(storage)  # keeps the address from being used again
+        return tensor
+
+    kept: list[torch.UntypedStorage] = []
+    attention: Counter[tuple[int, int]] = Counter()
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: attention.update([tuple(args[0].shape[2:])]))
+        for module in network.modules()
+        if isinstance(module, AttentionBlock)
+    ]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        network(*inputs)
+    for hook in hooks:
+        hook.remove()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(*inputs)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return Sizes(parameters, counter.get_total_flops(), sum(saved.values()), dict(attention))
+
+
+def _time(devices: int, speed: float, config: Config, found: Sizes, num_steps: int | None, bandwidth: float) -> str:
+    """How long the run takes on so many devices."""
+    batch = config.training.batch_size
+    words = f"time        {devices} device{'s' * (devices > 1)}: "
+    if devices > batch:
+        return f"{words}more than the {batch} images of a batch"
+    together = expected_speed(speed, devices, batch, 4 * found.parameters, bandwidth * 1e9)
+    words += f"{together:,.4g} images/s"
+    if num_steps:
+        left = timedelta(seconds=round(num_steps * batch / together))
+        words += f", {left.total_seconds() / 3600:,.1f} hours; started now, done {_when(left)}"
+    return words
+
+
+def images_at_once(config: Config) -> int:
+    """Images that one device takes at once, if they fit its memory."""
+    return config.training.batch_size if config.runtime.device_batch == "auto" else min(config.runtime.device_batch, config.training.batch_size)
 
 
 def steps_per_epoch(config: Config) -> int | None:
@@ -116,7 +208,7 @@ def probe(config: Config, seconds: float) -> tuple[float, str]:
     """(images/s, device) of the run's own training step on made-up pictures, in about that many seconds. At most 8 images at once on a CPU."""
     with accelerator_for(config) as accelerator:
         device = accelerator.device
-        batch = min(config.training.batch_size, config.runtime.device_batch or config.training.batch_size, 8 if device.type == "cpu" else 1 << 30)
+        batch = min(images_at_once(config), 8 if device.type == "cpu" else 1 << 30)
         step = TrainingStep(config, accelerator, made_up(config, batch), batch)
         began = time.perf_counter()
         step.run(1)  # warms up, and is not counted

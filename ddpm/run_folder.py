@@ -31,6 +31,7 @@ NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no pa
     "sampler": True,
     "evaluation": True,
     "outputs": True,
+    "resume": True,
     "recipe": True,
     "init_weights": True,  # stands where init_from does
     "data": {"path": True, "cache": True, "max_unreadable": True, "num_images": True, "source": {"path": True}},
@@ -53,7 +54,10 @@ class RunFolder:
         file = self.path / "config.yaml"
         if not file.is_file():
             raise ValueError(f"run={self.path} is no run folder: it has no config.yaml")
-        plain = yaml.safe_load(file.read_text(encoding="utf-8"))
+        try:
+            plain = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"run={self.path} is no run folder: its config.yaml cannot be read ({error})") from error
         if not isinstance(plain, dict) or not isinstance(plain.get("runtime"), dict):
             raise ValueError(f"run={self.path} is no run folder: its config.yaml is not one of ddpm.train")
         return read_config({**plain, "runtime": {**plain["runtime"], "trusted_modules": trusted_modules}})
@@ -61,7 +65,17 @@ class RunFolder:
     def record(self) -> dict[str, Any]:
         """run.json, empty before the first start."""
         file = self.path / "run.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be read ({error}); remove it, and the run starts from its newest checkpoint") from error
+
+    def classes(self) -> list[str]:
+        """Names of the classes of the run's data.    Raises ValueError if the run was never started."""
+        data = self.record().get("data")
+        if not isinstance(data, dict) or "classes" not in data:
+            raise ValueError(f"run={self.path} has no run.json that tells of its data; start its training once more")
+        return data["classes"]
 
     def start(self, config: Config, composed: Composed) -> None:
         """Make the folder if need be, and write down what is being started."""

@@ -8,9 +8,10 @@ x_0, of the shape of x, near [-1, 1]. They never learn what the network predicts
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from ddpm import randomness
@@ -37,7 +38,7 @@ def ancestral(denoise: Denoise, x: Tensor, alphas_cumprod: Tensor, timesteps: Se
     return x
 
 
-def ddim(denoise: Denoise, x: Tensor, alphas_cumprod: Tensor, timesteps: Sequence[int], noise: Noise, eta: float = 0.0) -> Tensor:
+def ddim(denoise: Denoise, x: Tensor, alphas_cumprod: Tensor, timesteps: Sequence[int], noise: Noise, eta: Annotated[float, Ge(0), Le(1)] = 0.0) -> Tensor:
     """Eqs. 12 and 16 of Song et al. 2021 (arXiv 2010.02502): no noise at eta 0, the ancestral chain of fixed_small variance at eta 1."""
     for t, abar, abar_next in _walk(alphas_cumprod, timesteps):
         x0_hat, eps_hat, _ = denoise(x, _full(x, t))
@@ -129,7 +130,7 @@ class Sampler:
 
         Raises ValueError if there are fewer than num_steps, or if the schedule's last x_t is pure noise and they do not start there.
         """
-        chosen = spaced_timesteps(diffusion.alphas_cumprod, self.num_steps or diffusion.num_timesteps, self.spacing)
+        chosen = spaced_timesteps(diffusion.alphas_cumprod, diffusion.num_timesteps if self.num_steps is None else self.num_steps, self.spacing)
         if diffusion.alphas_cumprod[-1] == 0 and chosen[0] != diffusion.num_timesteps - 1:
             raise ValueError(f"spacing={self.spacing} starts at timestep {chosen[0]}, but a schedule of zero terminal SNR must start at the last; use respaced")
         return chosen

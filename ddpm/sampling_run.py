@@ -8,28 +8,29 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
 from ddpm import build, checkpoint, diffusers_folder, figures, images, sample_folder
 from ddpm.cli import Composed
-from ddpm.config import Node, Section, check_node, plain_config, validated
+from ddpm.config import plain_config
 from ddpm.diffusion import GaussianDiffusion
+from ddpm.processes import find_processes
 from ddpm.run_folder import RunFolder
 from ddpm.sampling import Drawing
+from ddpm.validation import Count, Node, Section, Text, check_node, validated
 
 
 class SampleConfig(Section):
     """What to draw. See conf/sample.yaml for each key."""
 
-    run: str | None
-    source: Annotated[str | None, Field(alias="from")]
+    run: Text | None
+    source: Annotated[Text | None, Field(alias="from")]
     step: Annotated[int, Field(ge=1)] | None
     weights: Literal["ema", "raw"]
-    num_samples: PositiveInt
+    num_samples: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    batch_size: PositiveInt
+    batch_size: Count
     classes: list[int | str] | None
     format: Annotated[list[Literal["png", "npz"]], Field(min_length=1)]
     animate: bool
@@ -37,8 +38,8 @@ class SampleConfig(Section):
     figure: Literal["progressive", "shared_latents", "interpolate", "interpolate_coarse", "grid_over_training"] | None
     pictures: Annotated[list[int | str], Field(min_length=2, max_length=2)]
     device: Literal["auto", "cpu", "cuda", "mps"]
-    to: str | None
-    outputs: str
+    to: Text | None
+    outputs: Text
     trusted_modules: list[str]
     sampler: Node
 
@@ -86,8 +87,7 @@ class Subject(NamedTuple):
 
 def carry_out(config: SampleConfig) -> None:
     """Draw and write, and print where to.    Raises ValueError, one line, if there is no such run, checkpoint, folder or device."""
-    build.device(config.device)
-    processes = PartialState(cpu=config.device == "cpu")
+    processes = find_processes(config.device)
     device = processes.device if processes.num_processes > 1 else build.device(config.device)
     subject = _of_run(config, config.run) if config.run is not None else _of_folder(config, str(config.source))
     sampler = build.sampler(config.sampler, subject.diffusion)
@@ -148,7 +148,7 @@ def _of_run(config: SampleConfig, path: str) -> Subject:
     run = RunFolder(Path(path))
     trained = run.config(config.trusted_modules)
     found = checkpoint.find(run.checkpoints, config.step)
-    names = run.record()["data"]["classes"]
+    names = run.classes()
     return Subject(
         build=lambda device: build.network(trained, device, len(names)),
         weights=lambda: found.weights(config.weights),

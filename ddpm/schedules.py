@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+MOST_TIMESTEPS = 1_000_000  # what memory holds, and float32 tells apart
+
 
 def linear(num_timesteps: int, beta_start: float, beta_end: float, zero_terminal_snr: bool = False) -> Tensor:
     """Betas rising linearly (Ho et al. 2020, section 4)."""
@@ -90,8 +92,8 @@ def _finished(betas: Tensor, zero_terminal_snr: bool) -> Tensor:
 
 
 def _check(num_timesteps: int, **shares: float) -> None:
-    if num_timesteps < 2:
-        raise ValueError(f"num_timesteps={num_timesteps} must be at least 2")
+    if not 2 <= num_timesteps <= MOST_TIMESTEPS:
+        raise ValueError(f"num_timesteps={num_timesteps} must lie between 2 and {MOST_TIMESTEPS}")
     for name, share in shares.items():
         if not 0 < share < 1:
             raise ValueError(f"{name}={share} must lie between 0 and 1")

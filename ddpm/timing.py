@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm import build
+from ddpm.compilation import compile_in_place
 from ddpm.config import Config
 from ddpm.data.batches import Batches
 from ddpm.ema import EMA
-from ddpm.sampling import Drawing
 from ddpm.samplers import step_noise
+from ddpm.sampling import Drawing
 from ddpm.training_loop import train
 
 
@@ -41,6 +42,7 @@ class TrainingStep:
 
     def run(self, count: int) -> None:
         """Make so many updates, and wait for the last."""
+        at_once = self.config.runtime.device_batch
         train(
             accelerator=self.accelerator,
             model=self.model,
@@ -54,7 +56,7 @@ class TrainingStep:
             meter_sums=None,
             steps=range(self.done, self.done + count),
             num_steps=1 << 60,
-            device_batch=self.config.runtime.device_batch,
+            device_batch=None if isinstance(at_once, str) else at_once,
             grad_clip=self.config.training.grad_clip,
             log_every=1 << 60,
             sample_every=1 << 60,
@@ -121,17 +123,6 @@ class HostWaits(TorchDispatchMode):
             source = args[1] if func.overloadpacket is torch.ops.aten.copy_ else args[0]
             self.count += source.device.type != "cpu" and out.device.type == "cpu"
         return out
-
-
-def compile_in_place(network: nn.Module) -> None:
-    """Have the network compiled when it is first called; its weights keep their plain names.
-
-    Random numbers stay those of the eager network, so that dropout masks do too.
-    """
-    import torch._inductor.config
-
-    torch._inductor.config.fallback_random = True
-    network.compile()
 
 
 def made_up(config: Config, count: int) -> np.ndarray:

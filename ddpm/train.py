@@ -6,12 +6,17 @@ from ddpm.cli import Composed, command
 def task(composed: Composed) -> None:
     from ddpm import build
     from ddpm.config import training_config
+    from ddpm.resuming import resumed
     from ddpm.run_folder import locate
     from ddpm.training_run import carry_out
 
-    config = training_config(composed)
+    if composed.cfg.resume is not None:
+        config, run, changes = resumed(composed)
+    else:
+        config, changes = training_config(composed), None
+        run = locate(config, composed)
     build.check(config)
-    carry_out(config, locate(config, composed), composed)
+    carry_out(config, run, composed, changes)
 
 
 main = command(

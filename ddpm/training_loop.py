@@ -50,7 +50,8 @@ def train(
     lr_at: update, counted from 0 -> learning rate.    device_batch: images a device takes at once, None for all of its share.
     grad_clip: largest global gradient norm, None for none.
     log, save_samples, evaluate, save_checkpoint: called with the number of updates done, at multiples of their interval and at the last step; log by
-    every process, with the means since the last time; save_checkpoint also with the sums of what is still to be reported, which meter_sums brings back.
+    every process, with the means since the last time; save_checkpoint also with the sums of what is still to be reported (a row for each process),
+    which meter_sums brings back.
     stopped_by: updates done -> the signal to stop for, if any.
     Nothing in a step waits for the device.
     Raises NotFinite, before anything is saved, if a loss or a gradient was not finite; the weights are those of before that update.
@@ -59,7 +60,7 @@ def train(
     device = accelerator.device
     parameters = list(model.parameters())
     meter = Meter(diffusion.num_timesteps, device)
-    meter.reset(meter_sums, accelerator.is_main_process)
+    meter.load(meter_sums, accelerator)
     guard = Guard(optimizer, scaled=accelerator.scaler is not None, device=device)
     for step in steps:
         lr = lr_at(step)
@@ -69,19 +70,10 @@ def train(
         spans = micro_batches(batch_size, accelerator.num_processes, accelerator.process_index, device_batch)
         seen: list[tuple[Tensor, Tensor]] = []
         for start, stop in spans:
-            positions = torch.arange(start, stop, device=device)
-            x0 = batches.images(step, start, stop)
-            classes = batches.classes(step, start, stop)
-            t, weights = timestep_sampler.draw(randomness.stream_keys(randomness.TRAIN_TIMESTEP, seed, step, positions))
-            noise = randomness.normal(randomness.stream_keys(randomness.TRAIN_NOISE, seed, step, positions), tuple(x0.shape[1:]))
-            torch.manual_seed(randomness.host_key(randomness.TRAIN_DROPOUT, seed, step, start))
             with nullcontext() if stop == spans[-1][1] else accelerator.no_sync(model):
-                predict = model if classes is None else partial(model, classes=classes)
-                losses = diffusion.losses(predict, x0, t, noise.contiguous(memory_format=torch.channels_last))
-                total = losses.sum() if weights is None else (weights * losses).sum()
-                accelerator.backward(total * (accelerator.num_processes / batch_size))  # DDP averages over processes
-            seen.append((t, losses.detach()))
-            meter.add_losses(losses.detach(), t)
+                t, losses = backward(accelerator, model, diffusion, batches, timestep_sampler, seed, step, start, stop)
+            seen.append((t, losses))
+            meter.add_losses(losses, t)
         norm = accelerator.clip_grad_norm_(parameters, grad_clip if grad_clip is not None else float("inf"))
         guard.see(step, norm)
         meter.add_norm(norm.nan_to_num(0, 0, 0) if accelerator.scaler is not None else norm)  # there, a skipped update is no failure
@@ -97,12 +89,11 @@ def train(
         evaluates = evaluate_every is not None and is_due(done, evaluate_every, num_steps)
         saves = evaluates or signal is not None or is_due(done, checkpoint_every, num_steps)
         if saves or is_due(done, log_every, num_steps):  # nothing is saved unseen
-            sums = meter.sums(accelerator)
-            means = meter.means(sums)
+            means = meter.means(accelerator)
             guard.check(step, means)
             if is_due(done, log_every, num_steps):
                 log(done, {**means, "train/lr": lr})
-                meter.reset(None, accelerator.is_main_process)
+                meter.reset()
         if is_due(done, sample_every, num_steps):
             save_samples(done)
         if evaluates:
@@ -111,6 +102,31 @@ def train(
             save_checkpoint(done, meter.sums(accelerator))
         if signal is not None and done < num_steps:
             raise Preempted(f"{signal} after step {done}")
+
+
+def backward(
+    accelerator: Accelerator,
+    model: nn.Module,
+    diffusion: GaussianDiffusion,
+    batches: Batches,
+    timestep_sampler: Uniform | LossSecondMoment,
+    seed: int,
+    step: int,
+    start: int,
+    stop: int,
+) -> tuple[Tensor, Tensor]:
+    """Add to the gradients what the images at positions start to stop of a step's batch give; (timesteps (B,) int64, losses (B,)) of these."""
+    positions = torch.arange(start, stop, device=accelerator.device)
+    x0 = batches.images(step, start, stop)
+    classes = batches.classes(step, start, stop)
+    t, weights = timestep_sampler.draw(randomness.stream_keys(randomness.TRAIN_TIMESTEP, seed, step, positions))
+    noise = randomness.normal(randomness.stream_keys(randomness.TRAIN_NOISE, seed, step, positions), tuple(x0.shape[1:]))
+    torch.manual_seed(randomness.host_key(randomness.TRAIN_DROPOUT, seed, step, start))
+    predict = model if classes is None else partial(model, classes=classes)
+    losses = diffusion.losses(predict, x0, t, noise.contiguous(memory_format=torch.channels_last))
+    total = losses.sum() if weights is None else (weights * losses).sum()
+    accelerator.backward(total * (accelerator.num_processes / batches.size(step)))  # DDP averages over processes
+    return t, losses.detach()
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -212,18 +228,24 @@ class Meter:
         self._sums[-1] += 1
 
     def sums(self, accelerator: Accelerator) -> Tensor:
-        """Everything since the last report, of all processes: what `means` reads and a checkpoint keeps."""
-        return accelerator.reduce(self._sums.clone(), reduction="sum") if accelerator.num_processes > 1 else self._sums.clone()
+        """Everything since the last report, a row for each process: what a checkpoint keeps."""
+        return accelerator.gather(self._sums[None]) if accelerator.num_processes > 1 else self._sums[None].clone()
 
-    def means(self, sums: Tensor) -> dict[str, float]:
-        """The means of such sums. Waits for the device."""
-        *parts, norm, updates = sums.tolist()
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all processes since the last report. Waits for the device."""
+        *parts, norm, updates = self.sums(accelerator).sum(dim=0).tolist()
         loss, count = parts[: self.NUM_QUARTILES], parts[self.NUM_QUARTILES :]
         quartiles = {f"train/loss_q{index}": loss[index] / count[index] for index in range(self.NUM_QUARTILES) if count[index]}
         return {"train/loss": sum(loss) / sum(count), **quartiles, "train/grad_norm": norm / updates}
 
-    def reset(self, sums: Tensor | None, leads: bool) -> None:
-        """Start anew, or from the sums of a checkpoint, which the leading process alone then holds."""
+    def load(self, sums: Tensor | None, accelerator: Accelerator) -> None:
+        """Carry on from the sums of a checkpoint: each process from its own, or the leading one from all of them if there are more or fewer now."""
+        self.reset()
+        if sums is not None and len(sums) == accelerator.num_processes:
+            self._sums.copy_(sums[accelerator.process_index])
+        elif sums is not None and accelerator.is_main_process:
+            self._sums.copy_(sums.sum(dim=0))
+
+    def reset(self) -> None:
+        """Start anew."""
         self._sums.zero_()
-        if sums is not None and leads:
-            self._sums.copy_(sums)

@@ -14,34 +14,39 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from tqdm import tqdm
 
 from ddpm import build, checkpoint, diffusers_folder, evaluation, images
 from ddpm.cli import Composed
+from ddpm.compilation import compile_in_place, decide
 from ddpm.config import Config
 from ddpm.data.batches import Batches
 from ddpm.data.decoding import ImageSet
+from ddpm.device_batch import largest_fitting
 from ddpm.ema import EMA
 from ddpm.evaluation_run import check_extractor, measure, samples_folder
 from ddpm.interruption import Interruption, Preempted
+from ddpm.processes import accelerator_for
 from ddpm.recording import Recorder
-from ddpm.run_folder import RunFolder, with_content
+from ddpm.run_folder import RunFolder, computed, with_content
 from ddpm.sampling import Drawing
 from ddpm.timestep_sampling import LossSecondMoment, Uniform
 from ddpm.training_loop import NotFinite, train
 
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
 
-
-def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
+def carry_out(config: Config, run: RunFolder, composed: Composed, changes: dict[str, list[Any]] | None = None) -> None:
     """Train from the newest checkpoint of the run, or from the start, to the end. A run that is complete is left as it is.
 
+    changes: what is computed otherwise than before (key -> [before, now]), None where the configuration itself names the run.
     Raises ValueError, one line, where the data or the device is not what the configuration needs.
     """
     record = run.record()
-    if record.get("status") == "complete":
+    if changes is None and record.get("changes") and computed(config) != computed(run.config(config.runtime.trusted_modules)):
+        raise ValueError(
+            f"run {run.path} was carried on with other settings (run.json, changes): go on with resume={run.path}, or start anew with another outputs="
+        )
+    if record.get("status") == "complete" and not changes:
         print(f"run {run.path} is complete: {record['step']} steps\n{_closing(run, record['step'])}", flush=True)
         return
     config = with_content(config)
@@ -80,6 +85,8 @@ def carry_out(config: Config, run: RunFolder, composed: Composed) -> None:
         with run.held(), _log_file(run), interruption.listening():
             checkpoint.clear_scratch(run.checkpoints)
             run.start(config, composed)
+            if changes:
+                run.update(changes=[*record.get("changes", []), {"step": record.get("step", 0), "changed": changes}])
             run.update(device=_device_name(accelerator), num_steps=num_steps, steps_per_epoch=batches.steps_per_epoch)
             about = {"fingerprint": data.fingerprint, "images": len(data), "held_out": len(held_out)}
             run.update(data={**about, "classes": data.classes, "unreadable": data.unreadable})
@@ -105,6 +112,9 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
         raw.load_state_dict(_first_weights(config, raw))
     ema = EMA(raw, training.ema_decay, training.ema_warmup)
     timestep_sampler = build.timestep_sampler(diffusion, accelerator.device)
+    compiles, why = decide(runtime.compile, accelerator.device)
+    if compiles:
+        compile_in_place(raw)
     model, optimizer = accelerator.prepare(raw, build.optimizer(config, list(raw.parameters())))
     first_step, meter_sums = 0, None
     newest = checkpoint.newest_whole(run.checkpoints)
@@ -121,6 +131,7 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
             num_steps,
             accelerator.device,
         )
+        log.info("compiled: %s (%s)", "yes" if compiles else "no", why)
         if first_step:
             print(f"carrying on from step {first_step}", flush=True)
     lr_schedule, lr = build.lr_schedule(config), float(config.optimizer["lr"])
@@ -193,31 +204,38 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
     if recorder is not None and not first_step:
         recorder.text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")
     raw.train()
-    train(
-        accelerator=accelerator,
-        model=model,
-        diffusion=diffusion,
-        optimizer=optimizer,
-        lr_at=lambda step: lr_schedule(step, num_steps, lr),
-        ema=ema,
-        batches=batches,
-        timestep_sampler=timestep_sampler,
-        seed=config.seed,
-        meter_sums=meter_sums,
-        steps=bar,
-        num_steps=num_steps,
-        device_batch=runtime.device_batch,
-        grad_clip=training.grad_clip,
-        log_every=runtime.log_every,
-        sample_every=runtime.sample_every,
-        evaluate_every=runtime.evaluate_every,
-        checkpoint_every=runtime.checkpoint_every,
-        log=report,
-        save_samples=save_samples,
-        evaluate=evaluate,
-        save_checkpoint=save_checkpoint,
-        stopped_by=interruption.after,
-    )
+    device_batch = runtime.device_batch
+    if device_batch == "auto":
+        device_batch = largest_fitting(accelerator, model, optimizer, diffusion, batches, timestep_sampler, config.seed)
+        log.info("%d images at once on each device", device_batch)
+    try:
+        train(
+            accelerator=accelerator,
+            model=model,
+            diffusion=diffusion,
+            optimizer=optimizer,
+            lr_at=lambda step: lr_schedule(step, num_steps, lr),
+            ema=ema,
+            batches=batches,
+            timestep_sampler=timestep_sampler,
+            seed=config.seed,
+            meter_sums=meter_sums,
+            steps=bar,
+            num_steps=num_steps,
+            device_batch=device_batch,
+            grad_clip=training.grad_clip,
+            log_every=runtime.log_every,
+            sample_every=runtime.sample_every,
+            evaluate_every=runtime.evaluate_every,
+            checkpoint_every=runtime.checkpoint_every,
+            log=report,
+            save_samples=save_samples,
+            evaluate=evaluate,
+            save_checkpoint=save_checkpoint,
+            stopped_by=interruption.after,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"runtime.device_batch={device_batch} does not fit the device's memory: give {max(device_batch // 2, 1)}, or auto") from error
     if recorder is not None:
         recorder.close()
 
@@ -268,30 +286,13 @@ def _check_data(data: ImageSet, config: Config, run: RunFolder, record: dict[str
         raise ValueError(
             f"training.conditional=true needs {config.data.num_classes or 'some'} classes (data.num_classes), and the data has {len(data.classes)}"
         )
+    if config.training.conditional and data.labels is not None and (data.labels < 0).any():
+        raise ValueError(f"training.conditional=true needs a class for each picture, and {(data.labels < 0).sum()} of {len(data)} have none")
     before = record.get("data", {}).get("fingerprint")
     if before is not None and before != data.fingerprint:
         raise ValueError(
             f"the data has changed since {run.path} was started: fingerprint {data.fingerprint}, was {before}; restore it, or start anew with another outputs="
         )
-
-
-@contextmanager
-def accelerator_for(config: Config) -> Iterator[Accelerator]:
-    """Accelerate for one run; what it keeps between runs of one process is put back before and after.
-
-    Raises ValueError if the device asked for is not here.
-    """
-    build.device(config.runtime.device)
-    _reset_accelerate()
-    try:
-        yield Accelerator(mixed_precision=PRECISIONS[config.training.precision], cpu=config.runtime.device == "cpu")
-    finally:
-        _reset_accelerate()
-
-
-def _reset_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    GradientState._reset_state()
 
 
 @contextmanager

@@ -3,20 +3,25 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: one thread is as fast, and several processes do not fight over the cores
 
+import functools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from hydra.core.config_store import ConfigStore
 from PIL import Image
 
 from ddpm import build
-from ddpm.cli import Composed, command
+from ddpm.cli import Composed, command, compose, register_experiments
 from ddpm.config import training_config
+from ddpm.run_folder import locate
+from ddpm.training_run import carry_out
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,10 +52,11 @@ def tiny() -> list[str]:
 
 @pytest.fixture(scope="session")
 def ddpm() -> Callable[..., Done]:
-    """Run `python -m ddpm.<name> <overrides>`."""
+    """Run `python -m ddpm.<name> <overrides>`, in several processes under torchrun."""
 
-    def call(name: str, *overrides: str, **environment: str) -> Done:
-        words = [sys.executable, "-m", f"ddpm.{name}", *overrides]
+    def call(name: str, *overrides: str, processes: int = 1, **environment: str) -> Done:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+        words = [sys.executable, *launcher, "-m", f"ddpm.{name}", *overrides]
         done = subprocess.run(words, cwd=ROOT, env={**os.environ, "HYDRA_FULL_ERROR": "0", **environment}, capture_output=True, text=True, timeout=200)
         return Done(done.returncode, done.stdout, done.stderr)
 
@@ -69,27 +75,59 @@ def train(ddpm: Callable[..., Done]) -> Callable[..., Done]:
     return call
 
 
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run of 6 steps, trained in this process. Only to be read, or copied."""
+    composed = compose([*TINY, f"outputs={tmp_path_factory.mktemp('outputs')}"])
+    config = training_config(composed)
+    run = locate(config, composed)
+    carry_out(config, run, composed)
+    return run.path
+
+
 @pytest.fixture
-def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What a command line is refused with, before data is read: one line on standard error, and exit code 1."""
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a command refuses a command line with: one line on standard error, and exit code 1."""
 
-    def check(composed: Composed) -> None:
-        build.check(training_config(composed))
-
-    def call(*overrides: str) -> str:
+    def call(main: Callable[[], None], *overrides: str) -> str:
         monkeypatch.setattr(sys, "argv", ["ddpm", *overrides])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         with pytest.raises(SystemExit) as stopped:
-            command("config", check, "Check.", [])()
+            main()
         printed = capsys.readouterr().err
         if isinstance(stopped.value.code, str):  # what the interpreter prints when it ends with it, and then exit code 1
             printed += stopped.value.code + "\n"
         else:
             assert stopped.value.code == 1
+        assert printed.startswith("error: "), printed
         assert printed.count("\n") == 1, printed
         return printed
 
     return call
+
+
+@pytest.fixture
+def complaint(refusal: Callable[..., str]) -> Callable[..., str]:
+    """What a command line of ddpm.train is refused with, before data is read."""
+
+    def check(composed: Composed) -> None:
+        build.check(training_config(composed))
+
+    return functools.partial(refusal, command("config", check, "Check.", []))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Make a recipe of a text, for this test alone; the override that asks for it."""
+
+    def make(text: str) -> str:
+        (tmp_path / "recipes").mkdir()
+        (tmp_path / "recipes" / "trial.yaml").write_text(text)
+        register_experiments(tmp_path / "recipes")
+        return "experiment=trial"
+
+    yield make
+    ConfigStore.instance().repo["experiment"].pop("trial.yaml", None)
 
 
 @pytest.fixture

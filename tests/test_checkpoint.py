@@ -1,4 +1,5 @@
 import os
+import resource
 import stat
 
 import pytest
@@ -75,3 +76,18 @@ def test_a_step_without_a_checkpoint_is_refused_with_those_there_are(tmp_path):
     save(tmp_path, 100, 200)
     with pytest.raises(ValueError, match=r"step=150 .* 100, 200"):
         checkpoint.find(tmp_path, 150)
+
+
+def test_where_there_is_no_room_the_one_before_stays_and_the_error_names_the_folder(tmp_path):
+    save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # no file may grow past this
+    try:
+        with pytest.raises(ValueError, match=r"step_00000002 cannot be written"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"latest", "step_00000001"}
+    assert checkpoint.newest_whole(tmp_path).step == 1
+    save(tmp_path, 2)
+    assert checkpoint.newest_whole(tmp_path).step == 2

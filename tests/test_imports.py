@@ -12,6 +12,7 @@ ORDER = [
         "randomness",
         "help",
         "cli",
+        "validation",
         "config",
         "data",
         "schedules",
@@ -25,13 +26,27 @@ ORDER = [
         "features",
     ),
     *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "recording", "interruption"),
-    *("build", "sizing", "run_folder", "sample_folder", "evaluation", "evaluation_run", "training_loop", "timing", "training_run"),
+    *(
+        "build",
+        "compilation",
+        "processes",
+        "run_folder",
+        "sample_folder",
+        "evaluation",
+        "evaluation_run",
+        "training_loop",
+        "device_batch",
+        "timing",
+        "training_run",
+        "resuming",
+    ),
 ]
 PURE = {
     "randomness",
     "schedules",
     "models",
     "diffusion",
+    "scaling",
     "timestep_sampling",
     "samplers",
     "ema",
@@ -41,7 +56,7 @@ PURE = {
     "metrics",
     "interruption",
 }
-CONFIGURING = {"hydra", "omegaconf", "pydantic", "cli", "config", "build"}
+CONFIGURING = {"hydra", "omegaconf", "pydantic", "cli", "validation", "config", "build"}
 
 
 def imports() -> dict[str, set[str]]:

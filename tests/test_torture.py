@@ -54,13 +54,13 @@ def settings(tiny):
 @pytest.fixture(scope="module")
 def whole(ddpm, settings, tmp_path_factory):
     """The run that nothing happened to."""
-    done = ddpm("train", f"outputs={tmp_path_factory.mktemp('whole')}", *settings, "runtime.checkpoint_every=5", OMP_NUM_THREADS="1")
+    done = ddpm("train", f"outputs={tmp_path_factory.mktemp('whole')}", *settings, "runtime.checkpoint_every=5")
     assert done.code == 0, done.err
     return done.run
 
 
 def start(settings, outputs, *more, program=("-m", "ddpm.train")):
-    environment = {**os.environ, "HYDRA_FULL_ERROR": "0", "OMP_NUM_THREADS": "1"}  # tiny tensors: one thread is as fast, and quiet
+    environment = {**os.environ, "HYDRA_FULL_ERROR": "0"}
     words = [sys.executable, *program, f"outputs={outputs}", *settings, "runtime.checkpoint_every=5", *more]
     return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

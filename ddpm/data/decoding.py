@@ -4,12 +4,15 @@ import hashlib
 import io
 import json
 import logging
+import math
 import multiprocessing
+import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,15 +22,18 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps
 from tqdm import tqdm
 
-from ddpm.data.sources import Source
-from ddpm.files import allow_by_umask
+from ddpm.data.shards import Source
+from ddpm.files import allow_by_umask, alone, sync_file, sync_folder, write_whole
 
 Found = list[tuple[str, bytes | None, int | None]]  # name, digest of the content (None: does not decode), label
 
 log = logging.getLogger(__name__)
 
 FILTER = Image.Resampling.BICUBIC
-LAYOUT = 2  # of the cache; a change makes old ones be decoded again
+LAYOUT = 3  # of the cache; a change makes old ones be decoded again
+
+CHECKED = 2**30  # bytes: a second or two
+PART = 1024  # rows held in memory when a file is written
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Decoding:
             raise ValueError(f"background={self.background} is no colour: give a name such as white, or #rrggbb") from None
 
     def __call__(self, content: bytes | Image.Image) -> np.ndarray:
-        """The picture as (C, H, W) uint8, turned as its EXIF says, resized with an antialiasing bicubic filter.
+        """The picture as (C, H, W) uint8, turned as its EXIF says, resized with an antialiasing bicubic filter; of a moving one the first.
 
         Raises OSError, ValueError or SyntaxError (Pillow's) if it does not decode.
         """
@@ -63,9 +69,17 @@ class Decoding:
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
 
     def _flat(self, image: Image.Image) -> Image.Image:
-        """The image in the wanted mode, 16-bit grey scaled down to 8, transparency laid on the background."""
+        """The image in the wanted mode, 16-bit grey scaled down to 8, transparency laid on the background.
+
+        Raises ValueError for numbers whose black and white nobody knows.
+        """
+        if image.mode == "F":
+            raise ValueError("floating point numbers have no known white")
         if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+            deep = np.asarray(image, dtype=np.float64)
+            if deep.min() < 0 or deep.max() > 65535:
+                raise ValueError("numbers of more than 16 bits have no known white")
+            image = Image.fromarray((deep / 257).round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, ImageColor.getrgb(self.background)), image)
@@ -113,28 +127,58 @@ class ImageSet:
 def decoded(source: Source, decoding: Decoding, cache: Path, workers: int, max_unreadable: float) -> ImageSet:
     """The pictures of a source, from the cache if they have been decoded this way before, else decoded now by `workers` processes.
 
-    Raises ValueError, naming the first such files, if more than the share max_unreadable (and more than one) do not decode.
+    A second process that wants them waits for the first; a cache that is not what was written is made anew. Raises ValueError, naming the first such
+    files, if more than the share max_unreadable (and more than one) do not decode; and, naming data.cache, if they cannot be kept there.
     """
     key = hashlib.sha256(json.dumps([LAYOUT, source.stamp, source.counts, asdict(decoding)]).encode()).hexdigest()[:16]
     folder = cache / key
-    if not (folder / "about.json").is_file():
-        _decode_into(folder, source, decoding, workers, max_unreadable)
+    if _damage(folder) is not None:
+        with _keeping(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+        with alone(cache / f".{key}.lock"):
+            for left in cache.glob(f".{key}-*"):  # by a process that was killed: nobody else is in here
+                shutil.rmtree(left, ignore_errors=True)
+            damage = _damage(folder)
+            if damage is not None:
+                if folder.exists():
+                    log.warning("decoding again, since the cache is damaged: %s %s", folder, damage)
+                    shutil.rmtree(folder)
+                _decode_into(folder, source, decoding, workers, max_unreadable)
     about = json.loads((folder / "about.json").read_text())
     labels = np.load(folder / "labels.npy") if about["classes"] else None
     images, digests = np.load(folder / "images.npy", mmap_mode="c"), np.load(folder / "digests.npy")
     if about["unreadable"]:
         names = about["unreadable"]
         log.warning("left out %d of %d pictures that do not decode: %s", len(names), len(names) + len(images), _some(names))
+    empty = [] if labels is None else [name for number, name in enumerate(about["classes"]) if number not in labels]
+    if empty:
+        log.warning("%d of %d classes have no picture: %s", len(empty), len(about["classes"]), _some(empty))
     return ImageSet(images, np.arange(len(images)), digests, labels, about["classes"], about["fingerprint"], about["unreadable"])
 
 
+def _damage(folder: Path) -> str | None:
+    """How the cache's files differ from what was written; None if they do not. Of files larger than CHECKED bytes only the size is looked at."""
+    try:
+        files = json.loads((folder / "about.json").read_text())["files"]
+        for name, (size, digest) in files.items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, not {size}"
+            if size <= CHECKED and _sha256(folder / name) != digest:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"cannot be read ({type(error).__name__})"
+    return None
+
+
 def _decode_into(folder: Path, source: Source, decoding: Decoding, workers: int, max_unreadable: float) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    shape = (len(source), decoding.channels, decoding.height, decoding.width)
+    with _keeping(folder.parent):
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         raw = scratch / "raw"
-        shape = (len(source), decoding.channels, decoding.height, decoding.width)
-        np.memmap(raw, np.uint8, "w+", shape=shape).flush()
+        with _keeping(folder.parent), raw.open("wb") as file:
+            _reserve(file.fileno(), math.prod(shape))
         starts = np.cumsum([0, *source.counts])[:-1].tolist()
         digests: list[bytes] = [b""] * len(source)
         labels = np.full(len(source), -1, dtype=np.int64)
@@ -149,26 +193,42 @@ def _decode_into(folder: Path, source: Source, decoding: Decoding, workers: int,
         if len(bad) == len(source) or len(bad) > max(1, max_unreadable * len(source)):
             raise ValueError(f"{len(bad)} of {len(source)} pictures do not decode (data.max_unreadable={max_unreadable}): {_some(bad)}")
         good = np.array([index not in unreadable for index in range(len(source))])
-        images = np.memmap(raw, np.uint8, "r", shape=shape)
-        _save(scratch / "images.npy", images if good.all() else images[good])
-        _save(scratch / "digests.npy", np.array([int.from_bytes(digest[:8], "big") for digest in digests if digest], dtype=np.uint64))
-        if source.classes:
-            _save(scratch / "labels.npy", labels[good])
-        raw.unlink()
-        fingerprint = hashlib.sha256(json.dumps(source.classes).encode())
-        for digest, label in zip(digests, labels.tolist(), strict=True):
-            if digest:
-                fingerprint.update(digest + label.to_bytes(8, "little", signed=True))
-        about = {"classes": source.classes, "fingerprint": fingerprint.hexdigest()[:16], "unreadable": bad}
-        (scratch / "about.json").write_text(json.dumps(about))
-        allow_by_umask(scratch)
-        try:
+        with _keeping(folder.parent):
+            _save(scratch / "images.npy", np.memmap(raw, np.uint8, "r", shape=shape), good)
+            raw.unlink()
+            firsts = np.array([int.from_bytes(digest[:8], "big") for digest in digests], dtype=np.uint64)
+            _save(scratch / "digests.npy", firsts, good)
+            if source.classes:
+                _save(scratch / "labels.npy", labels, good)
+            fingerprint = hashlib.sha256(json.dumps(source.classes).encode())
+            for digest, label in zip(digests, labels.tolist(), strict=True):
+                if digest:
+                    fingerprint.update(digest + label.to_bytes(8, "little", signed=True))
+            files = {file.name: (file.stat().st_size, _sha256(file)) for file in sorted(scratch.iterdir())}
+            about = {"classes": source.classes, "fingerprint": fingerprint.hexdigest()[:16], "unreadable": bad, "files": files}
+            write_whole(scratch / "about.json", json.dumps(about))
+            allow_by_umask(scratch)
             scratch.rename(folder)
-        except OSError:
-            if not (folder / "about.json").is_file():  # else another process was first, with the same content
-                raise
+            sync_folder(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _keeping(cache: Path) -> Iterator[None]:
+    """Have the system's complaints name the key to change."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"data.cache={cache}: decoded pictures cannot be kept there ({error.strerror}); give another data.cache") from error
+
+
+def _reserve(handle: int, size: int) -> None:
+    """Take the room on the disk now: writing to memory that maps a file on a full disk would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+    else:
+        os.truncate(handle, size)
 
 
 def _each_shard(source: Source, decoding: Decoding, raw: str, shape: tuple[int, ...], starts: list[int], workers: int) -> Iterator[tuple[int, Found]]:
@@ -204,10 +264,19 @@ def _decode_shard(source: Source, decoding: Decoding, raw: str, shape: tuple[int
     return found
 
 
-def _save(path: Path, array: np.ndarray) -> None:
-    out = np.lib.format.open_memmap(path, "w+", array.dtype, array.shape)
-    out[...] = array
-    out.flush()
+def _save(path: Path, array: np.ndarray, chosen: np.ndarray) -> None:
+    """The chosen rows of an array as a .npy file, a part at a time."""
+    with path.open("wb") as out:
+        header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": (int(chosen.sum()), *array.shape[1:])}
+        np.lib.format.write_array_header_2_0(out, header)
+        for start in range(0, len(array), PART):
+            out.write(array[start : start + PART][chosen[start : start + PART]].tobytes())
+    sync_file(path)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _some(names: list[str]) -> str:

@@ -1,12 +1,14 @@
 """The blocks that the networks share. Parameter names are diffusers' own, so that weights move both ways as they are."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 Init = Literal["fan_avg", "torch"]
 TimeOrder = Literal["sin_cos", "cos_sin"]
@@ -212,3 +214,15 @@ class Upsample(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             weight = (self.conv.weight.transpose(0, 1).flatten(2) @ self.sums).unflatten(2, (4, 4))  # (in, out, 4, 4)
         return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
+
+
+def recomputed(block: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """block(*inputs), whose inner activations are computed again in the backward pass, with the same dropout."""
+    return checkpoint(block, *inputs, use_reentrant=False) if torch.is_grad_enabled() else block(*inputs)
+
+
+def check_levels(levels: Sequence[int], count: int) -> None:
+    """Raises ValueError, naming runtime.recompute, for a level that a network of `count` levels does not have."""
+    for level in levels:
+        if not 0 <= level < count:
+            raise ValueError(f"recompute has {level}; the levels are 0 to {count - 1}")

@@ -7,7 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm.models.layers import AttentionBlock, BlockStyle, Downsample, Init, Padding, ResBlock, TimeOrder, TimestepEmbedding, Upsample, conv3x3
+from ddpm.models.layers import (
+    AttentionBlock,
+    BlockStyle,
+    Downsample,
+    Init,
+    Padding,
+    ResBlock,
+    TimeOrder,
+    TimestepEmbedding,
+    Upsample,
+    check_levels,
+    conv3x3,
+    recomputed,
+)
 
 Resample = Literal["conv", "resblock"]
 
@@ -26,8 +39,12 @@ class Level(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList()
         self.upsamplers = nn.ModuleList()
+        self.recomputes = False
 
     def block(self, index: int, h: Tensor, time: Tensor) -> Tensor:
+        return recomputed(self._block, index, h, time) if self.recomputes else self._block(index, h, time)
+
+    def _block(self, index: int, h: Tensor, time: Tensor) -> Tensor:
         h = self.resnets[index](h, time)
         return self.attentions[index](h) if self.attentions else h
 
@@ -155,6 +172,16 @@ class UNet(nn.Module):
             for upsample in up.upsamplers:
                 h = upsample(h, time)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+    def recompute(self, levels: Sequence[int]) -> None:
+        """Keep of these levels (0: the finest) only what enters each block, and compute the rest again in the backward pass: less memory, more time.
+
+        Chen et al. 2016, arXiv:1604.06174. The same results.    Raises ValueError for a level that is not there.
+        """
+        check_levels(levels, len(self.down_blocks))
+        for level in levels:
+            for part in (self.down_blocks[level], self.up_blocks[-1 - level]):
+                cast(Level, part).recomputes = True
 
     def _embedding(self, t: Tensor, classes: Tensor | None) -> Tensor:
         embedding = self.time_embedding(t)

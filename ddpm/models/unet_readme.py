@@ -1,12 +1,14 @@
 """The network of the original README's runs, which differs from Ho et al.'s in almost every part; for reproducing those runs."""
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm.models.layers import attend, picture, positions
+from ddpm.models.layers import attend, check_levels, picture, positions, recomputed
 
 TIME_WIDTH = 512
 NORM_GROUPS = 32
@@ -75,8 +77,12 @@ class Stage(nn.Module):
         self.resnets = nn.ModuleList([PostNormResBlock(in_channels, out_channels), PostNormResBlock(out_channels, out_channels)])
         self.attentions = nn.ModuleList([PostNormAttention(out_channels) if attention else nn.Identity() for _ in self.resnets])
         self.resample = resample
+        self.recomputes = False
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return recomputed(self._forward, x, time) if self.recomputes else self._forward(x, time)
+
+    def _forward(self, x: Tensor, time: Tensor) -> Tensor:
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
             x = attention(resnet(x, time))
         return self.resample(x)
@@ -131,6 +137,13 @@ class ReadmeUNet(nn.Module):
         for stage in self.up:
             h = stage(torch.cat([h, skips.pop()], dim=1), time)
         return self.conv_out(F.silu(self.norm_out(torch.cat([h, skips.pop()], dim=1))))
+
+    def recompute(self, levels: Sequence[int]) -> None:
+        """Keep of these levels (0: the finest) only what enters them, and compute the rest again in the backward pass. See UNet.recompute."""
+        check_levels(levels, len(self.down))
+        for level in levels:
+            for part in (self.down[level], self.up[-1 - level]):
+                cast(Stage, part).recomputes = True
 
 
 def _convolution_norm_swish(in_channels: int, out_channels: int) -> nn.Sequential:

@@ -40,12 +40,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from ddpm import build
-from ddpm.timing import SamplerStep, TrainingStep, made_up
 from ddpm.cli import compose
 from ddpm.config import Config, training_config
 from ddpm.diffusers_settings import unet_config
+from ddpm.processes import accelerator_for
 from ddpm.sampling import Drawing
-from ddpm.training_run import accelerator_for
+from ddpm.timing import TrainingStep, made_up
 
 WORK = {  # name -> settings, batch
     "unet32": (["model=unet32", "data=cifar10"], 16),

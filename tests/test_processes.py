@@ -1,0 +1,143 @@
+"""Several processes (gloo) train the run that one trains; a process that dies or is told to stop takes the others with it, and nothing is lost."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from ddpm import checkpoint, processes
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def settings(tiny):
+    return [
+        *(one for one in tiny if one != "training.steps=6"),
+        "training.steps=30",
+        "training.batch_size=7",
+        "runtime.log_every=4",
+        "runtime.checkpoint_every=5",
+        "runtime.keep_checkpoints=9",
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(ddpm, settings, tmp_path_factory):
+    """Train with so many processes, once for each combination of settings."""
+    kept = {}
+
+    def call(number, *more):
+        if (number, more) not in kept:
+            done = ddpm("train", f"outputs={tmp_path_factory.mktemp('outputs')}", *settings, *more, processes=number)
+            assert done.code == 0, done.err
+            kept[number, more] = done.run
+        return kept[number, more]
+
+    return call
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run):
+    return checkpoint.find(run / "checkpoints").weights("raw")
+
+
+def assert_nearly_same(run, expected):
+    found = metrics(run)
+    assert [record["train/lr"] for record in found] == [record["train/lr"] for record in metrics(expected)]
+    for record, other in zip(found, metrics(expected), strict=True):
+        assert record["train/loss"] == pytest.approx(other["train/loss"], rel=1e-6)
+    torch.testing.assert_close(weights(run), weights(expected), rtol=0, atol=1e-5)
+
+
+def assert_same(run, expected):
+    assert (run / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
+    for name in ("model.safetensors", "ema.safetensors"):
+        files = (checkpoint.find(folder / "checkpoints").folder / name for folder in (run, expected))
+        assert len({file.read_bytes() for file in files}) == 1
+
+
+@pytest.mark.parametrize(("number", "parts"), [(1, ["runtime.device_batch=2"]), (2, ["runtime.device_batch=2"]), (2, [])])
+def test_the_global_batch_cut_up_gives_the_same_losses_and_learning_rates(trained, number, parts):
+    assert_nearly_same(trained(number, *parts), trained(1))
+
+
+def test_with_dropout_equal_parts_give_the_same_run(trained):
+    dropout = ("model.dropout=0.2", "training.batch_size=8")
+    assert_nearly_same(trained(2, *dropout), trained(1, *dropout, "runtime.device_batch=4"))
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+def test_a_run_carries_on_with_another_number_of_processes(trained, ddpm, settings, tmp_path, first, then):
+    whole = trained(first)
+    run = shutil.copytree(whole.parent.parent, tmp_path / "outputs") / whole.parent.name / whole.name
+    for step in (15, 20, 25, 30):
+        shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
+    (run / "run.json").write_text((run / "run.json").read_text().replace('"complete"', '"running"'))
+    done = ddpm("train", f"outputs={tmp_path / 'outputs'}", *settings, processes=then)
+    assert done.code == 0, done.err
+    assert "carrying on from step 10" in done.out
+    assert_nearly_same(run, whole)
+
+
+def start(settings, outputs):
+    """Two processes of one run, under torchrun."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddpm.train"]
+    return subprocess.Popen([*words, f"outputs={outputs}", *settings], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def until_checkpoint(outputs):
+    """The run's folder, as soon as there is a checkpoint."""
+    until = time.monotonic() + 100
+    while not list(outputs.glob("*/*/checkpoints/step_*")) and time.monotonic() < until:
+        time.sleep(0.01)
+    return next(outputs.glob("*/*/run.json")).parent
+
+
+def test_when_one_of_two_dies_the_other_ends_and_the_same_command_carries_on_to_the_same_bytes(ddpm, settings, trained, tmp_path):
+    agent = start(settings, tmp_path)
+    run = until_checkpoint(tmp_path)
+    second = next(process for process in psutil.Process(agent.pid).children() if process.environ().get("RANK") == "1")
+    os.kill(second.pid, signal.SIGKILL)
+    agent.communicate(timeout=100)
+    assert agent.returncode != 0
+    assert checkpoint.newest_whole(run / "checkpoints").step < 30
+    done = ddpm("train", f"outputs={tmp_path}", *settings, processes=2)
+    assert done.code == 0, done.err
+    assert_same(run, trained(2))
+
+
+def test_a_signal_to_one_of_two_stops_both_after_the_same_step(ddpm, settings, trained, tmp_path):
+    agent = start(settings, tmp_path)
+    run = until_checkpoint(tmp_path)
+    second = next(process for process in psutil.Process(agent.pid).children() if process.environ().get("RANK") == "1")
+    os.kill(second.pid, signal.SIGUSR1)
+    printed, _ = agent.communicate(timeout=100)
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "preempted"
+    assert re.findall(r"exitcode *: (\d+)", printed)[-1:] == ["75"]
+    assert checkpoint.newest_whole(run / "checkpoints").step == record["step"] < 30
+    done = ddpm("train", f"outputs={tmp_path}", *settings, processes=2)
+    assert done.code == 0, done.err
+    assert_same(run, trained(2))
+
+
+def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
+    monkeypatch.setattr(processes, "PartialState", lambda cpu: SimpleNamespace(num_processes=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2"):
+        processes.find_processes("cpu")

@@ -1,0 +1,46 @@
+"""A run that was cut off ends with the bytes of one that was not, whatever the network, the precision and the optimizer."""
+
+import pytest
+import torch
+
+from ddpm import checkpoint
+from ddpm.cli import compose
+from ddpm.config import training_config
+from ddpm.run_folder import locate
+from ddpm.training_run import carry_out
+
+SMALL = ["model.base_channels=32", "model.resolution=32", "model.channel_multipliers=[1,2]", "model.attention_resolutions=[16]"]
+FAMILIES = {
+    "ddpm": ["model=unet32", *SMALL],
+    "improved": ["model=improved_unet32", *SMALL, "objective=hybrid", "training.conditional=true"],
+    "adm": ["model=adm64", *SMALL, "model.head_channels=32", "training.conditional=true"],
+}
+
+
+def trained(*overrides):
+    composed = compose(["data=digits", "training.steps=4", "training.batch_size=4", "runtime.checkpoint_every=2", "runtime.log_every=3",
+                        "runtime.num_previews=1", "sampler=ddim", "sampler.num_steps=2", "runtime.device=cpu", *overrides])  # fmt: skip
+    config = training_config(composed)
+    run = locate(config, composed)
+    carry_out(config, run, composed)
+    return run
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cut_off_and_carried_on_is_the_same_run(tmp_path, family, precision):
+    settings = [f"outputs={tmp_path}", *FAMILIES[family], f"training.precision={precision}", "runtime.device_batch=3", "model.dropout=0.1"]
+    run = trained(*settings)
+    last = run.checkpoints / "step_00000004"
+    whole = last.rename(tmp_path / "whole")
+    metrics = (run.path / "metrics.jsonl").read_bytes()
+    run.update(status="running", step=2)
+
+    assert trained(*settings).path == run.path
+
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert (last / name).read_bytes() == (whole / name).read_bytes()
+    torch.testing.assert_close(checkpoint.Checkpoint(last, 4).state(), checkpoint.Checkpoint(whole, 4).state(), rtol=0, atol=0)
+    assert (run.path / "metrics.jsonl").read_bytes() == metrics
+    first = checkpoint.find(run.checkpoints, 2).weights("raw")
+    assert any(not torch.equal(tensor, first[name]) for name, tensor in checkpoint.find(run.checkpoints, 4).weights("raw").items())

@@ -1,0 +1,49 @@
+"""resume=DIR: a run goes on in its own folder with other values, and says so."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from ddpm import checkpoint, train
+from ddpm.cli import compose
+
+
+@pytest.fixture
+def command(tiny, tmp_path):
+    def call(*overrides):
+        train.task(compose(overrides or [*tiny, f"outputs={tmp_path}"]))
+        return next(tmp_path.glob("*/*/run.json")).parent
+
+    return call
+
+
+def test_more_steps_go_on_in_the_same_folder_and_what_changed_is_kept(command, tmp_path):
+    run = command()
+    first = (run / "metrics.jsonl").read_text()
+    assert command(f"resume={run}", "training.steps=9", "optimizer.lr=5e-4") == run
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["step"]) == ("complete", 9)
+    assert record["changes"] == [{"step": 6, "changed": {"optimizer.lr": [0.001, 0.0005], "training.steps": [6, 9]}}]
+    assert (run / "metrics.jsonl").read_text().startswith(first)
+    assert checkpoint.find(run / "checkpoints").step == 9
+    assert len(list(tmp_path.glob("*/*/run.json"))) == 1
+    with pytest.raises(ValueError, match="resume="):
+        command()
+
+
+def test_resumed_with_nothing_new_a_complete_run_stays_as_it_is(command, capsys):
+    run = command()
+    before = (run / "run.json").read_bytes()
+    command(f"resume={run}", "runtime.log_every=2")
+    assert "is complete: 6 steps" in capsys.readouterr().out
+    assert (run / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("override", ["model=unet32", "trainig.steps=9", "training.steps=few", "~seed"])
+def test_what_cannot_be_changed_is_refused_in_one_line(command, override):
+    run = command()
+    typed = replace(compose([f"resume={run}"]), overrides=[f"resume={run}", override])
+    with pytest.raises(ValueError, match=override.partition(".steps=9")[0]) as refused:
+        train.task(typed)
+    assert "\n" not in str(refused.value)
