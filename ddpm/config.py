@@ -55,6 +55,7 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda", "mps"]
     device_batch: Count | Literal["auto"]
     recompute: list[int]
+    compile: bool | Literal["auto"]
     feed: Literal["auto", "device", "file", "decode"]
     workers: Count | None
     log_every: Count

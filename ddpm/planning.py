@@ -2,11 +2,9 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
 from datetime import datetime, timedelta
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 from pydantic import Field
@@ -16,13 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm import build
 from ddpm.cli import Composed
 from ddpm.config import Config, Expect, training_config
-from ddpm.data.batches import Batches
-from ddpm.ema import EMA
 from ddpm.models.layers import AttentionBlock
 from ddpm.processes import accelerator_for
 from ddpm.run_folder import locate
 from ddpm.scaling import expected_speed
-from ddpm.training_loop import train
+from ddpm.timing import TrainingStep, made_up
 from ddpm.validation import Count, PositiveFloat, Section, validated
 
 
@@ -72,7 +68,7 @@ def plan(composed: Composed) -> None:
     print(f"attention   {', '.join(f'{height}x{width} in {count} blocks' for (height, width), count in found.attention.items()) or 'none'}")
     images = f"{data.num_images:,} images as published" if data.num_images else "number of images unknown until they are read"
     print(f"data        {data.name}, {images}" + (f", {batches_per_epoch:,} steps an epoch" if batches_per_epoch else ""))
-    at_once = _at_once(config)
+    at_once = images_at_once(config)
     print(f"batch       {training.batch_size} images an update, {at_once} at once on one device")
     if num_steps:
         print(f"duration    {num_steps:,} steps, {num_steps * training.batch_size:,} images")
@@ -157,7 +153,7 @@ def _time(devices: int, speed: float, config: Config, found: Sizes, num_steps: i
     return words
 
 
-def _at_once(config: Config) -> int:
+def images_at_once(config: Config) -> int:
     """Images that one device takes at once, if they fit its memory."""
     return config.training.batch_size if config.runtime.device_batch == "auto" else min(config.runtime.device_batch, config.training.batch_size)
 
@@ -211,66 +207,16 @@ def expectations(config: Config, expect: Expect, found: Sizes, num_steps: int | 
 def probe(config: Config, seconds: float) -> tuple[float, str]:
     """(images/s, device) of the run's own training step on made-up pictures, in about that many seconds. At most 8 images at once on a CPU."""
     with accelerator_for(config) as accelerator:
-        device, diffusion = accelerator.device, build.diffusion(config)
-        batch = min(_at_once(config), 8 if device.type == "cpu" else 1 << 30)
-        pictures = np.random.default_rng(0).integers(0, 256, (batch, config.data.channels, *build.image_size(config.data)), dtype=np.uint8)
-        num_classes = config.data.num_classes or 1
-        labels = np.arange(batch) % num_classes if config.training.conditional else None
-        raw = build.network(config, device, num_classes).train()
-        model, optimizer = accelerator.prepare(raw, build.optimizer(config, list(raw.parameters())))
-        clock = _Clock(seconds, device)
-        train(
-            accelerator=accelerator,
-            model=model,
-            diffusion=diffusion,
-            optimizer=optimizer,
-            lr_at=lambda step: 0.0,
-            ema=EMA(raw, config.training.ema_decay, config.training.ema_warmup),
-            batches=Batches(pictures, batch, config.seed, device, drop_last=True, flip=config.data.flip, labels=labels),
-            timestep_sampler=build.timestep_sampler(diffusion, device),
-            seed=config.seed,
-            meter_sums=None,
-            steps=clock.steps(),
-            num_steps=1 << 60,
-            device_batch=None,
-            grad_clip=config.training.grad_clip,
-            log_every=1 << 60,
-            sample_every=1 << 60,
-            evaluate_every=None,
-            checkpoint_every=1 << 60,
-            log=_nothing,
-            save_samples=_nothing,
-            evaluate=_nothing,
-            save_checkpoint=_nothing,
-            stopped_by=_nothing,
-        )
-        return batch / clock.seconds_per_step, f"{device.type} ({batch} images at once)"
-
-
-class _Clock:
-    """Hands out steps until the time is up, and knows how long one took; the first, which warms up, is not counted."""
-
-    def __init__(self, seconds: float, device: torch.device) -> None:
-        self._seconds, self._device, self.seconds_per_step = seconds, device, float("nan")
-
-    def steps(self) -> Iterator[int]:
+        device = accelerator.device
+        batch = min(images_at_once(config), 8 if device.type == "cpu" else 1 << 30)
+        step = TrainingStep(config, accelerator, made_up(config, batch), batch)
         began = time.perf_counter()
-        yield 0
-        self._wait()
-        start, step = time.perf_counter(), 1
-        while step < 3 or (time.perf_counter() - began < self._seconds and step < 100):
-            yield step
-            step += 1
-            self._wait()
-        self.seconds_per_step = (time.perf_counter() - start) / (step - 1)
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-
-def _nothing(*_: Any) -> None:
-    """A probe neither logs nor saves."""
+        step.run(1)  # warms up, and is not counted
+        start, count = time.perf_counter(), 0
+        while count < 2 or (time.perf_counter() - began < seconds and count < 100):
+            step.run(1)
+            count += 1
+        return batch * count / (time.perf_counter() - start), f"{device.type} ({batch} images at once)"
 
 
 def _when(left: timedelta) -> str:

@@ -1,6 +1,8 @@
 """The processes that a command runs in: one, or those that torchrun, accelerate launch or Slurm started."""
 
+import ctypes
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -29,6 +31,8 @@ def find_processes(device: Literal["auto", "cpu", "cuda", "mps"]) -> PartialStat
 def accelerator_for(config: Config) -> Iterator[Accelerator]:
     """Accelerate for one run; what it keeps between runs of one process is put back before and after.    Raises ValueError like `find_processes`."""
     cpu = build.device(config.runtime.device).type == "cpu"
+    if cpu:
+        _keep_freed_memory()
     _reset()
     try:
         accelerator = Accelerator(mixed_precision=PRECISIONS[config.training.precision], cpu=cpu)
@@ -36,6 +40,14 @@ def accelerator_for(config: Config) -> Iterator[Accelerator]:
         yield accelerator
     finally:
         _reset()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next step: else it goes back to the system, which hands it out again page by page, each cleared first."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink it
 
 
 def _check_all_here(found: int) -> None:

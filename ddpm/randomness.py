@@ -38,11 +38,14 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def host_key(*keys: int) -> int:
-    """One 63-bit integer for these keys, for a generator that lives on the host (torch.manual_seed)."""
-    state = torch.zeros((), dtype=torch.int64, device="cpu")
+    """One 63-bit integer for these keys, for a generator that lives on the host (torch.manual_seed): _mix on Python's integers, as no device is asked."""
+    state = 0
     for key in keys:
-        state = _mix((state ^ _signed(key)) + _signed(_GOLDEN_GAMMA))
-    return int(state) & (2**63 - 1)
+        state = ((state ^ key) + _GOLDEN_GAMMA) % 2**64
+        state = (state ^ state >> 30) * _MIX_1 % 2**64
+        state = (state ^ state >> 27) * _MIX_2 % 2**64
+        state ^= state >> 31
+    return state % 2**63
 
 
 def stream_keys(purpose: int, seed: int, step: int, positions: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ddpm import build, checkpoint, diffusers_folder, evaluation, images, recording
 from ddpm.cli import Composed
+from ddpm.compilation import compile_in_place, decide
 from ddpm.config import Config
 from ddpm.data.batches import Batches
 from ddpm.data.feeding import goes_on_device
@@ -119,6 +120,9 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
         raw.load_state_dict(_first_weights(config, raw))
     ema = EMA(raw, training.ema_decay, training.ema_warmup)
     timestep_sampler = build.timestep_sampler(diffusion, accelerator.device)
+    compiles, why = decide(runtime.compile, accelerator.device)
+    if compiles:
+        compile_in_place(raw)
     model, optimizer = accelerator.prepare(raw, build.optimizer(config, list(raw.parameters())))
     first_step, meter_sums = 0, None
     newest = checkpoint.newest_whole(run.checkpoints)
@@ -135,6 +139,7 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
             num_steps,
             accelerator.device,
         )
+        log.info("compiled: %s (%s)", "yes" if compiles else "no", why)
         if first_step:
             print(f"carrying on from step {first_step}", flush=True)
     lr_schedule, lr = build.lr_schedule(config), float(config.optimizer["lr"])

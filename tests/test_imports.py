@@ -27,8 +27,8 @@ ORDER = [
         "features",
     ),
     *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "figures", "recording", "interruption"),
-    *("build", "processes", "run_folder", "sample_folder", "evaluation", "results", "evaluation_run", "training_loop", "device_batch", "training_run"),
-    *("resuming", "comparison", "comparison_run"),
+    *("build", "compilation", "processes", "run_folder", "sample_folder", "evaluation", "results", "evaluation_run", "training_loop", "device_batch"),
+    *("timing", "training_run", "resuming", "comparison", "comparison_run"),
 ]
 PURE = {
     "randomness",

@@ -1,0 +1,412 @@
+"""The same work side by side in one process: this project, diffusers, and denoising-diffusion-pytorch.
+
+    pip install diffusers denoising-diffusion-pytorch && python tests/benchmarks/peers.py --work unet32 unet128 quickstart sampler --to peers.json
+
+Ours: the loop of ddpm.train.    diffusers: UNet2DModel with our weights, in the loop of its own examples/unconditional_image_generation (Accelerate, DataLoader,
+AdamW, EMAModel, the loss read at every step).    denoising-diffusion-pytorch: its Trainer with its README's Unet(64), another network, so compare its
+GFLOP/s. Before anything is timed, losses must agree on the same weights, batch and noise. Rounds are interleaved; a ratio is that of the medians.
+Where torchvision is not installed, or not for this torch, stand-ins made of Pillow take the place of the six transforms that denoising-diffusion-pytorch uses.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from ddpm import build
+from ddpm.cli import compose
+from ddpm.config import Config, training_config
+from ddpm.diffusers_settings import unet_config
+from ddpm.processes import accelerator_for
+from ddpm.sampling import Drawing
+from ddpm.timing import TrainingStep, made_up
+
+WORK = {  # name -> settings, batch
+    "unet32": (["model=unet32", "data=cifar10"], 16),
+    "unet128": (["model=unet128", "data=butterflies"], 4),
+    "quickstart": ([], 32),
+}
+
+
+class Times:
+    """Seconds of one contender's rounds. run: does its work `count` times.    images, flops: of one."""
+
+    def __init__(self, name: str, run: Callable[[int], Any], count: int, images: int, flops: int) -> None:
+        self.name, self.run, self.count, self.images, self.flops, self.seconds = name, run, count, images, flops, []
+
+    def round(self, clock: Callable[[], float]) -> None:
+        start = clock()
+        self.run(self.count)
+        self.seconds.append((clock() - start) / self.count)
+
+    def summary(self) -> dict[str, Any]:
+        speeds = sorted(self.images / seconds for seconds in self.seconds)
+        median = statistics.median(speeds)
+        return {
+            "images_per_second": round(median, 3),
+            "lowest": round(speeds[0], 3),
+            "highest": round(speeds[-1], 3),
+            "gflop_per_second": round(median / self.images * self.flops / 1e9, 1),
+        }
+
+
+class DiffusersStep:
+    """The body of diffusers' examples/unconditional_image_generation/train_unconditional.py, with our weights; without its trackers and checkpoints."""
+
+    def __init__(self, config: Config, weights: dict[str, Tensor], batch: int, compiled: bool = False, channels_last: bool = False) -> None:
+        self.accelerator = Accelerator()
+        model = their_network(config, weights).train()
+        if channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+        self.ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75, model_cls=UNet2DModel, model_config=model.config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+        pictures = torch.from_numpy(made_up(config, batch)).float() / 127.5 - 1  # decoded, resized and normalized already: a help to them
+        loader = DataLoader(_Repeated(pictures), batch_size=batch, shuffle=True, num_workers=0)
+        lr_scheduler = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=1 << 30)
+        self.model, self.optimizer, loader, self.lr_scheduler = self.accelerator.prepare(model, optimizer, loader, lr_scheduler)
+        if compiled:
+            self.model = torch.compile(self.model)
+        self.batches = _endless(loader)
+        self.bar = tqdm(disable=True)
+
+    def run(self, count: int) -> None:
+        for _ in range(count):
+            clean_images = next(self.batches)["input"]
+            noise = torch.randn(clean_images.shape, dtype=clean_images.dtype, device=clean_images.device)
+            timesteps = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(clean_images),), device=clean_images.device).long()
+            noisy_images = self.scheduler.add_noise(clean_images, noise, timesteps)
+            with self.accelerator.accumulate(self.model):
+                loss = F.mse_loss(self.model(noisy_images, timesteps).sample.float(), noise.float())
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+                self.optimizer.step()
+                self.lr_scheduler.step()
+                self.optimizer.zero_grad()
+            self.ema.step(self.model.parameters())
+            self.bar.update(1)
+            self.bar.set_postfix(loss=loss.detach().item(), lr=self.lr_scheduler.get_last_lr()[0], ema_decay=self.ema.cur_decay_value)
+
+
+class LucidrainsStep:
+    """denoising-diffusion-pytorch's own Trainer, on a folder of pictures of the right size, without its FID and samples."""
+
+    def __init__(self, size: int, batch: int, folder: Path) -> None:
+        from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
+
+        for index in range(100):
+            Image.fromarray(np.random.default_rng(index).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        network = Unet(dim=64, dim_mults=(1, 2, 4, 8), flash_attn=True)
+        self.diffusion = GaussianDiffusion(network, image_size=size, timesteps=1000, beta_schedule="linear", objective="pred_noise")
+        accumulate = max(1, 16 // batch)  # it asks for an effective batch of 16
+        self.trainer = Trainer(
+            self.diffusion,
+            str(folder),
+            train_batch_size=batch,
+            gradient_accumulate_every=accumulate,
+            calculate_fid=False,
+            save_and_sample_every=1 << 30,
+            results_folder=str(folder / "results"),
+        )
+        self.trainer.train_num_steps = 0
+        self.images = batch * accumulate
+
+    def run(self, count: int) -> None:
+        self.trainer.train_num_steps += count
+        self.trainer.train()
+
+
+class _Repeated(Dataset):
+    """A data set long enough for an epoch, of a few pictures."""
+
+    def __init__(self, pictures: Tensor) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return 1 << 14
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input": self.pictures[index % len(self.pictures)]}
+
+
+def _endless(loader: DataLoader) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+def their_network(config: Config, weights: dict[str, Tensor]) -> UNet2DModel:
+    network = UNet2DModel.from_config(unet_config(config.model | {"out_channels": config.data.channels}))
+    network.load_state_dict({name: tensor.clone() for name, tensor in weights.items()})
+    return network
+
+
+def losses_agree(config: Config, network: nn.Module, batch: int) -> float:
+    """Largest difference between our losses and diffusers', with the same weights, batch and noise.    Raises AssertionError above 1e-4 of the loss."""
+    diffusion = build.diffusion(config)
+    x0 = torch.from_numpy(made_up(config, batch)).float() / 127.5 - 1
+    noise, t = torch.randn(x0.shape), torch.randint(0, 1000, (batch,))
+    network = copy.deepcopy(network).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():  # the last convolution starts at zero, and would hide all before it
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+        ours = diffusion.losses(network, x0, t, noise)
+        scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+        model = their_network(config, network.state_dict()).eval()
+        theirs = (model(scheduler.add_noise(x0, noise, t), t).sample - noise).square().flatten(1).mean(dim=1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+    return float((ours - theirs).abs().max())
+
+
+def lucidrains_losses_agree(diffusion: Any, config: Config) -> float:
+    """The same, of denoising-diffusion-pytorch's loss and ours, both with its network: it cannot hold ours."""
+    x0 = torch.rand(4, 3, diffusion.image_size, diffusion.image_size) * 2 - 1
+    noise, t = torch.randn(x0.shape), torch.randint(0, 1000, (4,))
+    with torch.no_grad():
+        ours = build.diffusion(config).losses(diffusion.model, x0, t, noise).mean()
+        theirs = diffusion.p_losses(x0, t, noise)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+    return float((ours - theirs).abs())
+
+
+def training(name: str, rounds: int, compiled: bool, lucidrains: bool, clock: Callable[[], float]) -> dict[str, Any]:
+    settings, batch = WORK[name]
+    config = training_config(compose([*settings, "runtime.device=cpu"]))
+    with accelerator_for(config) as accelerator, tempfile.TemporaryDirectory() as folder:
+        ours = TrainingStep(config, accelerator, made_up(config, batch), batch)
+        found = {"batch": batch, "loss_difference": losses_agree(config, ours.network, batch)}
+        weights = {key: tensor.detach().contiguous() for key, tensor in ours.network.state_dict().items()}
+        flops = 3 * forward_flops(ours.network, config) * batch
+        count = 10 if name == "quickstart" else 1
+        contenders = [
+            Times("ours", ours.run, count, batch, flops),
+            Times("diffusers", DiffusersStep(config, weights, batch).run, count, batch, flops),
+            Times("diffusers channels_last", DiffusersStep(config, weights, batch, channels_last=True).run, count, batch, flops),
+        ]
+        if compiled:
+            contenders.append(Times("ours compiled", TrainingStep(config, accelerator, made_up(config, batch), batch, compiled=True).run, count, batch, flops))
+            contenders.append(Times("diffusers compiled", DiffusersStep(config, weights, batch, compiled=True, channels_last=True).run, count, batch, flops))
+        if lucidrains:
+            size = build.image_size(config.data)[0]
+            theirs = LucidrainsStep(size, batch, Path(folder))
+            found["lucidrains_loss_difference"] = lucidrains_losses_agree(theirs.diffusion, config)
+            their_flops = 3 * flops_of(lambda: theirs.diffusion.model(torch.zeros(1, 3, size, size), torch.zeros(1, dtype=torch.int64))) * theirs.images
+            contenders.append(Times("denoising-diffusion-pytorch Unet(64)", theirs.run, 1, theirs.images, their_flops))
+        return found | timed(contenders, rounds, clock)
+
+
+def sampling(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """One step of the reverse process at batch 64 of unet32: Sampler.walk and the two lines in the loop of DDPMPipeline."""
+    config = training_config(compose([*WORK["unet32"][0], "runtime.device=cpu"]))
+    network = build.network(config, torch.device("cpu"), 1).eval()
+    weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    diffusion, batch = build.diffusion(config), 64
+    drawing = Drawing(network, weights, diffusion, build.sampler(config.sampler, diffusion), (3, 32, 32), 0)
+    noise = drawing.latents(range(batch))
+    steps_of = drawing.timesteps
+    pipeline = DDPMPipeline(their_network(config, {k: v.contiguous() for k, v in weights.items()}).eval(), DDPMScheduler(beta_schedule="linear"))
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def ours(count: int) -> None:
+        from ddpm.samplers import step_noise
+
+        drawing.walk(noise, steps_of[:count], step_noise((3, 32, 32), range(batch), 0, torch.device("cpu")))
+
+    @torch.no_grad()
+    def theirs(count: int) -> None:
+        image = noise.contiguous()
+        for t in pipeline.scheduler.timesteps[:count]:
+            image = pipeline.scheduler.step(pipeline.unet(image, t).sample, t, image, generator=generator).prev_sample
+
+    flops = forward_flops(network, config) * batch
+    return {"batch": batch} | timed([Times("ours", ours, 2, batch, flops), Times("diffusers", theirs, 2, batch, flops)], rounds, clock)
+
+
+def timed(contenders: list[Times], rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """Interleaved rounds of each, after one that is not counted."""
+    first = {}
+    for contender in contenders:
+        start = time.perf_counter()
+        contender.run(1)
+        first[contender.name] = round(time.perf_counter() - start, 2)
+    peak = 0.0
+    for _ in range(rounds):
+        peak = max(peak, matrix_product(clock))
+        for contender in contenders:
+            contender.round(clock)
+    results = {contender.name: contender.summary() | {"first_s": first[contender.name]} for contender in contenders}
+    base = results["diffusers"]["images_per_second"]
+    for result in results.values():
+        result["against_diffusers"] = round(result["images_per_second"] / base, 3)
+        result["share_of_peak"] = round(result["gflop_per_second"] / peak, 3)
+    return {"matrix_product_gflop_per_second": round(peak, 1), "rounds": rounds, "results": results}
+
+
+def matrix_product(clock: Callable[[], float], size: int = 2048) -> float:
+    """GFLOP/s of the best of five float32 matrix products."""
+    a, b = torch.randn(2, size, size)
+    best = math.inf
+    for _ in range(5):
+        start = clock()
+        a @ b
+        best = min(best, clock() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def flops_of(call: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops()
+
+
+def forward_flops(network: nn.Module, config: Config) -> int:
+    """Of one image."""
+    return flops_of(lambda: network(torch.zeros(1, config.data.channels, *build.image_size(config.data)), torch.zeros(1, dtype=torch.int64)))
+
+
+def peak_memory(contender: str, name: str) -> int:
+    """Bytes that three training steps of one contender add, at most, to a process that holds no more than it: the resident peak less what the imports take."""
+    settings, batch = WORK[name]
+    config = training_config(compose([*settings, "runtime.device=cpu"]))
+    before = resident("VmRSS")
+    with accelerator_for(config) as accelerator:
+        if contender == "ours":
+            step: Any = TrainingStep(config, accelerator, made_up(config, batch), batch)
+        else:
+            step = DiffusersStep(config, build.network(config, torch.device("cpu"), 1).state_dict(), batch)
+        step.run(3)
+    return resident("VmHWM") - before
+
+
+def resident(which: str) -> int:
+    """VmRSS, now, or VmHWM, at most so far, in bytes (Linux)."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which)]
+    return int(line.split()[1]) * 1024
+
+
+def memory(name: str) -> dict[str, Any]:
+    """Peak memory of a training step, each contender in a process of its own."""
+    found = {}
+    for contender in ("ours", "diffusers"):
+        done = subprocess.run([sys.executable, __file__, "--peak-memory", contender, name], capture_output=True, text=True, check=True)
+        found[contender] = int(done.stdout.split()[-1])
+    return {"bytes": found, "against_diffusers": round(found["ours"] / found["diffusers"], 3)}
+
+
+def stand_in_for_torchvision() -> str:
+    """Whose transforms denoising-diffusion-pytorch gets."""
+    try:
+        import torchvision
+
+        return f"torchvision {torchvision.__version__}"
+    except (ImportError, RuntimeError):  # the latter: built for another torch
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+    def resize(size: int) -> Callable[[Image.Image], Image.Image]:
+        def apply(image: Image.Image) -> Image.Image:
+            scale = size / min(image.size)
+            return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+
+        return apply
+
+    def compose_all(steps: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+        def apply(image: Any) -> Any:
+            for step in steps:
+                image = step(image)
+            return image
+
+        return apply
+
+    def to_tensor(image: Image.Image) -> Tensor:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
+
+    transforms = types.ModuleType("torchvision.transforms")
+    vars(transforms).update(
+        Compose=compose_all,
+        Lambda=lambda function: function,
+        Resize=resize,
+        CenterCrop=lambda size: lambda image: ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR),
+        RandomHorizontalFlip=lambda: lambda image: ImageOps.mirror(image) if random.random() < 0.5 else image,
+        ToTensor=lambda: to_tensor,
+    )
+    torchvision, utils = types.ModuleType("torchvision"), types.ModuleType("torchvision.utils")
+    vars(utils).update(save_image=None, make_grid=None)
+    vars(torchvision).update(transforms=transforms, utils=utils)
+    sys.modules.update({"torchvision": torchvision, "torchvision.transforms": transforms, "torchvision.utils": utils})
+    return "stand-ins made of Pillow"
+
+
+def machine() -> dict[str, Any]:
+    names = ["torch", "diffusers", "accelerate", "denoising-diffusion-pytorch"]
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {"cpu": model[0], "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", nargs="+", choices=[*WORK, "sampler"], default=[*WORK, "sampler"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compiled", action="store_true", help="also both compiled, which takes minutes")
+    parser.add_argument("--lucidrains", action="store_true", help="also denoising-diffusion-pytorch, in training")
+    parser.add_argument("--memory", action="store_true", help="also peak memory of a training step, in processes of their own")
+    parser.add_argument("--busy", action="store_true", help="one thread and its processor time, for a machine that others use too")
+    parser.add_argument("--to", type=Path, help="a JSON file for all that was measured")
+    parser.add_argument("--peak-memory", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak_memory:
+        print(peak_memory(*arguments.peak_memory))
+        return
+    clock = time.process_time if arguments.busy else time.perf_counter
+    if arguments.busy:
+        torch.set_num_threads(1)
+    report: dict[str, Any] = {"machine": machine() | {"clock": "processor time" if arguments.busy else "wall time"}}
+    if arguments.lucidrains:
+        report["machine"]["transforms"] = stand_in_for_torchvision()
+    for name in arguments.work:
+        if name == "sampler":
+            report[name] = sampling(arguments.rounds, clock)
+        else:
+            report[name] = training(name, arguments.rounds, arguments.compiled, arguments.lucidrains, clock)
+        if arguments.memory and name in WORK:
+            report[name]["peak_memory"] = memory(name)
+        print(json.dumps({name: report[name]}, indent=1), flush=True)
+    if arguments.to:
+        arguments.to.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
