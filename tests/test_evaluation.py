@@ -107,7 +107,7 @@ def test_figures_do_not_depend_on_batches_or_processes_and_are_kept(ddpm, run):
         first["bits_per_dim@6:heldout:ema:step6"]
     )
     board = EventAccumulator(str(run)).Reload()  # beside the curves of training, under a name that tells the protocol
-    (tag,) = (tag for tag in board.Tags()["scalars"] if tag.startswith("eval/kd_efficientnet_lite0_12_heldout") and tag.endswith("ema"))
+    tag = "eval/kd_efficientnet_lite0@12:heldout:efficientnet_lite0:ddim2:ema"
     assert board.Scalars(f"{tag}_final")[0].value == pytest.approx(board.Scalars(tag)[0].value)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddpm.evaluate", f"run={run}", *SETTINGS, metrics]
     words += ["evaluation.batch_size=3", "evaluation.bound_split=heldout"]
