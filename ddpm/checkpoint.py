@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ddpm import files
 from ddpm.files import allow_by_umask, sync_file, sync_folder, write_whole
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ def clear_scratch(checkpoints: Path) -> None:
     """Remove what a process that was killed while saving left behind. Only for who alone writes here."""
     for left in checkpoints.glob(f".{_PREFIX}*"):
         shutil.rmtree(left, ignore_errors=True)
+    files.clear_scratch(checkpoints)
 
 
 def all_in(checkpoints: Path) -> list[Checkpoint]:

@@ -27,6 +27,13 @@ def write_whole_bytes(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def clear_scratch(folder: Path) -> None:
+    """Remove the files that a process left behind in a folder which was killed while writing. Only for who alone writes there."""
+    for left in folder.glob(".*.[0-9]*"):
+        if left.is_file():
+            left.unlink()
+
+
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Wait until no other process is in here with the same `path`, a file made for this, and keep others waiting; where the system has such locks."""

@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from torch import nn
 from tqdm import tqdm
 
-from ddpm import build, checkpoint, diffusers_folder, evaluation, images, recording
+from ddpm import build, checkpoint, diffusers_folder, evaluation, files, images, recording
 from ddpm.cli import Composed
 from ddpm.compilation import compile_in_place, decide
 from ddpm.config import Config
@@ -90,6 +90,7 @@ def carry_out(config: Config, run: RunFolder, composed: Composed, changes: dict[
             return
         with run.held(), _log_file(run), interruption.listening():
             checkpoint.clear_scratch(run.checkpoints)
+            files.clear_scratch(run.path)
             run.start(config, composed)
             if changes:
                 run.update(changes=[*record.get("changes", []), {"step": record.get("step", 0), "changed": changes}])

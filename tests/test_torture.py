@@ -99,6 +99,7 @@ def test_killed_at_many_instants_a_run_ends_with_the_same_bytes_and_never_loses_
     assert process.returncode == 0, error
     assert_same(run_of(tmp_path), whole)
     assert not list((run_of(tmp_path) / "checkpoints").glob(".*"))
+    assert {file.name for file in run_of(tmp_path).glob(".*")} == {".hydra", ".lock"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
