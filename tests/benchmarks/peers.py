@@ -186,7 +186,7 @@ def losses_agree(config: Config, network: nn.Module, batch: int) -> float:
 
 def lucidrains_losses_agree(diffusion: Any, config: Config) -> float:
     """The same, of denoising-diffusion-pytorch's loss and ours, both with its network: it cannot hold ours."""
-    x0 = torch.rand(4, 3, diffusion.image_size, diffusion.image_size) * 2 - 1
+    x0 = torch.rand(4, 3, *build.image_size(config.data)) * 2 - 1
     noise, t = torch.randn(x0.shape), torch.randint(0, 1000, (4,))
     with torch.no_grad():
         ours = build.diffusion(config).losses(diffusion.model, x0, t, noise).mean()
@@ -330,12 +330,8 @@ def stand_in_for_torchvision() -> str:
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
 
-    def resize(size: int) -> Callable[[Image.Image], Image.Image]:
-        def apply(image: Image.Image) -> Image.Image:
-            scale = size / min(image.size)
-            return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
-
-        return apply
+    def resize(size: tuple[int, int]) -> Callable[[Image.Image], Image.Image]:
+        return lambda image: image.resize(size[::-1], Image.Resampling.BILINEAR)
 
     def compose_all(steps: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
         def apply(image: Any) -> Any:
@@ -353,7 +349,7 @@ def stand_in_for_torchvision() -> str:
         Compose=compose_all,
         Lambda=lambda function: function,
         Resize=resize,
-        CenterCrop=lambda size: lambda image: ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR),
+        CenterCrop=lambda size: lambda image: ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR),
         RandomHorizontalFlip=lambda: lambda image: ImageOps.mirror(image) if random.random() < 0.5 else image,
         ToTensor=lambda: to_tensor,
     )
