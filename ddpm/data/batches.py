@@ -98,12 +98,11 @@ class Batches:
         chosen = self._chosen(step, start, stop)
         if chosen.device != self.device:
             chosen = (chosen.pin_memory() if self.device.type == "cuda" else chosen).to(self.device, non_blocking=True)
-        x0 = chosen.contiguous(memory_format=torch.channels_last).float().div_(127.5).sub_(1)
-        if self.flip:
+        if self.flip:  # while it is bytes
             positions = torch.arange(start, stop, device=self.device)
             mirrored = randomness.coin(randomness.stream_keys(randomness.TRAIN_FLIP, self.seed, step, positions))
-            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
-        return x0
+            chosen = torch.where(mirrored[:, None, None, None], chosen.flip(-1), chosen)
+        return chosen.contiguous(memory_format=torch.channels_last).float().div_(127.5).sub_(1)
 
     def _chosen(self, step: int, start: int, stop: int) -> Tensor:
         if not isinstance(self._images, _Ahead):

@@ -1,6 +1,6 @@
 """The same work side by side in one process: this project, diffusers, and denoising-diffusion-pytorch.
 
-    pip install diffusers denoising-diffusion-pytorch && python tests/benchmarks/peers.py --work unet32 unet128 quickstart sampler --to peers.json
+    pip install diffusers denoising-diffusion-pytorch && python tests/benchmarks/peers.py --work unet32 unet128 quickstart sampler feeding --to peers.json
 
 Ours: the loop of ddpm.train.    diffusers: UNet2DModel with our weights, in the loop of its own examples/unconditional_image_generation (Accelerate, DataLoader,
 AdamW, EMAModel, the loss read at every step).    denoising-diffusion-pytorch: its Trainer with its README's Unet(64), another network, so compare its
@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -42,6 +43,10 @@ from tqdm.auto import tqdm
 from ddpm import build
 from ddpm.cli import compose
 from ddpm.config import Config, training_config
+from ddpm.data import sources
+from ddpm.data.batches import Batches
+from ddpm.data.decoding import Decoding
+from ddpm.data.image_set import image_set
 from ddpm.diffusers_settings import unet_config
 from ddpm.processes import accelerator_for
 from ddpm.sampling import Drawing
@@ -249,7 +254,52 @@ def sampling(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     return {"batch": batch} | timed([Times("ours", ours, 2, batch, flops), Times("diffusers", theirs, 2, batch, flops)], rounds, clock)
 
 
-def timed(contenders: list[Times], rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
+class _Decoded(Dataset):
+    """Files as the peers' loaders read them: decoded, resized and mirrored anew each time, then to a tensor in [-1, 1]."""
+
+    def __init__(self, files: list[Path], size: int) -> None:
+        self.files, self.size = files, size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = ImageOps.fit(Image.open(self.files[index]).convert("RGB"), (self.size, self.size), Image.Resampling.BILINEAR)
+        image = ImageOps.mirror(image) if random.random() < 0.5 else image
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(127.5).sub(1)
+
+
+def feeding(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """An epoch of 1,000 JPEGs of 512 pixels at 128, the network left out: our batches after the first decoding, and a DataLoader that decodes."""
+    size, batch = 128, 16
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{index:04d}.jpg" for index in range(1000)]
+        for index, file in enumerate(files):
+            small = np.random.default_rng(index).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(small).resize((512, 512), Image.Resampling.BICUBIC).save(file, quality=90)
+        cache, cores = Path(folder) / "cache", len(os.sched_getaffinity(0))
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        data = image_set(sources.folder(folder), Decoding(size, size, 3, "center", "white"), cache, cores, 0.0)
+        seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        batches = Batches(data.stored, batch, 0, torch.device("cpu"), drop_last=True, flip=True)
+
+        def ours(epochs: int) -> None:
+            for step in range(epochs * batches.steps_per_epoch):
+                batches.images(step, 0, batch)
+
+        def theirs(loader: DataLoader) -> Callable[[int], None]:
+            return lambda epochs: [None for _ in range(epochs) for _ in loader] and None
+
+        loaders = {workers: DataLoader(_Decoded(files, size), batch, shuffle=True, drop_last=True, num_workers=workers) for workers in (0, cores)}
+        images = batches.steps_per_epoch * batch
+        contenders = [Times("ours", ours, 1, images, 0)]
+        contenders += [Times(f"DataLoader, {workers} workers", theirs(loader), 1, images, 0) for workers, loader in loaders.items()]
+        found = timed(contenders, rounds, clock, against=contenders[-1].name)
+        return {"first_decoding_s": round(seconds, 2), "cores_busy": round(worked / seconds / cores, 2)} | found
+
+
+def timed(contenders: list[Times], rounds: int, clock: Callable[[], float], against: str = "diffusers") -> dict[str, Any]:
     """Interleaved rounds of each, after one that is not counted."""
     first = {}
     for contender in contenders:
@@ -262,9 +312,9 @@ def timed(contenders: list[Times], rounds: int, clock: Callable[[], float]) -> d
         for contender in contenders:
             contender.round(clock)
     results = {contender.name: contender.summary() | {"first_s": first[contender.name]} for contender in contenders}
-    base = results["diffusers"]["images_per_second"]
+    base = results[against]["images_per_second"]
     for result in results.values():
-        result["against_diffusers"] = round(result["images_per_second"] / base, 3)
+        result[f"against_{against}"] = round(result["images_per_second"] / base, 3)
         result["share_of_peak"] = round(result["gflop_per_second"] / peak, 3)
     return {"matrix_product_gflop_per_second": round(peak, 1), "rounds": rounds, "results": results}
 
@@ -374,7 +424,7 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", nargs="+", choices=[*WORK, "sampler"], default=[*WORK, "sampler"])
+    parser.add_argument("--work", nargs="+", choices=[*WORK, "sampler", "feeding"], default=[*WORK, "sampler", "feeding"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compiled", action="store_true", help="also both compiled, which takes minutes")
     parser.add_argument("--lucidrains", action="store_true", help="also denoising-diffusion-pytorch, in training")
@@ -395,6 +445,8 @@ def main() -> None:
     for name in arguments.work:
         if name == "sampler":
             report[name] = sampling(arguments.rounds, clock)
+        elif name == "feeding":
+            report[name] = feeding(arguments.rounds, clock)
         else:
             report[name] = training(name, arguments.rounds, arguments.compiled, arguments.lucidrains, clock)
         if arguments.memory and name in WORK:
