@@ -235,7 +235,7 @@ def _composed(cfg: DictConfig, hydra_cfg: Any) -> Composed:
     OmegaConf.set_struct(task_cfg, False)
     task_cfg.pop("hydra", None)
     choices = {group: str(option) for group, option in hydra_cfg.runtime.choices.items() if not group.startswith("hydra/")}
-    own = next((source.path for source in hydra_cfg.runtime.config_sources if source.provider == "command-line"), None)
+    own = next((source.path for source in hydra_cfg.runtime.config_sources if source.provider.endswith("command-line")), None)
     return Composed(task_cfg, choices, OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False), own)  # type: ignore[arg-type]
 
 
