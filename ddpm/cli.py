@@ -66,7 +66,7 @@ def compose(overrides: Sequence[str], config_name: str = "config", config_dir: s
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             own = [f"hydra.searchpath=['file://{config_dir}']"] if config_dir else []
-            cfg = hydra.compose(config_name, overrides=[*overrides, *own], return_hydra_config=True)
+            cfg = hydra.compose(config_name, overrides=[*map(_at_home, overrides), *own], return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = running
     return _composed(cfg, cfg.hydra)
@@ -91,7 +91,8 @@ def command(
             print(help_text(CONF, EXPERIMENTS, config_name, what, examples))
             return
         wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-        typed, process = sys.argv[1:], os.getpid()
+        sys.argv[1:] = typed = [_at_home(word) for word in sys.argv[1:]]
+        process = os.getpid()
         outcomes: list[sweep.Outcome] = []
 
         def job(cfg: DictConfig) -> sweep.Outcome:
@@ -249,6 +250,12 @@ def _overrides_in(arguments: Sequence[str]) -> list[str]:
 
     parser.error = refuse  # type: ignore[method-assign]
     return parser.parse_args(arguments).overrides
+
+
+def _at_home(override: str) -> str:
+    """key=~/path as a shell would have it, which leaves it alone since the key has a dot, and Hydra cannot read it."""
+    key, equals, value = override.partition("=")
+    return key + equals + str(Path(value).expanduser()) if value == "~" or value.startswith("~/") else override
 
 
 def _groups() -> list[str]:

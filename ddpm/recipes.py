@@ -1,9 +1,13 @@
 """python -m ddpm.recipes: print experiments/README.md, the table of the named runs, from the files beside it."""
 
+import json
 from itertools import groupby
+from pathlib import Path
 
+from ddpm import evaluation
 from ddpm.cli import EXPERIMENTS, Composed, compose
 from ddpm.config import Config, Recipe, training_config
+from ddpm.results import PARTS
 
 INTRO = """\
 # Recipes
@@ -48,8 +52,25 @@ def table() -> str:
         config = training_config(composed)
         if config.recipe is None:
             raise ValueError(f"experiments/{file.name} has no recipe")
-        rows.append([f"[{file.stem}]({file.name})", _source(config.recipe), *_run(composed, config, config.recipe), _published(config.recipe), "not measured"])
+        rows.append(
+            [f"[{file.stem}]({file.name})", _source(config.recipe), *_run(composed, config, config.recipe), _published(config.recipe), measured(file.stem)]
+        )
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def measured(name: str, results: Path = EXPERIMENTS / "results") -> str:
+    """What a run came to, from its run.json and evaluation.json, kept in a folder of its name: figures with their protocols, steps, device and commit."""
+    folder = results / name
+    figures = evaluation.recorded(folder / "evaluation.json")
+    if not figures:
+        return "not measured"
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    shown = [
+        f"{entry['id']} {entry['value']:.4g}" + (f" (floor {entry['floor']:.4g})" if entry["floor"] is not None else "")
+        for entry in figures
+        if not entry["metric"].startswith(PARTS)
+    ]
+    return "<br>".join([*(f"`{words}`" for words in shown), f"{run['step']:,} steps, {run['device']}, commit {run['git']['commit'][:7]}"])
 
 
 def _source(recipe: Recipe) -> str:

@@ -240,6 +240,11 @@ def test_a_value_on_the_command_line_wins_over_every_file():
     assert found == (0.3, 1e-3, 64, 7)
 
 
+def test_a_path_may_begin_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert composed("data=folder", "data.path=~/pictures").data.path == str(tmp_path / "pictures")
+
+
 def test_a_group_on_the_command_line_wins_over_the_experiments():
     assert composed("experiment=butterflies128", "model=unet64").data.resolution == 64
 
