@@ -43,22 +43,30 @@ _broken: dict[str, str] = {}  # files of experiments/ that cannot be options: na
 
 @dataclass(frozen=True)
 class Composed:
-    """A composed configuration.    choices: the option chosen in each group.    overrides: what the command line said, as typed."""
+    """A composed configuration.    choices: the option chosen in each group.    overrides: what the command line said, as typed.
+
+    config_dir: the folder of the user's own options (--config-dir), if there is one.
+    """
 
     cfg: DictConfig
     choices: dict[str, str]
     overrides: list[str]
+    config_dir: str | None = None
 
 
-def compose(overrides: Sequence[str], config_name: str = "config") -> Composed:
-    """What the command line `overrides` would compose to.    Raises Hydra's errors, as the command itself does, and ValueError for a path as an option."""
+def compose(overrides: Sequence[str], config_name: str = "config", config_dir: str | None = None) -> Composed:
+    """What the command line `overrides` would compose to.    config_dir: of the user's own options, as --config-dir has it.
+
+    Raises Hydra's errors, as the command itself does, and ValueError for a path as an option.
+    """
     register_experiments()
     _refuse_paths(overrides)
     running = GlobalHydra.instance().hydra  # set when called from within a command
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            cfg = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
+            own = [f"hydra.searchpath=['file://{config_dir}']"] if config_dir else []
+            cfg = hydra.compose(config_name, overrides=[*overrides, *own], return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = running
     return _composed(cfg, cfg.hydra)
@@ -227,7 +235,8 @@ def _composed(cfg: DictConfig, hydra_cfg: Any) -> Composed:
     OmegaConf.set_struct(task_cfg, False)
     task_cfg.pop("hydra", None)
     choices = {group: str(option) for group, option in hydra_cfg.runtime.choices.items() if not group.startswith("hydra/")}
-    return Composed(task_cfg, choices, OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False))  # type: ignore[arg-type]
+    own = next((source.path for source in hydra_cfg.runtime.config_sources if source.provider.endswith("command-line")), None)
+    return Composed(task_cfg, choices, OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False), own)  # type: ignore[arg-type]
 
 
 def _overrides_in(arguments: Sequence[str]) -> list[str]:

@@ -154,14 +154,15 @@ def locate(config: Config, composed: Composed) -> RunFolder:
         shown["init_from"] = Path(config.init_from).expanduser().resolve().name[-60:]
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:8]
     name = f"{composed.choices['model']}-{_typable(mine['data']['name'])}"
-    own = _own_settings(composed.choices["model"], composed.choices["data"], path)
+    own = _own_settings(composed.choices["model"], composed.choices["data"], path, composed.config_dir, tuple(config.runtime.trusted_modules))
     return RunFolder(Path(config.outputs) / name / f"{_difference(shown, own)}-{digest}")
 
 
 @functools.cache
-def _own_settings(model: str, data: str, path: str | None) -> dict[str, Any]:
+def _own_settings(model: str, data: str, path: str | None, config_dir: str | None, trusted: tuple[str, ...]) -> dict[str, Any]:
     """What a model and a data set are computed with if nothing else is said."""
-    return flat(computed(training_config(compose([f"model={model}", f"data={data}", *([f"data.path={_quoted(path)}"] if path else [])]))))
+    pair = [f"model={model}", f"data={data}", f"runtime.trusted_modules=[{','.join(trusted)}]"]
+    return flat(computed(training_config(compose([*pair, *([f"data.path={_quoted(path)}"] if path else [])], config_dir=config_dir))))
 
 
 def with_content(config: Config) -> Config:

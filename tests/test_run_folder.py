@@ -112,3 +112,22 @@ def test_a_folder_that_is_no_run_is_refused_by_its_path(tmp_path, content):
         (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         RunFolder(tmp_path).config([])
+
+
+def test_options_of_the_users_own_folder_name_a_run_like_any_other(tmp_path, monkeypatch):
+    (tmp_path / "theirs.py").write_text(
+        "import torch\n\n\ndef betas(num_timesteps: int):\n    return torch.full((num_timesteps,), 0.01, dtype=torch.float64)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "schedule").mkdir()
+    (tmp_path / "conf" / "model" / "wide.yaml").write_text("# @package _global_\ndefaults:\n  - quickstart\nmodel:\n  base_channels: 64\n")
+    (tmp_path / "conf" / "schedule" / "flat.yaml").write_text("_target_: theirs.betas\nnum_timesteps: 10\n")
+    words = ["model=wide", "schedule=flat", "sampler.num_steps=5", "runtime.trusted_modules=[theirs]", f"outputs={tmp_path}"]
+    composed = compose(words, config_dir=str(tmp_path / "conf"))
+    config = training_config(composed)
+    assert config.model["base_channels"] == 64
+    found = locate(config, composed).path
+    assert found.parent.name == "wide-digits"
+    assert "base_channels" not in found.name  # its own setting
+    assert "schedule-betas" in found.name
