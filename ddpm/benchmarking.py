@@ -7,14 +7,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import accelerate
 import numpy as np
 import psutil
 import torch
 
+import ddpm
 from ddpm import build
 from ddpm.cli import Composed
 from ddpm.compilation import compile_in_place, decide
@@ -131,7 +132,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What was measured on: device, cores, versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     threads = {"threads": f"{torch.get_num_threads()} threads"} if device.type == "cpu" else {}
-    versions = {package: f"{package} {metadata.version(package)}" for package in ("torch", "ddpm", "accelerate")}
+    versions = {"torch": f"torch {torch.__version__}", "accelerate": f"accelerate {accelerate.__version__}", "ddpm": f"ddpm {ddpm.__version__}"}
     return {"device": f"{device.type} ({name})", **threads, "python": f"Python {platform.python_version()}", **versions}
 
 

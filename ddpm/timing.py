@@ -131,12 +131,12 @@ def made_up(config: Config, count: int) -> np.ndarray:
 
 
 def matrix_products(device: torch.device, dtype: torch.dtype, size: int) -> dict[str, float]:
-    """FLOP/s of (size, size) matrix products, the best of ten each: as torch.mm, and as the 1x1 convolution that is one too.
+    """FLOP/s of (size, size) matrix products, the best of ten each: as torch.mm, and as the 1x1 convolution that is one too.    size: a multiple of 16.
 
     They may differ: on a CPU the one is MKL's, the other oneDNN's.
     """
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    rows = a.t().reshape(1, size, 1, size).contiguous(memory_format=torch.channels_last)
+    rows = a.reshape(16, 1, size // 16, size).permute(0, 3, 1, 2)  # channels_last; a batch of 16, below which one thread has MKL's here too
     return {
         "torch.mm": 2 * size**3 / _best_of_ten(lambda: torch.mm(a, b), device),
         "1x1 convolution": 2 * size**3 / _best_of_ten(lambda: F.conv2d(rows, b[:, :, None, None]), device),

@@ -101,12 +101,16 @@ class Batches:
         if self.flip:  # while it is bytes
             positions = torch.arange(start, stop, device=self.device)
             mirrored = randomness.coin(randomness.stream_keys(randomness.TRAIN_FLIP, self.seed, step, positions))
-            chosen = torch.where(mirrored[:, None, None, None], chosen.flip(-1), chosen)
-        return chosen.contiguous(memory_format=torch.channels_last).float().div_(127.5).sub_(1)
+            all_bits = mirrored.to(torch.uint8).neg()[:, None, None, None]
+            chosen = chosen ^ ((chosen ^ chosen.flip(-1)) & all_bits)  # torch.where takes bytes one by one
+        x0 = torch.empty_like(chosen, dtype=torch.float32, memory_format=torch.channels_last)
+        for channel in range(chosen.shape[1]):  # the whole at once is several times slower on a CPU
+            x0[:, channel] = chosen[:, channel]
+        return x0.div_(127.5).sub_(1)
 
     def _chosen(self, step: int, start: int, stop: int) -> Tensor:
         if not isinstance(self._images, _Ahead):
-            return self._images[self._rows[self.indices(step, start, stop)]]
+            return self._images.index_select(0, self._rows[self.indices(step, start, stop)])
         now = self._images.take((step, start, stop), self._rows[self.indices(step, start, stop)])
         after = self.size(step + 1)
         span = (step + 1, min(start, after), min(stop, after))

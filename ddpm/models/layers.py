@@ -196,24 +196,24 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Each pixel doubled both ways, then a 3x3 convolution, made as the transposed 4x4 convolution of stride 2 that this is, with 4/9 of the products.
-
-    An output pixel sees its input pixel through two rows and columns of the 3x3 weights at once, so the 4x4 weights are sums of those.
-    """
-
-    sums: Tensor
+    """Each pixel doubled both ways, then a 3x3 convolution, made as the transposed 4x4 convolution of stride 2 that this is, with 4/9 of the products."""
 
     def __init__(self, channels: int, init: Init = "fan_avg") -> None:
         super().__init__()
         self.conv = conv3x3(channels, channels, init)
-        along = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
-        self.register_buffer("sums", torch.kron(along, along), persistent=False)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """time: as in Downsample."""
-        with torch.autocast(x.device.type, enabled=False):
-            weight = (self.conv.weight.transpose(0, 1).flatten(2) @ self.sums).unflatten(2, (4, 4))  # (in, out, 4, 4)
-        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
+        return F.conv_transpose2d(x, transposed(self.conv.weight), self.conv.bias, stride=2, padding=1)
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """(out, in, 3, 3), of a convolution of doubled pixels, -> (in, out, 4, 4), of the transposed one: an output sees an input pixel twice along a side."""
+    weight = weight.transpose(0, 1)
+    for side in (2, 3):
+        first, middle, last = weight.unbind(side)
+        weight = torch.stack([last, middle + last, first + middle, first], side)
+    return weight
 
 
 def recomputed(block: Callable[..., Tensor], *inputs: object) -> Tensor:

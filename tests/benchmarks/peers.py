@@ -272,7 +272,7 @@ class _Decoded(Dataset):
 def feeding(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     """An epoch of 1,000 JPEGs of 512 pixels at 128, the network left out: our batches after the first decoding, and a DataLoader that decodes."""
     size, batch = 128, 16
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, accelerator_for(training_config(compose(["runtime.device=cpu"]))):
         files = [Path(folder) / f"{index:04d}.jpg" for index in range(1000)]
         for index, file in enumerate(files):
             small = np.random.default_rng(index).integers(0, 256, (64, 64, 3), dtype=np.uint8)
