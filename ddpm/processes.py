@@ -1,5 +1,6 @@
 """The processes that a command runs in: one, or those that torchrun, accelerate launch or Slurm started."""
 
+import atexit
 import ctypes
 import os
 import platform
@@ -48,6 +49,13 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside the heap
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink it
+
+
+@atexit.register
+def _leave_group() -> None:
+    """Gloo's threads, left running, may abort a process that ends well."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _check_all_here(found: int) -> None:
