@@ -42,7 +42,12 @@ def network(config: Config, device: torch.device, num_classes: int) -> nn.Module
             if not callable(recompute):
                 raise ValueError(f"recompute={config.runtime.recompute}: {config.model['_target_']} has no method recompute(levels)")
             recompute(config.runtime.recompute)
-    return built.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return placed(built, device)
+
+
+def placed(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network on the device, its convolutions' weights in channels_last."""
+    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub does not know it of modules
 
 
 def any_class(config: Config, num_classes: int) -> int | None:

@@ -6,38 +6,29 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import hydra
 import yaml
-from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigLoadError, ConfigStore
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ddpm import sweep
+from ddpm import launchers, sweep
 from ddpm.help import help_text
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE / "_bundled" if (PACKAGE / "_bundled" / "conf").is_dir() else PACKAGE.parent  # an installed wheel, else a checkout
 CONF = ROOT / "conf"
 EXPERIMENTS = ROOT / "experiments"
-LAUNCHERS: dict[str, dict[str, Any]] = {  # what is not as the plugins have it
-    "joblib": {"n_jobs": "${num_devices:}"},
-    "submitit_slurm": {"timeout_min": 1440, "max_num_timeout": 100, "signal_delay_s": 300},
-}
-CARRIES_ON = 75  # the exit code of a run that was told to stop: the same command carries on
-
 _broken: dict[str, str] = {}  # files of experiments/ that cannot be options: name -> what is wrong
 
 
@@ -102,7 +93,7 @@ def command(
             if elsewhere:
                 sys.argv[1:] = typed
                 if str(hydra_cfg.launcher.get("_target_")).endswith(".JoblibLauncher"):
-                    sweep.claim_device(visible_devices())
+                    sweep.claim_device(launchers.visible_devices())
             try:
                 task(composed)
             except Exception as error:
@@ -111,9 +102,9 @@ def command(
                 code, ended = 1, {"status": "failed"}
                 print(f"error: {explain(error)}", file=sys.stderr, flush=True)
             except SystemExit as stopped:
-                if not (elsewhere and stopped.code == CARRIES_ON):
+                if not (elsewhere and stopped.code == sweep.CARRIES_ON):
                     raise
-                code, ended = CARRIES_ON, {"status": "preempted"}
+                code, ended = sweep.CARRIES_ON, {"status": "preempted"}
             if hydra_cfg.mode != RunMode.MULTIRUN:
                 outcomes.append(sweep.Outcome(composed.overrides, code))
                 return outcomes[-1]
@@ -124,12 +115,12 @@ def command(
             return sweep.Outcome(composed.overrides, code, {**ended, **shown, **(ended if code else {})})
 
         register_experiments()
-        sweep_defaults(typed)
+        launchers.set_defaults(typed)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise rather than print its own several lines
         try:
             _refuse_paths(_overrides_in(typed))
             sweep.refuse_in_process_group(typed)
-            with _collecting(outcomes):
+            with launchers.collecting(outcomes):
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(functools.wraps(task)(job))()
         except Exception as error:  # what a job raises is caught above: this is a composition that failed
             if wants_traceback:
@@ -142,45 +133,6 @@ def command(
             sys.exit(max(codes))
 
     return main
-
-
-@contextmanager
-def _collecting(outcomes: list[sweep.Outcome]) -> Iterator[None]:
-    """Keep what the jobs of a sweep return, in whatever process they ran: hydra.main drops it."""
-    multirun = Hydra.multirun
-
-    def collect(self: Hydra, *arguments: Any, **named: Any) -> Any:
-        batches = multirun(self, *arguments, **named)
-        outcomes.extend(done.return_value for batch in batches for done in batch)
-        return batches
-
-    Hydra.multirun = collect  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Hydra.multirun = multirun  # type: ignore[method-assign]
-
-
-def sweep_defaults(arguments: Sequence[str]) -> None:
-    """Have the launchers that are installed (extra sweep) run a job for each device, and queue a Slurm job again as often as its time runs out."""
-    if not any(argument.startswith("hydra/launcher=") for argument in arguments):
-        return
-    OmegaConf.register_new_resolver("num_devices", lambda: max(1, len(visible_devices())), replace=True)
-    Plugins.instance()  # which puts their options into the store
-    store = ConfigStore.instance()
-    for name, settings in LAUNCHERS.items():
-        with suppress(ConfigLoadError):  # not installed
-            store.store(group="hydra/launcher", name=name, node=OmegaConf.merge(store.load(f"hydra/launcher/{name}.yaml").node, settings), provider="ddpm")
-
-
-def visible_devices() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. Starts none of them."""
-    said = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if said is not None:
-        return [name for name in said.split(",") if name]
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 @functools.cache
@@ -205,7 +157,7 @@ def _check_recipe(node: Any) -> None:
         raise ValueError("it is no table of keys")
     if "hydra" in node:
         raise ValueError("it sets hydra, which is for the command line alone")
-    defaults = OmegaConf.to_container(node).get("defaults", [])  # type: ignore[union-attr]
+    defaults = cast(dict[Any, Any], OmegaConf.to_container(node)).get("defaults", [])
     if not isinstance(defaults, list):
         raise ValueError(f"defaults={defaults} is no list")
     for entry in defaults:
@@ -237,7 +189,7 @@ def _composed(cfg: DictConfig, hydra_cfg: Any) -> Composed:
     task_cfg.pop("hydra", None)
     choices = {group: str(option) for group, option in hydra_cfg.runtime.choices.items() if not group.startswith("hydra/")}
     own = next((source.path for source in hydra_cfg.runtime.config_sources if source.provider.endswith("command-line")), None)
-    return Composed(task_cfg, choices, OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False), own)  # type: ignore[arg-type]
+    return Composed(task_cfg, choices, cast(list[str], OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False)), own)
 
 
 def _overrides_in(arguments: Sequence[str]) -> list[str]:
@@ -248,7 +200,7 @@ def _overrides_in(arguments: Sequence[str]) -> list[str]:
         wrong = next((word for word in arguments if re.match("-+[a-z_.]+=", word)), None)
         sys.exit(f"error: {message}" + (f"; settings are given without dashes, as {wrong.lstrip('-')}" if wrong else "; see --help"))
 
-    parser.error = refuse  # type: ignore[method-assign]
+    parser.error = refuse  # type: ignore[method-assign]  # Hydra makes the parser, so there is no class to derive from
     return parser.parse_args(arguments).overrides
 
 

@@ -53,7 +53,7 @@ def find(runs: str | Sequence[str] | None, outputs: str) -> tuple[list[RunFolder
     empty = []
     for pattern in [runs] if isinstance(runs, str) else runs if runs is not None else [outputs]:
         path = Path(pattern).expanduser()
-        matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path)))]  # noqa: PTH207
+        matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path)))]  # noqa: PTH207  # Path.glob takes no absolute pattern
         inside = [[match] if (match / "config.yaml").is_file() else sorted(file.parent for file in match.glob("**/config.yaml")) for match in matches]
         here = [folder for folders in inside for folder in folders if (folder / "run.json").is_file()]
         found.update(dict.fromkeys(here))

@@ -8,14 +8,15 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from ddpm import build, checkpoint, comparison, figures, images
 from ddpm.cli import Composed
 from ddpm.comparison import Compared
-from ddpm.config import Section, check_node, plain_config, validated
+from ddpm.config import plain_config
 from ddpm.files import write_whole
 from ddpm.sampling import Drawing
+from ddpm.validation import Count, Section, check_node, validated
 
 
 class CompareConfig(Section):
@@ -26,7 +27,7 @@ class CompareConfig(Section):
     plot: bool
     grid: bool
     weights: Literal["ema", "raw"]
-    num_samples: PositiveInt
+    num_samples: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: Literal["auto", "cpu", "cuda", "mps"]
     outputs: str
@@ -102,7 +103,7 @@ def _samples(config: CompareConfig, composed: Composed, one: Compared, device: t
     found = checkpoint.find(one.run.checkpoints)
     node: dict[str, Any] = plain_config(Composed(OmegaConf.create({"sampler": composed.cfg.sampler, "objective": trained.objective}), {}, []))["sampler"]
     check_node("sampler", node, config.trusted_modules)
-    diffusion, names = build.diffusion(trained), one.record["data"]["classes"]
+    diffusion, names = build.diffusion(trained), one.run.classes()
     network = build.network(trained, device, len(names))
     weights = {name: tensor.to(device) for name, tensor in found.weights(config.weights).items()}
     shape = (trained.data.channels, *build.image_size(trained.data))

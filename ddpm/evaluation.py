@@ -75,7 +75,7 @@ def reference_features(pictures: np.ndarray, extractor: Extractor, cache: Path) 
     cache.parent.mkdir(parents=True, exist_ok=True)
     scratch = cache.with_name(f".{cache.stem}.npz")
     arrays = {"features": found.features.numpy()} | ({} if found.probabilities is None else {"probabilities": found.probabilities.numpy()})
-    np.savez(scratch, **arrays)  # type: ignore[arg-type]
+    np.savez(scratch, **arrays)  # type: ignore[arg-type]  # numpy's stub takes them for allow_pickle
     scratch.replace(cache)
     return found
 

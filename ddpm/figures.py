@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ddpm import images
-from ddpm.samplers import Noise, step_noise
+from ddpm.samplers import step_noise
 from ddpm.sampling import Drawing
 
 
@@ -101,7 +101,10 @@ def _mixed(drawing: Drawing, pair: Tensor, classes: Sequence[int] | None, t: int
     x_t = drawing.diffusion.q_sample(pair, torch.full((2,), index, device=drawing.device), drawing.latents(range(2)))
     x = torch.cat([(1 - share) * x_t[:1] + share * x_t[1:] for share in shares]).contiguous(memory_format=torch.channels_last)
     one = step_noise(drawing.shape, [0], drawing.seed, drawing.device)
-    same: Noise = lambda at: one(at).expand(len(shares), -1, -1, -1)  # noqa: E731
+
+    def same(t: int) -> Tensor:
+        return one(t).expand(len(shares), -1, -1, -1)
+
     chosen = None if classes is None else [classes[0 if share < 0.5 else 1 % len(classes)] for share in shares]
     return drawing.walk(x, [visited for visited in drawing.timesteps if visited <= index], same, chosen), index + 1
 
@@ -141,7 +144,7 @@ def save_figure(path: Path, figure: Figure) -> None:
     """The figure as a PNG with its labels, and its arrays as an .npz beside it."""
     images.save_png(path, labelled(figure))
     scratch = path.with_name(f".{path.stem}.npz")
-    np.savez(scratch, **figure.arrays)  # type: ignore[arg-type]
+    np.savez(scratch, **figure.arrays)  # type: ignore[arg-type]  # numpy's stub takes them for allow_pickle
     scratch.replace(path.with_suffix(".npz"))
 
 

@@ -4,11 +4,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # mypy knows it as a module
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -34,12 +35,21 @@ def clear_scratch(folder: Path) -> None:
             left.unlink()
 
 
+def lock(file: IO[str], wait: bool = False) -> bool:
+    """Whether an open file is now this process's alone, until it is closed or the process ends, however it ends. Always, where the system has no such locks."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            return False
+    return True
+
+
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Wait until no other process is in here with the same `path`, a file made for this, and keep others waiting; where the system has such locks."""
-    with path.open("a") as lock:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    """Wait until no other process is in here with the same `path`, a file made for this, and keep others waiting."""
+    with path.open("a") as file:
+        lock(file, wait=True)
         yield
 
 

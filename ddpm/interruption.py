@@ -9,14 +9,14 @@ from types import FrameType
 
 import torch
 
-EXIT_CODE = 75  # EX_TEMPFAIL: the same command carries on
+from ddpm.sweep import CARRIES_ON
 
 
 class Preempted(SystemExit):
-    """A run that was told to stop has saved and stops. It ends a sweep too, and the process with EXIT_CODE."""
+    """A run that was told to stop has saved and stops. It ends a sweep too, and the process with CARRIES_ON."""
 
     def __init__(self, why: str) -> None:
-        super().__init__(EXIT_CODE)
+        super().__init__(CARRIES_ON)
         self.why = why
 
 

@@ -20,12 +20,7 @@ import yaml
 from ddpm import diffusers_folder
 from ddpm.cli import Composed, compose
 from ddpm.config import Config, read_config, training_config
-from ddpm.files import write_whole
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+from ddpm.files import lock, write_whole
 
 NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no part of the name
     "runtime": True,
@@ -100,14 +95,10 @@ class RunFolder:
     def standing(self) -> str:
         """complete, failed, preempted, running; or cut off, where the process that trained it is gone and could not say so."""
         status = self.record().get("status", "not started")
-        if status != "running" or fcntl is None or not (self.path / ".lock").is_file():
+        if status != "running" or not (self.path / ".lock").is_file():
             return status
-        with (self.path / ".lock").open(encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return status
-        return "cut off"
+        with (self.path / ".lock").open(encoding="utf-8") as file:
+            return "cut off" if lock(file) else status
 
     def start(self, config: Config, composed: Composed) -> None:
         """Make the folder if need be, and write down what is being started."""
@@ -125,16 +116,13 @@ class RunFolder:
         Raises ValueError, naming the process that holds it, if one does.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+", encoding="utf-8") as lock:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    lock.seek(0)
-                    raise ValueError(f"run {self.path} is being trained by {lock.read().strip() or 'another process'}; wait for it, or stop it") from error
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
-            lock.flush()
+        with (self.path / ".lock").open("a+", encoding="utf-8") as file:
+            if not lock(file):
+                file.seek(0)
+                raise ValueError(f"run {self.path} is being trained by {file.read().strip() or 'another process'}; wait for it, or stop it")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
+            file.flush()
             yield
 
     def update(self, **values: Any) -> None:

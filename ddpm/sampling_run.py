@@ -169,7 +169,7 @@ def _of_folder(config: SampleConfig, name: str) -> Subject:
     network, resolution, num_classes = found.network(), found.model["resolution"], found.model["num_classes"]
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     return Subject(
-        build=lambda device: network.to(device).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+        build=lambda device: build.placed(network, device),
         weights=lambda: found.fitting(network, found.model),
         diffusion=found.chain().diffusion,
         shape=(found.model["in_channels"], height, width),

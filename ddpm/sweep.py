@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+from ddpm.files import lock
+
+CARRIES_ON = 75  # EX_TEMPFAIL, the exit code of a run that was told to stop: the same command carries on
 
 
 @dataclass(frozen=True)
@@ -53,20 +52,18 @@ def claim_device(devices: Sequence[str]) -> str | None:
 
     devices: as CUDA_VISIBLE_DEVICES names them.    Returns the one, held until the process ends, or None if there are none.
     """
-    if _claimed or not devices or fcntl is None:
+    if _claimed or not devices:
         return os.environ["CUDA_VISIBLE_DEVICES"] if _claimed else None
     folder = Path(tempfile.gettempdir()) / f"ddpm-devices-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     slot = 0
     while True:
         for device in devices:
-            lock = (folder / f"{device.replace('/', '-')}.{slot}").open("a")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                lock.close()
+            file = (folder / f"{device.replace('/', '-')}.{slot}").open("a")
+            if not lock(file):
+                file.close()
                 continue
-            _claimed.append(lock)
+            _claimed.append(file)
             os.environ["CUDA_VISIBLE_DEVICES"] = device
             return device
         slot += 1

@@ -1,20 +1,19 @@
 """python -m ddpm.train: train a run, carry it on where it stopped, or say that it is complete."""
 
+from typing import TYPE_CHECKING, Any
+
 from ddpm.cli import Composed, command
+
+if TYPE_CHECKING:  # they bring torch, which --help does without
+    from ddpm.config import Config
+    from ddpm.run_folder import RunFolder
 
 
 def task(composed: Composed) -> None:
     from ddpm import build
-    from ddpm.config import training_config
-    from ddpm.resuming import resumed
-    from ddpm.run_folder import locate
     from ddpm.training_run import carry_out
 
-    if composed.cfg.resume is not None:
-        config, run, changes = resumed(composed)
-    else:
-        config, changes = training_config(composed), None
-        run = locate(config, composed)
+    config, run, changes = _meant(composed)
     build.check(config)
     carry_out(config, run, composed, changes)
 
@@ -22,10 +21,20 @@ def task(composed: Composed) -> None:
 def facts(composed: Composed) -> dict[str, str]:
     """What the table at the end of a sweep shows of a run."""
     from ddpm.comparison import read, summary
+
+    return summary(read(_meant(composed)[1]))
+
+
+def _meant(composed: Composed) -> "tuple[Config, RunFolder, dict[str, list[Any]] | None]":
+    """The run of this command line: its configuration, its folder, and with resume= what is computed otherwise than before."""
     from ddpm.config import training_config
+    from ddpm.resuming import resumed
     from ddpm.run_folder import locate
 
-    return summary(read(locate(training_config(composed), composed)))
+    if composed.cfg.resume is not None:
+        return resumed(composed)
+    config = training_config(composed)
+    return config, locate(config, composed), None
 
 
 main = command(

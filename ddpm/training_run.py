@@ -6,7 +6,6 @@ import platform
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -35,6 +34,7 @@ from ddpm.recording import Recorder
 from ddpm.results import results, scalars
 from ddpm.run_folder import RunFolder, computed, with_content
 from ddpm.sampling import Drawing
+from ddpm.speed import Speed
 from ddpm.timestep_sampling import LossSecondMoment, Uniform
 from ddpm.training_loop import NotFinite, train
 
@@ -149,7 +149,7 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
     best: dict[str, Any] = run.record().get("best") or {}  # of the evaluations so far
     recorder = Recorder(run.path, first_step) if leads else None
     bar = tqdm(range(first_step, num_steps), initial=first_step, total=num_steps, unit="step", disable=None if leads else True, dynamic_ncols=True)
-    speed = _Speed(first_step, training.batch_size, run.record().get("timed") if first_step else None)
+    speed = Speed(first_step, training.batch_size, run.record().get("timed") if first_step else None)
 
     def report(step: int, values: dict[str, float]) -> None:
         if recorder is None:
@@ -331,46 +331,6 @@ def _log_file(run: RunFolder) -> Iterator[None]:
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
-
-
-class _Speed:
-    """Images a second between reports, the time for samples and checkpoints left out; and the time that the run took in all.
-
-    before: what `timed` said when an earlier start of the run got as far as `step`.
-    """
-
-    def __init__(self, step: int, batch_size: int, before: dict[str, float] | None) -> None:
-        self._batch_size = batch_size
-        self._steps, self._seconds = 0, 0.0
-        self._started = time.perf_counter()
-        self._before = before or {"seconds": 0.0, "images": 0, "seconds_in_steps": 0.0}
-        self._all_steps, self._all_seconds = 0, 0.0
-        self._resume(step)
-
-    def _resume(self, step: int) -> None:
-        self._from_step, self._from_time = step, time.perf_counter()
-
-    def pause(self, step: int) -> None:
-        """Leave out the time since `report` at this step."""
-        self._resume(step)
-
-    def since_last(self, step: int) -> float:
-        self._steps += step - self._from_step
-        self._seconds += time.perf_counter() - self._from_time
-        speed = self._steps * self._batch_size / self._seconds if self._seconds else 0.0
-        self._all_steps += self._steps
-        self._all_seconds += self._seconds
-        self._steps, self._seconds = 0, 0.0
-        self._resume(step)
-        return speed
-
-    def timed(self) -> dict[str, float]:
-        """Of all starts so far: seconds in all; and of the steps that were timed, their images and seconds."""
-        return {
-            "seconds": self._before["seconds"] + time.perf_counter() - self._started,
-            "images": self._before["images"] + self._all_steps * self._batch_size,
-            "seconds_in_steps": self._before["seconds_in_steps"] + self._all_seconds,
-        }
 
 
 def _cores() -> int:

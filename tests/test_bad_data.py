@@ -7,6 +7,7 @@ import re
 import resource
 import signal
 import time
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -241,9 +242,9 @@ class Recording(Decoding):
     die_at = 0
 
     def __call__(self, content):
-        with open(self.trace, "a") as file:  # noqa: PTH123
+        with Path(self.trace).open("a") as file:
             file.write("x")
-        if self.die_at and os.path.getsize(self.trace) >= self.die_at:  # noqa: PTH202
+        if self.die_at and Path(self.trace).stat().st_size >= self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.01)
         return super().__call__(content)

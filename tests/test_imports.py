@@ -12,6 +12,7 @@ ORDER = [
         "randomness",
         "help",
         "sweep",
+        "launchers",
         "cli",
         "validation",
         "config",
@@ -26,7 +27,7 @@ ORDER = [
         "metrics",
         "features",
     ),
-    *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "figures", "recording", "interruption"),
+    *("ema", "lr_schedules", "checkpoint", "diffusers_settings", "diffusers_folder", "images", "figures", "recording", "interruption", "speed"),
     *("build", "compilation", "processes", "run_folder", "sample_folder", "evaluation", "results", "evaluation_run", "training_loop", "device_batch"),
     *("timing", "training_run", "resuming", "comparison", "comparison_run"),
 ]
