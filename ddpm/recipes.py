@@ -35,12 +35,19 @@ python -m ddpm.train experiment=cifar10_hybrid model.dropout=0.1 schedule=linear
 `python -m ddpm.recipes > experiments/README.md` writes this page.
 """
 
+OTHERS = """\
+Runs that are no recipes, measured; their `run.json` and `evaluation.json` lie in `results/`. The quick start is `python -m ddpm.train`, then
+`python -m ddpm.evaluate run=... sampler=ddim50`; its distances are on EfficientNet-Lite features, and no FID.
+"""
+
+RESULTS = EXPERIMENTS / "results"
 METRICS = {"fid": "FID", "inception_score": "IS", "bits_per_dim": "bits/dim", "precision": "precision", "recall": "recall"}
 
 
 def page() -> str:
     """experiments/README.md, whole."""
-    return f"{INTRO}\n{table()}"
+    runs = sorted(folder.name for folder in RESULTS.iterdir() if folder.is_dir() and not (EXPERIMENTS / f"{folder.name}.yaml").is_file())
+    return f"{INTRO}\n{table()}\n{OTHERS}\n| run | measured |\n| --- | --- |\n" + "".join(f"| {name} | {measured(name)} |\n" for name in runs)
 
 
 def table() -> str:
@@ -58,7 +65,7 @@ def table() -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def measured(name: str, results: Path = EXPERIMENTS / "results") -> str:
+def measured(name: str, results: Path = RESULTS) -> str:
     """What a run came to, from its run.json and evaluation.json, kept in a folder of its name: figures with their protocols, steps, device and commit."""
     folder = results / name
     figures = evaluation.recorded(folder / "evaluation.json")

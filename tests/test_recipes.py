@@ -8,9 +8,10 @@ import re
 import pytest
 import torch
 
-from ddpm import build, recipes
+from ddpm import build, evaluation, recipes
 from ddpm.cli import EXPERIMENTS, compose
 from ddpm.config import Config, training_config
+from ddpm.evaluation import Figure
 from ddpm.run_folder import computed, locate
 
 NAMES = sorted(file.stem for file in EXPERIMENTS.glob("*.yaml"))
@@ -184,3 +185,12 @@ def test_the_page_has_a_row_for_each_recipe_with_its_figures():
     cifar10 = rows["[cifar10](cifar10.yaml)"]
     assert "`unet32`, `cifar10` | 35,746,307 | 800,000 | FID 3.17 (50k samples, train split" in cifar10
     assert "50,100 (300 epochs)" in rows["[butterflies128](butterflies128.yaml)"]
+
+
+def test_what_was_measured_is_read_from_what_was_stored(tmp_path):
+    assert recipes.measured("cifar10", tmp_path) == "not measured"
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / "run.json").write_text('{"step": 800000, "device": "1 x cuda", "git": {"commit": "0123456789"}}')
+    protocol = {"count": 50_000, "split": "train", "weights": "ema", "step": 800_000}
+    evaluation.record(tmp_path / "cifar10" / "evaluation.json", [Figure("fid", 3.2, protocol, floor=1.5), Figure("loss_t0000_0099", 0.1, protocol)])
+    assert recipes.measured("cifar10", tmp_path) == "`fid@50k:train:ema:step800000 3.2 (floor 1.5)`<br>800,000 steps, 1 x cuda, commit 0123456"
