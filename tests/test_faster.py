@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ddpm import build
 from ddpm.cli import compose
 from ddpm.compilation import compile_in_place, decide
 from ddpm.config import training_config
-from ddpm.models.layers import Upsample
+from ddpm.models.layers import Dropout, Upsample
 
 CPU = torch.device("cpu")
 SMALL = ["model.base_channels=8", "model.norm_groups=4", "model.channel_multipliers=[1,2]", "model.attention_resolutions=[8]"]
@@ -47,6 +49,48 @@ def test_upsampling_with_fewer_products_is_the_convolution_of_the_enlarged_image
     torch.testing.assert_close(layer(x, torch.empty(0)), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(layout):
+    x = torch.ones(16, 7, 31, 33).contiguous(memory_format=layout).requires_grad_()
+    torch.manual_seed(0)
+    y = Dropout(0.3)(x)
+    y.sum().backward()
+    assert (y == 0).double().mean().item() == pytest.approx(0.3, abs=5 * (0.21 / x.numel()) ** 0.5)
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / 0.7), rtol=1e-4, atol=0)
+    assert torch.equal(x.grad, y)
+    torch.manual_seed(0)
+    assert torch.equal(Dropout(0.3)(x), y)
+    assert not torch.equal(Dropout(0.3)(x), y)
+    assert torch.equal(Dropout(0.3).eval()(x), x)
+
+
+class LayoutCopies(TorchDispatchMode):
+    """Operations that read images of a batch of `batch` in one layout and wrote them in the other, in `found`."""
+
+    def __init__(self, batch):
+        super().__init__()
+        self.batch, self.found = batch, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if len({x.stride(1) == 1 for x in tree_leaves((args, out)) if self.is_image(x)}) > 1 and not func.is_view:
+            self.found.append(str(func))
+        return out
+
+    def is_image(self, x):
+        return isinstance(x, torch.Tensor) and x.dim() == 4 and len(x) == self.batch and x.shape[1] > 1 and x.shape[2:] != (1, 1)
+
+
+@pytest.mark.parametrize("settings", [["model.dropout=0.1"], ["+model.scale_shift_norm=true"], ["+model.resample=resblock"]])
+def test_a_training_step_copies_nothing_inside_the_network_into_another_layout(settings):
+    config = training_config(compose(["data=digits", *SMALL, *settings]))
+    net, diffusion = network(*settings), build.diffusion(config)
+    x0, noise = torch.randn(2, 5, 1, 16, 16).unbind()
+    with LayoutCopies(batch=5) as copies:
+        diffusion.losses(net, x0, torch.arange(5), noise).sum().backward()
+    assert copies.found == []
+
+
 def test_bfloat16_autocast_keeps_the_loss_within_its_precision():
     x, t = inputs()
     net = network()
@@ -58,9 +102,13 @@ def test_bfloat16_autocast_keeps_the_loss_within_its_precision():
 
 def test_a_compiled_network_computes_the_same_and_its_weights_keep_their_names():
     x, t = inputs(2)
-    plain, compiled = (network("model.channel_multipliers=[1]", "model.attention_resolutions=[]", "model.num_res_blocks=1") for _ in range(2))
+    plain, compiled = (
+        network("model.channel_multipliers=[1]", "model.attention_resolutions=[]", "model.num_res_blocks=1", "model.dropout=0.3") for _ in range(2)
+    )
     compile_in_place(compiled)
+    torch.manual_seed(0)
     loss, gradients = loss_and_gradients(compiled, x, t)
+    torch.manual_seed(0)
     expected_loss, expected = loss_and_gradients(plain, x, t)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-5)

@@ -94,6 +94,22 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(self.sinusoid(t))))
 
 
+class Dropout(nn.Dropout):
+    """Elements zeroed with probability p, the others scaled up to keep the mean. On a CPU 16 random bits decide each, so p is rounded to 2^-16 there.
+
+    torch's own draws several times as many bits, on one core: 4% of a training step of unet32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: of any shape, dense in memory."""
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = draws.as_strided(x.shape, x.stride()) >= dropped - 2**15
+        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
 class ResBlock(nn.Module):
     """GroupNorm, swish, convolution, twice, and the input added at the end; the timestep comes in between the halves.
 
@@ -109,7 +125,7 @@ class ResBlock(nn.Module):
         self.conv1 = conv3x3(in_channels, out_channels, style.init)
         self.time_emb_proj = linear(style.time_width, 2 * out_channels if style.scale_shift_norm else out_channels, style.init)
         self.norm2 = style.norm(out_channels)
-        self.dropout = nn.Dropout(style.dropout)
+        self.dropout = Dropout(style.dropout)
         self.conv2 = conv3x3(out_channels, out_channels, style.init, zero=True)
         self.conv_shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
