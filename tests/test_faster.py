@@ -100,6 +100,12 @@ def test_bfloat16_autocast_keeps_the_loss_within_its_precision():
     assert (out.float() - x).square().mean().item() == pytest.approx(expected.item(), rel=2e-2)
 
 
+def test_the_compiler_sees_the_whole_network_at_once():
+    torch._dynamo.reset()
+    seen = torch._dynamo.explain(network("model.dropout=0.3"))(*inputs())
+    assert (seen.graph_count, seen.graph_break_count) == (1, 0), seen.break_reasons
+
+
 def test_a_compiled_network_computes_the_same_and_its_weights_keep_their_names():
     x, t = inputs(2)
     plain, compiled = (
