@@ -19,8 +19,12 @@ def decide(choice: bool | Literal["auto"], device: torch.device) -> tuple[bool, 
 
 
 def compile_in_place(network: nn.Module) -> None:
-    """Have the network compiled when it is first called. Its weights keep their plain names, and dropout its masks."""
+    """Have the network compiled when it is first called. Its weights keep their plain names, and dropout its masks.
+
+    For each shape by itself: the code for all shapes that torch otherwise makes at the second one fails in attention on a CPU (torch 2.13), as in a sweep
+    over resolutions.
+    """
     import torch._inductor.config
 
     torch._inductor.config.fallback_random = True
-    network.compile()
+    network.compile(dynamic=False)

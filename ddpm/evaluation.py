@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm import images, metrics
 from ddpm.config import Metric
 from ddpm.features import Extractor, Features
-from ddpm.files import write_whole
+from ddpm.files import write_whole, write_whole_npz
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,7 @@ def reference_features(pictures: np.ndarray, extractor: Extractor, cache: Path) 
             return Features(torch.from_numpy(found["features"]), torch.from_numpy(found["probabilities"]) if "probabilities" in found else None)
     found = extractor(pictures.transpose(0, 2, 3, 1))
     cache.parent.mkdir(parents=True, exist_ok=True)
-    scratch = cache.with_name(f".{cache.stem}.npz")
-    arrays = {"features": found.features.numpy()} | ({} if found.probabilities is None else {"probabilities": found.probabilities.numpy()})
-    np.savez(scratch, **arrays)  # type: ignore[arg-type]  # numpy's stub takes them for allow_pickle
-    scratch.replace(cache)
+    write_whole_npz(cache, features=found.features.numpy(), **({} if found.probabilities is None else {"probabilities": found.probabilities.numpy()}))
     return found
 
 

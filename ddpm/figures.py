@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ddpm import images
+from ddpm.files import write_whole_npz
 from ddpm.samplers import step_noise
 from ddpm.sampling import Drawing
 
@@ -143,9 +144,7 @@ def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float, hold: flo
 def save_figure(path: Path, figure: Figure) -> None:
     """The figure as a PNG with its labels, and its arrays as an .npz beside it."""
     images.save_png(path, labelled(figure))
-    scratch = path.with_name(f".{path.stem}.npz")
-    np.savez(scratch, **figure.arrays)  # type: ignore[arg-type]  # numpy's stub takes them for allow_pickle
-    scratch.replace(path.with_suffix(".npz"))
+    write_whole_npz(path.with_suffix(".npz"), **figure.arrays)
 
 
 def labelled(figure: Figure) -> np.ndarray:

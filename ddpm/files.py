@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 try:
     import fcntl
@@ -26,6 +26,19 @@ def write_whole_bytes(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     scratch.replace(path)
     sync_folder(path.parent)
+
+
+def write_whole_npz(path: Path, **arrays: Any) -> None:
+    """`write_whole` of NumPy arrays under their names, without a second copy in memory."""
+    import numpy as np  # not at the top: --help need not wait for it
+
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as file:
+            np.savez(file, **arrays)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def clear_scratch(folder: Path) -> None:

@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -117,9 +118,12 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a+", encoding="utf-8") as file:
-            if not lock(file):
-                file.seek(0)
-                raise ValueError(f"run {self.path} is being trained by {file.read().strip() or 'another process'}; wait for it, or stop it")
+            enough = time.monotonic() + 0.5  # `standing` holds it for an instant, to see whether a run is alive
+            while not lock(file):
+                if time.monotonic() > enough:
+                    file.seek(0)
+                    raise ValueError(f"run {self.path} is being trained by {file.read().strip() or 'another process'}; wait for it, or stop it")
+                time.sleep(0.05)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
             file.flush()

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpm import images
-from ddpm.files import write_whole
+from ddpm.files import write_whole, write_whole_npz
 from ddpm.sampling import Drawing
 
 
@@ -68,11 +68,9 @@ def pack(folder: Path, count: int, keep: bool) -> Path:
         for index in range(count):
             array[index] = images.read_png(file_of(folder, index))
         array.flush()
-        np.savez(folder / ".samples.npz", arr_0=array)
-        (folder / ".samples.npz").replace(packed)
+        write_whole_npz(packed, arr_0=array)
     finally:
         scratch.unlink(missing_ok=True)
-        (folder / ".samples.npz").unlink(missing_ok=True)
     if not keep:
         for index in range(count):
             file_of(folder, index).unlink()

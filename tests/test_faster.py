@@ -121,6 +121,14 @@ def test_a_compiled_network_computes_the_same_and_its_weights_keep_their_names()
     assert compiled.state_dict().keys() == plain.state_dict().keys()
 
 
+def test_networks_of_several_resolutions_are_compiled_in_one_process():
+    for resolution in (16, 32):
+        net = network(f"model.resolution={resolution}", "model.channel_multipliers=[1]", "model.num_res_blocks=1", "model.attention_resolutions=[]")
+        compile_in_place(net)
+        x = torch.randn(2, 1, resolution, resolution)
+        assert net(x, torch.zeros(2, dtype=torch.int64)).shape == x.shape
+
+
 def test_whether_to_compile_is_decided_by_what_was_measured_and_said():
     assert decide("auto", CPU) == (False, "runtime.compile=auto: on cpu it saves 0% of a step, after minutes of compiling")
     assert decide("auto", torch.device("cuda"))[0] is False

@@ -1,10 +1,12 @@
 import json
 import re
+import threading
 
 import pytest
 
 from ddpm.cli import compose
 from ddpm.config import training_config
+from ddpm.files import lock
 from ddpm.run_folder import RunFolder, computed, locate
 
 
@@ -112,6 +114,14 @@ def test_a_folder_that_is_no_run_is_refused_by_its_path(tmp_path, content):
         (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         RunFolder(tmp_path).config([])
+
+
+def test_whoever_only_looks_whether_a_run_is_alive_does_not_keep_it_from_starting(tmp_path):
+    looking = (tmp_path / ".lock").open("a")
+    assert lock(looking)
+    threading.Timer(0.1, looking.close).start()
+    with RunFolder(tmp_path).held(), pytest.raises(ValueError, match="is being trained by process"), RunFolder(tmp_path).held():
+        pass
 
 
 def test_options_of_the_users_own_folder_name_a_run_like_any_other(tmp_path, monkeypatch):
