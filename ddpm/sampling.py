@@ -49,8 +49,19 @@ class Drawing:
         return latents(self.shape, indices, self.seed, self.device)
 
     def images(self, indices: Sequence[int], classes: Sequence[int] | None = None, watch: Watch | None = None) -> Tensor:
-        """The images with these indices: (B, C, H, W) float32 in [-1, 1].    classes: one an index, None for a network without."""
-        return self.walk(self.latents(indices), self.timesteps, step_noise(self.shape, indices, self.seed, self.device), classes, watch)
+        """The images with these indices: (B, C, H, W) float32 in [-1, 1].    classes: one an index, None for a network without.
+
+        Drawn in halves where they do not fit the device's memory together, unless somebody watches.    Raises torch.OutOfMemoryError for one too many.
+        """
+        try:
+            return self.walk(self.latents(indices), self.timesteps, step_noise(self.shape, indices, self.seed, self.device), classes, watch)
+        except torch.OutOfMemoryError:
+            if len(indices) == 1 or watch is not None:
+                raise
+        if torch.cuda.is_available():  # outside the except block, where the error would still hold the tensors
+            torch.cuda.empty_cache()
+        half = len(indices) // 2
+        return torch.cat([self.images(indices[part], None if classes is None else classes[part]) for part in (slice(half), slice(half, None))])
 
     def walk(self, x: Tensor, timesteps: Sequence[int], noise: Noise, classes: Sequence[int] | None = None, watch: Watch | None = None) -> Tensor:
         """From x_t at timesteps[0], (B, C, H, W), to images.    noise, watch: see ddpm/samplers.py.    Returns like x, in [-1, 1]."""

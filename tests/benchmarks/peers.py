@@ -203,6 +203,7 @@ def lucidrains_losses_agree(diffusion: Any, config: Config) -> float:
 
 def training(name: str, rounds: int, compiled: bool, lucidrains: bool, clock: Callable[[], float]) -> dict[str, Any]:
     settings, batch = WORK[name]
+    torch._dynamo.reset()  # as in a process of its own: for a second resolution diffusers' would be compiled for all, which fails on a CPU
     config = training_config(compose([*settings, "runtime.device=cpu"]))
     with accelerator_for(config) as accelerator, tempfile.TemporaryDirectory() as folder:
         ours = TrainingStep(config, accelerator, made_up(config, batch), batch)

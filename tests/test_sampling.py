@@ -1,0 +1,39 @@
+"""An image is a function of the run, its number and its class alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from ddpm.diffusion import GaussianDiffusion
+from ddpm.samplers import Sampler, ddim
+from ddpm.sampling import Drawing
+from ddpm.schedules import linear
+
+
+class Net(nn.Module):
+    """Runs out of memory with more than `room` images."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.scale, self.room = nn.Parameter(torch.tensor(0.5)), room
+
+    def forward(self, x, t, classes):
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.scale * x + classes[:, None, None, None]
+
+
+def drawing(room):
+    net, diffusion = Net(room), GaussianDiffusion(linear(1000, 1e-4, 0.02), prediction="epsilon", variance="fixed_small", loss="simple")
+    return Drawing(net, dict(net.state_dict()), diffusion, Sampler(ddim, num_steps=3), (1, 4, 4), seed=0)
+
+
+@torch.no_grad()
+def test_images_that_do_not_fit_the_memory_together_are_drawn_in_parts():
+    indices, classes = range(2, 13), list(range(11))
+    assert torch.equal(drawing(room=3).images(indices, classes), drawing(room=11).images(indices, classes))
+
+
+def test_one_image_too_many_is_an_error():
+    with pytest.raises(torch.OutOfMemoryError):
+        drawing(room=0).images([0], [0])
