@@ -15,18 +15,33 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def commands():
-    """(module, overrides) of each line of the README's bash blocks that starts one of our commands, sweeps job by job."""
-    found = []
+def lines():
+    """The words of each line of the README's bash blocks that starts one of our commands."""
     for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            started = next((index for index, word in enumerate(words) if word.startswith("ddpm.")), None)
-            if started is None or "--config-dir" in words:
-                continue
-            ends = next((index for index, word in enumerate(words) if index > started and word == "&"), len(words))
-            found.append((words[started].removeprefix("ddpm."), [word for word in words[started + 1 : ends] if word != "-m"]))
-    return found
+            if any(word.startswith("ddpm.") for word in words):
+                yield words
+
+
+def commands():
+    """(module, overrides) of each of these, sweeps job by job."""
+    for words in lines():
+        if "--config-dir" in words:
+            continue
+        started = next(index for index, word in enumerate(words) if word.startswith("ddpm."))
+        ends = next((index for index, word in enumerate(words) if index > started and word == "&"), len(words))
+        yield words[started].removeprefix("ddpm."), [word for word in words[started + 1 : ends] if word != "-m"]
+
+
+def typed_here():
+    """(module, words) of each that needs no network and no second device."""
+    for words in lines():
+        python = next((index for index, word in enumerate(words) if word == "python" and words[index + 1] == "-m"), None)
+        if python is not None and not any(re.match("data=(?!folder)|from=", word) for word in words):
+            module, rest = words[python + 2].removeprefix("ddpm."), words[python + 3 :]
+            if not (module == "train" and any(word.startswith("experiment=") for word in rest)):
+                yield module, rest
 
 
 def jobs(overrides):
@@ -38,12 +53,55 @@ def jobs(overrides):
     return lists
 
 
-@pytest.mark.parametrize(("module", "overrides"), commands(), ids=lambda value: value if isinstance(value, str) else " ".join(value))
+@pytest.mark.parametrize(("module", "overrides"), list(commands()), ids=lambda value: value if isinstance(value, str) else " ".join(value))
 def test_a_command_of_the_readme_composes(module, overrides):
     for job in jobs(overrides):
         composed = compose(job, "config" if module == "train" else module)
         if module == "train" and composed.cfg.resume is None:
             build.check(training_config(composed))
+
+
+SHORT = {  # appended to what the README says, to try in seconds what takes minutes or days
+    "train": ["training.steps=2", "training.batch_size=2", "runtime.num_previews=1", "sampler.num_steps=2"],
+    "sample": ["num_samples=2", "sampler.num_steps=2"],
+    "evaluate": ["evaluation.num_samples=4", "evaluation.num_images=2", "evaluation.metrics=[losses,bits_per_dim]", "sampler.num_steps=2"],
+    "compare": ["num_samples=1", "sampler.num_steps=2"],
+    "plan": ["probe=0"],
+}
+MYLIB = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self, resolution: int, in_channels: int, out_channels: int, width: int = 64):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    def forward(self, x_t, t):
+        return self.conv(x_t)
+
+def betas(num_timesteps: int):
+    return torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64)
+"""
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run_as_they_are_written(typed, pictures, tmp_path, monkeypatch):
+    pictures("pictures", ["a/1.png", "a/2.png", "b/3.png"])
+    for yaml in re.findall(r"```yaml\n(.*?)```", README, flags=re.S):
+        file = tmp_path / re.search(r"^# (my/[\w/]+\.yaml)", yaml, flags=re.M)[1]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml)
+    (tmp_path / "mylib.py").write_text(MYLIB)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    run, ran = None, set()
+    for module, words in typed_here():
+        words = [re.sub(r"=(\.\.\.|outputs/.*XXXX|outputs/\.\.\.)$", f"={run}", word) for word in words]
+        done = typed(module, *words, *SHORT.get(module, []), *(["training.steps=4"] if any(word.startswith("resume=") for word in words) else []))
+        assert done.code == 0, (module, words, done.err)
+        run = run or done.run
+        ran.add(module)
+    assert ran == {"train", "compare", "plan", "sample", "evaluate", "export"}
 
 
 def test_the_readme_has_two_commands_to_set_up():
