@@ -188,7 +188,7 @@ def save_rate_distortion(path_png: Path, path_csv: Path, bound: Bound) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("a plot of rate and distortion needs the package matplotlib: pip install 'ddpm[plots]'") from error
+        raise ValueError("a plot of rate and distortion needs the package matplotlib: pip install -e '.[plots]'") from error
     times, rates, errors = zip(*curve, strict=True)
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     FigureCanvasAgg(figure)

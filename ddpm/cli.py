@@ -237,7 +237,7 @@ def _explain_composition(error: Exception, arguments: Sequence[str], config_name
         if group == "experiment" and option in _broken:
             return _broken[option]
         more = (
-            "; pip install 'ddpm[sweep]' brings joblib, submitit_local and submitit_slurm"
+            "; pip install -e '.[sweep]' brings joblib, submitit_local and submitit_slurm"
             if group == "hydra/launcher" and "joblib" not in error.options
             else ""
         )

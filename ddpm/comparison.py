@@ -227,7 +227,7 @@ def plot(path: Path, compared: Sequence[Compared]) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("plot=true draws with matplotlib: pip install 'ddpm[plots]'") from error
+        raise ValueError("plot=true draws with matplotlib: pip install -e '.[plots]'") from error
     columns = [(name, protocol) for name, protocol in _metric_columns(compared).items() if protocol[0] == "loss"]
     if not columns:
         raise ValueError("plot=true: none of these runs has reported a loss yet")
@@ -239,7 +239,7 @@ def plot(path: Path, compared: Sequence[Compared]) -> None:
             if any(_protocol(found) == protocol for found in one.results):
                 records = losses(one.run.path)
                 colour = f"C{index % 10}"
-                axes.plot(*zip(*records, strict=True), color=colour, alpha=0.2, linewidth=0.8)
+                axes.plot(*zip(*records, strict=True), color=colour, alpha=0.2, linewidth=0.8, marker="." if len(records) == 1 else None)
                 smooth = windowed(records, share=0.05)
                 axes.plot(*zip(*smooth, strict=True), color=colour, label=labels[index], linestyle=("-", "--", ":")[index // 10 % 3])
         axes.set(xlabel="step (optimizer updates)", ylabel=name, yscale="log")

@@ -66,14 +66,14 @@ def carry_out(config: CompareConfig, composed: Composed, width: int) -> None:
         write_whole(folder / "table.csv", comparison.as_csv(table))
         write_whole(folder / "table.json", comparison.as_json(compared))
         print(f"table {folder / 'table.csv'}", flush=True)
-    if config.plot:
-        comparison.plot(folder / "loss.png", compared)
-        print(f"plot {folder / 'loss.png'}", flush=True)
     if config.grid:
         path = folder / "grid.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         images.save_png(path, draw(config, composed, compared))
         print(f"grid {path}", flush=True)
+    if config.plot:
+        comparison.plot(folder / "loss.png", compared)
+        print(f"plot {folder / 'loss.png'}", flush=True)
 
 
 def draw(config: CompareConfig, composed: Composed, compared: Sequence[Compared]) -> np.ndarray:

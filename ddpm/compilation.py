@@ -15,7 +15,7 @@ def decide(choice: bool | Literal["auto"], device: torch.device) -> tuple[bool, 
     gain = GAIN.get(device.type)
     if gain is None:
         return False, f"runtime.compile=auto: what it saves on {device.type} has not been measured; try runtime.compile=true"
-    return gain > 0, f"runtime.compile=auto: on {device.type} it saves {gain:.0%} of a step, after minutes of compiling"
+    return gain > 0, f"runtime.compile=auto: measured to save {gain:.0%} of a step on {device.type}"
 
 
 def compile_in_place(network: nn.Module) -> None:

@@ -159,6 +159,8 @@ def settled(plain: dict[str, Any], overrides: list[str]) -> Config:
         raise ValueError(f"optimizer.lr={lr} must be more than 0")
     _check_shapes(config)
     _check_splits(config)
+    if config.data.path is not None and "path" not in config.data.source:
+        raise ValueError(f"data.path={config.data.path}: data={config.data.name} has pictures of its own; yours are data=folder data.path=...")
     if config.training.conditional and config.data.num_classes is None and config.data.name != "folder":
         raise ValueError(f"training.conditional=true needs labels, and data={config.data.name} has none (data.num_classes=null)")
     return config

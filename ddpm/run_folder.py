@@ -43,20 +43,22 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
 
-    def config(self, trusted_modules: list[str]) -> Config:
+    def config(self, trusted_modules: list[str], key: str = "run") -> Config:
         """The configuration that the run was started with, its classes checked against what the caller trusts, not against what the folder says.
 
-        Raises ValueError, naming the folder, if this is no run.
+        Raises ValueError, naming the folder and the command line's key for it, if this is no run.
         """
         file = self.path / "config.yaml"
         if not file.is_file():
-            raise ValueError(f"run={self.path} is no run folder: it has no config.yaml")
+            below = sorted({str(found.parent) for depth in ("*", "*/*") for found in self.path.glob(f"{depth}/config.yaml")})
+            more = f"; below it are {', '.join(below[:5])}" if below else "" if self.path.is_dir() else f"; it is not there, seen from {Path.cwd()}"
+            raise ValueError(f"{key}={self.path} is no run folder: it has no config.yaml{more}")
         try:
             plain = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"run={self.path} is no run folder: its config.yaml cannot be read ({error})") from error
+            raise ValueError(f"{key}={self.path} is no run folder: its config.yaml cannot be read ({error})") from error
         if not isinstance(plain, dict) or not isinstance(plain.get("runtime"), dict):
-            raise ValueError(f"run={self.path} is no run folder: its config.yaml is not one of ddpm.train")
+            raise ValueError(f"{key}={self.path} is no run folder: its config.yaml is not one of ddpm.train")
         return read_config({**plain, "runtime": {**plain["runtime"], "trusted_modules": trusted_modules}})
 
     def record(self) -> dict[str, Any]:

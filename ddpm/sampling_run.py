@@ -124,7 +124,10 @@ def carry_out(config: SampleConfig) -> None:
 def _draw_figure(config: SampleConfig, subject: Subject, drawing: Drawing, classes: list[int] | None, folder: Path) -> None:
     folder = folder.parent if config.to is None else folder  # a figure stands beside the folders of samples
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{config.figure}_{subject.name.replace(' ', '_')}.png" if config.to is None else folder / f"{config.figure}.png"
+    pair = "_".join(Path(str(picture)).stem for picture in config.pictures)
+    name = f"{config.figure}_{pair}" if str(config.figure).startswith("interpolate") else str(config.figure)
+    drawn = config.figure != "grid_over_training"  # which shows what training drew
+    path = folder / (f"{name}_{subject.folder.name}.png" if drawn and config.to is None else f"{name}.png")
     count = min(config.num_samples, 8)
     if config.figure == "grid_over_training":
         if subject.run is None:
@@ -148,7 +151,9 @@ def _of_run(config: SampleConfig, path: str) -> Subject:
     run = RunFolder(Path(path))
     trained = run.config(config.trusted_modules)
     found = checkpoint.find(run.checkpoints, config.step)
-    names = run.classes()
+    names, record = run.classes(), run.record()
+    if record.get("status") != "complete":
+        print(f"run {run.path} is not complete: this is step {found.step} of {record.get('num_steps')}", flush=True)
     return Subject(
         build=lambda device: build.network(trained, device, len(names)),
         weights=lambda: found.weights(config.weights),
@@ -197,7 +202,7 @@ def _classes(config: SampleConfig, names: list[str] | None) -> list[int] | None:
     """The class number of each sample: those asked for, or all in turn.    Raises ValueError, one line, for one that the run does not know."""
     if names is None:
         if config.classes is not None:
-            raise ValueError(f"classes={config.classes}: the network was trained without classes (training.conditional=false)")
+            raise ValueError(f"classes={config.classes}: the network was trained without classes; training.conditional=true trains with them")
         return None
     chosen = []
     for wanted in config.classes if config.classes is not None else range(len(names)):

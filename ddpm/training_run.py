@@ -103,6 +103,8 @@ def carry_out(config: Config, run: RunFolder, composed: Composed, changes: dict[
                 _train(config, run, accelerator, batches, num_steps, data.classes, interruption)
             except BaseException as error:
                 preempted = isinstance(error, Preempted | KeyboardInterrupt)
+                if preempted:
+                    print(f"run {run.path} is saved at step {run.record().get('step', 0)} of {num_steps}; the same command carries on from there", flush=True)
                 why = error.why if isinstance(error, Preempted) else f"{type(error).__name__}: {error}"
                 _conclude(run, config, "preempted" if preempted else "failed", why)
                 if isinstance(error, NotFinite):

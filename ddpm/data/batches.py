@@ -59,7 +59,9 @@ class Batches:
     ) -> None:
         rows = np.arange(len(images)) if rows is None else rows
         if batch_size > len(rows):
-            raise ValueError(f"training.batch_size={batch_size} is more than the {len(rows)} images of the data set")
+            raise ValueError(
+                f"training.batch_size={batch_size} is more than the {len(rows)} images of the data set; give training.batch_size={len(rows)} or less"
+            )
         self.num_images = len(rows)
         self.image_size = (images.shape[2], images.shape[3])
         self.batch_size = batch_size

@@ -220,7 +220,8 @@ def _level_widths(base_channels: int, channel_multipliers: Sequence[int], norm_g
 def _check_attention(attention_resolutions: Sequence[int], sides: list[int]) -> None:
     for side in attention_resolutions:
         if side not in sides:
-            raise ValueError(f"attention_resolutions has {side}, which no level has; the levels have {', '.join(map(str, sides))}")
+            levels = ", ".join(map(str, sides))
+            raise ValueError(f"attention_resolutions has {side}, which no level has; the levels have {levels}; give [{sides[-1]}], say")
 
 
 def _check_counts(**counts: int | None) -> None:
