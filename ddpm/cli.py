@@ -261,4 +261,7 @@ def _explain_composition(error: Exception, arguments: Sequence[str], config_name
         parent, _, name = parent.rpartition(".")
     section = OmegaConf.select(cfg, parent) if parent else cfg
     names = [str(found) for found in section if not str(found).startswith("_")] + (["experiment"] if not parent else [])
+    deeper = [f"{group!s}.{name}" for group, inner in cfg.items() if not parent and isinstance(inner, DictConfig) and name in inner]
+    if deeper:
+        return f"{key}: no such key; did you mean {' or '.join(deeper)}?"
     return f"{key}: no such key{' in ' + parent if parent else ''}{nearest(name, names)}"

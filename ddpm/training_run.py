@@ -143,6 +143,8 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
             accelerator.device,
         )
         log.info("compiled: %s (%s)", "yes" if compiles else "no", why)
+        if config.lr_schedule.get("warmup_steps", 0) >= num_steps:
+            log.warning("the learning rate is still warming up at the end: lr_schedule.warmup_steps=%d", config.lr_schedule["warmup_steps"])
         if first_step:
             print(f"carrying on from step {first_step}", flush=True)
     lr_schedule, lr = build.lr_schedule(config), float(config.optimizer["lr"])
