@@ -198,7 +198,7 @@ def test_without_matplotlib_the_numbers_are_saved_and_the_error_names_it(tmp_pat
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    with pytest.raises(ValueError, match=r"matplotlib: pip install 'ddpm\[plots\]'"):
+    with pytest.raises(ValueError, match=r"matplotlib: pip install -e '\.\[plots\]'"):
         bound.save_rate_distortion(tmp_path / "curve.png", tmp_path / "curve.csv", made_up(20))
     assert [path.name for path in tmp_path.iterdir()] == ["curve.csv"]
 

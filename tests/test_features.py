@@ -97,7 +97,7 @@ def test_what_is_no_batch_of_8_bit_images_is_refused(images):
 )
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=f"pip install 'ddpm\\[{extra}\\]'") as refused:
+    with pytest.raises(ValueError, match=f"pip install -e '\\.\\[{extra}\\]'") as refused:
         features.inception(None, False, CPU) if extra == "fid" else features.efficientnet_lite0(CPU)
     assert module.replace("_", "-") in one_line(refused)
 
