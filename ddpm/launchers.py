@@ -32,7 +32,7 @@ def collecting(outcomes: list[Outcome]) -> Iterator[None]:
     try:
         yield
     finally:
-        Hydra.multirun = multirun  # type: ignore[method-assign]
+        Hydra.multirun = multirun  # type: ignore[method-assign]  # put back
 
 
 def set_defaults(arguments: Sequence[str]) -> None:

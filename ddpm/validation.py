@@ -47,7 +47,8 @@ def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
     targets = dict(_targets(key, node))
     for place, target in targets.items():
         if not (isinstance(target, str) and target.startswith(prefixes)):
-            raise ValueError(f"{place}={target} is not trusted: it must start with {', '.join(prefixes)} ({_trusting(target)} adds to these)")
+            more = "runtime.trusted_modules adds to these, in other commands than ddpm.train trusted_modules"
+            raise ValueError(f"{place}={target} is not trusted: it must start with {', '.join(prefixes)} ({more})")
     found = {place: _imported(place, target, prefixes) for place, target in targets.items()}
     function = found[f"{key}._target_"]
     signature = inspect.signature(function)
@@ -65,11 +66,6 @@ def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
         schema.model_validate_json(json.dumps(arguments))
     except ValidationError as error:
         raise ValueError(_first(error, arguments, schema, prefix=f"{key}.")) from None
-
-
-def _trusting(target: Any) -> str:
-    module = str(target).partition(".")[0]
-    return f"runtime.trusted_modules=[{module}] in ddpm.train, trusted_modules=[{module}] elsewhere,"
 
 
 def _targets(key: str, value: Any) -> Iterator[tuple[str, Any]]:
