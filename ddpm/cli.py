@@ -261,7 +261,8 @@ def _explain_composition(error: Exception, arguments: Sequence[str], config_name
         parent, _, name = parent.rpartition(".")
     section = OmegaConf.select(cfg, parent) if parent else cfg
     names = [str(found) for found in section if not str(found).startswith("_")] + (["experiment"] if not parent else [])
-    deeper = [f"{group!s}.{name}" for group, inner in cfg.items() if not parent and isinstance(inner, DictConfig) and name in inner]
+    groups = {str(group): inner for group, inner in cfg.items_ex(resolve=False) if isinstance(inner, DictConfig)}
+    deeper = [f"{group}.{name}" for group, inner in groups.items() if not parent and name in inner]
     if deeper:
-        return f"{key}: no such key; did you mean {' or '.join(deeper)}?"
+        return f"{key}: no such key{nearest('', names)}; did you mean {' or '.join(deeper)}?"
     return f"{key}: no such key{' in ' + parent if parent else ''}{nearest(name, names)}"

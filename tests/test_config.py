@@ -15,7 +15,7 @@ from ddpm.config import training_config
     [
         ("model=unet23", "model=unet23: .*did you mean unet32"),
         ("experiment=butterflies12", "experiment=butterflies12: .*butterflies128"),
-        ("lr=1e-4", r"lr: no such key; did you mean optimizer\.lr"),
+        ("lr=1e-4", r"lr: no such key; .*did you mean optimizer\.lr"),
         ("trainig.steps=3", "trainig.*did you mean training"),
         ("training.step=3", r"training\.step: .*did you mean steps"),
         ("model.dropuot=0.1", r"model\.dropuot: .*did you mean dropout"),
