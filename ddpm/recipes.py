@@ -18,7 +18,8 @@ bedroom and cat runs need `data.path=DIR`: the images exported from [LSUN's own 
 
 A published figure stands with its protocol; Ho et al. report the step of lowest FID. Each file also says how near a repetition should come: 0.2 for an FID
 of about 3 and 5% for larger ones, twice the deviation printed for IS, and 0.02 for precision, recall and bits/dim, where the objectives compared lie 0.04
-and more apart.
+and more apart. A measured figure is from `python -m ddpm.evaluate run=... sampler=ddim50`, and stands with the id that says how; its `run.json` and
+`evaluation.json` lie in `results/`. Distances that are called `efficientnet_lite0` are on its features, and no FID.
 
 The papers' tables of objectives and schedules are sweeps; where a row has a recipe, it is the same run, in the same folder:
 
@@ -36,8 +37,7 @@ python -m ddpm.train experiment=cifar10_hybrid model.dropout=0.1 schedule=linear
 """
 
 OTHERS = """\
-Runs that are no recipes, measured; their `run.json` and `evaluation.json` lie in `results/`. The quick start is `python -m ddpm.train`, then
-`python -m ddpm.evaluate run=... sampler=ddim50`; its distances are on EfficientNet-Lite features, and no FID.
+Measured, and no recipe: the quick start, `python -m ddpm.train`.
 """
 
 RESULTS = EXPERIMENTS / "results"
