@@ -252,8 +252,9 @@ def _explain_composition(error: Exception, arguments: Sequence[str], config_name
         return message
     key = unknown[1].partition("@")[0]
     choices = [argument for argument in arguments if re.fullmatch(r"[\w/]+=[\w-]+", argument) and not argument.startswith(f"{key}=")]
+    own = get_args_parser().parse_args(arguments).config_dir
     try:
-        cfg = compose(choices, config_name).cfg
+        cfg = compose(choices, config_name, own and str(Path(own).resolve())).cfg
     except HydraException:
         return message
     parent, _, name = key.rpartition(".")

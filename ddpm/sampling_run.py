@@ -96,6 +96,9 @@ def carry_out(config: SampleConfig) -> None:
     weights = {name: tensor.to(device) for name, tensor in subject.weights().items()}
     drawing = Drawing(network, weights, subject.diffusion, sampler, subject.shape, config.seed, subject.any_class)
     folder = Path(config.to) if config.to else subject.folder
+    if processes.is_main_process and config.figure != "grid_over_training":
+        what = config.figure or f"{config.num_samples} images"
+        print(f"drawing {what} with the weights of {subject.name}, {len(drawing.timesteps)} steps each, on {device}", flush=True)
     if config.figure is not None:
         if processes.is_main_process:
             _draw_figure(config, subject, drawing, classes, folder)

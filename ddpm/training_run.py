@@ -104,7 +104,9 @@ def carry_out(config: Config, run: RunFolder, composed: Composed, changes: dict[
             except BaseException as error:
                 preempted = isinstance(error, Preempted | KeyboardInterrupt)
                 if preempted:
-                    print(f"run {run.path} is saved at step {run.record().get('step', 0)} of {num_steps}; the same command carries on from there", flush=True)
+                    saved = run.record().get("step")
+                    state = f"is saved at step {saved} of {num_steps}; the same command carries on from there" if saved else "has saved nothing yet"
+                    print(f"run {run.path} {state}", flush=True)
                 why = error.why if isinstance(error, Preempted) else f"{type(error).__name__}: {error}"
                 _conclude(run, config, "preempted" if preempted else "failed", why)
                 if isinstance(error, NotFinite):
@@ -206,6 +208,7 @@ def _train(config: Config, run: RunFolder, accelerator: Accelerator, batches: Ba
             count = runtime.num_previews
             classes = [index % len(names) for index in range(count)] if training.conditional else None
             drawing = Drawing(raw, ema.state_dict(), diffusion, preview_sampler, shape, config.seed, build.any_class(config, len(names)))
+            log.info("step %d  drawing %d previews, %d steps each", step, count, len(drawing.timesteps))
             parts = [range(start, min(start + training.batch_size, count)) for start in range(0, count, training.batch_size)]
             drawn = [drawing.images(part, None if classes is None else [classes[index] for index in part]) for part in parts]
             sheet = images.grid(np.concatenate([images.to_uint8(part) for part in drawn]))

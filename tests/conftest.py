@@ -17,13 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from hydra.core.config_store import ConfigStore
 from PIL import Image
 
 from ddpm import build
 from ddpm.cli import Composed, command, compose, register_experiments
 from ddpm.config import training_config
-from ddpm.run_folder import locate
+from ddpm.run_folder import RunFolder, locate
 from ddpm.training_run import carry_out
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,3 +167,28 @@ def pictures(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / folder
 
     return make
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small networks and matrices are slower on two threads, much so beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> RunFolder:
+    """A finished run of a small network with random weights. Only to be read."""
+    from weight_folders import SMALL, finished  # not for the tests that do without diffusers, whose import takes seconds
+
+    return finished(tmp_path_factory.mktemp("small"), *SMALL)
+
+
+@pytest.fixture(scope="session")
+def small_exported(small, tmp_path_factory) -> Path:
+    """Its export. Only to be read."""
+    from weight_folders import exported
+
+    return exported(small, tmp_path_factory.mktemp("small"))

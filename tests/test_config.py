@@ -291,7 +291,7 @@ def test_what_is_not_trusted_is_refused_without_being_imported(module, complaint
 
 
 def test_what_the_user_trusts_is_taken_and_its_arguments_are_checked(module, complaint):
-    trusting = ["lr_schedule._target_=stranger.schedule", "runtime.trusted_modules=[stranger]"]
+    trusting = ["lr_schedule=constant", "lr_schedule._target_=stranger.schedule", "runtime.trusted_modules=[stranger]"]
     assert composed("data=folder", *trusting).lr_schedule["_target_"] == "stranger.schedule"
     assert "lr_schedule.warmup_steps=long" in complaint("data=folder", *trusting, "lr_schedule.warmup_steps=long")
 
@@ -306,3 +306,11 @@ def test_what_is_composed_holds_the_choices_and_the_overrides():
     }
     assert found.overrides == ["experiment=butterflies128", "seed=3"]
     assert OmegaConf.select(found.cfg, "hydra") is None
+
+
+def test_a_key_of_ones_own_network_is_suggested(typed, tmp_path):
+    (tmp_path / "my" / "model").mkdir(parents=True)
+    (tmp_path / "my" / "model" / "net.yaml").write_text('# @package _global_\nmodel: {_target_: mylib.Net, in_channels: "${data.channels}", width: 64}\n')
+    done = typed("train", "--config-dir", str(tmp_path / "my"), "model=net", "model.widht=3")
+    assert done.code == 1
+    assert "model.widht: no such key in model; did you mean width" in done.err

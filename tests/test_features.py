@@ -15,15 +15,8 @@ from ddpm.data import sources
 from ddpm.data.decoding import Decoding
 from ddpm.metrics import frechet_distance, kernel_distance, moments, nearest, precision_recall
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

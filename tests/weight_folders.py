@@ -1,0 +1,64 @@
+"""Run folders and diffusers' folders with random weights, and the networks in them, for the tests of what goes out and comes in."""
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from ddpm import build, checkpoint, export
+from ddpm.cli import compose
+from ddpm.config import training_config
+from ddpm.models.unet import UNet
+from ddpm.run_folder import RunFolder, locate
+
+CPU = torch.device("cpu")
+SMALL = ["data=digits", "model.base_channels=8", "model.norm_groups=4", "model.channel_multipliers=[1,2]", "model.attention_resolutions=[8]"]
+
+
+def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter away from what an initialiser leaves at 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+    return network.eval()
+
+
+def finished(outputs: Path, *overrides: str) -> RunFolder:
+    """A run folder as it is after three steps, with random weights."""
+    composed = compose([f"outputs={outputs}", *overrides])
+    config = training_config(composed)
+    run = locate(config, composed)
+    run.start(config, composed)
+    classes = [f"class {number}" for number in range(config.data.num_classes or 0)]
+    run.update(status="complete", step=3, data={"classes": classes, "fingerprint": "", "images": 1, "unreadable": []})
+    raw, ema = (randomized(build.network(config, CPU, len(classes)), seed) for seed in (1, 2))
+    checkpoint.save(run.checkpoints, 3, raw.state_dict(), ema.state_dict(), {}, keep=1)
+    return run
+
+
+def exported(run: RunFolder, outputs: Path, *overrides: str) -> Path:
+    export.task(compose([f"run={run.path}", f"to={outputs / 'exported'}", *overrides], "export"))
+    return outputs / "exported"
+
+
+def network_of(run: RunFolder, weights: str = "ema") -> UNet:
+    config = run.config([])
+    network = build.network(config, CPU, len(run.record()["data"]["classes"]))
+    network.load_state_dict(checkpoint.find(run.checkpoints).weights(weights))
+    return network.eval()
+
+
+def theirs(folder: Path) -> UNet2DModel:
+    network, report = UNet2DModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    return network.eval()
+
+
+def assert_same(ours: nn.Module, other: UNet2DModel, *classes: Tensor) -> None:
+    size = other.config.sample_size
+    shape = (2, other.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    x_t, t = torch.randn(shape, generator=torch.Generator().manual_seed(3)), torch.tensor([0, 731])
+    with torch.inference_mode():
+        expected, output = other(x_t, t, *classes).sample, ours(x_t, t, *classes)
+    assert (output - expected).abs().max() < 1e-4 * expected.abs().max()
