@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ddpm import diffusers_folder
@@ -218,8 +219,8 @@ def without(tree: Mapping[str, Any], left_out: Mapping[str, Any]) -> dict[str, A
 
 
 def _provenance() -> dict[str, Any]:
-    packages = ("torch", "accelerate", "hydra-core", "omegaconf", "datasets", "numpy", "pillow", "safetensors")
-    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    packages = ("accelerate", "hydra-core", "omegaconf", "datasets", "numpy", "pillow", "safetensors")
+    versions = {"python": platform.python_version(), "torch": torch.__version__, **{name: metadata.version(name) for name in packages}}
     return {"git": _git(), "versions": versions, "platform": platform.platform()}
 
 
