@@ -18,7 +18,7 @@ bedroom and cat runs need `data.path=DIR`: the images exported from [LSUN's own 
 
 A published figure stands with its protocol; Ho et al. report the step of lowest FID. Each file also says how near a repetition should come: 0.2 for an FID
 of about 3 and 5% for larger ones, twice the deviation printed for IS, and 0.02 for precision, recall and bits/dim, where the objectives compared lie 0.04
-and more apart. A measured figure is from `python -m ddpm.evaluate run=... sampler=ddim50`, and stands with the id that says how; its `run.json` and
+and more apart. A measured figure stands with its id, which says how (`ddim50`: by `python -m ddpm.evaluate run=... sampler=ddim50`); its `run.json` and
 `evaluation.json` lie in `results/`. Distances that are called `efficientnet_lite0` are on its features, and no FID.
 
 The papers' tables of objectives and schedules are sweeps; where a row has a recipe, it is the same run, in the same folder:

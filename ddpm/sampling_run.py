@@ -98,7 +98,7 @@ def carry_out(config: SampleConfig) -> None:
     folder = Path(config.to) if config.to else subject.folder
     if processes.is_main_process and config.figure != "grid_over_training":
         what = config.figure or f"{config.num_samples} images"
-        print(f"drawing {what} with the weights of {subject.name}, {len(drawing.timesteps)} steps each, on {device}", flush=True)
+        print(f"{what} with the weights of {subject.name}, {len(drawing.timesteps)} steps each, on {device}", flush=True)
     if config.figure is not None:
         if processes.is_main_process:
             _draw_figure(config, subject, drawing, classes, folder)
