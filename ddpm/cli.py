@@ -73,7 +73,8 @@ def command(
     """The main function of an entry point: compose conf/<config_name>.yaml with the command line, then run `task`; in a sweep, once a job.
 
     what, examples: for --help.    facts: what to show of a job in the table at the end of a sweep, by column.
-    An error is one line on standard error, and exit code 1; HYDRA_FULL_ERROR=1 brings the traceback. A failing job of a sweep does not stop the others.
+    An error is one line on standard error, and exit code 1; Ctrl-C another, and 130; HYDRA_FULL_ERROR=1 brings the traceback of either. A failing job of a
+    sweep does not stop the others.
     """
 
     @functools.wraps(task)
@@ -122,6 +123,11 @@ def command(
             sweep.refuse_in_process_group(typed)
             with launchers.collecting(outcomes):
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(functools.wraps(task)(job))()
+        except KeyboardInterrupt:
+            if wants_traceback:
+                raise
+            print("interrupted", file=sys.stderr, flush=True)
+            sys.exit(130)
         except Exception as error:  # what a job raises is caught above: this is a composition that failed
             if wants_traceback:
                 raise

@@ -14,7 +14,7 @@ main = command(
     task,
     "Measure a trained network: distances, bits/dim, losses, nearest training pictures. Each figure carries its protocol.",
     [
-        "python -m ddpm.evaluate run=outputs/quickstart-digits/recipe-XXXXXXXX",
+        "python -m ddpm.evaluate run=outputs/quickstart-digits/recipe-23bb77a2",
         "python -m ddpm.evaluate run=DIR evaluation=paper evaluation.weights_path=pt_inception-2015-12-05-6726825d.pth",
         "python -m ddpm.evaluate run=DIR sampler=ddim50 evaluation.metrics=[fd,kd] evaluation.num_samples=5000",
     ],

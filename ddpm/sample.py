@@ -14,7 +14,7 @@ main = command(
     task,
     "Draw images from a trained run: a grid, and one PNG an image.",
     [
-        "python -m ddpm.sample run=outputs/quickstart-digits/recipe-XXXXXXXX",
+        "python -m ddpm.sample run=outputs/quickstart-digits/recipe-23bb77a2",
         "python -m ddpm.sample run=DIR sampler=ddim sampler.num_steps=50 num_samples=16",
         "python -m ddpm.sample from=google/ddpm-cifar10-32",
     ],

@@ -210,3 +210,12 @@ def test_the_configuration_can_be_looked_at_without_training(ddpm):
     done = ddpm("train", "experiment=cifar10", "--cfg", "job")
     assert done.code == 0
     assert yaml.safe_load(done.out)["training"]["steps"] == 800_000
+
+
+def test_ctrl_c_ends_a_command_in_one_line(typed, monkeypatch):
+    def interrupted(composed):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ddpm.build.check", interrupted)
+    done = typed("train")
+    assert (done.code, done.err) == (130, "interrupted\n")

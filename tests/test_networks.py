@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DModel
 from hydra.utils import instantiate
 from torch import Tensor, nn
+from weight_folders import randomized
 
 from ddpm.cli import compose
 from ddpm.config import training_config
@@ -29,14 +30,6 @@ def seeded() -> None:
 
 def unet(settings: dict, **changed: object) -> UNet:
     return UNet(**{"resolution": 16, "in_channels": 3, "out_channels": 3, **settings, **changed})
-
-
-def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter away from what an initialiser leaves at 0 or 1."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-    return network
 
 
 def theirs(settings: dict, head_width: int | None) -> UNet2DModel:
@@ -106,7 +99,7 @@ def num_parameters(option: str, **arguments: object) -> int:
     ],
 )
 def test_the_network_has_the_names_of_diffusers_and_computes_what_it_does(settings, head_width):
-    reference, network = randomized(theirs(settings, head_width)).eval(), unet(settings).eval()
+    reference, network = randomized(theirs(settings, head_width), scale=0.05).eval(), unet(settings).eval()
     assert network.state_dict().keys() == reference.state_dict().keys()
     network.load_state_dict(reference.state_dict())
     x_t, t = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 731, 999])
@@ -131,7 +124,7 @@ def of_family(family: str) -> tuple[nn.Module, list[Tensor]]:
 def test_every_parameter_learns(family):
     """All but the bias of the keys, which softmax cannot see."""
     network, arguments = of_family(family)
-    output = randomized(network)(*arguments)
+    output = randomized(network, scale=0.05)(*arguments)
     assert output.shape == arguments[0].shape
     output.square().mean().backward()
     for name, parameter in network.named_parameters():
@@ -186,7 +179,7 @@ def test_the_readmes_timestep_is_sines_and_cosines_in_turn():
 def test_the_class_moves_the_output_as_the_timestep_does():
     """Both are added before the swish, so a class whose embedding undoes the timestep's change undoes its effect."""
     network = unet(IMPROVED, num_classes=2).eval()
-    randomized(network)
+    randomized(network, scale=0.05)
     x_t = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         early, late = network.time_embedding(torch.tensor([5, 800]))

@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from ddpm import build
 from ddpm.cli import CONF, compose
 from ddpm.config import training_config
+from ddpm.run_folder import locate
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -96,12 +97,19 @@ def test_the_commands_of_the_readme_run_as_they_are_written(typed, pictures, tmp
     monkeypatch.syspath_prepend(tmp_path)
     run, ran = None, set()
     for module, words in typed_here():
-        words = [re.sub(r"=(\.\.\.|outputs/.*XXXX|outputs/\.\.\.)$", f"={run}", word) for word in words]
+        words = [re.sub(r"=(\.\.\.|outputs/quickstart-digits/recipe-\w+|outputs/\.\.\.)$", f"={run}", word) for word in words]
         done = typed(module, *words, *SHORT.get(module, []), *(["training.steps=4"] if any(word.startswith("resume=") for word in words) else []))
         assert done.code == 0, (module, words, done.err)
         run = run or done.run
         ran.add(module)
     assert ran == {"train", "compare", "plan", "sample", "evaluate", "export"}
+
+
+@pytest.mark.parametrize("file", ["README.md", "ddpm/sample.py", "ddpm/evaluate.py"])
+def test_the_example_of_a_run_is_the_quick_starts(file):
+    quickstart = compose([])
+    run = locate(training_config(quickstart), quickstart)
+    assert set(re.findall(r"run=(outputs/[\w/-]+)", (ROOT / file).read_text(encoding="utf-8"))) == {run.path.as_posix()}
 
 
 def test_the_readme_has_two_commands_to_set_up():

@@ -16,12 +16,12 @@ CPU = torch.device("cpu")
 SMALL = ["data=digits", "model.base_channels=8", "model.norm_groups=4", "model.channel_multipliers=[1,2]", "model.attention_resolutions=[8]"]
 
 
-def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
+def randomized(network: nn.Module, seed: int = 0, scale: float = 0.02) -> nn.Module:
     """Every parameter away from what an initialiser leaves at 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
-    return network.eval()
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=scale)
+    return network
 
 
 def finished(outputs: Path, *overrides: str) -> RunFolder:
