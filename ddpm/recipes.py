@@ -4,10 +4,9 @@ import json
 from itertools import groupby
 from pathlib import Path
 
-from ddpm import evaluation
-from ddpm.cli import EXPERIMENTS, Composed, compose
-from ddpm.config import Config, Recipe, training_config
-from ddpm.results import PARTS
+from ddpm.config.compose import EXPERIMENTS, Composed, compose
+from ddpm.config.schema import Config, Recipe, training_config
+from ddpm.runs.results import PARTS, recorded
 
 INTRO = """\
 # Recipes
@@ -68,7 +67,7 @@ def table() -> str:
 def measured(name: str, results: Path = RESULTS) -> str:
     """What a run came to, from its run.json and evaluation.json, kept in a folder of its name: figures with their protocols, steps, device and commit."""
     folder = results / name
-    figures = evaluation.recorded(folder / "evaluation.json")
+    figures = recorded(folder / "evaluation.json")
     if not figures:
         return "not measured"
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))

@@ -21,11 +21,13 @@ import torch
 from hydra.core.config_store import ConfigStore
 from PIL import Image
 
-from ddpm import build
-from ddpm.cli import Composed, command, compose, register_experiments
-from ddpm.config import training_config
-from ddpm.run_folder import RunFolder, locate
-from ddpm.training_run import carry_out
+from ddpm.config import build
+from ddpm.config.cli import command
+from ddpm.config.compose import Composed, compose, register_experiments
+from ddpm.config.schema import training_config
+from ddpm.runs.folder import RunFolder
+from ddpm.runs.identity import locate
+from ddpm.train.run import carry_out
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,7 +80,7 @@ def typed() -> Callable[..., Done]:
             patch.setattr(sys, "argv", [f"ddpm.{name}", *overrides])
             patch.setenv("HYDRA_FULL_ERROR", "0")
             try:
-                importlib.import_module(f"ddpm.{name}").main()
+                importlib.import_module(f"ddpm.{name}.__main__").main()
             except SystemExit as stopped:
                 code = stopped.code
         if isinstance(code, str):  # what the interpreter prints when it ends with it, and then exit code 1

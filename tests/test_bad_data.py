@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ddpm.cli import compose
-from ddpm.config import training_config
+from ddpm.config.compose import compose
+from ddpm.config.schema import training_config
 from ddpm.data import sources
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import image_set
-from ddpm.run_folder import locate
-from ddpm.training_run import carry_out
+from ddpm.runs.identity import locate
+from ddpm.train.run import carry_out
 
 COLOUR = Decoding(10, 12, 3, "center", "white")  # the size of the pictures that are made: nothing is resized
 

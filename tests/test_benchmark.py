@@ -2,9 +2,9 @@ import json
 
 import torch
 
-from ddpm.benchmarking import benchmark
-from ddpm.cli import compose
-from ddpm.timing import HostWaits
+from ddpm.benchmark.run import benchmark
+from ddpm.config.compose import compose
+from ddpm.plan.timing import HostWaits
 
 QUICK = ["rounds=2", "seconds=0.01", "sample_batch=2", "training.batch_size=4", "runtime.device=cpu"]
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm import bound, schedules
-from ddpm.diffusion import GaussianDiffusion
+from ddpm.diffusion import schedules
+from ddpm.diffusion.process import GaussianDiffusion
+from ddpm.evaluate import bound
 
 LINEAR = schedules.linear(1000, 1e-4, 0.02)
 SHORT = schedules.linear(20, 1e-3, 0.3)

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from ddpm import build
-from ddpm.cli import compose
-from ddpm.config import training_config
+from ddpm.config import build
+from ddpm.config.compose import compose
+from ddpm.config.schema import training_config
+from ddpm.system import devices
 
 CPU = torch.device("cpu")
 
@@ -27,10 +28,10 @@ def test_a_sampler_that_does_not_fit_the_schedule_is_refused_by_its_key():
 
 
 def test_a_device_that_is_not_here_is_refused_with_those_that_are():
-    assert build.device("auto").type in ("cpu", "cuda", "mps")
+    assert devices.device("auto").type in ("cpu", "cuda", "mps")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"device=cuda .* cpu"):
-            build.device("cuda")
+            devices.device("cuda")
 
 
 def test_the_image_size_is_height_then_width():

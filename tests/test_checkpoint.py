@@ -5,7 +5,7 @@ import stat
 import pytest
 import torch
 
-from ddpm import checkpoint
+from ddpm.runs import checkpoint
 
 WEIGHTS = {"layer.weight": torch.arange(6.0).reshape(2, 3).t()}  # not contiguous, as channels_last weights are not
 STATE = {"ema_updates": 7, "optimizer": {"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]}}

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddpm import checkpoint
+from ddpm.runs import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -216,6 +216,6 @@ def test_ctrl_c_ends_a_command_in_one_line(typed, monkeypatch):
     def interrupted(composed):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ddpm.build.check", interrupted)
+    monkeypatch.setattr("ddpm.config.build.check", interrupted)
     done = typed("train")
     assert (done.code, done.err) == (130, "interrupted\n")

@@ -9,11 +9,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from ddpm import comparison, evaluation
-from ddpm.comparison import At
-from ddpm.evaluation import Figure
-from ddpm.results import windowed
-from ddpm.run_folder import RunFolder
+from ddpm.compare import tables
+from ddpm.runs import results
+from ddpm.runs.folder import RunFolder
+from ddpm.runs.results import At, Figure, windowed
 
 PROTOCOL = {"count": 1000, "split": "train", "extractor": "efficientnet_lite0", "sampler": "ddim50", "weights": "ema", "data": "abc", "seed": 0}
 
@@ -28,9 +27,9 @@ def outputs(tmp_path_factory, typed, tiny):
     assert typed("train", *settings, "optimizer.lr=1e30", "lr_schedule=constant", "lr_schedule.warmup_steps=0").code == 1
     for seed, values in ((0, (9.0, 8.0)), (1, (7.0, 7.5))):
         for step, value in zip((4, 6), values, strict=True):
-            evaluation.record(path(outputs, seed=seed, steps=6) / "evaluation.json", [Figure("fd_efficientnet_lite0", value, {**PROTOCOL, "step": step})])
+            results.record(path(outputs, seed=seed, steps=6) / "evaluation.json", [Figure("fd_efficientnet_lite0", value, {**PROTOCOL, "step": step})])
     other = {**PROTOCOL, "seed": 5, "step": 6}
-    evaluation.record(path(outputs, seed=0, steps=6) / "evaluation.json", [Figure("fd_efficientnet_lite0", 50.0, other), Figure("recall", 0.5, other)])
+    results.record(path(outputs, seed=0, steps=6) / "evaluation.json", [Figure("fd_efficientnet_lite0", 50.0, other), Figure("recall", 0.5, other)])
     return outputs
 
 
@@ -45,25 +44,25 @@ def path(outputs, seed, steps, lr=1e-3):
 @pytest.fixture(scope="module")
 def compared(outputs):
     wanted = [path(outputs, 0, 6), path(outputs, 1, 6), path(outputs, 0, 4), path(outputs, 0, 6, 1e30)]
-    return [comparison.read(RunFolder(folder)) for folder in wanted]
+    return [results.read(RunFolder(folder)) for folder in wanted]
 
 
 def test_only_what_differs_has_a_column(compared):
-    table = comparison.rows(compared[:2])
+    table = tables.rows(compared[:2])
     assert [column for column in table[0] if "." in column.partition("@")[0]] == []
     assert [row["seed"] for row in table] == [0, 1]
-    assert {"optimizer.lr", "training.steps", "seed"} <= comparison.rows(compared)[0].keys()
+    assert {"optimizer.lr", "training.steps", "seed"} <= tables.rows(compared)[0].keys()
 
 
 def test_runs_stand_as_they_ended_with_their_steps_speed_and_hours(compared):
-    table = comparison.rows(compared)
+    table = tables.rows(compared)
     assert [(row["status"], row["steps"]) for row in table] == [("complete", "6"), ("complete", "6"), ("complete", "4"), ("failed", "0/6")]
     assert all(row["images/s"] > 0 and row["hours"] > 0 for row in table[:3])
     assert table[3]["images/s"] is table[3]["hours"] is None
 
 
 def test_a_protocol_has_a_column_of_its_own_and_a_run_that_was_not_measured_has_none_in_it(compared):
-    table = comparison.rows(compared)
+    table = tables.rows(compared)
     first, second = (column for column in table[0] if column.startswith("fd_") and not column.endswith(" best"))
     assert {first.split()[-1], second.split()[-1]} == {"seed=0", "seed=5"}
     assert [[row[first], row[second]] for row in table] == [[8.0, 50.0], [7.5, None], [None, None], [None, None]]
@@ -71,30 +70,30 @@ def test_a_protocol_has_a_column_of_its_own_and_a_run_that_was_not_measured_has_
 
 
 def test_a_loss_of_another_objective_is_not_in_the_same_column(compared):
-    other = comparison.Compared(
+    other = results.Compared(
         compared[1].run,
         {**compared[1].settings, "objective.prediction": "v"},
         compared[1].choices,
         compared[1].record,
-        [comparison.Result("loss", {**compared[1].results[0].protocol, "objective.prediction": "v"}, (0.5, 6), (0.5, 6))],
+        [tables.Result("loss", {**compared[1].results[0].protocol, "objective.prediction": "v"}, (0.5, 6), (0.5, 6))],
         "complete",
     )
-    table = comparison.rows([compared[0], other])
+    table = tables.rows([compared[0], other])
     assert [(row["loss prediction=epsilon"] is None, row["loss prediction=v"]) for row in table] == [(False, None), (True, 0.5)]
 
 
 def test_seeds_give_mean_and_deviation_and_only_of_complete_runs_that_are_otherwise_the_same(compared):
-    (row,) = comparison.over_seeds(compared)
+    (row,) = tables.over_seeds(compared)
     assert row["seeds"] == "0 1"
     column = next(name for name in row if name.startswith("fd_") and "seed=0" in name).removesuffix(" mean")
     assert row[f"{column} mean"] == pytest.approx(7.75)
     assert row[f"{column} deviation"] == pytest.approx(np.std([8.0, 7.5], ddof=1))
-    assert comparison.over_seeds([compared[0], compared[2], compared[3]]) == []
+    assert tables.over_seeds([compared[0], compared[2], compared[3]]) == []
 
 
 def test_runs_are_in_the_order_of_what_differs(compared):
     for numbers in ([2, 0, 1], [1, 2, 0]):
-        assert [one.settings["training.steps"] * 10 + one.settings["seed"] for one in comparison.ordered([compared[index] for index in numbers])] == [
+        assert [one.settings["training.steps"] * 10 + one.settings["seed"] for one in tables.ordered([compared[index] for index in numbers])] == [
             40,
             60,
             61,
@@ -183,7 +182,7 @@ def test_no_run_at_all_is_one_line(typed, tmp_path):
 
 
 def test_a_table_too_wide_for_the_terminal_is_turned(compared):
-    table = comparison.rows(compared[:2])
-    across, down = comparison.text(table, 10_000), comparison.text(table, 60)
+    table = tables.rows(compared[:2])
+    across, down = tables.text(table, 10_000), tables.text(table, 60)
     assert len(across.splitlines()) == 3
     assert len(down.splitlines()) == len(table[0])

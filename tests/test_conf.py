@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm import build
-from ddpm.cli import CONF, compose
-from ddpm.config import training_config
+from ddpm.config import build
+from ddpm.config.compose import CONF, compose
+from ddpm.config.schema import training_config
 from ddpm.data.batches import Batches
-from ddpm.run_folder import locate
+from ddpm.runs.identity import locate
 
 OPTIONS = [f"{group}={file.stem}" for group in compose([]).choices if group != "experiment" for file in sorted((CONF / group).glob("*.yaml"))]
 NEEDS = {"schedule=jsd": ["objective=v"]}  # its last x_t is pure noise

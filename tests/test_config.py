@@ -5,9 +5,12 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from ddpm import evaluate, export, plan, sample
-from ddpm.cli import Composed, compose
-from ddpm.config import training_config
+from ddpm.config.compose import Composed, compose
+from ddpm.config.schema import training_config
+from ddpm.evaluate import __main__ as evaluate
+from ddpm.export import __main__ as export
+from ddpm.plan import __main__ as plan
+from ddpm.sample import __main__ as sample
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,10 @@ from ddpm.config import training_config
         ("lr_schedule.warmup_steps=-1", r"lr_schedule\.warmup_steps=-1"),
         ("sampler.num_steps=1001", r"sampler\.num_steps=1001 .*1000"),
         ("sampler.spacing=even", r"sampler\.spacing=even .*'linear'"),
-        ("sampler.function._target_=ddpm.samplers.dimm", r"sampler\.function\._target_=ddpm\.samplers\.dimm"),
+        (
+            "sampler.function._target_=ddpm.diffusion.samplers.dimm",
+            r"sampler\.function\._target_=ddpm\.diffusion\.samplers\.dimm .*did you mean ddpm\.diffusion\.samplers\.ddim",
+        ),
         ("model._target_=UNet", r"model\._target_=UNet"),
         ("schedule=cosine,linear", "schedule.*-m"),
         ("schedule.num_timesteps=1000000000", r"schedule\.num_timesteps=1000000000 .*2 and 1000000"),

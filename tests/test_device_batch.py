@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ddpm import build
-from ddpm.cli import compose
-from ddpm.config import training_config
-from ddpm.device_batch import halved_until_it_fits
+from ddpm.config import build
+from ddpm.config.compose import compose
+from ddpm.config.schema import training_config
+from ddpm.train.device_batch import halved_until_it_fits
 
 
 def attempt(limit, tried):

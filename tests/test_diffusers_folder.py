@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from weight_folders import SMALL, assert_same, exported, finished, randomized, theirs
 
-from ddpm import diffusers_folder, sampling_run
-from ddpm.cli import compose
-from ddpm.config import training_config
-from ddpm.diffusers_settings import unseen
+from ddpm.config.compose import compose
+from ddpm.config.schema import training_config
 from ddpm.models.unet import UNet
+from ddpm.sample import run
+from ddpm.weights import folders
+from ddpm.weights.diffusers import unseen
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # networks as small as these are slower on two
 GOOGLE = {  # google/ddpm-cifar10-32, but a quarter as wide
@@ -68,12 +69,12 @@ def google(folder: Path, variance: str | None = None, **changed: object) -> Path
     return folder
 
 
-def chain_of(folder: Path) -> diffusers_folder.Chain:
-    return diffusers_folder.find(str(folder), "from").chain()
+def chain_of(folder: Path) -> folders.Chain:
+    return folders.find(str(folder), "from").chain()
 
 
 def ours(folder: Path) -> UNet:
-    found = diffusers_folder.find(str(folder), "from")
+    found = folders.find(str(folder), "from")
     network = found.network()
     network.load_state_dict(found.fitting(network, found.model))
     return network.eval()
@@ -138,7 +139,7 @@ def test_the_published_network_is_unet32(tmp_path):
     """128 channels wide, it is the paper's, dropout apart, which is a matter of training."""
     folder = google(tmp_path, "fixed_large")
     edit(folder / "config.json", block_out_channels=[128, 256, 256, 256])
-    model = diffusers_folder.find(str(folder), "from").model
+    model = folders.find(str(folder), "from").model
     paper = training_config(compose(["model=unet32", "data=cifar10"])).model
     assert {**model, **paper, "dropout": 0.0} == model
     assert unseen(paper) == unseen(model)
@@ -238,7 +239,7 @@ def test_a_pickle_that_would_run_code_is_refused_unread(tmp_path):
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     (folder / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"conv_in.weight": Payload(tmp_path / "trace")}, protocol=2))
     with pytest.raises(ValueError, match="from=.*cannot be read as tensors alone"):
-        diffusers_folder.find(str(folder), "from").weights()
+        folders.find(str(folder), "from").weights()
     assert not (tmp_path / "trace").exists()
 
 
@@ -256,13 +257,13 @@ def test_where_there_are_no_weights_the_option_is_named(tmp_path, name, reason):
     (tmp_path / "file").touch()
     name = name.format(tmp=tmp_path)
     with pytest.raises(ValueError, match=f"^init_from={re.escape(name)}.*{reason}") as refused:
-        diffusers_folder.find(name, "init_from")
+        folders.find(name, "init_from")
     assert "\n" not in str(refused.value)
 
 
 def sampled(*overrides: str) -> None:
     composed = compose([*overrides, "num_samples=3", "batch_size=2", "sampler.num_steps=4"], "sample")
-    sampling_run.carry_out(sampling_run.SampleConfig.of(composed))
+    run.carry_out(run.SampleConfig.of(composed))
 
 
 def test_a_folder_gives_the_images_that_its_run_gives(tmp_path):
@@ -282,7 +283,7 @@ def test_a_folder_gives_the_images_that_its_run_gives(tmp_path):
 def test_a_scheduler_that_does_not_clip_is_heard_unless_the_command_line_says_otherwise(saved, tmp_path, overrides, clips):
     DDPMScheduler(clip_sample=False, variance_type="fixed_large").save_pretrained(tmp_path / "scheduler")
     (tmp_path / "unet").symlink_to(saved)
-    config = sampling_run.SampleConfig.of(compose([f"from={tmp_path}", *overrides], "sample"))
+    config = run.SampleConfig.of(compose([f"from={tmp_path}", *overrides], "sample"))
     assert config.sampler["clip"] is clips
     assert config.sampler["function"].get("variance", "fixed_large") == "fixed_large"
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from ddpm import schedules
-from ddpm.diffusion import GaussianDiffusion, discretized_log_likelihood, min_snr_weights
+from ddpm.diffusion import schedules
+from ddpm.diffusion.process import GaussianDiffusion, discretized_log_likelihood, min_snr_weights
 
 LINEAR = schedules.linear(1000, 1e-4, 0.02)
 COSINE = schedules.cosine(1000, 0.008, 0.999)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ddpm.ema import EMA
+from ddpm.train.state import EMA
 
 
 def changing(seed: int = 0) -> tuple[nn.Module, torch.Generator]:

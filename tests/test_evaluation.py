@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddpm import evaluation
-from ddpm.config import Metric
-from ddpm.evaluation import Figure
-from ddpm.features import Features
+from ddpm.config.schema import Metric
+from ddpm.evaluate import distances
+from ddpm.evaluate.features import Features
+from ddpm.evaluate.run import table
+from ddpm.runs import results
+from ddpm.runs.results import Figure
 
 PROTOCOL = {"count": 50_000, "split": "train", "extractor": "inception", "sampler": "ancestral1000", "weights": "ema", "step": 800_000, "seed": 0}
 
@@ -23,21 +25,21 @@ def test_a_figures_id_says_its_protocol():
 
 def test_a_figure_takes_the_place_of_the_same_one_and_no_other(tmp_path):
     file = tmp_path / "evaluation.json"
-    evaluation.record(file, [Figure("fid", 9.0, PROTOCOL), Figure("precision", 0.5, PROTOCOL)])
-    evaluation.record(file, [Figure("fid", 8.0, PROTOCOL), Figure("fid", 7.0, {**PROTOCOL, "seed": 1})])
-    assert [(entry["metric"], entry["value"], entry["protocol"]["seed"]) for entry in evaluation.recorded(file)] == [
+    results.record(file, [Figure("fid", 9.0, PROTOCOL), Figure("precision", 0.5, PROTOCOL)])
+    results.record(file, [Figure("fid", 8.0, PROTOCOL), Figure("fid", 7.0, {**PROTOCOL, "seed": 1})])
+    assert [(entry["metric"], entry["value"], entry["protocol"]["seed"]) for entry in results.recorded(file)] == [
         ("fid", 8.0, 0), ("precision", 0.5, 0), ("fid", 7.0, 1),
     ]  # fmt: skip
 
 
 def test_which_of_two_values_is_the_better_is_known_where_one_is():
-    assert [evaluation.better(name) for name in ("fid", "kd_efficientnet_lite0", "bits_per_dim")] == [min] * 3
-    assert [evaluation.better(name) for name in ("inception_score", "precision", "recall")] == [max] * 3
-    assert evaluation.better("nearest_ratio") is evaluation.better("channel_0_mean_gap") is None
+    assert [results.better(name) for name in ("fid", "kd_efficientnet_lite0", "bits_per_dim")] == [min] * 3
+    assert [results.better(name) for name in ("inception_score", "precision", "recall")] == [max] * 3
+    assert results.better("nearest_ratio") is results.better("channel_0_mean_gap") is None
 
 
 def test_the_table_shows_what_was_published_beside_what_was_measured():
-    shown = evaluation.table([Figure("fid", 3.4, PROTOCOL, floor=1.5)], [Metric(name="fid", value=3.17, tolerance=0.2, protocol="50k samples")])
+    shown = table([Figure("fid", 3.4, PROTOCOL, floor=1.5)], [Metric(name="fid", value=3.17, tolerance=0.2, protocol="50k samples")])
     assert "3.4000" in shown
     assert "floor 1.5000" in shown
     assert "published 3.17 +- 0.2 (50k samples)" in shown
@@ -47,7 +49,7 @@ def test_colour_gaps_are_those_of_the_channels_and_a_tint_is_warned_of():
     data = np.random.default_rng(0).integers(50, 200, (20, 3, 8, 8), dtype=np.uint8)
     drawn = data.transpose(0, 2, 3, 1).copy()
     drawn[..., 2] += 20
-    figures, warnings = evaluation.colour(drawn, data, PROTOCOL)
+    figures, warnings = distances.colour(drawn, data, PROTOCOL)
     gaps = {figure.metric: figure.value for figure in figures}
     assert gaps["channel_2_mean_gap"] == pytest.approx(20)
     assert all(value == 0 for name, value in gaps.items() if name != "channel_2_mean_gap")
@@ -58,9 +60,9 @@ def test_colour_gaps_are_those_of_the_channels_and_a_tint_is_warned_of():
 def test_copies_of_training_pictures_are_found_and_come_first():
     reference = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     drawn = torch.cat([reference[7:8] + 3.0, reference[20:21], reference[8:9] - 3.0])
-    figure, pairs = evaluation.nearest_pairs(Features(drawn, None), Features(reference, None), PROTOCOL)
+    figure, pairs = distances.nearest_pairs(Features(drawn, None), Features(reference, None), PROTOCOL)
     assert pairs[0] == (1, 20)
-    copies, _ = evaluation.nearest_pairs(Features(reference, None), Features(reference, None), PROTOCOL)
+    copies, _ = distances.nearest_pairs(Features(reference, None), Features(reference, None), PROTOCOL)
     assert copies.value == 0
     assert figure.value > 0
 
@@ -73,7 +75,7 @@ def test_reference_features_come_from_the_cache_the_second_time(tmp_path):
         return Features(torch.from_numpy(pictures.reshape(len(pictures), -1).astype(np.float32)), None)
 
     pictures = np.random.default_rng(0).integers(0, 256, (4, 3, 2, 2), dtype=np.uint8)
-    first, again = (evaluation.reference_features(pictures, extractor, tmp_path / "cache" / "f.npz") for _ in range(2))
+    first, again = (distances.reference_features(pictures, extractor, tmp_path / "cache" / "f.npz") for _ in range(2))
     torch.testing.assert_close(first.features, again.features, rtol=0, atol=0)
     assert calls == [(4, 2, 2, 3)]
 

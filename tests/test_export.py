@@ -11,11 +11,13 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from torch import Tensor
 from weight_folders import SMALL, assert_same, exported, finished, network_of, randomized, theirs
 
-from ddpm import build, diffusers_folder, export
-from ddpm.cli import compose
-from ddpm.config import training_config
-from ddpm.diffusion import GaussianDiffusion
-from ddpm.samplers import ancestral, spaced_timesteps
+from ddpm.config import build
+from ddpm.config.compose import compose
+from ddpm.config.schema import training_config
+from ddpm.diffusion.process import GaussianDiffusion
+from ddpm.diffusion.samplers import ancestral, spaced_timesteps
+from ddpm.export import __main__ as export
+from ddpm.weights import folders
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # networks as small as these are slower on two
 NARROW = ["model.base_channels=32", "model.norm_groups=8"]
@@ -46,7 +48,7 @@ def test_a_network_with_classes_keeps_them(tmp_path, capsys):
     folder = exported(run, tmp_path)
     assert "class_labels" in capsys.readouterr().out
     assert_same(network_of(run), theirs(folder / "unet"), torch.tensor([0, 10]))
-    assert diffusers_folder.find(str(folder), "from").model["num_classes"] == 11
+    assert folders.find(str(folder), "from").model["num_classes"] == 11
 
 
 def test_the_weights_as_trained_are_exported_where_asked(small, tmp_path, capsys):
@@ -74,7 +76,7 @@ def written(folder: Path, *settings: str) -> tuple[Path, GaussianDiffusion, dict
     config = training_config(compose([*SMALL, *settings]))
     diffusion, network = build.diffusion(config), randomized(build.network(config, torch.device("cpu"), 10))
     out_channels = 2 if diffusion.learns_variance else 1
-    diffusers_folder.write(folder, {**config.model, "out_channels": out_channels}, network.state_dict(), diffusion)
+    folders.write(folder, {**config.model, "out_channels": out_channels}, network.state_dict(), diffusion)
     return folder, diffusion, network.state_dict()
 
 
@@ -117,7 +119,7 @@ def test_the_exported_scheduler_walks_our_ancestral_chain(tmp_path, settings):
 @pytest.mark.parametrize("settings", CHAINS)
 def test_what_was_exported_is_read_back_as_it_was(tmp_path, settings):
     folder, diffusion, expected = written(tmp_path / "exported", *settings)
-    found = diffusers_folder.find(str(folder), "from")
+    found = folders.find(str(folder), "from")
     chain = found.chain()
     assert torch.allclose(chain.diffusion.betas, diffusion.betas, rtol=1e-12, atol=0)
     assert (chain.diffusion.prediction, chain.diffusion.variance, chain.clip) == (diffusion.prediction, diffusion.variance, True)
@@ -128,7 +130,7 @@ def test_what_was_exported_is_read_back_as_it_was(tmp_path, settings):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (["model=unet_readme", "data=cifar10", "model.resolution=32"], r"model\._target_=ddpm\.models\.unet_readme\.ReadmeUNet"),
+        (["model=unet_readme", "data=cifar10", "model.resolution=32"], r"model\._target_=ddpm\.models\.ReadmeUNet"),
         ([*SMALL, "model.channel_multipliers=[2,2]"], r"model\.channel_multipliers starts with 2"),
         ([*SMALL, "+model.num_heads=2", "model.attention_resolutions=[16,8]"], r"model\.num_heads=2 on widths 8, 16"),
         ([*SMALL, "objective=mean"], r"objective\.prediction=mean"),
@@ -140,7 +142,7 @@ def test_what_was_exported_is_read_back_as_it_was(tmp_path, settings):
 def test_what_diffusers_cannot_express_is_refused_with_the_reason(tmp_path, settings, reason):
     config = training_config(compose(settings))
     with pytest.raises(ValueError, match=reason) as refused:
-        diffusers_folder.write(tmp_path / "out" / "exported", config.model, {}, build.diffusion(config))
+        folders.write(tmp_path / "out" / "exported", config.model, {}, build.diffusion(config))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
 

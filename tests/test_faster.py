@@ -6,11 +6,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ddpm import build
-from ddpm.cli import compose
-from ddpm.compilation import compile_in_place, decide
-from ddpm.config import training_config
+from ddpm.config import build
+from ddpm.config.compose import compose
+from ddpm.config.schema import training_config
 from ddpm.models.layers import Dropout, Upsample
+from ddpm.system.devices import compile_in_place, decide
 
 CPU = torch.device("cpu")
 SMALL = ["model.base_channels=8", "model.norm_groups=4", "model.channel_multipliers=[1,2]", "model.attention_resolutions=[8]"]

@@ -10,10 +10,10 @@ import torch
 from PIL import Image, ImageFilter
 from torch import nn
 
-from ddpm import features
 from ddpm.data import sources
 from ddpm.data.decoding import Decoding
-from ddpm.metrics import frechet_distance, kernel_distance, moments, nearest, precision_recall
+from ddpm.evaluate import features
+from ddpm.evaluate.metrics import frechet_distance, kernel_distance, moments, nearest, precision_recall
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

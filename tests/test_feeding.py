@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm.data import feeding, sources
+from ddpm.data import sources
 from ddpm.data.batches import Batches
 from ddpm.data.decoding import Decoding
-from ddpm.data.image_set import image_set
-from ddpm.data.packed import Packed
+from ddpm.data.image_set import decodes_later, goes_on_device, image_set
+from ddpm.data.stored import Packed
 
 CPU = torch.device("cpu")
 DECODING = Decoding(8, 8, 3, "center", "white")
@@ -74,17 +74,17 @@ def test_what_is_not_encoded_in_its_source_is_packed_without_loss(tmp_path):
 
 @pytest.mark.parametrize(("free", "later"), [(14 * 3 * 64 * 2 + 2, False), (14 * 3 * 64 * 2 - 2, True)])
 def test_by_itself_a_set_is_decoded_where_that_takes_half_of_the_disk_at_most(folder, tmp_path, monkeypatch, free, later):
-    monkeypatch.setattr(feeding.shutil, "disk_usage", lambda where: SimpleNamespace(free=free) if where.exists() else None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda where: SimpleNamespace(free=free) if where.exists() else None)
     source, cache = sources.folder(str(folder)), tmp_path / "not" / "yet"
-    assert feeding.decodes_later("auto", source, DECODING, cache) == later
-    assert feeding.decodes_later("decode", source, DECODING, cache)
-    assert not feeding.decodes_later("file", source, DECODING, cache)
+    assert decodes_later("auto", source, DECODING, cache) == later
+    assert decodes_later("decode", source, DECODING, cache)
+    assert not decodes_later("file", source, DECODING, cache)
     image_set(source, DECODING, cache, 1, 0.0)
-    assert not feeding.decodes_later("auto", source, DECODING, cache)  # it is there
+    assert not decodes_later("auto", source, DECODING, cache)  # it is there
     shutil.rmtree(cache)
 
 
 def test_only_what_is_decoded_can_go_on_the_device(folder, tmp_path):
     file, later = (ready(folder, tmp_path / "cache", decode_later) for decode_later in (False, True))
-    assert feeding.goes_on_device("device", file, CPU)
-    assert not any(feeding.goes_on_device(feed, data, CPU) for feed, data in (("auto", file), ("file", file), ("device", later), ("decode", later)))
+    assert goes_on_device("device", file, CPU)
+    assert not any(goes_on_device(feed, data, CPU) for feed, data in (("auto", file), ("file", file), ("device", later), ("decode", later)))

@@ -6,10 +6,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ddpm import figures, images, schedules
-from ddpm.diffusion import GaussianDiffusion
-from ddpm.samplers import Sampler, ancestral
-from ddpm.sampling import Drawing
+from ddpm.diffusion import schedules
+from ddpm.diffusion.process import GaussianDiffusion
+from ddpm.diffusion.samplers import Sampler, ancestral
+from ddpm.sample import figures, images
+from ddpm.sample.drawing import Drawing
 
 SHAPE = (3, 4, 4)
 

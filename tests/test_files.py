@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from ddpm.files import write_whole
+from ddpm.system.files import write_whole
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):

@@ -4,13 +4,13 @@ import importlib
 
 import pytest
 
-from ddpm.cli import CONF, EXPERIMENTS
+from ddpm.config.compose import CONF, EXPERIMENTS
 
 
 @pytest.mark.parametrize("name", ["train", "sample", "plan", "evaluate", "export"])
 def test_help_is_one_screen_with_every_group_option_and_key(name, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", [name, "--help"])
-    importlib.import_module(f"ddpm.{name}").main()
+    importlib.import_module(f"ddpm.{name}.__main__").main()
     shown = capsys.readouterr().out
     assert len(shown.splitlines()) <= 60
     assert max(map(len, shown.splitlines())) <= 160

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm.cli import compose
-from ddpm.config import training_config
+from ddpm.config.compose import compose
+from ddpm.config.schema import training_config
 from ddpm.data import sources
 from ddpm.data.batches import Batches
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import image_set
-from ddpm.run_folder import locate
+from ddpm.runs.identity import locate
 
 CPU = torch.device("cpu")
 

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm import images
+from ddpm.sample import images
 
 
 def test_every_8_bit_level_survives_the_way_to_floats_and_back():

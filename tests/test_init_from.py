@@ -9,10 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from weight_folders import SMALL
 
-from ddpm import build, checkpoint, diffusers_folder, train
-from ddpm.cli import compose
-from ddpm.config import training_config
-from ddpm.run_folder import RunFolder, computed
+from ddpm.config import build
+from ddpm.config.compose import compose
+from ddpm.config.schema import training_config
+from ddpm.runs import checkpoint
+from ddpm.runs.folder import RunFolder
+from ddpm.runs.identity import computed
+from ddpm.train import __main__ as train
+from ddpm.weights import folders
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # networks as small as these are slower on two
 
@@ -44,7 +48,7 @@ def test_training_starts_from_weights_and_only_at_its_first_step(small, small_ex
 
 def test_the_content_of_the_first_weights_is_part_of_the_run_and_their_place_is_not(small_exported, tmp_path):
     def half(source: Path | None) -> dict:
-        return computed(training_config(compose([*SMALL, *([] if source is None else [f"init_from={source}"])])))
+        return computed(folders.with_content(training_config(compose([*SMALL, *([] if source is None else [f"init_from={source}"])]))))
 
     source = small_exported
     here = half(source)
@@ -94,5 +98,5 @@ def test_weights_of_another_network_are_refused_before_data_is_read(small, small
 
 def test_weights_start_a_network_at_another_resolution_and_with_other_dropout(small_exported):
     config = training_config(compose([*SMALL, "model.resolution=32", "model.attention_resolutions=[16]", "model.dropout=0.2"]))
-    found = diffusers_folder.find(str(small_exported), "init_from")
+    found = folders.find(str(small_exported), "init_from")
     assert found.fitting(build.network(config, torch.device("meta"), 10), config.model).keys() == found.weights().keys()

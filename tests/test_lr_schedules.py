@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from ddpm.lr_schedules import Constant, Cosine
+from ddpm.train.lr_schedules import Constant, Cosine
 
 
 def test_constant_rises_linearly_from_0_over_the_warm_up_and_then_stays():

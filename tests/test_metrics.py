@@ -3,7 +3,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from ddpm.metrics import Moments, frechet_distance, inception_score, kernel_distance, moments, nearest, precision_recall
+from ddpm.evaluate.metrics import Moments, frechet_distance, inception_score, kernel_distance, moments, nearest, precision_recall
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,8 +9,8 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 from weight_folders import randomized
 
-from ddpm.cli import compose
-from ddpm.config import training_config
+from ddpm.config.compose import compose
+from ddpm.config.schema import training_config
 from ddpm.models.layers import Downsample
 from ddpm.models.unet import UNet
 from ddpm.models.unet_readme import ReadmeUNet, TimeMlp

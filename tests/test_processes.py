@@ -15,7 +15,8 @@ import psutil
 import pytest
 import torch
 
-from ddpm import checkpoint, processes
+from ddpm.runs import checkpoint
+from ddpm.system import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddpm import train
-from ddpm.cli import CONF, compose
-from ddpm.config import plain_config
-from ddpm.run_folder import flat
+from ddpm.config.compose import CONF, compose
+from ddpm.config.schema import plain_config
+from ddpm.runs.identity import flat
+from ddpm.train import __main__ as train
 
 EXAMPLES = int(os.environ.get("DDPM_PROPERTY_EXAMPLES", "40"))
 # What keeps a run that is accepted short; what is drawn comes after it, and so before it in precedence.

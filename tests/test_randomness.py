@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from ddpm import randomness
-from ddpm.randomness import coin, host_key, integers, normal, random_bits, stream_keys, uniform
+from ddpm.system import randomness
+from ddpm.system.randomness import coin, host_key, integers, normal, random_bits, stream_keys, uniform
 
 PURPOSES = [randomness.TRAIN_NOISE, randomness.TRAIN_TIMESTEP, randomness.TRAIN_FLIP, randomness.SAMPLE_LATENT, randomness.SAMPLE_STEP]
 KEYS = stream_keys(randomness.TRAIN_NOISE, 0, 0, torch.arange(20_000))

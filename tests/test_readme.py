@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from ddpm import build
-from ddpm.cli import CONF, compose
-from ddpm.config import training_config
-from ddpm.run_folder import locate
+from ddpm.config import build
+from ddpm.config.compose import CONF, compose
+from ddpm.config.schema import training_config
+from ddpm.runs.identity import locate
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -105,7 +105,7 @@ def test_the_commands_of_the_readme_run_as_they_are_written(typed, pictures, tmp
     assert ran == {"train", "compare", "plan", "sample", "evaluate", "export"}
 
 
-@pytest.mark.parametrize("file", ["README.md", "ddpm/sample.py", "ddpm/evaluate.py"])
+@pytest.mark.parametrize("file", ["README.md", "ddpm/sample/__main__.py", "ddpm/evaluate/__main__.py"])
 def test_the_example_of_a_run_is_the_quick_starts(file):
     quickstart = compose([])
     run = locate(training_config(quickstart), quickstart)

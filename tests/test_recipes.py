@@ -8,11 +8,13 @@ import re
 import pytest
 import torch
 
-from ddpm import build, evaluation, recipes
-from ddpm.cli import EXPERIMENTS, compose
-from ddpm.config import Config, training_config
-from ddpm.evaluation import Figure
-from ddpm.run_folder import computed, locate
+from ddpm import recipes
+from ddpm.config import build
+from ddpm.config.compose import EXPERIMENTS, compose
+from ddpm.config.schema import Config, training_config
+from ddpm.runs import results
+from ddpm.runs.identity import computed, locate
+from ddpm.runs.results import Figure
 
 NAMES = sorted(file.stem for file in EXPERIMENTS.glob("*.yaml"))
 PLAIN = {
@@ -125,7 +127,7 @@ def test_improved_ddpm_trains_without_warm_up_clipping_or_decay(name):
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.defaults["weight_decay"] == 0
     assert (config.training.grad_clip, config.training.ema_decay, config.training.ema_warmup, config.data.flip) == (None, 0.9999, False, False)
-    assert config.lr_schedule == {"_target_": "ddpm.lr_schedules.Constant", "warmup_steps": 0}
+    assert config.lr_schedule == {"_target_": "ddpm.train.lr_schedules.Constant", "warmup_steps": 0}
     diffusion = build.diffusion(config)
     rescales = name in IMPROVED[:4]
     assert diffusion.variance == "learned_range"
@@ -192,5 +194,5 @@ def test_what_was_measured_is_read_from_what_was_stored(tmp_path):
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10" / "run.json").write_text('{"step": 800000, "device": "1 x cuda", "git": {"commit": "0123456789"}}')
     protocol = {"count": 50_000, "split": "train", "weights": "ema", "step": 800_000}
-    evaluation.record(tmp_path / "cifar10" / "evaluation.json", [Figure("fid", 3.2, protocol, floor=1.5), Figure("loss_t0000_0099", 0.1, protocol)])
+    results.record(tmp_path / "cifar10" / "evaluation.json", [Figure("fid", 3.2, protocol, floor=1.5), Figure("loss_t0000_0099", 0.1, protocol)])
     assert recipes.measured("cifar10", tmp_path) == "`fid@50k:train:ema:step800000 3.2 (floor 1.5)`<br>800,000 steps, 1 x cuda, commit 0123456"

@@ -5,7 +5,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import api_pb2, metadata
 
-from ddpm.recording import Recorder, conclude
+from ddpm.runs.recording import Recorder, conclude
 
 
 def record(folder, first_step, *steps):

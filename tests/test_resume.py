@@ -4,11 +4,11 @@ import psutil
 import pytest
 import torch
 
-from ddpm import checkpoint, recording
-from ddpm.cli import compose
-from ddpm.config import training_config
-from ddpm.run_folder import locate
-from ddpm.training_run import carry_out
+from ddpm.config.compose import compose
+from ddpm.config.schema import training_config
+from ddpm.runs import checkpoint, recording
+from ddpm.runs.identity import locate
+from ddpm.train.run import carry_out
 
 SMALL = ["model.base_channels=32", "model.resolution=32", "model.channel_multipliers=[1,2]", "model.attention_resolutions=[16]"]
 FAMILIES = {

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from ddpm import checkpoint, train
-from ddpm.cli import compose
+from ddpm.config.compose import compose
+from ddpm.runs import checkpoint
+from ddpm.train import __main__ as train
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ import threading
 
 import pytest
 
-from ddpm.cli import compose
-from ddpm.config import training_config
-from ddpm.files import lock
-from ddpm.run_folder import RunFolder, computed, locate
+from ddpm.config.compose import compose
+from ddpm.config.schema import training_config
+from ddpm.runs.folder import RunFolder
+from ddpm.runs.identity import computed, locate
+from ddpm.system.files import lock
 
 
 def folder(*overrides: str) -> RunFolder:
@@ -103,7 +104,7 @@ def test_the_classes_of_a_run_are_checked_against_what_the_caller_trusts_and_not
     run = locate(config, composed)
     run.start(config, composed)
     file = run.path / "config.yaml"
-    file.write_text(file.read_text().replace("ddpm.models.unet.UNet", "stranger.UNet").replace("trusted_modules: []", "trusted_modules: [stranger]"))
+    file.write_text(file.read_text().replace("ddpm.models.UNet", "stranger.UNet").replace("trusted_modules: []", "trusted_modules: [stranger]"))
     with pytest.raises(ValueError, match=r"model\._target_=stranger\.UNet is not trusted"):
         run.config([])
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm import images, sample_folder
+from ddpm.sample import images
+from ddpm.sample.folder import claim_folder, pack_samples, read_samples, sample_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +36,7 @@ def test_images_are_the_same_bytes_from_one_process_and_two_and_nearly_so_from_o
     assert len(pngs(tmp_path / "three")) == 7
     assert pngs(tmp_path / "two") == pngs(tmp_path / "three")
     for other in ("one", "seven"):
-        difference = sample_folder.read(tmp_path / other, 7).astype(int) - sample_folder.read(tmp_path / "three", 7)
+        difference = read_samples(tmp_path / other, 7).astype(int) - read_samples(tmp_path / "three", 7)
         assert np.abs(difference).max() <= 1
 
 
@@ -47,7 +48,7 @@ def test_killed_and_typed_again_it_makes_only_what_is_missing(ddpm, run, tmp_pat
     process = subprocess.Popen([sys.executable, "-m", "ddpm.sample", *settings, f"to={cut}"], cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 100
-        while not sample_folder.file_of(cut, 3).is_file() and time.monotonic() < until:
+        while not sample_file(cut, 3).is_file() and time.monotonic() < until:
             time.sleep(0.01)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -60,10 +61,10 @@ def test_killed_and_typed_again_it_makes_only_what_is_missing(ddpm, run, tmp_pat
 
 
 def test_a_folder_of_another_protocol_is_refused(tmp_path):
-    sample_folder.claim(tmp_path, {"seed": 0, "sampler": {"num_steps": 50}})
-    sample_folder.claim(tmp_path, {"seed": 0, "sampler": {"num_steps": 50}})
+    claim_folder(tmp_path, {"seed": 0, "sampler": {"num_steps": 50}})
+    claim_folder(tmp_path, {"seed": 0, "sampler": {"num_steps": 50}})
     with pytest.raises(ValueError, match="seed=0, not 1"):
-        sample_folder.claim(tmp_path, {"seed": 1, "sampler": {"num_steps": 50}})
+        claim_folder(tmp_path, {"seed": 1, "sampler": {"num_steps": 50}})
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -71,8 +72,8 @@ def test_a_folder_of_another_protocol_is_refused(tmp_path):
 def test_packed_images_are_those_of_the_files(tmp_path, channels, keep):
     made = np.random.default_rng(0).integers(0, 256, (5, 4, 6, channels), dtype=np.uint8)
     for index, image in enumerate(made):
-        images.save_png(sample_folder.file_of(tmp_path, index), image)
-    packed = sample_folder.pack(tmp_path, 5, keep)
+        images.save_png(sample_file(tmp_path, index), image)
+    packed = pack_samples(tmp_path, 5, keep)
     np.testing.assert_array_equal(np.load(packed)["arr_0"], made)
     assert len(pngs(tmp_path)) == (5 if keep else 0)
     assert {file.name for file in tmp_path.iterdir()} == {"samples.npz", *pngs(tmp_path)}

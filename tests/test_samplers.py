@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ddpm import schedules
-from ddpm.diffusion import Denoised, GaussianDiffusion
-from ddpm.samplers import Sampler, ancestral, ddim, dpm_solver_pp, heun, spaced_timesteps
+from ddpm.diffusion import schedules
+from ddpm.diffusion.process import Denoised, GaussianDiffusion
+from ddpm.diffusion.samplers import Sampler, ancestral, ddim, dpm_solver_pp, heun, spaced_timesteps
 
 ABAR = GaussianDiffusion(schedules.linear(1000, 1e-4, 0.02)).alphas_cumprod
 ALL = list(range(999, -1, -1))

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm.diffusion import GaussianDiffusion
-from ddpm.samplers import Sampler, ddim
-from ddpm.sampling import Drawing
-from ddpm.schedules import linear
+from ddpm.diffusion.process import GaussianDiffusion
+from ddpm.diffusion.samplers import Sampler, ddim
+from ddpm.diffusion.schedules import linear
+from ddpm.sample.drawing import Drawing
 
 
 class Net(nn.Module):

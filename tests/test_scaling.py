@@ -1,6 +1,6 @@
 import pytest
 
-from ddpm.scaling import expected_speed
+from ddpm.plan.sizes import expected_speed
 
 
 def test_one_device_is_as_fast_as_it_was_measured():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ddpm.schedules import cosine, linear
+from ddpm.diffusion.schedules import cosine, linear
 
 PAPER = {"beta_start": 1e-4, "beta_end": 0.02}
 IMPROVED = {"offset": 0.008, "max_beta": 0.999}

@@ -21,19 +21,31 @@ import torch
 import yaml
 from PIL import Image
 
-from ddpm import checkpoint, diffusers_folder, evaluate, export, sample, train
-from ddpm.cli import PACKAGE, compose
+from ddpm.config.compose import PACKAGE, compose
 from ddpm.data import sources
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import image_set
-from ddpm.run_folder import RunFolder
+from ddpm.evaluate import __main__ as evaluate
+from ddpm.export import __main__ as export
+from ddpm.runs import checkpoint
+from ddpm.runs.folder import RunFolder
+from ddpm.sample import __main__ as sample
+from ddpm.train import __main__ as train
+from ddpm.weights import folders
 
 TARGETS = [
     *("os.system", "builtins.exec", "pandas.eval", "torch.hub.load", "torch.load", "subprocess.run", "stranger.leave_trace"),
     *("ddpm..os.system", ".os.system", "ddpm.models..unet.UNet", "ddpm.models.unet.__builtins__.exec"),  # no dotted names
-    *("ddpm.build.torch.hub.load", "ddpm.cli.os.system", "ddpm.models.unet.torch.hub.load", "torch.optim.adam.torch.hub.load"),  # only passing through
-    *("ddpm.data.sources.partial", "ddpm.diffusion.Tensor", "ddpm.schedules.math", "ddpm.data.sources._reachable"),  # imported there, or private
-    *("ddpm.build.instantiate", "ddpm.files.write_whole", "ddpm.features._fetch", "ddpm.training_run.carry_out"),  # our own, but no part of a run
+    *(
+        "ddpm.config.build.torch.hub.load",
+        "ddpm.config.cli.os.system",
+        "ddpm.models.unet.torch.hub.load",
+        "torch.optim.adam.torch.hub.load",
+    ),  # only passing through
+    *("ddpm.data.sources.partial", "ddpm.diffusion.Tensor", "ddpm.diffusion.schedules.math", "ddpm.data.sources._reachable"),  # imported there, or private
+    *("ddpm.config.build.instantiate", "ddpm.system.files.write_whole", "ddpm.evaluate.features._fetch"),  # our own, but no part of a run
+    *("ddpm.train.run.run", "ddpm.sample.run.run", "ddpm.run", "ddpm.export.__main__.main", "ddpm.train.loop.train", "ddpm.train.state.EMA"),
+    *("ddpm.models.layers.ResBlock", "ddpm.models.unet.level_sizes", "ddpm.diffusion.samplers.latents", "ddpm.diffusion.process.normal_kl"),
 ]
 REFUSED = "is not trusted|is not the dotted name|cannot be imported"
 
@@ -187,7 +199,7 @@ def test_a_diffusers_folder_brings_no_code(artefacts, stranger, tmp_path, file, 
         (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **changed}))
 
     def read():
-        found = diffusers_folder.find(str(folder), "from")
+        found = folders.find(str(folder), "from")
         return found.chain(), found.weights()
 
     with pytest.raises(ValueError, match=reason):

@@ -15,15 +15,15 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 
-from ddpm import checkpoint
-from ddpm.interruption import Interruption
+from ddpm.runs import checkpoint
+from ddpm.system.signals import Interruption
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Starts a command that is killed right after its n-th checkpoint.
 DYING = """
 import os, runpy, signal, sys
-from ddpm import checkpoint
+from ddpm.runs import checkpoint
 left, save = int(sys.argv[1]), checkpoint.save
 def dying(*arguments):
     global left
@@ -40,7 +40,7 @@ runpy.run_module("ddpm.train", run_name="__main__")
 ASKING = """
 import os, sys, time
 from pathlib import Path
-from ddpm.cli import command
+from ddpm.config.cli import command
 def task(composed):
     said = Path(composed.cfg.outputs) / f"device_{composed.cfg.seed}"
     said.write_text(os.environ["CUDA_VISIBLE_DEVICES"])
@@ -145,7 +145,7 @@ def test_a_signal_is_handed_on_to_who_held_it_once_the_run_has_let_go():
     came = []
     before = signal.signal(signal.SIGUSR2, lambda number, frame: came.append(number))
     try:
-        interruption = Interruption(num_processes=1)
+        interruption = Interruption()
         with interruption.listening():
             signal.raise_signal(signal.SIGUSR2)
             assert interruption.after(1) == "SIGUSR2"

@@ -2,8 +2,8 @@
 
 import torch
 
-from ddpm.randomness import stream_keys
-from ddpm.timestep_sampling import LossSecondMoment, Uniform
+from ddpm.diffusion.timesteps import LossSecondMoment, Uniform
+from ddpm.system.randomness import stream_keys
 
 T, HISTORY = 8, 10
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm import checkpoint
+from ddpm.runs import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("DDPM_TORTURE_KILLS", "5"))

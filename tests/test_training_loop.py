@@ -2,7 +2,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ddpm.training_loop import Meter, is_due, micro_batches
+from ddpm.train.loop import is_due, micro_batches
+from ddpm.train.meter import Meter
 
 CPU = torch.device("cpu")
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from ddpm import build
-from ddpm.cli import compose
-from ddpm.config import training_config
+from ddpm.config import build
+from ddpm.config.compose import compose
+from ddpm.config.schema import training_config
 from ddpm.models.layers import TimestepEmbedding, conv3x3
 from ddpm.models.unet import UNet
 

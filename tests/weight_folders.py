@@ -6,11 +6,14 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from ddpm import build, checkpoint, export
-from ddpm.cli import compose
-from ddpm.config import training_config
+from ddpm.config import build
+from ddpm.config.compose import compose
+from ddpm.config.schema import training_config
+from ddpm.export import __main__ as export
 from ddpm.models.unet import UNet
-from ddpm.run_folder import RunFolder, locate
+from ddpm.runs import checkpoint
+from ddpm.runs.folder import RunFolder
+from ddpm.runs.identity import locate
 
 CPU = torch.device("cpu")
 SMALL = ["data=digits", "model.base_channels=8", "model.norm_groups=4", "model.channel_multipliers=[1,2]", "model.attention_resolutions=[8]"]

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm import randomness
-from ddpm.data.packed import Packed
+from ddpm.data.stored import Packed
+from ddpm.system import randomness
 
 
 class _Ahead:

@@ -3,19 +3,22 @@
 import hashlib
 import json
 import logging
+import math
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
 
-from ddpm.data import arrays, keeping, packed
+from ddpm.data.cache import find_damage, naming_cache, save_rows, write_about
 from ddpm.data.decoding import Decoding
-from ddpm.data.packed import Packed
 from ddpm.data.shards import Source
-from ddpm.files import allow_by_umask, alone, sync_folder
+from ddpm.data.stored import FILE, Packed, decode_into, pack_into
+from ddpm.system.files import allow_by_umask, alone, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -71,13 +74,13 @@ def image_set(source: Source, decoding: Decoding, cache: Path, workers: int, max
     files, if more than the share max_unreadable (and more than one) do not decode; and, naming data.cache, if they cannot be kept there.
     """
     folder = folder_of(source, decoding, cache, decode_later)
-    if keeping.damage(folder) is not None:
-        with keeping.naming(cache):
+    if find_damage(folder) is not None:
+        with naming_cache(cache):
             cache.mkdir(parents=True, exist_ok=True)
         with alone(cache / f".{folder.name}.lock"):
             for left in cache.glob(f".{folder.name}-*"):  # by a process that was killed: nobody else is in here
                 shutil.rmtree(left, ignore_errors=True)
-            damage = keeping.damage(folder)
+            damage = find_damage(folder)
             if damage is not None:
                 if folder.exists():
                     log.warning("decoding again, since the cache is damaged: %s %s", folder, damage)
@@ -85,7 +88,7 @@ def image_set(source: Source, decoding: Decoding, cache: Path, workers: int, max
                 _make(folder, source, decoding, workers, max_unreadable, decode_later)
     about = json.loads((folder / "about.json").read_text())
     labels = np.load(folder / "labels.npy") if about["classes"] else None
-    stored = Packed(folder, decoding, workers) if decode_later else np.load(folder / arrays.FILE, mmap_mode="c")
+    stored = Packed(folder, decoding, workers) if decode_later else np.load(folder / FILE, mmap_mode="c")
     if about["unreadable"]:
         names = about["unreadable"]
         log.warning("left out %d of %d pictures that do not decode: %s", len(names), len(names) + len(stored), _some(names))
@@ -102,18 +105,18 @@ def folder_of(source: Source, decoding: Decoding, cache: Path, decode_later: boo
 
 
 def _make(folder: Path, source: Source, decoding: Decoding, workers: int, max_unreadable: float, decode_later: bool) -> None:
-    with keeping.naming(folder.parent):
+    with naming_cache(folder.parent):
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        survey = packed.pack_into(scratch, source) if decode_later else arrays.decode_into(scratch, source, decoding, workers)
+        survey = pack_into(scratch, source) if decode_later else decode_into(scratch, source, decoding, workers)
         bad = survey.unreadable
         if len(bad) == len(source) or len(bad) > max(1, max_unreadable * len(source)):
             raise ValueError(f"{len(bad)} of {len(source)} pictures do not decode (data.max_unreadable={max_unreadable}): {_some(bad)}")
-        with keeping.naming(folder.parent):
-            keeping.save_rows(scratch / "digests.npy", survey.first_digests(), survey.good)
+        with naming_cache(folder.parent):
+            save_rows(scratch / "digests.npy", survey.first_digests(), survey.good)
             if source.classes:
-                keeping.save_rows(scratch / "labels.npy", survey.labels, survey.good)
-            keeping.write_about(scratch, {"classes": source.classes, "fingerprint": survey.fingerprint(source.classes), "unreadable": bad})
+                save_rows(scratch / "labels.npy", survey.labels, survey.good)
+            write_about(scratch, {"classes": source.classes, "fingerprint": survey.fingerprint(source.classes), "unreadable": bad})
             allow_by_umask(scratch)
             scratch.rename(folder)
             sync_folder(folder.parent)
@@ -123,3 +126,22 @@ def _make(folder: Path, source: Source, decoding: Decoding, workers: int, max_un
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+Feed = Literal["auto", "device", "file", "decode"]
+
+
+def decodes_later(feed: Feed, source: Source, decoding: Decoding, cache: Path) -> bool:
+    """Whether to keep the pictures encoded: as asked, or for "auto" where decoded ones are not there and would take more than half of the free disk."""
+    if feed != "auto" or (folder_of(source, decoding, cache, decode_later=False) / "about.json").is_file():
+        return feed == "decode"
+    disk = next(folder for folder in (cache.absolute(), *cache.absolute().parents) if folder.exists())
+    size = len(source) * decoding.channels * decoding.height * decoding.width
+    return size > shutil.disk_usage(disk).free // 2
+
+
+def goes_on_device(feed: Feed, data: ImageSet, device: torch.device) -> bool:
+    """Whether to hold all pictures on the device: as asked, or for "auto" on a GPU where they take less than a quarter of its free memory."""
+    if isinstance(data.stored, Packed) or feed in ("file", "decode"):
+        return False
+    return feed == "device" or (device.type == "cuda" and math.prod(data.stored.shape) < torch.cuda.mem_get_info(device)[0] // 4)

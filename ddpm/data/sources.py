@@ -19,6 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ddpm.data.shards import SHARD_SIZE, Item, Source, content_of, in_shard, shard_counts, stamp_of
 from ddpm.data.tables import of_arrow, of_parquet
 
+__all__ = ["digits", "emoji", "folder", "hub"]
+
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}

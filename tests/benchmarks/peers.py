@@ -41,17 +41,17 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from ddpm import build
-from ddpm.cli import compose
-from ddpm.config import Config, training_config
+from ddpm.config import build
+from ddpm.config.compose import compose
+from ddpm.config.schema import Config, training_config
 from ddpm.data import sources
 from ddpm.data.batches import Batches
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import image_set
-from ddpm.diffusers_settings import unet_config
-from ddpm.processes import accelerator_for
-from ddpm.sampling import Drawing
-from ddpm.timing import TrainingStep, made_up
+from ddpm.plan.timing import TrainingStep, made_up
+from ddpm.sample.drawing import Drawing
+from ddpm.system.processes import accelerator_for
+from ddpm.weights.diffusers import unet_config
 
 WORK = {  # name -> settings, batch
     "unet32": (["model=unet32", "data=cifar10"], 16),
@@ -243,7 +243,7 @@ def sampling(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def ours(count: int) -> None:
-        from ddpm.samplers import step_noise
+        from ddpm.diffusion.samplers import step_noise
 
         drawing.walk(noise, steps_of[:count], step_noise((3, 32, 32), range(batch), 0, torch.device("cpu")))
 

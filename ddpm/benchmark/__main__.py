@@ -1,0 +1,25 @@
+"""python -m ddpm.benchmark: how fast this machine trains and samples with a run's network, and how near that is to what it can do."""
+
+from ddpm.config.cli import command
+from ddpm.config.compose import Composed
+
+
+def task(composed: Composed) -> None:
+    from ddpm.benchmark.run import benchmark
+
+    benchmark(composed)
+
+
+main = command(
+    "benchmark",
+    task,
+    "Time a run's training step and sampler step: images/s, share of the machine's matrix product, memory, waits.",
+    [
+        "python -m ddpm.benchmark",
+        "python -m ddpm.benchmark model=unet32 data=cifar10 training.batch_size=16 sample_batch=64 to=benchmark.json",
+        "python -m ddpm.benchmark model=unet128 data=butterflies training.precision=bf16 runtime.device=cuda runtime.compile=true",
+    ],
+)
+
+if __name__ == "__main__":
+    main()

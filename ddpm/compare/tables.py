@@ -1,0 +1,206 @@
+"""Runs side by side: which there are, what differs between them, what they came to, and their loss curves."""
+
+import csv
+import glob
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ddpm.config.sweeps import aligned
+from ddpm.runs.folder import RunFolder
+from ddpm.runs.identity import flat
+from ddpm.runs.results import At, Compared, Result, _shown, _steps, hours, images_per_second, summary
+
+Row = dict[str, Any]  # by column, in its order; None where a run has no such thing
+CHOICES = ("model", "data", "schedule", "objective", "optimizer", "lr_schedule")
+
+
+def find(runs: str | Sequence[str] | None, outputs: str) -> tuple[list[RunFolder], list[str]]:
+    """The runs that are meant, and the paths given that hold none.
+
+    runs: a run's folder, one with runs anywhere below, a glob of such, or several of these, in their order; None: all below `outputs`, newest first.
+    Raises ValueError, one line, if there is no run at all.
+    """
+    found: dict[Path, None] = {}
+    empty = []
+    for pattern in [runs] if isinstance(runs, str) else runs if runs is not None else [outputs]:
+        path = Path(pattern).expanduser()
+        matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path)))]  # noqa: PTH207  # Path.glob takes no absolute pattern
+        inside = [[match] if (match / "config.yaml").is_file() else sorted(file.parent for file in match.glob("**/config.yaml")) for match in matches]
+        here = [folder for folders in inside for folder in folders if (folder / "run.json").is_file()]
+        found.update(dict.fromkeys(here))
+        if not here:
+            empty.append(pattern)
+    if not found:
+        asked = f"outputs={outputs}" if runs is None else f"runs={runs}"
+        raise ValueError(f"{asked}: no run there; give a folder that ddpm.train made, one above such, a list of them, or a quoted glob")
+    folders = list(found)
+    if runs is None:
+        folders.sort(key=lambda folder: (folder / "run.json").stat().st_mtime, reverse=True)
+    return [RunFolder(folder) for folder in folders], empty
+
+
+def listing(compared: Sequence[Compared]) -> list[Row]:
+    """A row a run, whatever their settings: when it last wrote, and how it stands."""
+    return [{"updated": str(one.record.get("updated", "-"))[:16], "hours": hours(one.record), **summary(one)} for one in compared]
+
+
+def rows(compared: Sequence[Compared]) -> list[Row]:
+    """A row a run: what differs between them, how they stand, final and best values in a column for each protocol, speed, time and folder."""
+    differing = differences(compared)
+    columns = _metric_columns(compared)
+    table = []
+    for one, settings in zip(compared, differing, strict=True):
+        row: Row = {**settings, "status": one.status, "steps": _steps(one)}
+        for column, protocol in columns.items():
+            result = next((found for found in one.results if _protocol(found) == protocol), None)
+            row |= _values(column, result, one.steps)
+        rate, spent = images_per_second(one.record), hours(one.record)
+        row |= {"images/s": rate, "hours": spent, "run": str(one.run.path)}
+        table.append(row)
+    empty = [column for column in table[0] if all(row[column] is None for row in table)] if table else []
+    return [{column: value for column, value in row.items() if column not in empty} for row in table]
+
+
+def over_seeds(compared: Sequence[Compared]) -> list[Row]:
+    """Mean and deviation (of a sample) of the final values of complete runs that are the same but for the seed, where there are at least two."""
+    columns = _metric_columns(compared)
+    groups: dict[str, list[int]] = {}
+    for index, one in enumerate(compared):
+        if one.status == "complete":
+            groups.setdefault(json.dumps({key: value for key, value in one.settings.items() if key != "seed"}, sort_keys=True), []).append(index)
+    differing = differences(compared)
+    table = []
+    for members in groups.values():
+        if len(members) < 2:
+            continue
+        row: Row = {key: value for key, value in differing[members[0]].items() if key != "seed"}
+        row["seeds"] = " ".join(str(compared[index].settings.get("seed")) for index in members)
+        for column, protocol in columns.items():
+            values = [
+                found.final[0]
+                for index in members
+                for found in compared[index].results
+                if _protocol(found) == protocol and found.final[1] == compared[index].steps
+            ]
+            if len(values) > 1:
+                row |= {f"{column} mean": statistics.mean(values), f"{column} deviation": statistics.stdev(values)}
+                if len(values) < len(members):
+                    row[f"{column} runs"] = len(values)
+        table.append(row)
+    return table
+
+
+def differences(compared: Sequence[Compared]) -> list[Row]:
+    """For each run the settings that are not the same in all of them; a group whose option differs is named by its option alone, where that says it all."""
+    readable = [one for one in compared if one.settings]
+    keys = list(dict.fromkeys(key for one in readable for key in one.settings))
+    differing = [key for key in keys if len({json.dumps(one.settings.get(key), sort_keys=True) for one in readable}) > 1]
+    columns: list[str] = []
+    for group in CHOICES:
+        options = {one.choices.get(group) for one in readable}
+        inside = [key for key in differing if key.startswith(f"{group}.")]
+        if len(options) > 1 and inside:
+            columns.append(group)
+            by_option = [{json.dumps([one.settings.get(key) for key in inside]) for one in readable if one.choices.get(group) == option} for option in options]
+            if all(len(settings) == 1 for settings in by_option):
+                differing = [key for key in differing if key not in inside]
+    return [
+        {column: one.choices.get(column) for column in columns} | {key: _plain(one.settings.get(key)) for key in differing if not key.endswith("._target_")}
+        for one in compared
+    ]
+
+
+def ordered(compared: Sequence[Compared]) -> list[Compared]:
+    """The runs by what differs between them, numbers by their value."""
+
+    def place(settings: Row) -> list[tuple[bool, float, str]]:
+        return [(False, value, "") if isinstance(value, int | float) else (True, 0.0, str(value)) for value in settings.values()]
+
+    return [one for one, _ in sorted(zip(compared, differences(compared), strict=True), key=lambda pair: place(pair[1]))]
+
+
+def label(settings: Row) -> str:
+    """What differs, in one line."""
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items() if value is not None) or "-"
+
+
+def text(table: Sequence[Row], width: int) -> str:
+    """The table for a terminal of so many columns: a line a run, or, where that is too wide, a line a column of it."""
+    shown = [{column: _shown(value) for column, value in row.items()} for row in table]
+    names = list(dict.fromkeys(column for row in shown for column in row))
+    lines = [names, *([row.get(name, "-") for name in names] for row in shown)]
+    across = aligned(lines)
+    down = aligned([list(cells) for cells in zip(*lines, strict=True)])
+    widest = [max(map(len, drawn.splitlines())) for drawn in (across, down)]
+    return down if widest[0] > width and widest[1] < widest[0] else across
+
+
+def as_csv(table: Sequence[Row]) -> str:
+    """The table with all digits; nothing where a run has no value."""
+    file = io.StringIO()
+    table = [
+        {
+            name: part
+            for column, value in row.items()
+            for name, part in ({column: value.value, f"{column} step": value.step} if isinstance(value, At) else {column: value}).items()
+        }
+        for row in table
+    ]
+    names = list(dict.fromkeys(column for row in table for column in row))
+    writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return file.getvalue()
+
+
+def as_json(compared: Sequence[Compared]) -> str:
+    """All that is known of each run, every value with its whole protocol."""
+    entries = []
+    for one, settings in zip(compared, differences(compared), strict=True):
+        figures = [
+            {"metric": found.metric, "protocol": found.protocol, "final": found.final, "best": found.best, "deviation": found.deviation}
+            for found in one.results
+        ]
+        about = {"run": str(one.run.path), "status": one.status, "error": one.record.get("error"), "step": one.steps, "num_steps": one.record.get("num_steps")}
+        speed = {"images_per_second": images_per_second(one.record), "hours": hours(one.record)}
+        entries.append({**about, **speed, "differs": settings, "settings": one.settings, "figures": figures})
+    return json.dumps(entries, indent=1) + "\n"
+
+
+def _values(column: str, result: Result | None, steps: int) -> Row:
+    if result is None:
+        return {column: None, f"{column} best": None}
+    final = result.final[0] if result.final[1] == steps else At(*result.final)
+    return {column: final, f"{column} best": At(*result.best) if result.best is not None and result.best != result.final else None}
+
+
+def _protocol(result: Result) -> tuple[str, str]:
+    return result.metric, json.dumps(result.protocol, sort_keys=True)
+
+
+def _metric_columns(compared: Sequence[Compared]) -> dict[str, tuple[str, str]]:
+    """A column for each metric and protocol, named so that no two have the same name: with what else of the protocol differs, where the words do not."""
+    found = {_protocol(result): result for one in compared for result in one.results}
+    by_name: dict[str, list[tuple[str, str]]] = {}
+    for protocol, result in found.items():
+        by_name.setdefault(result.name, []).append(protocol)
+    columns: dict[str, tuple[str, str]] = {}
+    for name, protocols in by_name.items():
+        details = [flat(found[protocol].protocol) for protocol in protocols]
+        differing = [key for key in dict.fromkeys(key for detail in details for key in detail) if len({json.dumps(detail.get(key)) for detail in details}) > 1]
+        for protocol, detail in zip(protocols, details, strict=True):
+            said = " ".join(f"{key.removesuffix('._target_').rpartition('.')[2]}={_short(detail.get(key))}" for key in differing)
+            columns[f"{name} {said}".strip()] = protocol
+    return columns
+
+
+def _short(value: Any) -> str:
+    return value.rpartition(".")[2][:12] if isinstance(value, str) else _shown(value)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, list | Mapping) else value

@@ -1,0 +1,151 @@
+"""From the checked configuration to the objects it names. Building is also the last check: each object refuses what it cannot be."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from torch import nn
+
+from ddpm.config.schema import Config, Data
+from ddpm.data.decoding import Decoding
+from ddpm.data.image_set import ImageSet, decodes_later, image_set
+from ddpm.data.shards import Source
+from ddpm.diffusion.process import GaussianDiffusion
+from ddpm.diffusion.samplers import Sampler
+from ddpm.diffusion.timesteps import LossSecondMoment, Uniform
+from ddpm.system import randomness
+from ddpm.system.devices import placed
+
+LrSchedule = Callable[[int, int, float], float]  # (step, num_steps, lr) -> learning rate of that update
+
+
+def network(config: Config, device: torch.device, num_classes: int) -> nn.Module:
+    """The network with its first weights, a function of the seed alone, on the device (on "meta": shapes only), channels_last.
+
+    num_classes: of the data set; where labels are dropped in training the network gets one class more, for "any".
+    """
+    arguments = {"out_channels": config.data.channels * (2 if diffusion(config).learns_variance else 1)}
+    if config.training.conditional:
+        arguments["num_classes"] = num_classes + (any_class(config, num_classes) is not None)
+    torch.manual_seed(randomness.host_key(randomness.INITIAL_WEIGHTS, config.seed))
+    with _naming("model"), torch.device("meta" if device.type == "meta" else "cpu"):
+        built: nn.Module = instantiate(config.model, **arguments, _convert_="all")
+    if config.runtime.recompute:
+        with _naming("runtime"):
+            recompute = getattr(built, "recompute", None)
+            if not callable(recompute):
+                raise ValueError(f"recompute={config.runtime.recompute}: {config.model['_target_']} has no method recompute(levels)")
+            recompute(config.runtime.recompute)
+    return placed(built, device)
+
+
+def any_class(config: Config, num_classes: int) -> int | None:
+    """The class number that stands for "any", None where the network has not learned one."""
+    return num_classes if config.training.conditional and config.training.label_dropout > 0 else None
+
+
+def diffusion(config: Config) -> GaussianDiffusion:
+    with _naming("schedule"):
+        betas = instantiate(config.schedule, _convert_="all")
+    with _naming("objective"):
+        return instantiate(config.objective, _convert_="all")(betas)
+
+
+def optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    with _naming("optimizer"):
+        return instantiate(config.optimizer, _convert_="all")(parameters)
+
+
+def lr_schedule(config: Config) -> LrSchedule:
+    with _naming("lr_schedule"):
+        return instantiate(config.lr_schedule, _convert_="all")
+
+
+def sampler(node: Mapping[str, Any], process: GaussianDiffusion) -> Sampler:
+    """A sampler that fits this diffusion."""
+    with _naming("sampler"):
+        built = instantiate(dict(node), _convert_="all")
+        built.timesteps(process)
+    return built
+
+
+def timestep_sampler(process: GaussianDiffusion, device: torch.device) -> Uniform | LossSecondMoment:
+    """How training picks timesteps for this diffusion."""
+    if process.timestep_sampling == "loss_second_moment":
+        return LossSecondMoment(process.num_timesteps, device)
+    return Uniform(process.num_timesteps)
+
+
+def source(config: Config) -> Source:
+    """Where the pictures lie, found but not read."""
+    with _naming("data"):
+        return instantiate(config.data.source, _convert_="all")
+
+
+def images(config: Config, found: Source, workers: int) -> ImageSet:
+    """The data set at the run's resolution, decoded or to be decoded as runtime.feed says."""
+    decoding, cache = _decoding(config.data), Path(config.data.cache)
+    later = decodes_later(config.runtime.feed, found, decoding, cache)
+    return image_set(found, decoding, cache, workers, config.data.max_unreadable, later)
+
+
+def pictures(config: Config, wanted: list[int | str]) -> torch.Tensor:
+    """Pictures by number in the run's data set or by file, made ready as the run's are: (N, C, H, W) float32 in [-1, 1].
+
+    Raises ValueError, one line, for a number or a file that is not there.
+    """
+    found = []
+    for name in wanted:
+        if isinstance(name, str):
+            try:
+                found.append(_decoding(config.data)(Path(name).expanduser().read_bytes()))
+            except (OSError, SyntaxError) as error:
+                raise ValueError(f"pictures has {name}, which is no picture that can be read: {error}") from error
+            continue
+        decoded_set = images(config, source(config), workers=1)
+        if not 0 <= name < len(decoded_set):
+            raise ValueError(f"pictures has {name}; the data set has 0 to {len(decoded_set) - 1}")
+        found.append(decoded_set.images[name])
+    return torch.from_numpy(np.stack(found)).float().div(127.5).sub(1)
+
+
+def check(config: Config) -> None:
+    """Build everything that needs no data, on no device.    Raises ValueError, one line that names the key, for what cannot be or does not fit together."""
+    process = diffusion(config)
+    if sampler(config.sampler, process).guidance_scale != 1 and any_class(config, 1) is None:
+        raise ValueError(
+            f"sampler.guidance_scale={config.sampler['guidance_scale']} needs classes in training, some of them left out "
+            "(training.conditional=true training.label_dropout=0.1)"
+        )
+    lr_schedule(config)
+    network(config, torch.device("meta"), config.data.num_classes or 1)
+    optimizer(config, [nn.Parameter(torch.zeros(1))])
+    with _naming("data"):
+        _decoding(config.data)
+
+
+def image_size(data: Data) -> tuple[int, int]:
+    """(height, width) of the run's images, in pixels."""
+    return (data.resolution, data.resolution) if isinstance(data.resolution, int) else data.resolution
+
+
+def _decoding(data: Data) -> Decoding:
+    return Decoding(*image_size(data), data.channels, data.crop, data.background)
+
+
+@contextmanager
+def _naming(group: str) -> Iterator[None]:
+    """Put the group's name before what its objects complain of, so that the message names the key to change."""
+    try:
+        yield
+    except (ValueError, TypeError, InstantiationException) as error:
+        complaint = str(error.__cause__ or error)  # Hydra wraps what a constructor raised
+        starts_with_key = re.match(r"[a-z_]+(=| has )", complaint) is not None
+        named = complaint if f"{group}." in complaint else f"{group}.{complaint}" if starts_with_key else f"{group}: {complaint}"
+        raise ValueError(named) from error

@@ -1,0 +1,192 @@
+"""The main function that all commands share: help, jobs, errors in one line, exit codes."""
+
+import functools
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from ddpm.config import sweeps
+from ddpm.config.compose import CONF, EXPERIMENTS, Composed, _at_home, _broken, _composed, _refuse_paths, compose, nearest, register_experiments
+from ddpm.system import signals
+
+
+def command(
+    config_name: str,
+    task: Callable[[Composed], None],
+    what: str,
+    examples: Sequence[str],
+    facts: Callable[[Composed], dict[str, str]] = lambda composed: {},
+) -> Callable[[], None]:
+    """The main function of an entry point: compose conf/<config_name>.yaml with the command line, then run `task`; in a sweep, once a job.
+
+    what, examples: for --help.    facts: what to show of a job in the table at the end of a sweep, by column.
+    An error is one line on standard error, and exit code 1; Ctrl-C another, and 130; HYDRA_FULL_ERROR=1 brings the traceback of either. A failing job of a
+    sweep does not stop the others.
+    """
+
+    @functools.wraps(task)
+    def main() -> None:
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(help_text(CONF, EXPERIMENTS, config_name, what, examples))
+            return
+        wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+        sys.argv[1:] = typed = [_at_home(word) for word in sys.argv[1:]]
+        process = os.getpid()
+        outcomes: list[sweeps.Outcome] = []
+
+        def job(cfg: DictConfig) -> sweeps.Outcome:
+            hydra_cfg = HydraConfig.get()
+            composed, code, ended = _composed(cfg, hydra_cfg), 0, {"status": "done"}
+            elsewhere = os.getpid() != process  # where the launcher has put the job
+            if elsewhere:
+                sys.argv[1:] = typed
+                if str(hydra_cfg.launcher.get("_target_")).endswith(".JoblibLauncher"):
+                    sweeps.claim_device(sweeps.visible_devices())
+            try:
+                task(composed)
+            except Exception as error:
+                if wants_traceback:
+                    raise
+                code, ended = 1, {"status": "failed"}
+                print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+            except SystemExit as stopped:
+                if not (elsewhere and stopped.code == signals.CARRIES_ON):
+                    raise
+                code, ended = signals.CARRIES_ON, {"status": "preempted"}
+            if hydra_cfg.mode != RunMode.MULTIRUN:
+                outcomes.append(sweeps.Outcome(composed.overrides, code))
+                return outcomes[-1]
+            try:
+                shown = facts(composed)
+            except (OSError, ValueError):  # a configuration that is none has no run
+                shown = {}
+            return sweeps.Outcome(composed.overrides, code, {**ended, **shown, **(ended if code else {})})
+
+        register_experiments()
+        sweeps.set_defaults(typed)
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise rather than print its own several lines
+        try:
+            _refuse_paths(_overrides_in(typed))
+            sweeps.refuse_in_process_group(typed)
+            with sweeps.collecting(outcomes):
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(functools.wraps(task)(job))()
+        except KeyboardInterrupt:
+            if wants_traceback:
+                raise
+            print("interrupted", file=sys.stderr, flush=True)
+            sys.exit(130)
+        except Exception as error:  # what a job raises is caught above: this is a composition that failed
+            if wants_traceback:
+                raise
+            sys.exit(f"error: {_explain_composition(error, typed, config_name)}")
+        if any(outcome.facts for outcome in outcomes):
+            print(f"\n{sweeps.table(outcomes)}", flush=True)
+        codes = {outcome.code for outcome in outcomes} - {0}
+        if codes:
+            sys.exit(max(codes))
+
+    return main
+
+
+def explain(error: Exception) -> str:
+    """An error in one line: the message alone where it is meant for the user, with its type where it is a surprise."""
+    message = " ".join(str(error).split())
+    return message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"
+
+
+def _overrides_in(arguments: Sequence[str]) -> list[str]:
+    """The overrides among a command line's arguments.    Ends the process, with one line, for flags that Hydra does not have."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        wrong = next((word for word in arguments if re.match("-+[a-z_.]+=", word)), None)
+        sys.exit(f"error: {message}" + (f"; settings are given without dashes, as {wrong.lstrip('-')}" if wrong else "; see --help"))
+
+    parser.error = refuse  # type: ignore[method-assign]  # Hydra makes the parser, so there is no class to derive from
+    return parser.parse_args(arguments).overrides
+
+
+def _explain_composition(error: Exception, arguments: Sequence[str], config_name: str) -> str:
+    """Hydra's composition errors in one line, with the nearest valid name."""
+    if isinstance(error, OverrideParseException):
+        key, equals, _ = error.override.partition("=")
+        what = f"{error.override} cannot be read" if equals else f"{key} is no setting"
+        return f"{what}: settings are key=value; spaces, brackets and other signs in a value need quotes: 'key=\"value\"'"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        if group == "experiment" and option in _broken:
+            return _broken[option]
+        more = (
+            "; pip install -e '.[sweep]' brings joblib, submitit_local and submitit_slurm"
+            if group == "hydra/launcher" and "joblib" not in error.options
+            else ""
+        )
+        return f"{group}={option}: no such option of {group}{nearest(option, error.options)}{more}"
+    if not isinstance(error, HydraException):
+        return explain(error)
+    message = " ".join(str(error).split("\n")[0].split())
+    if message.startswith("Ambiguous value"):
+        message += ": a sweep over values needs -m; a list needs [brackets]"
+    unknown = re.search(r"Could not override '([^']+)'", str(error))
+    if unknown is None:
+        return message
+    key = unknown[1].partition("@")[0]
+    choices = [argument for argument in arguments if re.fullmatch(r"[\w/]+=[\w-]+", argument) and not argument.startswith(f"{key}=")]
+    own = get_args_parser().parse_args(arguments).config_dir
+    try:
+        cfg = compose(choices, config_name, own and str(Path(own).resolve())).cfg
+    except HydraException:
+        return message
+    parent, _, name = key.rpartition(".")
+    while parent and not isinstance(OmegaConf.select(cfg, parent), DictConfig):
+        parent, _, name = parent.rpartition(".")
+    section = OmegaConf.select(cfg, parent) if parent else cfg
+    names = [str(found) for found in section if not str(found).startswith("_")] + (["experiment"] if not parent else [])
+    groups = {str(group): inner for group, inner in cfg.items_ex(resolve=False) if isinstance(inner, DictConfig)}
+    deeper = [f"{group}.{name}" for group, inner in groups.items() if not parent and name in inner]
+    if deeper:
+        return f"{key}: no such key{nearest('', names)}; did you mean {' or '.join(deeper)}?"
+    return f"{key}: no such key{' in ' + parent if parent else ''}{nearest(name, names)}"
+
+
+DEFAULT = re.compile(r"  - (?P<group>\w+): (?P<option>\w+) *(?:# (?P<remark>.*))?")
+KEY = re.compile(r"(?P<key>\w+): (?P<value>[^#]*?) *(?:# (?P<remark>.*))?")
+
+
+def help_text(conf: Path, experiments: Path, config_name: str, what: str, examples: Sequence[str]) -> str:
+    """The help of the command that composes conf/<config_name>.yaml.    what: a line on what it does.    examples: command lines."""
+    names = [config_name]
+    if "\n  - config\n" in (conf / f"{config_name}.yaml").read_text(encoding="utf-8"):
+        names.insert(0, "config")
+    groups: list[str] = []
+    keys: list[str] = []
+    for name in names:
+        lines = (conf / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+        for found in filter(None, map(DEFAULT.fullmatch, lines)):
+            folder = experiments if found["group"] == "experiment" else conf / found["group"]
+            options = sorted(file.stem for file in folder.glob("*.yaml"))
+            if found["group"] != "hydra":
+                groups += _group(found["group"], [f"{option}*" if option == found["option"] else option for option in options], found["remark"])
+        for found in filter(None, map(KEY.fullmatch, lines)):
+            if found["key"] != "defaults":
+                keys.append(f"  {found['key'] + '=' + found['value']:<22} {found['remark'] or ''}".rstrip())
+    if groups:
+        groups = ["Groups, to be chosen by group=option (* the one chosen if you say nothing):", *groups, ""]
+    help_lines = [what, "", *(f"  {example}" for example in examples), "", *groups, "Other keys, and what they are if you say nothing:", *keys, ""]
+    return "\n".join([*help_lines, "--cfg job prints every key; -m sweeps over key=a,b; HYDRA_FULL_ERROR=1 brings tracebacks; --hydra-help has the rest."])
+
+
+def _group(group: str, options: list[str], remark: str | None) -> list[str]:
+    wrapped = textwrap.wrap(" ".join(options), width=120, break_on_hyphens=False)
+    return [f"  {group:<12} {remark or ''}".rstrip(), *(f"  {'':<12}   {line}" for line in wrapped)]

@@ -1,0 +1,127 @@
+"""Where the YAML lies, and what a command line composes to."""
+
+import copy
+import difflib
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+PACKAGE = Path(__file__).resolve().parent.parent
+ROOT = PACKAGE / "_bundled" if (PACKAGE / "_bundled" / "conf").is_dir() else PACKAGE.parent  # an installed wheel, else a checkout
+CONF = ROOT / "conf"
+EXPERIMENTS = ROOT / "experiments"
+_broken: dict[str, str] = {}  # files of experiments/ that cannot be options: name -> what is wrong
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed configuration.    choices: the option chosen in each group.    overrides: what the command line said, as typed.
+
+    config_dir: the folder of the user's own options (--config-dir), if there is one.
+    """
+
+    cfg: DictConfig
+    choices: dict[str, str]
+    overrides: list[str]
+    config_dir: str | None = None
+
+
+def compose(overrides: Sequence[str], config_name: str = "config", config_dir: str | None = None) -> Composed:
+    """What the command line `overrides` would compose to.    config_dir: of the user's own options, as --config-dir has it.
+
+    Raises Hydra's errors, as the command itself does, and ValueError for a path as an option.
+    """
+    register_experiments()
+    _refuse_paths(overrides)
+    running = GlobalHydra.instance().hydra  # set when called from within a command
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            own = [f"hydra.searchpath=['file://{config_dir}']"] if config_dir else []
+            cfg = hydra.compose(config_name, overrides=[*map(_at_home, overrides), *own], return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = running
+    return _composed(cfg, cfg.hydra)
+
+
+@functools.cache
+def register_experiments(folder: Path = EXPERIMENTS) -> None:
+    """Make each file of experiments/ an option of the group `experiment`, from whatever folder the command is started.
+
+    One that cannot be is an error only for who asks for it.
+    """
+    for file in sorted(folder.glob("*.yaml")):
+        try:
+            node = OmegaConf.load(file)
+            _check_recipe(node)
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+            _broken[file.stem] = f"experiment={file.stem}: {file.name} cannot be used: {' '.join(str(error).split())}"
+        else:
+            ConfigStore.instance().store(group="experiment", name=file.stem, node=node, package="_global_", provider=f"experiments/{file.name}")
+
+
+def _check_recipe(node: Any) -> None:
+    """Raises ValueError for a recipe that is no table, or that reaches for Hydra itself, which would call what it names before anything is checked."""
+    if not isinstance(node, DictConfig):
+        raise ValueError("it is no table of keys")
+    if "hydra" in node:
+        raise ValueError("it sets hydra, which is for the command line alone")
+    defaults = cast(dict[Any, Any], OmegaConf.to_container(node)).get("defaults", [])
+    if not isinstance(defaults, list):
+        raise ValueError(f"defaults={defaults} is no list")
+    for entry in defaults:
+        for key, option in entry.items() if isinstance(entry, dict) else [(str(entry), None)]:
+            group = key.removeprefix("override ").strip("/ ")
+            if "@" in key or not re.fullmatch(r"_self_=None|[\w/]+=[\w-]+", f"{group}={option}"):
+                raise ValueError(f"its defaults have {key}: {option}, which is no group with one of its options")
+            if group != "_self_" and not group.startswith("hydra/") and not (CONF / group).is_dir():
+                raise ValueError(f"its defaults have {key}: there is no such group{nearest(group, _groups())}")
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """The part of a message that names the likeliest of the valid names, and the valid names if they are few."""
+    names = [other for other in names if other != name]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    listed = f"; there are {', '.join(sorted(names))}" if len(names) <= 24 else ""
+    return (f"; did you mean {close[0]}?" if close else "") + listed
+
+
+def _composed(cfg: DictConfig, hydra_cfg: Any) -> Composed:
+    task_cfg = copy.deepcopy(cfg)
+    OmegaConf.set_struct(task_cfg, False)
+    task_cfg.pop("hydra", None)
+    choices = {group: str(option) for group, option in hydra_cfg.runtime.choices.items() if not group.startswith("hydra/")}
+    own = next((source.path for source in hydra_cfg.runtime.config_sources if source.provider.endswith("command-line")), None)
+    return Composed(task_cfg, choices, cast(list[str], OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False)), own)
+
+
+def _at_home(override: str) -> str:
+    """key=~/path as a shell would have it, which leaves it alone since the key has a dot, and Hydra cannot read it."""
+    key, equals, value = override.partition("=")
+    return key + equals + str(Path(value).expanduser()) if value == "~" or value.startswith("~/") else override
+
+
+def _groups() -> list[str]:
+    return [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+
+
+def _refuse_paths(overrides: Sequence[str]) -> None:
+    """Raises ValueError for an option of a group that is no name: a path could lead to any file, and two options would be mixed."""
+    groups = {**{group: CONF / group for group in _groups()}, "experiment": EXPERIMENTS}
+    for override in overrides:
+        key, _, option = override.lstrip("+~").partition("=")
+        group = re.split("[/@:]", key)[0]
+        if not key:
+            raise ValueError(f"{override}: settings are key=value")
+        if group in groups and "." not in key.partition("@")[0] and re.search(r"[/\\[]|\.\.|\.ya?ml|^(null|true|false|[\d.]+)$", option):
+            raise ValueError(f"{key}={option}: no such option of {group}{nearest(option, [file.stem for file in groups[group].glob('*.yaml')])}")

@@ -1,0 +1,222 @@
+"""The checked configuration: every key known, every value of its type and in its range, every named class trusted, before anything is built.
+
+Groups with a `_target_` are checked against the signature of what they name; the settings that no constructor checks have their schema here.
+"""
+
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
+
+from ddpm.config.compose import Composed
+from ddpm.config.validation import Count, Node, PositiveFloat, Section, Share, Text, check_node, validated
+
+
+class Data(Section):
+    """Which pictures, and how they are made ready. See conf/data/common/any.yaml for each key."""
+
+    name: str
+    source: Node
+    path: Text | None
+    revision: str | None
+    resolution: Count | tuple[Count, Count]
+    channels: Literal[1, 3]
+    num_classes: Count | None
+    num_images: Count | None
+    crop: Literal["center", "none"]
+    flip: bool
+    holdout: Share
+    background: str
+    max_unreadable: Share
+    cache: Text
+
+
+class Training(Section):
+    """Duration, batch, precision and averaging. See conf/training/default.yaml for each key."""
+
+    steps: Count | None
+    epochs: Count | None
+    batch_size: Count
+    drop_last: bool
+    precision: Literal["fp32", "bf16", "fp16"]
+    grad_clip: PositiveFloat | None
+    ema_decay: Share
+    ema_warmup: bool
+    conditional: bool
+    label_dropout: Share
+
+
+class Runtime(Section):
+    """How a run is carried out. See conf/runtime/default.yaml for each key."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    device_batch: Count | Literal["auto"]
+    recompute: list[int]
+    compile: bool | Literal["auto"]
+    feed: Literal["auto", "device", "file", "decode"]
+    workers: Count | None
+    log_every: Count
+    sample_every: Count
+    checkpoint_every: Count
+    keep_checkpoints: Count
+    evaluate_every: Count | None
+    num_previews: Count
+    trusted_modules: list[str]
+
+
+Split = Literal["train", "heldout", "test"]
+
+
+class EvaluationSettings(Section):
+    """Which metrics, by which protocol. See conf/evaluation/default.yaml for each key."""
+
+    metrics: list[Literal["fd", "kd", "inception_score", "precision_recall", "nearest", "colour", "bits_per_dim", "losses"]]
+    extractor: Literal["inception", "efficientnet_lite0"]
+    weights_path: str | None
+    download: bool
+    num_samples: Annotated[int, Field(ge=2)]
+    split: Split
+    num_images: Count
+    bound_split: Split
+    batch_size: Count
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Metric(Section):
+    """A published figure, with the protocol that it was measured by."""
+
+    name: str
+    value: float
+    tolerance: PositiveFloat
+    protocol: str
+
+
+class Expect(Section):
+    """What a recipe's run must come to; ddpm.plan checks it. Steps are optimizer updates counted from 0."""
+
+    parameters: Count | None = None
+    steps_per_epoch: Count | None = None
+    last_step: Count | None = None
+    lr: dict[int, float] = Field(default_factory=dict)
+    alphas_cumprod: dict[int, float] = Field(default_factory=dict)
+    metrics: list[Metric] = Field(default_factory=list)
+
+
+class Recipe(Section):
+    """Where a named run comes from and what it should come to."""
+
+    source: str
+    takes: str | None = None
+    note: str | None = None
+    expect: Expect
+
+
+class Config(Section):
+    """A training run, whole (conf/config.yaml).    init_weights: digest of what lies at init_from, found when the run is (run_folder.with_content)."""
+
+    resume: Text | None = None
+    init_from: Text | None
+    init_weights: str | None = None
+    model: Node
+    data: Data
+    schedule: Node
+    objective: Node
+    optimizer: Node
+    lr_schedule: Node
+    sampler: Node
+    evaluation: EvaluationSettings
+    training: Training
+    runtime: Runtime
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    outputs: Text
+    recipe: Recipe | None
+
+
+def training_config(composed: Composed) -> Config:
+    """The configuration of a run, checked.    Raises ValueError, one line that names the key, the value and what is allowed."""
+    plain = plain_config(composed)
+    if "init_weights" in plain:
+        raise ValueError("init_weights: no such key; it follows from init_from")
+    return settled({**plain, "init_weights": None}, composed.overrides)
+
+
+def settled(plain: dict[str, Any], overrides: list[str]) -> Config:
+    """The configuration of a run from plain values, checked.    overrides: of the command line, which settle the unit of the duration.
+
+    Raises ValueError, one line.
+    """
+    _settle_duration(plain["training"], overrides)
+    config = read_config(plain)
+    if (config.training.steps is None) == (config.training.epochs is None):
+        raise ValueError(f"training.steps={config.training.steps} and training.epochs={config.training.epochs}: give one of them")
+    lr = config.optimizer.get("lr")
+    if lr is None:
+        raise ValueError("optimizer.lr is missing: the learning rate schedule starts from it")
+    if lr <= 0:
+        raise ValueError(f"optimizer.lr={lr} must be more than 0")
+    _check_shapes(config)
+    _check_splits(config)
+    if config.data.path is not None and "path" not in config.data.source:
+        raise ValueError(f"data.path={config.data.path}: data={config.data.name} has pictures of its own; yours are data=folder data.path=...")
+    if config.training.conditional and config.data.num_classes is None and config.data.name != "folder":
+        raise ValueError(f"training.conditional=true needs labels, and data={config.data.name} has none (data.num_classes=null)")
+    return config
+
+
+def read_config(plain: Mapping[str, Any]) -> Config:
+    """A configuration from plain values, such as a run folder's config.yaml, checked like one that was just composed.
+
+    It must be composed already: an interpolation left in it would be resolved when objects are built, and could read the environment.
+    """
+    _check_resolved("", plain)
+    config = validated(Config, plain)
+    for group in ("model", "schedule", "objective", "optimizer", "lr_schedule", "sampler"):
+        check_node(group, plain[group], config.runtime.trusted_modules)
+    check_node("data.source", plain["data"]["source"], config.runtime.trusted_modules)
+    return config
+
+
+def plain_config(composed: Composed) -> dict[str, Any]:
+    """The composed configuration as plain values.    Raises ValueError, one line, for a value that is missing or refers to nothing."""
+    try:
+        return typing.cast(dict[str, Any], OmegaConf.to_container(composed.cfg, resolve=True, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def _check_resolved(key: str, value: Any) -> None:
+    if isinstance(value, str) and "${" in value:
+        raise ValueError(f"{key}={value} is an interpolation, which a composed configuration has no more")
+    inside = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in inside:
+        _check_resolved(f"{key}.{name}".removeprefix("."), inner)
+
+
+def _check_shapes(config: Config) -> None:
+    """The network must be made for the pictures, where its arguments tell."""
+    resolution = config.data.resolution if isinstance(config.data.resolution, int) else list(config.data.resolution)
+    for key, theirs, wanted in (("in_channels", "channels", config.data.channels), ("resolution", "resolution", resolution)):
+        if config.model.get(key, wanted) != wanted:
+            raise ValueError(f"model.{key}={config.model[key]} and data.{theirs}={wanted} must be the same")
+
+
+def _check_splits(config: Config) -> None:
+    """What is measured in training must be there; better known before a run than in the middle of it."""
+    if config.runtime.evaluate_every is None:
+        return
+    for key, split in (("split", config.evaluation.split), ("bound_split", config.evaluation.bound_split)):
+        if split == "heldout" and config.data.holdout == 0:
+            raise ValueError(f"evaluation.{key}=heldout needs pictures that are kept from training, and data.holdout=0.0; give data.holdout=0.1, say")
+        if split == "test" and "split" not in config.data.source:
+            raise ValueError(f"evaluation.{key}=test: data={config.data.name} has no test split; use heldout, with data.holdout=0.1")
+
+
+def _settle_duration(training: dict[str, Any], overrides: list[str]) -> None:
+    """A duration on the command line takes the place of the recipe's, whichever unit that is in."""
+    given = {key for override in overrides for key in ("steps", "epochs") if override.lstrip("+").startswith(f"training.{key}=")}
+    if len(given) == 1:
+        training["epochs" if given == {"steps"} else "steps"] = None

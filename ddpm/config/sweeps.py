@@ -1,0 +1,121 @@
+"""Sweeps: how their jobs are started, a device for each of several at once, and what each came to, in a table at the end."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.hydra import Hydra
+from hydra.core.config_store import ConfigLoadError, ConfigStore
+from hydra.core.plugins import Plugins
+from omegaconf import OmegaConf
+
+from ddpm.system.files import lock
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.    overrides: its key=value, as typed.    code: the exit code that it would have had alone.    facts: what to show of it, by column."""
+
+    overrides: list[str]
+    code: int
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """The jobs in lines: number, what differs between them, and their facts."""
+    everywhere = set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if outcomes else set()
+    rows = [
+        {"job": str(number), "what differs": " ".join(one for one in outcome.overrides if one not in everywhere) or "-", **outcome.facts}
+        for number, outcome in enumerate(outcomes)
+    ]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return aligned([columns, *([row.get(column, "-") for column in columns] for row in rows)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of as many cells each as text in columns."""
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def refuse_in_process_group(arguments: Sequence[str]) -> None:
+    """Raises ValueError, one line, if a sweep is asked for in one of several processes that torchrun or accelerate started."""
+    sweeps = {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments)
+    if sweeps and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"{min(sweeps)}: no sweep inside torchrun or accelerate launch, whose {os.environ['WORLD_SIZE']} processes are one job's for good; "
+            "start one of these for each job, or a sweep without, with hydra/launcher=joblib for a device each"
+        )
+
+
+def claim_device(devices: Sequence[str]) -> str | None:
+    """Have this process see one device that no other such process of this user sees, or as few as may be; before the devices are first used.
+
+    devices: as CUDA_VISIBLE_DEVICES names them.    Returns the one, held until the process ends, or None if there are none.
+    """
+    if _claimed or not devices:
+        return os.environ["CUDA_VISIBLE_DEVICES"] if _claimed else None
+    folder = Path(tempfile.gettempdir()) / f"ddpm-devices-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    slot = 0
+    while True:
+        for device in devices:
+            file = (folder / f"{device.replace('/', '-')}.{slot}").open("a")
+            if not lock(file):
+                file.close()
+                continue
+            _claimed.append(file)
+            os.environ["CUDA_VISIBLE_DEVICES"] = device
+            return device
+        slot += 1
+
+
+_claimed: list[object] = []  # open files: the system lets go of their locks when the process ends
+
+LAUNCHERS: dict[str, dict[str, Any]] = {  # what is not as the plugins have it
+    "joblib": {"n_jobs": "${num_devices:}"},
+    "submitit_slurm": {"timeout_min": 1440, "max_num_timeout": 100, "signal_delay_s": 300},
+}
+
+
+@contextmanager
+def collecting(outcomes: list[Outcome]) -> Iterator[None]:
+    """Keep what the jobs of a sweep return, in whatever process they ran: hydra.main drops it."""
+    multirun = Hydra.multirun
+
+    def collect(self: Hydra, *arguments: Any, **named: Any) -> Any:
+        batches = multirun(self, *arguments, **named)
+        outcomes.extend(done.return_value for batch in batches for done in batch)
+        return batches
+
+    Hydra.multirun = collect  # type: ignore[method-assign]  # no public way to what jobs return
+    try:
+        yield
+    finally:
+        Hydra.multirun = multirun  # type: ignore[method-assign]  # put back
+
+
+def set_defaults(arguments: Sequence[str]) -> None:
+    """Have the launchers that are installed (extra sweep) run a job for each device, and queue a Slurm job again as often as its time runs out."""
+    if not any(argument.startswith("hydra/launcher=") for argument in arguments):
+        return
+    OmegaConf.register_new_resolver("num_devices", lambda: max(1, len(visible_devices())), replace=True)
+    Plugins.instance()  # which puts their options into the store
+    store = ConfigStore.instance()
+    for name, settings in LAUNCHERS.items():
+        with suppress(ConfigLoadError):  # not installed
+            store.store(group="hydra/launcher", name=name, node=OmegaConf.merge(store.load(f"hydra/launcher/{name}.yaml").node, settings), provider="ddpm")
+
+
+def visible_devices() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. Starts none of them."""
+    said = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if said is not None:
+        return [name for name in said.split(",") if name]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]

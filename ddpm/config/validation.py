@@ -1,0 +1,159 @@
+"""Plain values against what takes them: every key known, every value of its type and in its range, every named class trusted, before it is imported."""
+
+import difflib
+import functools
+import importlib
+import inspect
+import json
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from ddpm.config.compose import nearest
+
+PUBLIC = (  # what these export, and no more of ours, may be named by YAML: names that stay when files move
+    *("ddpm.models", "ddpm.diffusion", "ddpm.diffusion.schedules", "ddpm.diffusion.samplers"),
+    *("ddpm.data.sources", "ddpm.train.lr_schedules"),
+)
+TRUSTED = ("torch.optim.",)
+
+Node = dict[str, Any]  # {_target_: what to call, arguments...}
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+S = typing.TypeVar("S", bound=BaseModel)
+
+
+def validated(schema: type[S], plain: Mapping[str, Any]) -> S:
+    """`plain` as `schema`.    Raises ValueError, one line that names the first wrong key, its value and what is allowed."""
+    try:
+        return schema.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        raise ValueError(_first(error, plain, schema)) from None
+
+
+def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
+    """Check that a group names something trusted, and gives it arguments that it takes, of their types.
+
+    Only names that PUBLIC modules export are imported, and those that start with a prefix of TRUSTED or runtime.trusted_modules (design rule: nothing
+    loaded runs code); what is found under a prefix must be defined there too: a module's own imports are not its wares.    Raises ValueError, one line.
+    """
+    if node.get("_target_") is None:
+        raise ValueError(f"{key}._target_ is missing: it names what to call")
+    prefixes = (*TRUSTED, *(f"{name.rstrip('.')}." for name in trusted if name.split(".")[0] != "ddpm"))
+    targets = dict(_targets(key, node))
+    for place, target in targets.items():
+        if not (isinstance(target, str) and (target in public_names() or target.startswith(prefixes))):
+            raise ValueError(f"{place}={target} is not trusted{_instead(target, prefixes)}")
+    found = {place: _imported(place, target, prefixes) for place, target in targets.items()}
+    function = found[f"{key}._target_"]
+    signature = inspect.signature(function)
+    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+    arguments = {name: value for name, value in node.items() if name not in ("_target_", "_partial_")}
+    fields: dict[str, Any] = {}
+    for name in signature.parameters:
+        nested = isinstance(arguments.get(name), Mapping) and "_target_" in arguments[name]
+        if nested:
+            check_node(f"{key}.{name}", arguments[name], trusted)
+        fields[name] = (Any if nested else hints.get(name, Any), None)
+    settings = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False, protected_namespaces=())
+    schema = create_model("Arguments", __config__=settings, **fields)
+    try:
+        schema.model_validate_json(json.dumps(arguments))
+    except ValidationError as error:
+        raise ValueError(_first(error, arguments, schema, prefix=f"{key}.")) from None
+
+
+@functools.cache
+def public_names() -> tuple[str, ...]:
+    """Every name of ours that YAML and loaded files may name."""
+    return tuple(f"{module}.{name}" for module in PUBLIC for name in importlib.import_module(module).__all__)
+
+
+def _instead(target: Any, prefixes: tuple[str, ...]) -> str:
+    """The part of a message that names what may stand there: today's name of what was called otherwise once, the nearest, or the rule."""
+    last = str(target).rpartition(".")[2]
+    same = [name for name in public_names() if name.rpartition(".")[2] == last]
+    if str(target).startswith("ddpm.") and same:
+        return f": it is called {' or '.join(same)}"
+    close = difflib.get_close_matches(str(target), public_names(), n=1, cutoff=0.7)
+    more = "runtime.trusted_modules adds to these, in other commands than ddpm.train trusted_modules"
+    return f"{f'; did you mean {close[0]}?' if close else ':'} it must be a public name of ddpm, or start with {', '.join(prefixes)} ({more})"
+
+
+def _targets(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) of every `_target_` there is, however deep: Hydra would call each."""
+    inside = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in inside:
+        if name == "_target_":
+            yield f"{key}._target_", inner
+        yield from _targets(f"{key}.{name}", inner)
+
+
+def _imported(key: str, target: str, prefixes: tuple[str, ...]) -> Callable[..., Any]:
+    module_name, _, name = target.rpartition(".")
+    if not all(part.isidentifier() and not part.startswith("_") for part in target.split(".")):
+        raise ValueError(f"{key}={target} is not the dotted name of something public")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{key}={target} cannot be imported: {error}") from error
+    if target in public_names():
+        return found
+    home = getattr(found, "__module__", None)
+    if not callable(found) or not f"{home}.".startswith(prefixes):
+        raise ValueError(f"{key}={target} is not trusted: that is {f'of {home}' if callable(found) else 'nothing to call'}, only passed on by {module_name}")
+    return found
+
+
+def _first(error: ValidationError, plain: Mapping[str, Any], schema: type[BaseModel], prefix: str = "") -> str:
+    """The first of pydantic's complaints in one line."""
+    complaint = error.errors()[0]
+    path: list[str] = []
+    value: Any = plain
+    for part in complaint["loc"]:  # loc also names the branch of a union: stop where the value has no such part
+        inside = part in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if inside or complaint["type"] == "missing":
+            path.append(str(part))
+        if not inside:
+            break
+        value = value[part]
+    key = prefix + ".".join(path)
+    if complaint["type"] == "extra_forbidden":
+        names = list(_fields_at(schema, path[:-1]))
+        return f"{key}: no such key{nearest(path[-1], names)}"
+    if complaint["type"] == "missing":
+        return f"{key} is missing"
+    here = [wrong for wrong in error.errors() if wrong["loc"][: len(path)] == complaint["loc"][: len(path)] and wrong["type"] != "needs_python_object"]
+    wanted = " or ".join(dict.fromkeys(_wanted(wrong) for wrong in here))
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)} should {wanted}"
+
+
+def _wanted(complaint: Any) -> str:
+    """What pydantic misses, as the end of a sentence."""
+    if complaint["type"] == "missing":
+        return "have more entries"
+    if complaint["type"] == "too_short":
+        return f"have at least {complaint['ctx']['min_length']} entries"
+    if complaint["type"] == "too_long":
+        return f"have at most {complaint['ctx']['max_length']} entries"
+    if complaint["type"] == "string_too_short":
+        return "not be empty"
+    return complaint["msg"].removeprefix("Input should ")
+
+
+def _fields_at(schema: type[BaseModel], path: list[str]) -> dict[str, Any]:
+    fields: dict[str, Any] = schema.model_fields
+    for part in path:
+        inner = fields[part].annotation
+        fields = inner.model_fields if inspect.isclass(inner) and issubclass(inner, BaseModel) else {}
+    return fields

@@ -1,0 +1,156 @@
+"""Pictures made ready: decoded in one uint8 array that memory maps, or encoded in one file and decoded as they are asked for."""
+
+import io
+import math
+import multiprocessing
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ddpm.data.cache import Survey, digest_of, naming_cache, reserve, save_rows
+from ddpm.data.decoding import UNREADABLE, Decoding
+from ddpm.data.shards import Item, Source
+from ddpm.system.files import sync_file
+
+Found = list[tuple[str, bytes | None, int | None]]  # name, digest of the content (None: does not decode), label
+
+FILE = "images.npy"
+
+
+def decode_into(folder: Path, source: Source, decoding: Decoding, workers: int) -> Survey:
+    """Write FILE into a folder: (N, C, H, W) uint8 of the pictures that decode, in the source's order.    Raises ValueError if there is no room."""
+    shape = (len(source), decoding.channels, decoding.height, decoding.width)
+    raw = folder / "raw"
+    with naming_cache(folder.parent), raw.open("wb") as file:
+        reserve(file.fileno(), math.prod(shape))
+    starts = np.cumsum([0, *source.counts])[:-1].tolist()
+    survey = Survey(len(source))
+    for start, found in _each_shard(source, decoding, str(raw), shape, starts, workers):
+        for offset, (name, digest, label) in enumerate(found):
+            survey.note(start + offset, name, digest, label)
+    if survey.good.any():
+        with naming_cache(folder.parent):
+            save_rows(folder / FILE, np.memmap(raw, np.uint8, "r", shape=shape), survey.good)
+    raw.unlink()
+    return survey
+
+
+def _each_shard(source: Source, decoding: Decoding, raw: str, shape: tuple[int, ...], starts: list[int], workers: int) -> Iterator[tuple[int, Found]]:
+    """(first index, what was found) of each shard, as they get done."""
+    with tqdm(total=len(source), desc="decoding", unit="img", disable=None) as bar:
+        if workers <= 1 or len(starts) == 1:
+            for shard, start in enumerate(starts):
+                yield start, _decode_shard(source, decoding, raw, shape, shard, start)
+                bar.update(source.counts[shard])
+            return
+        executor: Executor = ProcessPoolExecutor(min(workers, len(starts)), mp_context=multiprocessing.get_context("spawn"))
+        with executor:
+            jobs: dict[Future[Found], int] = {
+                executor.submit(_decode_shard, source, decoding, raw, shape, shard, start): shard for shard, start in enumerate(starts)
+            }
+            for job in as_completed(jobs):
+                yield starts[jobs[job]], job.result()
+                bar.update(source.counts[jobs[job]])
+
+
+def _decode_shard(source: Source, decoding: Decoding, raw: str, shape: tuple[int, ...], shard: int, start: int) -> Found:
+    images = np.memmap(raw, np.uint8, "r+", shape=shape)
+    found: Found = []
+    for offset, item in enumerate(source.read(shard)):
+        try:
+            images[start + offset] = decoding(item.content)
+        except UNREADABLE:
+            found.append((item.name, None, item.label))
+            continue
+        found.append((item.name, digest_of(item), item.label))
+    images.flush()
+    return found
+
+
+CONTENT, OFFSETS = "content.bin", "offsets.npy"
+
+
+class Packed:
+    """Stands for an array (N, C, H, W) uint8 that rows are taken from, which decodes them in threads (Pillow lets others run meanwhile).
+
+    folder: as pack_into left it.    Memory holds what was asked for and no more.
+    """
+
+    def __init__(self, folder: Path, decoding: Decoding, threads: int) -> None:
+        self._folder, self._decoding, self._threads = folder, decoding, threads
+        self._content = np.memmap(folder / CONTENT, np.uint8, "r")
+        self._offsets = np.load(folder / OFFSETS, mmap_mode="r")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoding")
+        self.shape = (len(self._offsets) - 1, decoding.channels, decoding.height, decoding.width)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The pictures of these rows, (len(rows), C, H, W) uint8.    Raises ValueError, one line, for one that does not decode after all."""
+        return self.result(self.start(rows))
+
+    def start(self, rows: Sequence[int] | np.ndarray) -> list[Future[np.ndarray]]:
+        """Have these rows decoded while something else is done."""
+        return [self._pool.submit(self._one, int(row)) for row in rows]
+
+    @staticmethod
+    def result(started: list[Future[np.ndarray]]) -> np.ndarray:
+        """What was started, as soon as it is there."""
+        return np.stack([picture.result() for picture in started])
+
+    def _one(self, row: int) -> np.ndarray:
+        content = self._content[self._offsets[row] : self._offsets[row + 1]].tobytes()
+        try:
+            return self._decoding(content)
+        except UNREADABLE as error:
+            raise ValueError(f"picture {row} of the data set does not decode ({error}): leave it out, or use runtime.feed=file, which does") from error
+
+
+def pack_into(folder: Path, source: Source) -> Survey:
+    """Write CONTENT and OFFSETS into a folder: the encoded pictures one after the other, and where each begins.
+
+    A picture whose header cannot be read is left out; one that is not encoded in its source is packed as PNG.    Raises ValueError if there is no room.
+    """
+    survey = Survey(len(source))
+    ends = np.zeros(len(source), dtype=np.int64)
+    index, end = 0, 0
+    with naming_cache(folder.parent), (folder / CONTENT).open("wb") as out, tqdm(total=len(source), desc="packing", unit="img", disable=None) as bar:
+        for shard in range(len(source.counts)):
+            for item in source.read(shard):
+                content = _encoded(item)
+                survey.note(index, item.name, digest_of(item) if _opens(content) else None, item.label)
+                if survey.good[index]:
+                    out.write(content)
+                    end += len(content)
+                ends[index] = end
+                index += 1
+            bar.update(source.counts[shard])
+    sync_file(folder / CONTENT)
+    np.save(folder / OFFSETS, np.concatenate([np.zeros(1, dtype=np.int64), ends[survey.good]]))
+    sync_file(folder / OFFSETS)
+    return survey
+
+
+def _encoded(item: Item) -> bytes:
+    if isinstance(item.content, bytes):
+        return item.content
+    out = io.BytesIO()
+    item.content.save(out, "PNG")
+    return out.getvalue()
+
+
+def _opens(content: bytes) -> bool:
+    """Whether the header says a picture of reasonable size; decoding comes later."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            Image.open(io.BytesIO(content)).close()
+    except UNREADABLE:
+        return False
+    return True

@@ -1,0 +1,101 @@
+"""Noise schedules: the betas of the forward process, as pure float64 functions.
+
+Each returns (T,) float64 in (0, 1], and takes zero_terminal_snr: shift and scale sqrt(alphas_cumprod) so that the last x_t is pure noise and the first
+stays as it is (Lin et al. 2023, Algorithm 1). Each raises ValueError, naming the argument, for a T below 2 or betas outside (0, 1).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["const", "cosine", "jsd", "linear", "linear_rescaled", "quad", "sigmoid", "warmup"]
+
+MOST_TIMESTEPS = 1_000_000  # what memory holds, and float32 tells apart
+
+
+def linear(num_timesteps: int, beta_start: float, beta_end: float, zero_terminal_snr: bool = False) -> Tensor:
+    """Betas rising linearly (Ho et al. 2020, section 4)."""
+    _check(num_timesteps, beta_start=beta_start, beta_end=beta_end)
+    return _finished(_linspace(beta_start, beta_end, num_timesteps), zero_terminal_snr)
+
+
+def linear_rescaled(num_timesteps: int, beta_start: float, beta_end: float, zero_terminal_snr: bool = False) -> Tensor:
+    """`linear` for another T: both ends, given for T = 1000, scaled by 1000 / T (Nichol & Dhariwal 2021's code)."""
+    _check(num_timesteps, beta_start=beta_start, beta_end=beta_end)
+    scale = 1000 / num_timesteps
+    _check(num_timesteps, **{"beta_end * 1000 / num_timesteps": beta_end * scale})
+    return _finished(_linspace(beta_start * scale, beta_end * scale, num_timesteps), zero_terminal_snr)
+
+
+def quad(num_timesteps: int, beta_start: float, beta_end: float, zero_terminal_snr: bool = False) -> Tensor:
+    """Betas whose square roots rise linearly (Ho et al. 2020's code)."""
+    _check(num_timesteps, beta_start=beta_start, beta_end=beta_end)
+    return _finished(_linspace(beta_start**0.5, beta_end**0.5, num_timesteps) ** 2, zero_terminal_snr)
+
+
+def warmup(num_timesteps: int, beta_start: float, beta_end: float, warmup_share: float, zero_terminal_snr: bool = False) -> Tensor:
+    """Betas rising linearly over the first warmup_share of the timesteps, then constant (Ho et al. 2020's code: 0.1 and 0.5)."""
+    _check(num_timesteps, beta_start=beta_start, beta_end=beta_end, warmup_share=warmup_share)
+    betas = torch.full((num_timesteps,), beta_end, dtype=torch.float64)
+    length = int(num_timesteps * warmup_share)
+    betas[:length] = _linspace(beta_start, beta_end, length)
+    return _finished(betas, zero_terminal_snr)
+
+
+def const(num_timesteps: int, beta: float, zero_terminal_snr: bool = False) -> Tensor:
+    """The same beta at every timestep (Ho et al. 2020's code)."""
+    _check(num_timesteps, beta=beta)
+    return _finished(torch.full((num_timesteps,), beta, dtype=torch.float64), zero_terminal_snr)
+
+
+def jsd(num_timesteps: int, zero_terminal_snr: bool = False) -> Tensor:
+    """1/T, 1/(T-1), ..., 1 (Ho et al. 2020's code, after Sohl-Dickstein et al. 2015): alphas_cumprod falls linearly, to 0 at the last timestep."""
+    _check(num_timesteps)
+    return _finished(1 / _linspace(num_timesteps, 1, num_timesteps), zero_terminal_snr)
+
+
+def cosine(num_timesteps: int, offset: float, max_beta: float, zero_terminal_snr: bool = False) -> Tensor:
+    """Betas whose alphas_cumprod follows a squared cosine (Nichol & Dhariwal 2021, Eq. 17)."""
+    _check(num_timesteps, max_beta=max_beta)
+    if offset < 0:
+        raise ValueError(f"offset={offset} must not be negative")
+    u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    return _finished(_betas_of(torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2, max_beta), zero_terminal_snr)
+
+
+def sigmoid(num_timesteps: int, start: float, end: float, temperature: float, max_beta: float, zero_terminal_snr: bool = False) -> Tensor:
+    """Betas whose alphas_cumprod follows a logistic curve between start and end (Jabri et al. 2022, arXiv 2212.11972, Algorithm 1)."""
+    _check(num_timesteps, max_beta=max_beta)
+    if not start < end:
+        raise ValueError(f"start={start} must be below end={end}")
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} must be positive")
+    u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    curve = torch.sigmoid((u * (end - start) + start) / temperature)
+    return _finished(_betas_of((curve[-1] - curve) / (curve[-1] - curve[0]), max_beta), zero_terminal_snr)
+
+
+def _linspace(start: float, end: float, count: int) -> Tensor:
+    return torch.linspace(start, end, count, dtype=torch.float64)
+
+
+def _betas_of(abar: Tensor, max_beta: float) -> Tensor:
+    """Betas of a curve of alphas_cumprod given at u = 0, 1/T, ..., 1."""
+    return (1 - abar[1:] / abar[:-1]).clamp(max=max_beta)
+
+
+def _finished(betas: Tensor, zero_terminal_snr: bool) -> Tensor:
+    if not zero_terminal_snr:
+        return betas
+    root = torch.cumprod(1 - betas, dim=0).sqrt()
+    abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+
+
+def _check(num_timesteps: int, **shares: float) -> None:
+    if not 2 <= num_timesteps <= MOST_TIMESTEPS:
+        raise ValueError(f"num_timesteps={num_timesteps} must lie between 2 and {MOST_TIMESTEPS}")
+    for name, share in shares.items():
+        if not 0 < share < 1:
+            raise ValueError(f"{name}={share} must lie between 0 and 1")

@@ -1,0 +1,25 @@
+"""python -m ddpm.evaluate run=DIR: measure a trained network, each figure with its protocol."""
+
+from ddpm.config.cli import command
+from ddpm.config.compose import Composed
+
+
+def task(composed: Composed) -> None:
+    from ddpm.evaluate.run import EvaluateConfig, carry_out
+
+    carry_out(EvaluateConfig.of(composed))
+
+
+main = command(
+    "evaluate",
+    task,
+    "Measure a trained network: distances, bits/dim, losses, nearest training pictures. Each figure carries its protocol.",
+    [
+        "python -m ddpm.evaluate run=outputs/quickstart-digits/recipe-ba7ead0c",
+        "python -m ddpm.evaluate run=DIR evaluation=paper evaluation.weights_path=pt_inception-2015-12-05-6726825d.pth",
+        "python -m ddpm.evaluate run=DIR sampler=ddim50 evaluation.metrics=[fd,kd] evaluation.num_samples=5000",
+    ],
+)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""The variational bound term by term, its rate-distortion curve, and the loss by timestep: what a network costs in bits/dim, and where."""
+
+import csv
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm.diffusion.process import GaussianDiffusion, Model
+from ddpm.system import randomness
+from ddpm.system.files import write_whole
+
+Batch = tuple[Tensor, Tensor]  # (numbers of the images in their data set (B,) int64, x0 (B, C, H, W) float in [-1, 1])
+
+
+class Bound(NamedTuple):
+    """The bound on the negative log likelihood, a mean over images (Ho et al. 2020, Eq. 5). prior: L_T, bits/dim.
+    terms: (T,) float64, bits/dim, at t = 0 the decoder's code length L_0, above it the KLs.
+    rmse: (T,) float64, root mean squared error of x0_hat at t, on the scale of 0 to 255.    num_images: that the mean is over."""
+
+    prior: float
+    terms: Tensor
+    rmse: Tensor
+    num_images: int
+
+    @property
+    def rate(self) -> float:
+        """Bits/dim that the latents cost, L_1 + ... + L_T."""
+        return self.prior + self.terms[1:].sum().item()
+
+    @property
+    def distortion(self) -> float:
+        """Bits/dim that the image costs on top of them, L_0."""
+        return self.terms[0].item()
+
+    @property
+    def total(self) -> float:
+        """The bound, bits/dim."""
+        return self.rate + self.distortion
+
+
+@dataclass(frozen=True)
+class BoundSums:
+    """What a Bound is the mean of, so that the images of several batches or processes can be added up: a + b.
+
+    totals: (2 + 2T,) float64 on the CPU: number of images, sums over images of the prior's term, of each timestep's term, of its squared error.
+    """
+
+    totals: Tensor
+
+    def __add__(self, other: "BoundSums") -> "BoundSums":
+        return BoundSums(self.totals + other.totals)
+
+    def mean(self) -> Bound:
+        """Raises ValueError if there are no images."""
+        count, means = _means(self.totals)
+        terms, squared_error = means[1:].chunk(2)
+        return Bound(means[0].item(), terms, 127.5 * squared_error.sqrt(), count)
+
+
+def variational_bound(model: Model, diffusion: GaussianDiffusion, batches: Iterable[Batch], seed: int, advance: Callable[[int], None] | None = None) -> Bound:
+    """The bound of a data set, as the authors evaluate it: every timestep of every image, one noise draw each, x0_hat held in [-1, 1].
+
+    model: in evaluation mode.    batches: see Batch; the noise is a function of seed, t and the image's number, whatever it is batched with.
+    advance: called after each call of the network, with the number of images in it.    Raises ValueError if there are no images.
+    """
+    return bound_sums(model, diffusion, batches, seed, advance).mean()
+
+
+@torch.no_grad()  # and no inference mode: the tables that the diffusion makes here serve training too
+def bound_sums(model: Model, diffusion: GaussianDiffusion, batches: Iterable[Batch], seed: int, advance: Callable[[int], None] | None = None) -> BoundSums:
+    """`variational_bound` before the mean is taken: for one process's share of the images, or for those of one class, whose model is its own."""
+    num_timesteps = diffusion.num_timesteps
+    totals = torch.zeros(2 + 2 * num_timesteps, dtype=torch.float64)
+    for numbers, x0 in batches:
+        found = []
+        for index in range(num_timesteps):
+            t = torch.full((len(x0),), index, device=x0.device)
+            x_t = diffusion.q_sample(x0, t, _noise(seed, index, numbers, x0))
+            output = diffusion.run(model, x_t, t)
+            x0_hat = diffusion.denoised(output, x_t, t).x0_hat.clamp(-1, 1)
+            found.append((diffusion.bound_term(output, x0, x_t, t, clip=True), (x0_hat - x0).square().flatten(1).mean(dim=1)))
+            if advance is not None:
+                advance(len(x0))
+        terms, squared_errors = (torch.stack(of_all).cpu().double().sum(dim=1) for of_all in zip(*found, strict=True))
+        prior = diffusion.prior_term(x0.cpu()).sum(dim=0, keepdim=True)
+        totals += torch.cat([torch.tensor([len(x0)]), prior, terms, squared_errors])
+    return BoundSums(totals)
+
+
+class Bucket(NamedTuple):
+    """Mean loss over the timesteps first to last, both included."""
+
+    first: int
+    last: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """What the losses of a list of Buckets are means of; a + b adds up the images of several batches or processes.
+
+    totals: (1 + num_buckets,) float64 on the CPU: number of images, sums over images of each bucket's loss.
+    """
+
+    num_timesteps: int
+    totals: Tensor
+
+    def __add__(self, other: "LossSums") -> "LossSums":
+        assert self.num_timesteps == other.num_timesteps
+        return LossSums(self.num_timesteps, self.totals + other.totals)
+
+    def mean(self) -> list[Bucket]:
+        """Raises ValueError if there are no images."""
+        losses = _means(self.totals)[1].tolist()
+        return [Bucket(*span, loss) for span, loss in zip(_spans(self.num_timesteps, len(losses)), losses, strict=True)]
+
+
+def losses_by_timestep(model: Model, diffusion: GaussianDiffusion, batches: Iterable[Batch], seed: int, num_buckets: int = 10) -> list[Bucket]:
+    """The loss that training minimizes, in buckets of neighbouring timesteps: for each image and bucket, one timestep and one noise draw.
+
+    model: in evaluation mode.    batches: see Batch; timestep and noise are functions of seed, bucket and the image's number.
+    Raises ValueError if there are no images, or fewer timesteps than buckets.
+    """
+    return loss_sums(model, diffusion, batches, seed, num_buckets).mean()
+
+
+@torch.no_grad()
+def loss_sums(model: Model, diffusion: GaussianDiffusion, batches: Iterable[Batch], seed: int, num_buckets: int = 10) -> LossSums:
+    """`losses_by_timestep` before the means are taken: for one process's share of the images, or for those of one class, whose model is its own."""
+    num_timesteps = diffusion.num_timesteps
+    if not 1 <= num_buckets <= num_timesteps:
+        raise ValueError(f"num_buckets={num_buckets} must be from 1 to the {num_timesteps} timesteps")
+    totals = torch.zeros(1 + num_buckets, dtype=torch.float64)
+    for numbers, x0 in batches:
+        found = []
+        for bucket, (first, last) in enumerate(_spans(num_timesteps, num_buckets)):
+            stream = num_timesteps + 2 * bucket  # those below are the bound's
+            keys = randomness.stream_keys(randomness.EVALUATION, seed, stream, numbers.to(x0.device))
+            t = first + randomness.integers(keys, last - first + 1)
+            found.append(diffusion.losses(model, x0, t, _noise(seed, stream + 1, numbers, x0)))
+        totals += torch.cat([torch.tensor([len(x0)]), torch.stack(found).cpu().double().sum(dim=1)])
+    return LossSums(num_timesteps, totals)
+
+
+class Point(NamedTuple):
+    """Of lossy coding in steps: after reverse_time steps of T the receiver has spent `rate` bits/dim, and x0_hat is off by rmse of 255."""
+
+    reverse_time: int
+    rate: float
+    rmse: float
+
+
+def rate_distortion(bound: Bound) -> list[Point]:
+    """The curve of Ho et al. 2020, Fig. 5, at reverse times T - t + 1 = 1, ..., T (t as in the paper; in the code it is one less).
+
+    x_t has cost L_T + ... + L_t, and x0_hat is the network's at x_t. So the last point's rate is the bound's, L_0 being left.
+    """
+    latents = torch.cat([torch.tensor([bound.prior], dtype=torch.float64), bound.terms[1:].flip(0)])
+    rates, errors = latents.cumsum(dim=0).tolist(), bound.rmse.flip(0).tolist()
+    return [Point(index + 1, rate, rmse) for index, (rate, rmse) in enumerate(zip(rates, errors, strict=True))]
+
+
+def table(curve: list[Point], rows: int = 10) -> list[Point]:
+    """Evenly spaced points of the curve, the last one first (Ho et al. 2020, Table 4: 1000, 900, ..., 100)."""
+    wanted = dict.fromkeys(len(curve) * row // rows for row in range(rows, 0, -1))
+    return [curve[reverse_time - 1] for reverse_time in wanted if reverse_time]
+
+
+def save_rate_distortion(path_png: Path, path_csv: Path, bound: Bound) -> None:
+    """The numbers, a line for each timestep, as CSV; and then the three panels of Ho et al. 2020, Fig. 5, as PNG.
+
+    Raises ValueError, one line, if matplotlib is not installed; the CSV is written all the same.
+    """
+    curve = rate_distortion(bound)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["t", "term_bits_per_dim", "reverse_time", "rate_bits_per_dim", "rmse"])
+    for t, (term, point) in enumerate(zip(bound.terms.tolist(), reversed(curve), strict=True)):
+        writer.writerow([t, term, *point])
+    write_whole(path_csv, text.getvalue())
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("a plot of rate and distortion needs the package matplotlib: pip install -e '.[plots]'") from error
+    times, rates, errors = zip(*curve, strict=True)
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    steps, rate, distortion = "reverse process steps (T - t + 1)", "rate (bits/dim)", "distortion (RMSE of 255)"
+    panels = ((times, errors, steps, distortion), (times, rates, steps, rate), (rates, errors, rate, distortion))
+    for axes, (x, y, x_label, y_label) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.plot(x, y)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    scratch = path_png.with_name(f".{path_png.name}")
+    try:
+        figure.savefig(scratch, format="png", dpi=150)
+        scratch.replace(path_png)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _noise(seed: int, stream: int, numbers: Tensor, x0: Tensor) -> Tensor:
+    keys = randomness.stream_keys(randomness.EVALUATION, seed, stream, numbers.to(x0.device))
+    return randomness.normal(keys, tuple(x0.shape[1:])).to(x0.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _means(totals: Tensor) -> tuple[int, Tensor]:
+    """(number of images, which comes first in totals; what follows it, divided by it)."""
+    if totals[0] == 0:
+        raise ValueError("there are no images to take a mean over")
+    return int(totals[0]), totals[1:] / totals[0]
+
+
+def _spans(num_timesteps: int, num_buckets: int) -> list[tuple[int, int]]:
+    """(first, last) timestep of each bucket."""
+    edges = [bucket * num_timesteps // num_buckets for bucket in range(num_buckets + 1)]
+    return [(first, following - 1) for first, following in pairwise(edges)]

@@ -1,0 +1,25 @@
+"""python -m ddpm.plan: what a run will be, before anything is downloaded or trained, and whether the recipe's expectations hold."""
+
+from ddpm.config.cli import command
+from ddpm.config.compose import Composed
+
+
+def task(composed: Composed) -> None:
+    from ddpm.plan.run import plan
+
+    plan(composed)
+
+
+main = command(
+    "plan",
+    task,
+    "Say what a run will be before anything is downloaded or trained, and check what its recipe expects.",
+    [
+        "python -m ddpm.plan experiment=cifar10",
+        "python -m ddpm.plan experiment=celebahq256 runtime.device=cuda runtime.device_batch=16",
+        "python -m ddpm.plan experiment=cifar10 'devices=[1,8,64]' bandwidth=50",
+    ],
+)
+
+if __name__ == "__main__":
+    main()

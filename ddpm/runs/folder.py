@@ -1,0 +1,132 @@
+"""The folder of a run: run.json tells how it stands."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ddpm.config.compose import Composed
+from ddpm.config.schema import Config, read_config
+from ddpm.system.files import lock, write_whole
+
+
+class RunFolder:
+    """A run on the disk. Reading its files is for anybody, writing them for the one process that leads the run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+
+    def config(self, trusted_modules: list[str], key: str = "run") -> Config:
+        """The configuration that the run was started with, its classes checked against what the caller trusts, not against what the folder says.
+
+        Raises ValueError, naming the folder and the command line's key for it, if this is no run.
+        """
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            below = sorted({str(found.parent) for depth in ("*", "*/*") for found in self.path.glob(f"{depth}/config.yaml")})
+            more = f"; below it are {', '.join(below[:5])}" if below else "" if self.path.is_dir() else f"; it is not there, seen from {Path.cwd()}"
+            raise ValueError(f"{key}={self.path} is no run folder: it has no config.yaml{more}")
+        try:
+            plain = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{key}={self.path} is no run folder: its config.yaml cannot be read ({error})") from error
+        if not isinstance(plain, dict) or not isinstance(plain.get("runtime"), dict):
+            raise ValueError(f"{key}={self.path} is no run folder: its config.yaml is not one of ddpm.train")
+        return read_config({**plain, "runtime": {**plain["runtime"], "trusted_modules": trusted_modules}})
+
+    def record(self) -> dict[str, Any]:
+        """run.json, empty before the first start."""
+        file = self.path / "run.json"
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be read ({error}); remove it, and the run starts from its newest checkpoint") from error
+
+    def classes(self) -> list[str]:
+        """Names of the classes of the run's data.    Raises ValueError if the run was never started."""
+        data = self.record().get("data")
+        if not isinstance(data, dict) or "classes" not in data:
+            raise ValueError(f"run={self.path} has no run.json that tells of its data; start its training once more")
+        return data["classes"]
+
+    def choices(self) -> dict[str, str]:
+        """The option that was chosen in each group, empty before the first start."""
+        file = self.path / ".hydra" / "choices.yaml"
+        return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def standing(self) -> str:
+        """complete, failed, preempted, running; or cut off, where the process that trained it is gone and could not say so."""
+        status = self.record().get("status", "not started")
+        if status != "running" or not (self.path / ".lock").is_file():
+            return status
+        with (self.path / ".lock").open(encoding="utf-8") as file:
+            return "cut off" if lock(file) else status
+
+    def start(self, config: Config, composed: Composed) -> None:
+        """Make the folder if need be, and write down what is being started."""
+        (self.path / ".hydra").mkdir(parents=True, exist_ok=True)
+        self.samples.mkdir(exist_ok=True)
+        write_whole(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        write_whole(self.path / ".hydra" / "overrides.yaml", yaml.safe_dump(composed.overrides))
+        write_whole(self.path / ".hydra" / "choices.yaml", yaml.safe_dump(composed.choices))
+        self.update(status="running", command=[Path(sys.argv[0]).name, *sys.argv[1:]], started=_now(), **_provenance())
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other process from training in this folder while this one does; the system lets go when the process ends, however it ends.
+
+        Raises ValueError, naming the process that holds it, if one does.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+", encoding="utf-8") as file:
+            enough = time.monotonic() + 0.5  # `standing` holds it for an instant, to see whether a run is alive
+            while not lock(file):
+                if time.monotonic() > enough:
+                    file.seek(0)
+                    raise ValueError(f"run {self.path} is being trained by {file.read().strip() or 'another process'}; wait for it, or stop it")
+                time.sleep(0.05)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
+            file.flush()
+            yield
+
+    def update(self, **values: Any) -> None:
+        """Change entries of run.json."""
+        record = {"created": _now(), **self.record(), **values, "updated": _now()}
+        write_whole(self.path / "run.json", json.dumps(record, indent=2) + "\n")
+
+
+def _provenance() -> dict[str, Any]:
+    packages = ("accelerate", "hydra-core", "omegaconf", "datasets", "numpy", "pillow", "safetensors")
+    versions = {"python": platform.python_version(), "torch": torch.__version__, **{name: metadata.version(name) for name in packages}}
+    return {"git": _git(), "versions": versions, "platform": platform.platform()}
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the code that runs, and whether it was changed since; None where it is no checkout."""
+
+    def ask(*words: str) -> str:
+        folder = Path(__file__).resolve().parent
+        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

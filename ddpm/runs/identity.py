@@ -1,0 +1,114 @@
+"""What makes a run that run: the half of its configuration that is computed, and the folder's name that follows from it."""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ddpm.config.compose import Composed, compose
+from ddpm.config.schema import Config, training_config
+from ddpm.runs.folder import RunFolder
+
+NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no part of the name
+    "runtime": True,
+    "sampler": True,
+    "evaluation": True,
+    "outputs": True,
+    "resume": True,
+    "recipe": True,
+    "init_weights": True,  # stands where init_from does
+    "data": {"path": True, "cache": True, "max_unreadable": True, "num_images": True, "source": {"path": True}},
+}
+
+
+def locate(config: Config, composed: Composed) -> RunFolder:
+    """The folder that this configuration has: outputs/<model>-<data>/<what differs from that pair's own settings>-<hash>.
+
+    The same configuration has the same folder, however it was typed.
+    """
+    mine, path = computed(config), config.data.path if config.data.name == "folder" else None
+    shown = flat(mine)
+    if config.init_from is not None:
+        shown["init_from"] = Path(config.init_from).expanduser().resolve().name[-60:]
+    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"{composed.choices['model']}-{_typable(mine['data']['name'])}"
+    own = _own_settings(composed.choices["model"], composed.choices["data"], path, composed.config_dir, tuple(config.runtime.trusted_modules))
+    return RunFolder(Path(config.outputs) / name / f"{_difference(shown, own)}-{digest}")
+
+
+@functools.cache
+def _own_settings(model: str, data: str, path: str | None, config_dir: str | None, trusted: tuple[str, ...]) -> dict[str, Any]:
+    """What a model and a data set are computed with if nothing else is said."""
+    pair = [f"model={model}", f"data={data}", f"runtime.trusted_modules=[{','.join(trusted)}]"]
+    return flat(computed(training_config(compose([*pair, *([f"data.path={_quoted(path)}"] if path else [])], config_dir=config_dir))))
+
+
+def computed(config: Config) -> dict[str, Any]:
+    """The half of a configuration that decides the numbers of a run (for data=folder with the folder's own name, for init_from its content)."""
+    half = without(config.model_dump(mode="json"), NOT_COMPUTED)
+    if config.init_from is None:
+        del half["init_from"]
+    else:
+        assert config.init_weights is not None, "weights.folders.with_content comes first"
+        half["init_from"] = config.init_weights
+    del half["training"]["steps" if config.training.steps is None else "epochs"]  # the unit not used
+    if config.data.name == "folder" and config.data.path:
+        half["data"]["name"] = Path(config.data.path).expanduser().resolve().name
+    return half
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return leaves
+
+
+def settings(run: RunFolder, config: Config, num_steps: int) -> dict[str, float | str | None]:
+    """What runs are told apart by, under the same keys whatever the run: the options chosen, the numbers tuned most, and `differs`, all that is not
+    the model's and data's own, in the words of the folder's name."""
+    chosen = run.choices()
+    options = {
+        group: chosen.get(group, "None").replace("None", "none")
+        for group in ("experiment", "model", "data", "schedule", "objective", "optimizer", "lr_schedule")
+    }
+    half = flat(config.model_dump(mode="json"))
+    numbers = {key: half.get(key) for key in ("optimizer.lr", "lr_schedule.warmup_steps", "data.holdout", "data.flip", "seed")}
+    numbers |= {key: value for key, value in half.items() if key.startswith("training.") and key not in ("training.steps", "training.epochs")}
+    name = run.path.name.rpartition("-")[0]
+    return {**options, **numbers, "training.steps": num_steps, "resolution": str(config.data.resolution), "differs": name}
+
+
+def _difference(mine: dict[str, Any], recipe: dict[str, Any], longest: int = 120) -> str:
+    parts = []
+    for key, value in mine.items():
+        if key not in recipe or recipe[key] != value:
+            short = str(value).rpartition(".")[2] if key.endswith("._target_") else value
+            parts.append(_typable(f"{key.removesuffix('._target_')}-{'x'.join(map(str, short)) if isinstance(short, list) else short}"))
+    while parts and len("_".join(parts)) > longest:  # the hash still tells such runs apart
+        parts.pop()
+    return "_".join(parts) or "recipe"
+
+
+def _quoted(text: str) -> str:
+    """Text as Hydra's command line takes it whatever is in it: backslashes count only before a quote or at the end."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text, count=0) + "'"
+
+
+def _typable(text: str) -> str:
+    """Text that Hydra's command line takes as it is."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-") or "unnamed"
+
+
+def without(tree: Mapping[str, Any], left_out: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings less those that are True in left_out."""
+    kept = {}
+    for key, value in tree.items():
+        if left_out.get(key) is True:
+            continue
+        kept[key] = without(value, left_out.get(key, {})) if isinstance(value, Mapping) else value
+    return kept

@@ -1,0 +1,169 @@
+"""What a run measures, written as it goes: metrics.jsonl (the same bytes for the same run) and TensorBoard (also speed)."""
+
+import io
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import scalar
+
+from ddpm.system.files import write_whole, write_whole_bytes
+
+_CURVE = r"(?!.*_(final|best)$)"
+LAYOUT = {  # TensorBoard's tab Custom Scalars: the curves worth comparing, each kind of all runs in one chart
+    "training": {
+        "loss": ["Multiline", [r"^train/loss$"]],
+        "loss by noise level (q0 the least noise)": ["Multiline", [r"^train/loss_q\d$"]],
+        "gradient norm": ["Multiline", [r"^train/grad_norm$"]],
+        "learning rate": ["Multiline", [r"^train/lr$"]],
+        "images a second": ["Multiline", [r"^train/images_per_second$"]],
+    },
+    "evaluation": {
+        "distances": ["Multiline", [r"^eval/(fid|fd_|kid|kd_)" + _CURVE]],
+        "precision and recall": ["Multiline", [r"^eval/(precision|recall)" + _CURVE]],
+        "bits/dim": ["Multiline", [r"^eval/bits_per_dim" + _CURVE]],
+    },
+}
+
+
+class Recorder:
+    """Scalars and pictures of one run folder; one process of a run has it.
+
+    first_step: updates done before this start. Records past it, of an earlier start that was cut off, are dropped: their steps are done again.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self._path = folder / "metrics.jsonl"
+        kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= first_step]
+        write_whole(self._path, "".join(line + "\n" for line in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        _forget_conclusion(folder)
+        self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def settings(self, values: Mapping[str, float | str | None]) -> None:
+        """The run's row in TensorBoard's tab HPARAMS; every run must give the same keys. None is shown as "none"."""
+        start = SessionStartInfo(start_time_secs=time.time())
+        for key, value in values.items():
+            if isinstance(value, int | float):  # also bool, as 0 and 1
+                start.hparams[key].number_value = value
+            else:
+                start.hparams[key].string_value = "none" if value is None else value
+        self._board._get_file_writer().add_summary(_hparams(metadata.SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=start)))
+        self._board.add_custom_scalars(LAYOUT)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Record values that the configuration decides, such as losses, after `step` updates."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        self.speed(step, values)
+
+    def speed(self, step: int, values: dict[str, float]) -> None:
+        """Show values that differ from one machine to the next, in TensorBoard only."""
+        for tag, value in values.items():
+            self._board.add_scalar(tag, value, step)
+
+    def picture(self, step: int, tag: str, image: np.ndarray) -> None:
+        """Show a picture, (H, W, C) uint8, in TensorBoard."""
+        self._board.add_image(tag, image, step, dataformats="HWC")
+
+    def text(self, tag: str, text: str) -> None:
+        """Show text (Markdown) in TensorBoard."""
+        self._board.add_text(tag, text, 0)
+
+    def flush(self) -> None:
+        """Have all that was recorded so far on its way to the disk."""
+        self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def conclude(folder: Path, status: Literal["complete", "failed", "preempted"], step: int, values: Mapping[str, float]) -> None:
+    """Tell TensorBoard how the run ended, and with what: one small event file, which takes the place of the one before, and goes when the run goes on.
+
+    TensorBoard keeps the first end that it reads of a run, so an end inside the files that stay would outlive a resume.    values: scalars, at `step`.
+    """
+    _forget_conclusion(folder)
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    if not files:
+        return
+    ended = {"complete": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE, "preempted": api_pb2.STATUS_UNKNOWN}[status]
+    end = SessionEndInfo(status=ended, end_time_secs=time.time())
+    now = time.time()
+    events = [Event(wall_time=now, file_version="brain.Event:2")]
+    events += [Event(wall_time=now, step=step, summary=scalar(tag, value)) for tag, value in values.items()]
+    events.append(Event(wall_time=now, summary=_hparams(metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=end))))
+    content = io.BytesIO()
+    for event in events:
+        RecordWriter(content).write(event.SerializeToString())
+    write_whole_bytes(files[-1].with_name(files[-1].name + _CONCLUSION), content.getvalue())
+
+
+_CONCLUSION = ".end"  # after the newest file's name: TensorBoard reads a folder's files in the order of their names
+
+
+def _forget_conclusion(folder: Path) -> None:
+    for file in folder.glob(f"*events.out.tfevents.*{_CONCLUSION}*"):  # also what a crash left half written
+        file.unlink()
+
+
+def _hparams(tag: str, content: HParamsPluginData) -> Summary:
+    about = metadata.create_summary_metadata(content)
+    return Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)])
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file that a crash may have cut short."""
+    if not path.is_file():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+
+
+class Speed:
+    """Images a second between reports, the time for samples and checkpoints left out; and the time that the run took in all.
+
+    before: what `timed` said when an earlier start of the run got as far as `step`.
+    """
+
+    def __init__(self, step: int, batch_size: int, before: dict[str, float] | None) -> None:
+        self._batch_size = batch_size
+        self._steps, self._seconds = 0, 0.0
+        self._started = time.perf_counter()
+        self._before = before or {"seconds": 0.0, "images": 0, "seconds_in_steps": 0.0}
+        self._all_steps, self._all_seconds = 0, 0.0
+        self._resume(step)
+
+    def _resume(self, step: int) -> None:
+        self._from_step, self._from_time = step, time.perf_counter()
+
+    def pause(self, step: int) -> None:
+        """Leave out the time since `report` at this step."""
+        self._resume(step)
+
+    def since_last(self, step: int) -> float:
+        self._steps += step - self._from_step
+        self._seconds += time.perf_counter() - self._from_time
+        speed = self._steps * self._batch_size / self._seconds if self._seconds else 0.0
+        self._all_steps += self._steps
+        self._all_seconds += self._seconds
+        self._steps, self._seconds = 0, 0.0
+        self._resume(step)
+        return speed
+
+    def timed(self) -> dict[str, float]:
+        """Of all starts so far: seconds in all; and of the steps that were timed, their images and seconds."""
+        return {
+            "seconds": self._before["seconds"] + time.perf_counter() - self._started,
+            "images": self._before["images"] + self._all_steps * self._batch_size,
+            "seconds_in_steps": self._before["seconds_in_steps"] + self._all_seconds,
+        }

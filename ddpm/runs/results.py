@@ -1,0 +1,214 @@
+"""What a run came to, read from its folder: each measure with its protocol, final and best. Nothing is built, nothing of the folder runs."""
+
+import bisect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ddpm.runs.folder import RunFolder
+from ddpm.runs.identity import NOT_COMPUTED, flat, without
+from ddpm.system.files import write_whole
+
+PARTS = ("loss_t", "channel_", "bits_per_dim_")  # one timestep bucket, one channel, one term of the bound
+WINDOW = 0.1  # share of a run's steps that a loss is averaged over, so that runs with other log intervals compare
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measure of one run by one protocol.    final, best: (value, step); best is None where neither less nor more is better.
+
+    deviation: of the final value, over subsets or splits.
+    """
+
+    metric: str
+    protocol: dict[str, Any] = field(hash=False)
+    final: tuple[float, int]
+    best: tuple[float, int] | None
+    deviation: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The measure with its protocol in one word, such as fid@50k:train:inception:ancestral1000:ema, whatever the step."""
+        return name(self.metric, self.protocol) if "count" in self.protocol else self.metric
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """(step, training loss since the record before) of every report so far; none if there is no metrics.jsonl. A line cut short is left out."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
+    records = [json.loads(line) for line in lines if line]
+    return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
+
+
+def windowed(records: Sequence[tuple[int, float]], share: float = WINDOW) -> list[tuple[int, float]]:
+    """At each report the mean loss of the steps before it, of at least the last report and at most `share` of all steps."""
+    steps = [0, *(step for step, _ in records)]
+    sums = [0.0]
+    for (step, loss), before in zip(records, steps, strict=False):
+        sums.append(sums[-1] + loss * (step - before))
+    means = []
+    for index in range(1, len(steps)):
+        first = min(bisect.bisect_left(steps, steps[index] - share * steps[-1]), index - 1)
+        means.append((steps[index], (sums[index] - sums[first]) / (steps[index] - steps[first])))
+    return means
+
+
+def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
+    """The loss first, then every figure of evaluation.json in its order; what was not measured is not there.    config: the run's config.yaml."""
+    found = []
+    means = windowed(losses(run.path))
+    if means:
+        decides = {key: value for group in ("schedule", "objective") for key, value in flat({group: config.get(group) or {}}).items()}
+        protocol = {"data": (run.record().get("data") or {}).get("fingerprint"), **decides}
+        lowest = min(means, key=lambda mean: mean[1])
+        found.append(Result("loss", protocol, (means[-1][1], means[-1][0]), (lowest[1], lowest[0])))
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for entry in recorded(run.path / "evaluation.json"):
+        protocol = {key: value for key, value in entry["protocol"].items() if key != "step"}
+        entries.setdefault(json.dumps([entry["metric"], protocol], sort_keys=True), []).append(entry)
+    for same in entries.values():
+        last = max(same, key=lambda entry: entry["protocol"]["step"])
+        choose = better(last["metric"])
+        chosen = choose(same, key=lambda entry: entry["value"]) if choose is not None else None
+        best = None if chosen is None else (chosen["value"], chosen["protocol"]["step"])
+        protocol = {key: value for key, value in last["protocol"].items() if key != "step"}
+        found.append(Result(last["metric"], protocol, (last["value"], last["protocol"]["step"]), best, last["deviation"]))
+    return found
+
+
+def scalars(measures: Sequence[Result]) -> dict[str, float]:
+    """Final and best values under names that are the same in every run, beside the curves that they are of; of the parts of a figure, none."""
+    values = {}
+    for result in measures:
+        if result.metric.startswith(PARTS):
+            continue
+        tag = f"train/{result.name}" if result.metric == "loss" else f"eval/{result.name}"
+        values[f"{tag}_final"] = result.final[0]
+        if result.best is not None:
+            values[f"{tag}_best"] = result.best[0]
+    return values
+
+
+def images_per_second(record: Mapping[str, Any]) -> float | None:
+    """Images a second in updates, over all starts of a run (run.json); None if none was timed."""
+    timed = record.get("timed") or {}
+    return timed["images"] / timed["seconds_in_steps"] if timed.get("seconds_in_steps") else None
+
+
+def hours(record: Mapping[str, Any]) -> float | None:
+    """Hours that the run has trained so far, with sampling, measuring and saving; None if unknown."""
+    timed = record.get("timed") or {}
+    return timed["seconds"] / 3600 if "seconds" in timed else None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure.    protocol: all that decides it, the same figure of another protocol being another one.    deviation: over subsets or splits.
+    floor: the same distance between two random halves of the data, which no network beats."""
+
+    metric: str
+    value: float
+    protocol: dict[str, Any] = field(hash=False)
+    deviation: float | None = None
+    floor: float | None = None
+
+    @property
+    def id(self) -> str:
+        """The protocol in one word, such as fid@50k:train:inception:ancestral1000:ema:step800000."""
+        return f"{name(self.metric, self.protocol)}:step{self.protocol['step']}"
+
+
+def name(metric: str, protocol: Mapping[str, Any]) -> str:
+    """A metric and its protocol, without the step, in one word."""
+    said = [str(protocol[key]) for key in ("split", "extractor", "sampler", "weights") if key in protocol]
+    count = protocol["count"]
+    return ":".join([f"{metric}@{count // 1000}k" if count % 1000 == 0 else f"{metric}@{count}", *said])
+
+
+def better(metric: str) -> Callable[..., Any] | None:
+    """min or max, whichever of two values of a metric is the better; None where neither is in itself (a colour gap, a ratio of nearest distances)."""
+    if metric.startswith(("fid", "fd_", "kid", "kd_", "bits_per_dim", "loss_", "rmse")):
+        return min
+    return max if metric.startswith(("inception_score", "class_score_", "precision", "recall")) else None
+
+
+def record(path: Path, figures: Sequence[Figure]) -> None:
+    """Add figures to a file, whole or not at all; one of the same metric and protocol takes the place of the one before."""
+    kept = {key(entry): entry for entry in recorded(path)}
+    for figure in figures:
+        entry = {"id": figure.id, **asdict(figure)}
+        kept[key(entry)] = json.loads(json.dumps(entry))
+    write_whole(path, json.dumps(list(kept.values()), indent=1) + "\n")
+
+
+def recorded(path: Path) -> list[dict[str, Any]]:
+    """The entries of such a file, none if it is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def key(entry: dict[str, Any]) -> str:
+    """What makes two entries figures of the same thing."""
+    return json.dumps([entry["metric"], entry["protocol"]], sort_keys=True)
+
+
+class At(NamedTuple):
+    """A value, and the step that it is of."""
+
+    value: float
+    step: int
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A run as its files tell of it; a file that cannot be read tells nothing.    settings: what it computed, as dotted keys."""
+
+    run: RunFolder
+    settings: dict[str, Any]
+    choices: dict[str, str]
+    record: dict[str, Any]
+    results: list[Result]
+    status: str
+
+    @property
+    def steps(self) -> int:
+        return self.record.get("step", 0)
+
+
+def read(run: RunFolder) -> Compared:
+    """What the files of a run tell."""
+    try:
+        plain = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
+        plain = plain if isinstance(plain, dict) else {}
+        return Compared(run, flat(without(plain, NOT_COMPUTED)), run.choices(), run.record(), read_results(run, plain), run.standing())
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        return Compared(run, {}, {}, {}, [], f"unreadable ({' '.join(str(error).split())[:60]})")
+
+
+def summary(found: Compared) -> dict[str, str]:
+    """How a run stands, by column, for a line of a table."""
+    loss = next((result for result in found.results if result.metric == "loss"), None)
+    best = next((result for result in found.results if result.metric != "loss" and result.best is not None), None)
+    return {
+        "status": found.status,
+        "steps": _steps(found),
+        "loss": _shown(loss.final[0]) if loss else "-",
+        "best metric": f"{best.metric} {_shown(At(*best.best))}" if best and best.best else "-",
+        "folder": str(found.run.path),
+    }
+
+
+def _steps(one: Compared) -> str:
+    whole = one.record.get("num_steps")
+    return f"{one.steps}" if whole in (None, one.steps) else f"{one.steps}/{whole}"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, At):
+        return f"{_shown(value.value)} at {value.step}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

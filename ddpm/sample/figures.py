@@ -1,0 +1,182 @@
+"""The papers' figures, and moving pictures, from a trained network: each a labelled picture and the arrays behind it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ddpm.diffusion.samplers import step_noise
+from ddpm.sample import images
+from ddpm.sample.drawing import Drawing
+from ddpm.system.files import write_whole_npz
+
+
+class Figure(NamedTuple):
+    """Rows of images with a label each.    arrays: by name, what stands behind it, [-1, 1] unless its name says otherwise.    labels: one a row."""
+
+    rows: list[np.ndarray]
+    labels: list[str]
+    columns: list[str]
+    arrays: dict[str, np.ndarray]
+
+
+def progressive(drawing: Drawing, count: int, classes: Sequence[int] | None, frames: int = 20) -> Figure:
+    """x0_hat over the reverse process (Ho et al. 2020, Fig. 6): of `frames` equal windows of steps the last each; the last frame is the sample itself."""
+    visited = drawing.timesteps
+    kept = {visited[(index + 1) * len(visited) // frames - 1] for index in range(min(frames, len(visited)))} if len(visited) >= frames else set(visited)
+    found: dict[int, Tensor] = {}
+
+    def watch(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
+        if t in kept and t not in found:
+            found[t] = x0_hat.clone()
+
+    sample = drawing.images(range(count), classes, watch)
+    found[min(found)] = sample
+    order = sorted(found, reverse=True)
+    stacked = torch.stack([found[t] for t in order], dim=1)  # (image, frame, C, H, W)
+    arrays = {"x0_hat": stacked.cpu().numpy(), "timesteps": np.array(order)}
+    return Figure([images.to_uint8(row) for row in stacked], [f"image {index}" for index in range(count)], [f"t={t + 1}" for t in order], arrays)
+
+
+def shared_latents(drawing: Drawing, count: int, classes: Sequence[int] | None, shares: Sequence[float] = (1.0, 0.75, 0.5, 0.25)) -> Figure:
+    """Samples that share the first part of their chain (Ho et al. 2020, Fig. 7): a row for each t where they part, x_t first, then `count` samples.
+
+    shares: t as shares of T; the nearest visited timestep is taken.    classes: of the images; the first is that of all here.
+    """
+    visited, num_timesteps = drawing.timesteps, drawing.diffusion.num_timesteps
+    splits = [_nearest(visited, round(share * num_timesteps) - 1) for share in shares]
+    found: dict[int, Tensor] = {}
+
+    def watch(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
+        if t in splits and t not in found:
+            found[t] = x_t.clone()
+
+    one = None if classes is None else classes[:1]
+    drawing.images([0], one, watch)
+    branches = range(count)
+    rows, samples = [], []
+    for split in splits:
+        noise = step_noise(drawing.shape, branches, drawing.seed + 1, drawing.device)  # each branch its own later noise
+        x = found[split].expand(count, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        drawn = drawing.walk(x, [t for t in visited if t <= split], noise, None if one is None else [one[0]] * count)
+        samples.append(drawn.cpu().numpy())
+        rows.append(images.to_uint8(torch.cat([found[split], drawn])))
+    arrays = {"x_t": np.stack([found[split].cpu().numpy()[0] for split in splits]), "samples": np.stack(samples), "timesteps": np.array(splits)}
+    return Figure(rows, [f"parted at t={split + 1}" for split in splits], ["x_t", *(f"{branch}" for branch in branches)], arrays)
+
+
+def interpolate(drawing: Drawing, pair: Tensor, classes: Sequence[int] | None, t: int) -> Figure:
+    """Between two images (Ho et al. 2020, Fig. 8): both noised to x_t, mixed linearly, denoised with the same noise for every share.
+
+    pair: (2, C, H, W) in [-1, 1].    t: in [1, T], diffusion steps; the nearest visited.    lambda 0 and 1 are the two reconstructions.
+    """
+    shares = [index / 10 for index in range(11)]
+    decoded, used = _mixed(drawing, pair, classes, t, shares)
+    row = torch.cat([pair[:1], decoded, pair[1:]])
+    arrays = {"sources": pair.cpu().numpy(), "decoded": decoded.cpu().numpy(), "lambdas": np.array(shares)}
+    return Figure([images.to_uint8(row)], [f"t={used}"], ["source", *(f"{share:.1f}" for share in shares), "source"], arrays)
+
+
+def interpolate_coarse(drawing: Drawing, pair: Tensor, classes: Sequence[int] | None) -> Figure:
+    """`interpolate` from coarse to fine (Ho et al. 2020, Fig. 9): a row for each of 8 and more diffusion steps, from 0 (pixels mixed) to T."""
+    shares = [index / 10 for index in range(11)]
+    rows, decoded, steps = [], [], []
+    for part in range(8, -1, -1):
+        t = part * drawing.diffusion.num_timesteps // 8
+        mixed, used = _mixed(drawing, pair, classes, t, shares) if t else (torch.cat([(1 - share) * pair[:1] + share * pair[1:] for share in shares]), 0)
+        rows.append(images.to_uint8(torch.cat([pair[:1], mixed, pair[1:]])))
+        decoded.append(mixed.cpu().numpy())
+        steps.append(used)
+    arrays = {"sources": pair.cpu().numpy(), "decoded": np.stack(decoded), "lambdas": np.array(shares), "steps": np.array(steps)}
+    return Figure(rows, [f"{step} steps" for step in steps], ["source", *(f"{share:.1f}" for share in shares), "source"], arrays)
+
+
+def _mixed(drawing: Drawing, pair: Tensor, classes: Sequence[int] | None, t: int, shares: Sequence[float]) -> tuple[Tensor, int]:
+    """(images decoded from mixtures of the two at t diffusion steps, the steps of the nearest visited timestep)."""
+    index = _nearest(drawing.timesteps, t - 1)
+    pair = pair.to(drawing.device)
+    x_t = drawing.diffusion.q_sample(pair, torch.full((2,), index, device=drawing.device), drawing.latents(range(2)))
+    x = torch.cat([(1 - share) * x_t[:1] + share * x_t[1:] for share in shares]).contiguous(memory_format=torch.channels_last)
+    one = step_noise(drawing.shape, [0], drawing.seed, drawing.device)
+
+    def same(t: int) -> Tensor:
+        return one(t).expand(len(shares), -1, -1, -1)
+
+    chosen = None if classes is None else [classes[0 if share < 0.5 else 1 % len(classes)] for share in shares]
+    return drawing.walk(x, [visited for visited in drawing.timesteps if visited <= index], same, chosen), index + 1
+
+
+def _nearest(timesteps: Sequence[int], wanted: int) -> int:
+    return min(timesteps, key=lambda t: abs(t - wanted))
+
+
+def denoising(drawing: Drawing, count: int, classes: Sequence[int] | None, frames: int) -> list[np.ndarray]:
+    """Grids of x_t at `frames` timesteps evenly spaced over the chain (or all there are), then the samples: each (H, W, C) uint8."""
+    visited = drawing.timesteps
+    wanted = min(frames - 1, len(visited))
+    kept = {visited[index * len(visited) // wanted] for index in range(wanted)}
+    seen: set[int] = set()
+    grids: list[np.ndarray] = []
+
+    def watch(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
+        if t in kept and t not in seen:
+            seen.add(t)
+            grids.append(images.grid(images.to_uint8(x_t), least_width=256))
+
+    sample = drawing.images(range(count), classes, watch)
+    return [*grids, images.grid(images.to_uint8(sample), least_width=256)]  # smaller than a still: noise does not compress
+
+
+def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float, hold: float) -> None:
+    """An endless GIF of (H, W, C) uint8 frames, all of them within `seconds`, the last one held for `hold` seconds more."""
+    each = max(20, round(1000 * seconds / len(frames)))
+    pictures = [images.to_picture(frame) for frame in frames]
+    durations = [each] * (len(frames) - 1) + [each + round(1000 * hold)]
+    scratch = path.with_name(f".{path.name}")
+    pictures[0].save(scratch, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    scratch.replace(path)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """The figure as a PNG with its labels, and its arrays as an .npz beside it."""
+    images.save_png(path, labelled(figure))
+    write_whole_npz(path.with_suffix(".npz"), **figure.arrays)
+
+
+def labelled(figure: Figure) -> np.ndarray:
+    """The rows under one another, labels to the left, column heads above: (H, W, C) uint8."""
+    sheets = [images.grid(row, columns=len(row), least_width=64 * len(row)) for row in figure.rows]
+    top, (height, width, channels) = 18, sheets[0].shape
+    left = max(110, *(round(ImageFont.load_default().getlength(label)) + 12 for label in figure.labels))
+    sheet = Image.new("L" if channels == 1 else "RGB", (left + width, top + height * len(sheets)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, head in enumerate(figure.columns):
+        draw.text((left + (column + 0.5) * width / len(figure.columns), top / 2), head, fill="black", anchor="mm")
+    for row, (label, picture) in enumerate(zip(figure.labels, sheets, strict=True)):
+        sheet.paste(images.to_picture(picture), (left, top + row * height))
+        draw.text((left / 2, top + (row + 0.5) * height), label, fill="black", anchor="mm")
+    pixels = np.asarray(sheet)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def over_training(previews: Sequence[Path], frames: int) -> tuple[list[np.ndarray], Figure]:
+    """(frames of a GIF, a strip of up to four) of the same noise after more and more training, from a run's preview grids.
+
+    previews: step_00000900.png and so on.    Raises ValueError if there are none.
+    """
+    if not previews:
+        raise ValueError("figure=grid_over_training needs the run's samples/step_*.png, and there are none")
+    chosen = (
+        [previews[index * (len(previews) - 1) // max(frames - 1, 1)] for index in range(min(frames, len(previews)))]
+        if len(previews) > frames
+        else list(previews)
+    )
+    shown = [previews[index * (len(previews) - 1) // 3] for index in range(4)] if len(previews) > 4 else list(previews)
+    grids = {path: images.read_png(path) for path in {*chosen, *shown}}
+    strip = np.stack([grids[path] for path in shown])
+    heads = [f"step {int(path.stem.removeprefix('step_')):,}" for path in shown]
+    return [grids[path] for path in chosen], Figure([strip], ["same noise"], heads, {"grids_uint8": strip})

@@ -1,0 +1,82 @@
+"""The processes that a command runs in: one, or those that torchrun, accelerate launch or Slurm started."""
+
+import atexit
+import ctypes
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
+
+from ddpm.system import devices
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
+
+
+def find_processes(device: Literal["auto", "cpu", "cuda", "mps"]) -> PartialState:
+    """The processes of this command, which share its work, each on its device of that kind.
+
+    Raises ValueError if this machine has no such device, or if several processes were started and do not find each other: each would do all the work.
+    """
+    state = PartialState(cpu=devices.device(device).type == "cpu")  # else Accelerate leaves processes without a GPU alone
+    _check_all_here(state.num_processes)
+    return state
+
+
+@contextmanager
+def accelerator_for(device: Literal["auto", "cpu", "cuda", "mps"], precision: Literal["fp32", "bf16", "fp16"]) -> Iterator[Accelerator]:
+    """Accelerate for one run; what it keeps between runs of one process is put back before and after.    Raises ValueError like `find_processes`."""
+    cpu = devices.device(device).type == "cpu"
+    if cpu:
+        _keep_freed_memory()
+    _reset()
+    try:
+        accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=cpu)
+        _check_all_here(accelerator.num_processes)
+        yield accelerator
+    finally:
+        _reset()
+
+
+def any_process(num_processes: int) -> Callable[[bool], bool] | None:
+    """A function that tells whether any process says yes, None if there is one alone. All must call it equally often; no device waits."""
+    if num_processes == 1:
+        return None
+    group = torch.distributed.new_group(backend="gloo")
+
+    def ask(mine: bool) -> bool:
+        flag = torch.tensor([int(mine)])
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=group)
+        return bool(flag)
+
+    return ask
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next step: else it goes back to the system, which hands it out again page by page, each cleared first."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink it
+
+
+@atexit.register
+def _leave_group() -> None:
+    """Gloo's threads, left running, may abort a process that ends well."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _check_all_here(found: int) -> None:
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != found:
+        raise ValueError(f"WORLD_SIZE={started} processes were started, and {found} work together: start them with torchrun, or unset WORLD_SIZE")
+
+
+def _reset() -> None:
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    GradientState._reset_state()

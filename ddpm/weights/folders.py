@@ -1,0 +1,218 @@
+"""Folders of weights: those of diffusers, written and read as the JSON and safetensors that they are, and run folders as a place to start from."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ddpm.config.schema import Config
+from ddpm.diffusion.process import GaussianDiffusion
+from ddpm.models.unet import UNet
+from ddpm.runs import checkpoint
+from ddpm.system.files import allow_by_umask, sync_file, sync_folder
+from ddpm.weights.diffusers import UNET, VERSION, Chain, chain, check_pipeline, scheduler_config, unet_config, unet_model, unseen
+
+
+def with_content(config: Config) -> Config:
+    """The configuration, with the digest of what lies at init_from unless it has one.    Raises ValueError, one line, if nothing of use lies there."""
+    if config.init_from is None or config.init_weights is not None:
+        return config
+    return config.model_copy(update={"init_weights": find(config.init_from, "init_from").digest()})
+
+
+WEIGHTS = "diffusion_pytorch_model"
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A network's weights on the disk.
+
+    option: what named them, as typed ("init_from=DIR"), for messages.    model: the class and its arguments, as in conf/model/.    file: the weights.
+    scheduler: the file of a diffusers folder's scheduler, None in a run folder.
+    """
+
+    option: str
+    model: dict[str, Any]
+    file: Path
+    scheduler: Path | None
+
+    def digest(self) -> str:
+        """Short hexadecimal digest of the file's bytes."""
+        with self.file.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+    def weights(self) -> dict[str, Tensor]:
+        """float32 tensors by UNet's names, on the CPU, whatever names and shapes attention once had.
+
+        Raises ValueError if the file holds anything but tensors.
+        """
+        try:
+            loaded = load_file(self.file) if self.file.suffix == ".safetensors" else torch.load(self.file, map_location="cpu", weights_only=True)
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{self.option}: {self.file} cannot be read as tensors alone, so it is left unread ({str(error).splitlines()[0]})") from error
+        if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+            raise ValueError(f"{self.option}: {self.file} is not a table of tensors by name")
+        return dict(_renamed(name, tensor.float() if tensor.is_floating_point() else tensor) for name, tensor in loaded.items())
+
+    def network(self) -> nn.Module:
+        """The network that a diffusers folder describes, with first weights of its own, on the CPU."""
+        return UNet(**{key: value for key, value in self.model.items() if key != "_target_"})
+
+    def fitting(self, network: nn.Module, model: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The weights, for a network of this class and these arguments, on any device.
+
+        Raises ValueError, one line, that says the first name, shape or setting that differs.
+        """
+        weights, wanted = self.weights(), network.state_dict()
+        whose = f"the network of {'its config.json' if model is self.model else 'model.*'}"
+        for name, tensor in wanted.items():
+            if name not in weights:
+                raise ValueError(f"{self.option} has no {name}, which {whose} has")
+            if weights[name].shape != tensor.shape:
+                raise ValueError(f"{self.option} has {name} of shape {tuple(weights[name].shape)}, {whose} {tuple(tensor.shape)}")
+        for name in weights:
+            if name not in wanted:
+                raise ValueError(f"{self.option} has {name}, which {whose} has not")
+        if self.model["_target_"] == model["_target_"] == UNET:
+            theirs, ours = unseen(self.model), unseen(model)
+            for key in ours:
+                if theirs[key] != ours[key]:
+                    raise ValueError(f"{self.option} was made with {key}={theirs[key]}, but model.{key}={ours[key]}")
+        return weights
+
+    def chain(self) -> Chain:
+        """What the folder's scheduler says.    Raises ValueError, with the reason, if there is none or GaussianDiffusion cannot express it."""
+        if self.scheduler is None:
+            raise ValueError(f"{self.option} is a run's folder: give it as run=DIR")
+        if not self.scheduler.is_file():
+            raise ValueError(f"{self.option} has no scheduler_config.json, so nothing says how to sample from it")
+        with _naming(f"{self.option}: {self.scheduler.name}"):
+            return chain(_json(self.scheduler), self.model)
+
+
+def find(name: str, option: str) -> Pretrained:
+    """The weights in a diffusers folder, a run folder (the average of its newest checkpoint), or a hub repository of that name.
+
+    option: the key that named it.    Raises ValueError, one line, if there is nothing, or what is there is no network that UNet can be.
+    """
+    option = f"{option}={name}"
+    folder = _folder(name, option)
+    if (folder / "config.yaml").is_file():
+        with _naming(f"{option}: config.yaml"):
+            model = dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"])
+            _ = model["_target_"]
+        with _naming(option):
+            return Pretrained(option, model, checkpoint.find(folder / "checkpoints").folder / "ema.safetensors", None)
+    if (folder / "model_index.json").is_file():
+        with _naming(f"{option}: model_index.json"):
+            check_pipeline(_json(folder / "model_index.json"))
+    unet = _part(folder, "unet")
+    if not (unet / "config.json").is_file():
+        raise ValueError(f"{option} is no folder of weights: it has no unet/config.json or config.json (diffusers), nor config.yaml (a run)")
+    files = [file for suffix in ("safetensors", "bin") if (file := unet / f"{WEIGHTS}.{suffix}").is_file()]
+    if not files:
+        raise ValueError(f"{option} has no {WEIGHTS}.safetensors or {WEIGHTS}.bin (in one piece, and no other variant)")
+    with _naming(f"{option}: config.json"), torch.device("meta"):
+        found = Pretrained(option, unet_model(_json(unet / "config.json")), files[0], _part(folder, "scheduler") / "scheduler_config.json")
+        found.network()
+    return found
+
+
+def write(folder: Path, model: Mapping[str, Any], weights: Mapping[str, Tensor], diffusion: GaussianDiffusion) -> None:
+    """Write a folder that diffusers.DDPMPipeline.from_pretrained loads, whole or not at all.
+
+    model: the network's class and arguments, all that it was built with.    weights: by UNet's names.
+    Raises ValueError, one line with the reason, if diffusers cannot express them or the folder is already there.
+    """
+    unet, scheduler = unet_config(model), scheduler_config(diffusion)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"to={folder} is already there; give another name, or remove it")
+    classes = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        for part, file, content in (
+            (".", "model_index.json", {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION, **classes}),
+            ("unet", "config.json", unet),
+            ("scheduler", "scheduler_config.json", scheduler),
+        ):
+            (scratch / part).mkdir(parents=True, exist_ok=True)
+            (scratch / part / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        save_file(tensors, scratch / "unet" / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
+        for path in (scratch, *scratch.rglob("*")):
+            allow_by_umask(path)  # safetensors makes its files private
+            (sync_folder if path.is_dir() else sync_file)(path)
+        if folder.exists():
+            folder.rmdir()
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    sync_folder(folder.parent)
+
+
+def _renamed(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """A weight under the name and in the shape that it has today: attention's were 1x1 convolutions once."""
+    parts = re.fullmatch(r"(.*attentions\.\d+\.)(query|key|value|proj_attn|to_q|to_k|to_v|to_out\.0)\.(weight|bias)", name)
+    if parts is None:
+        return name, tensor
+    return f"{parts[1]}{OLD_ATTENTION.get(parts[2], parts[2])}.{parts[3]}", tensor.flatten(1) if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
+
+
+def _folder(name: str, option: str) -> Path:
+    """The local folder of that name, or the hub's repository, downloaded."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        raise ValueError(f"{option} is {'a file' if path.exists() else 'not here'}: give a folder, or a repository of the Hugging Face hub (owner/name)")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    settings = ["model_index.json", "config.json", "scheduler_config.json", "unet/config.json", "scheduler/scheduler_config.json"]
+    try:
+        for suffix in ("safetensors", "bin"):
+            weights = [f"{part}{WEIGHTS}.{suffix}" for part in ("", "unet/")]
+            found = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*settings, *weights]))
+            if any((found / file).is_file() for file in weights):
+                break
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{option}: no such folder here, and the hub does not give it ({reason}); give a local copy's folder") from error
+    return found
+
+
+def _part(folder: Path, name: str) -> Path:
+    """Where a part of a pipeline lies: in a folder of its own, or, as in google/ddpm-*, beside all else."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _json(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("is not a table of settings")
+    return content
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Have complaints about a file that others wrote name it, those about its values' types too."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, yaml.YAMLError) as error:
+        raise ValueError(f"{what}: {error}" if isinstance(error, ValueError) else f"{what} is not as expected: {type(error).__name__} {error}") from error
