@@ -21,13 +21,12 @@ import torch
 from hydra.core.config_store import ConfigStore
 from PIL import Image
 
+from ddpm import run
 from ddpm.config import build
 from ddpm.config.cli import command
-from ddpm.config.compose import Composed, compose, register_experiments
+from ddpm.config.compose import Composed, register_experiments
 from ddpm.config.schema import training_config
 from ddpm.runs.folder import RunFolder
-from ddpm.runs.identity import locate
-from ddpm.train.run import carry_out
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,11 +104,7 @@ def train(ddpm: Callable[..., Done]) -> Callable[..., Done]:
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny run of 6 steps, trained in this process. Only to be read, or copied."""
-    composed = compose([*TINY, f"outputs={tmp_path_factory.mktemp('outputs')}"])
-    config = training_config(composed)
-    run = locate(config, composed)
-    carry_out(config, run, composed)
-    return run.path
+    return run([*TINY, f"outputs={tmp_path_factory.mktemp('outputs')}"]).path
 
 
 @pytest.fixture
@@ -140,7 +135,7 @@ def complaint(refusal: Callable[..., str]) -> Callable[..., str]:
     def check(composed: Composed) -> None:
         build.check(training_config(composed))
 
-    return functools.partial(refusal, command("config", check, "Check.", []))
+    return functools.partial(refusal, command("train", check, "Check.", [], config_name="config"))
 
 
 @pytest.fixture

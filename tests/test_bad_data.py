@@ -16,13 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ddpm.config.compose import compose
-from ddpm.config.schema import training_config
+from ddpm import run
 from ddpm.data import sources
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import image_set
-from ddpm.runs.identity import locate
-from ddpm.train.run import carry_out
 
 COLOUR = Decoding(10, 12, 3, "center", "white")  # the size of the pictures that are made: nothing is resized
 
@@ -154,10 +151,8 @@ def test_training_with_classes_needs_one_for_each_picture(tmp_path, tiny):
     write_rows(tmp_path / "set" / "train.parquet", [0, 1, -1, 0, 1, 0, 1, 0, None])
     found = decode(tmp_path / "set", tmp_path / "cache")
     assert found.labels.tolist() == [0, 1, -1, 0, 1, 0, 1, 0, -1]
-    composed = compose([*tiny, "data=folder", f"data.path={tmp_path / 'set'}", "training.conditional=true", "training.steps=1", f"outputs={tmp_path}"])
-    config = training_config(composed)
     with pytest.raises(ValueError, match=r"training\.conditional=true .* 2 of 9 have none"):
-        carry_out(config, locate(config, composed), composed)
+        run([*tiny, "data=folder", f"data.path={tmp_path / 'set'}", "training.conditional=true", "training.steps=1", f"outputs={tmp_path}"])
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "middle"])

@@ -2,7 +2,7 @@ import json
 
 import torch
 
-from ddpm.benchmark.run import benchmark
+from ddpm.benchmark.run import run as benchmark
 from ddpm.config.compose import compose
 from ddpm.plan.timing import HostWaits
 

@@ -160,29 +160,29 @@ def test_no_images_have_no_mean():
         bound.losses_by_timestep(gaussian_model(process), process, [], seed=0)
 
 
-def made_up(num_timesteps):
+def some_bound(num_timesteps):
     """A bound with a KL of 2^-t bits at t and an error of t at t."""
     t = torch.arange(num_timesteps, dtype=torch.float64)
     return bound.Bound(prior=0.001, terms=torch.where(t == 0, 2.0, 0.5**t), rmse=t, num_images=1)
 
 
 def test_the_curve_adds_up_what_was_sent_before_each_timestep():
-    found = made_up(4)
+    found = some_bound(4)
     assert bound.rate_distortion(found) == [(1, 0.001, 3.0), (2, pytest.approx(0.126), 2.0), (3, pytest.approx(0.376), 1.0), (4, pytest.approx(0.876), 0.0)]
     assert (found.rate, found.distortion, found.total) == (pytest.approx(0.876), 2.0, pytest.approx(2.876))
 
 
 @pytest.mark.parametrize(("num_timesteps", "times"), [(1000, list(range(1000, 0, -100))), (4000, list(range(4000, 0, -400))), (4, [4, 3, 2, 1])])
 def test_the_table_has_the_papers_rows(num_timesteps, times):
-    rows = bound.table(bound.rate_distortion(made_up(num_timesteps)))
+    rows = bound.table(bound.rate_distortion(some_bound(num_timesteps)))
     assert [row.reverse_time for row in rows] == times
-    assert rows[0] == (num_timesteps, pytest.approx(made_up(num_timesteps).rate), 0.0)
+    assert rows[0] == (num_timesteps, pytest.approx(some_bound(num_timesteps).rate), 0.0)
     assert rows[-1].rmse == num_timesteps - times[-1]
 
 
 def test_the_curve_is_saved_as_numbers_and_as_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    found = made_up(20)
+    found = some_bound(20)
     bound.save_rate_distortion(tmp_path / "curve.png", tmp_path / "curve.csv", found)
     with (tmp_path / "curve.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -200,7 +200,7 @@ def test_without_matplotlib_the_numbers_are_saved_and_the_error_names_it(tmp_pat
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(ValueError, match=r"matplotlib: pip install -e '\.\[plots\]'"):
-        bound.save_rate_distortion(tmp_path / "curve.png", tmp_path / "curve.csv", made_up(20))
+        bound.save_rate_distortion(tmp_path / "curve.png", tmp_path / "curve.csv", some_bound(20))
     assert [path.name for path in tmp_path.iterdir()] == ["curve.csv"]
 
 

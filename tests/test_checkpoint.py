@@ -13,7 +13,7 @@ STATE = {"ema_updates": 7, "optimizer": {"state": {0: {"step": torch.tensor(7.0)
 
 def save(folder, *steps, keep=10):
     for step in steps:
-        saved = checkpoint.save(folder, step, WEIGHTS, {name: tensor + 1 for name, tensor in WEIGHTS.items()}, STATE, keep)
+        saved = checkpoint.save(folder, {"step": step, "model": WEIGHTS, "ema": {name: tensor + 1 for name, tensor in WEIGHTS.items()}, **STATE}, keep)
     return saved
 
 
@@ -24,6 +24,7 @@ def test_what_was_saved_comes_back(tmp_path):
     assert torch.equal(found.weights("raw")["layer.weight"], WEIGHTS["layer.weight"])
     assert torch.equal(found.weights("ema")["layer.weight"], WEIGHTS["layer.weight"] + 1)
     assert found.state() == STATE
+    assert found.load().keys() == {"step", "model", "ema", *STATE}
 
 
 def test_the_newest_are_kept_and_latest_names_the_last(tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 from ddpm.compare import tables
 from ddpm.runs import results
 from ddpm.runs.folder import RunFolder
-from ddpm.runs.results import At, Figure, windowed
+from ddpm.runs.results import At, Measurement, windowed
 
 PROTOCOL = {"count": 1000, "split": "train", "extractor": "efficientnet_lite0", "sampler": "ddim50", "weights": "ema", "data": "abc", "seed": 0}
 
@@ -27,9 +27,9 @@ def outputs(tmp_path_factory, typed, tiny):
     assert typed("train", *settings, "optimizer.lr=1e30", "lr_schedule=constant", "lr_schedule.warmup_steps=0").code == 1
     for seed, values in ((0, (9.0, 8.0)), (1, (7.0, 7.5))):
         for step, value in zip((4, 6), values, strict=True):
-            results.record(path(outputs, seed=seed, steps=6) / "evaluation.json", [Figure("fd_efficientnet_lite0", value, {**PROTOCOL, "step": step})])
+            results.record(path(outputs, seed=seed, steps=6) / "evaluation.json", [Measurement("fd_efficientnet_lite0", value, {**PROTOCOL, "step": step})])
     other = {**PROTOCOL, "seed": 5, "step": 6}
-    results.record(path(outputs, seed=0, steps=6) / "evaluation.json", [Figure("fd_efficientnet_lite0", 50.0, other), Figure("recall", 0.5, other)])
+    results.record(path(outputs, seed=0, steps=6) / "evaluation.json", [Measurement("fd_efficientnet_lite0", 50.0, other), Measurement("recall", 0.5, other)])
     return outputs
 
 

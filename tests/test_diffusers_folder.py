@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from weight_folders import SMALL, assert_same, exported, finished, randomized, theirs
 
+from ddpm.config import build
 from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
 from ddpm.models.unet import UNet
-from ddpm.sample import run
+from ddpm.sample.run import run as sample
+from ddpm.sample.run import settings_of
 from ddpm.weights import folders
 from ddpm.weights.diffusers import unseen
 
@@ -262,8 +264,7 @@ def test_where_there_are_no_weights_the_option_is_named(tmp_path, name, reason):
 
 
 def sampled(*overrides: str) -> None:
-    composed = compose([*overrides, "num_samples=3", "batch_size=2", "sampler.num_steps=4"], "sample")
-    run.carry_out(run.SampleConfig.of(composed))
+    sample(compose([*overrides, "num_samples=3", "batch_size=2", "sampler.num_steps=4"], "sample"))
 
 
 def test_a_folder_gives_the_images_that_its_run_gives(tmp_path):
@@ -283,9 +284,10 @@ def test_a_folder_gives_the_images_that_its_run_gives(tmp_path):
 def test_a_scheduler_that_does_not_clip_is_heard_unless_the_command_line_says_otherwise(saved, tmp_path, overrides, clips):
     DDPMScheduler(clip_sample=False, variance_type="fixed_large").save_pretrained(tmp_path / "scheduler")
     (tmp_path / "unet").symlink_to(saved)
-    config = run.SampleConfig.of(compose([f"from={tmp_path}", *overrides], "sample"))
-    assert config.sampler["clip"] is clips
-    assert config.sampler["function"].get("variance", "fixed_large") == "fixed_large"
+    settings = settings_of(compose([f"from={tmp_path}", *overrides], "sample"))
+    assert settings.sampler["clip"] is clips
+    sampler = build.sampler_settings(settings.sampler, folders.find(str(tmp_path), "from").chain().diffusion)
+    assert sampler["function"].get("variance", "fixed_large") == "fixed_large"
 
 
 @pytest.mark.parametrize(

@@ -11,22 +11,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ddpm.config.schema import Metric
 from ddpm.evaluate import distances
 from ddpm.evaluate.features import Features
-from ddpm.evaluate.run import table
+from ddpm.evaluate.run import lines
 from ddpm.runs import results
-from ddpm.runs.results import Figure
+from ddpm.runs.results import Measurement
 
 PROTOCOL = {"count": 50_000, "split": "train", "extractor": "inception", "sampler": "ancestral1000", "weights": "ema", "step": 800_000, "seed": 0}
 
 
 def test_a_figures_id_says_its_protocol():
-    assert Figure("fid", 3.17, PROTOCOL).id == "fid@50k:train:inception:ancestral1000:ema:step800000"
-    assert Figure("bits_per_dim", 3.7, {"count": 256, "split": "test", "weights": "raw", "step": 5}).id == "bits_per_dim@256:test:raw:step5"
+    assert Measurement("fid", 3.17, PROTOCOL).id == "fid@50k:train:inception:ancestral1000:ema:step800000"
+    assert Measurement("bits_per_dim", 3.7, {"count": 256, "split": "test", "weights": "raw", "step": 5}).id == "bits_per_dim@256:test:raw:step5"
 
 
 def test_a_figure_takes_the_place_of_the_same_one_and_no_other(tmp_path):
     file = tmp_path / "evaluation.json"
-    results.record(file, [Figure("fid", 9.0, PROTOCOL), Figure("precision", 0.5, PROTOCOL)])
-    results.record(file, [Figure("fid", 8.0, PROTOCOL), Figure("fid", 7.0, {**PROTOCOL, "seed": 1})])
+    results.record(file, [Measurement("fid", 9.0, PROTOCOL), Measurement("precision", 0.5, PROTOCOL)])
+    results.record(file, [Measurement("fid", 8.0, PROTOCOL), Measurement("fid", 7.0, {**PROTOCOL, "seed": 1})])
     assert [(entry["metric"], entry["value"], entry["protocol"]["seed"]) for entry in results.recorded(file)] == [
         ("fid", 8.0, 0), ("precision", 0.5, 0), ("fid", 7.0, 1),
     ]  # fmt: skip
@@ -39,7 +39,7 @@ def test_which_of_two_values_is_the_better_is_known_where_one_is():
 
 
 def test_the_table_shows_what_was_published_beside_what_was_measured():
-    shown = table([Figure("fid", 3.4, PROTOCOL, floor=1.5)], [Metric(name="fid", value=3.17, tolerance=0.2, protocol="50k samples")])
+    shown = lines([Measurement("fid", 3.4, PROTOCOL, floor=1.5)], [Metric(name="fid", value=3.17, tolerance=0.2, protocol="50k samples")])
     assert "3.4000" in shown
     assert "floor 1.5000" in shown
     assert "published 3.17 +- 0.2 (50k samples)" in shown

@@ -16,7 +16,7 @@ from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
 from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.diffusion.samplers import ancestral, spaced_timesteps
-from ddpm.export import __main__ as export
+from ddpm.export.run import run as export
 from ddpm.weights import folders
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # networks as small as these are slower on two
@@ -160,7 +160,7 @@ def test_an_export_never_replaces_what_is_there(small, tmp_path):
 @pytest.mark.parametrize("missing", ["run", "to"])
 def test_an_export_without_its_folders_says_which_is_missing(missing):
     with pytest.raises(ValueError, match=f"{missing} is missing"):
-        export.task(compose([f"{key}=x" for key in ("run", "to") if key != missing], "export"))
+        export(compose([f"{key}=x" for key in ("run", "to") if key != missing], "export"))
 
 
 @pytest.mark.slow

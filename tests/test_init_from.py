@@ -14,8 +14,8 @@ from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
 from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
-from ddpm.runs.identity import computed
-from ddpm.train import __main__ as train
+from ddpm.runs.identity import identity
+from ddpm.train.run import run as train
 from ddpm.weights import folders
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # networks as small as these are slower on two
@@ -27,7 +27,7 @@ def test_training_starts_from_weights_and_only_at_its_first_step(small, small_ex
     given = checkpoint.find(small.checkpoints).weights("ema")
     overrides = [*tiny, f"outputs={tmp_path / 'outputs'}", f"init_from={source}", "optimizer.lr=1e-3", "runtime.checkpoint_every=1", "training.steps=2"]
     capsys.readouterr()
-    train.task(compose(overrides))
+    train(compose(overrides))
     run = RunFolder(Path(capsys.readouterr().out.splitlines()[0].removeprefix("run ")))
     assert run.path.name.startswith("init_from-")
     assert source.name[-30:] in run.path.name  # a long name keeps its end, with the run's hash
@@ -41,14 +41,14 @@ def test_training_starts_from_weights_and_only_at_its_first_step(small, small_ex
         file.unlink()
     second.folder.rmdir()
     run.update(status="preempted", step=1)
-    train.task(compose(overrides))
+    train(compose(overrides))
     carried_on = checkpoint.find(run.checkpoints, 2).weights("raw")
     assert all(torch.equal(carried_on[name], tensor) for name, tensor in expected.items())
 
 
 def test_the_content_of_the_first_weights_is_part_of_the_run_and_their_place_is_not(small_exported, tmp_path):
     def half(source: Path | None) -> dict:
-        return computed(folders.with_content(training_config(compose([*SMALL, *([] if source is None else [f"init_from={source}"])]))))
+        return identity(folders.with_initial_weights(training_config(compose([*SMALL, *([] if source is None else [f"init_from={source}"])]))))
 
     source = small_exported
     here = half(source)
@@ -80,7 +80,7 @@ def test_the_content_of_the_first_weights_is_part_of_the_run_and_their_place_is_
 def test_weights_of_another_network_are_refused_before_data_is_read(small, small_exported, tmp_path, overrides, reason, kind):
     source = small_exported if kind == "diffusers" else small.path
     with pytest.raises(ValueError, match=f"^init_from={re.escape(str(source))} .*{reason}"):
-        train.task(
+        train(
             compose(
                 [
                     *SMALL,

@@ -13,8 +13,8 @@ from ddpm.config import build
 from ddpm.config.compose import EXPERIMENTS, compose
 from ddpm.config.schema import Config, training_config
 from ddpm.runs import results
-from ddpm.runs.identity import computed, locate
-from ddpm.runs.results import Figure
+from ddpm.runs.identity import identity, locate
+from ddpm.runs.results import Measurement
 
 NAMES = sorted(file.stem for file in EXPERIMENTS.glob("*.yaml"))
 PLAIN = {
@@ -45,7 +45,7 @@ def configured(*overrides: str) -> Config:
 
 def run(*overrides: str) -> str:
     """What decides the folder of a run, but for its readable part."""
-    return json.dumps(computed(configured(*overrides)), sort_keys=True)
+    return json.dumps(identity(configured(*overrides)), sort_keys=True)
 
 
 def num_steps(config: Config) -> int:
@@ -194,5 +194,5 @@ def test_what_was_measured_is_read_from_what_was_stored(tmp_path):
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10" / "run.json").write_text('{"step": 800000, "device": "1 x cuda", "git": {"commit": "0123456789"}}')
     protocol = {"count": 50_000, "split": "train", "weights": "ema", "step": 800_000}
-    results.record(tmp_path / "cifar10" / "evaluation.json", [Figure("fid", 3.2, protocol, floor=1.5), Figure("loss_t0000_0099", 0.1, protocol)])
+    results.record(tmp_path / "cifar10" / "evaluation.json", [Measurement("fid", 3.2, protocol, floor=1.5), Measurement("loss_t0000_0099", 0.1, protocol)])
     assert recipes.measured("cifar10", tmp_path) == "`fid@50k:train:ema:step800000 3.2 (floor 1.5)`<br>800,000 steps, 1 x cuda, commit 0123456"

@@ -4,11 +4,8 @@ import psutil
 import pytest
 import torch
 
-from ddpm.config.compose import compose
-from ddpm.config.schema import training_config
+from ddpm import run
 from ddpm.runs import checkpoint, recording
-from ddpm.runs.identity import locate
-from ddpm.train.run import carry_out
 
 SMALL = ["model.base_channels=32", "model.resolution=32", "model.channel_multipliers=[1,2]", "model.attention_resolutions=[16]"]
 FAMILIES = {
@@ -19,12 +16,8 @@ FAMILIES = {
 
 
 def trained(*overrides):
-    composed = compose(["data=digits", "training.steps=4", "training.batch_size=4", "runtime.checkpoint_every=2", "runtime.log_every=3",
+    return run(["data=digits", "training.steps=4", "training.batch_size=4", "runtime.checkpoint_every=2", "runtime.log_every=3",
                         "runtime.num_previews=1", "sampler=ddim", "sampler.num_steps=2", "runtime.device=cpu", *overrides])  # fmt: skip
-    config = training_config(composed)
-    run = locate(config, composed)
-    carry_out(config, run, composed)
-    return run
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

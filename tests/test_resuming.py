@@ -7,13 +7,13 @@ import pytest
 
 from ddpm.config.compose import compose
 from ddpm.runs import checkpoint
-from ddpm.train import __main__ as train
+from ddpm.train.run import run as train
 
 
 @pytest.fixture
 def command(tiny, tmp_path):
     def call(*overrides):
-        train.task(compose(overrides or [*tiny, f"outputs={tmp_path}"]))
+        train(compose(overrides or [*tiny, f"outputs={tmp_path}"]))
         return next(tmp_path.glob("*/*/run.json")).parent
 
     return call
@@ -47,6 +47,6 @@ def test_what_cannot_be_changed_is_refused_in_one_line(command, override):
     before = (run / "config.yaml").read_bytes(), (run / "run.json").read_bytes()
     typed = replace(compose([f"resume={run}"]), overrides=[f"resume={run}", override])
     with pytest.raises(ValueError, match=override.partition(".steps=9")[0].removesuffix("=16")) as refused:
-        train.task(typed)
+        train(typed)
     assert "\n" not in str(refused.value)
     assert ((run / "config.yaml").read_bytes(), (run / "run.json").read_bytes()) == before

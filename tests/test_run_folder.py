@@ -3,12 +3,12 @@ import re
 import threading
 
 import pytest
+from filelock import FileLock
 
 from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
 from ddpm.runs.folder import RunFolder
-from ddpm.runs.identity import computed, locate
-from ddpm.system.files import lock
+from ddpm.runs.identity import identity, locate
 
 
 def folder(*overrides: str) -> RunFolder:
@@ -91,7 +91,7 @@ def test_a_folder_that_was_started_tells_its_configuration_and_how_it_stands(tmp
     assert run.record() == {}
     run.start(config, composed)
     run.update(step=5)
-    assert computed(run.config([])) == computed(config)
+    assert identity(run.config([])) == identity(config)
     record = json.loads((run.path / "run.json").read_text())
     assert (record["status"], record["step"]) == ("running", 5)
     assert {"command", "git", "versions", "created", "updated"} <= record.keys()
@@ -118,10 +118,10 @@ def test_a_folder_that_is_no_run_is_refused_by_its_path(tmp_path, content):
 
 
 def test_whoever_only_looks_whether_a_run_is_alive_does_not_keep_it_from_starting(tmp_path):
-    looking = (tmp_path / ".lock").open("a")
-    assert lock(looking)
-    threading.Timer(0.1, looking.close).start()
-    with RunFolder(tmp_path).held(), pytest.raises(ValueError, match="is being trained by process"), RunFolder(tmp_path).held():
+    looking = FileLock(tmp_path / ".lock", thread_local=False)
+    looking.acquire()
+    threading.Timer(0.1, looking.release).start()
+    with RunFolder(tmp_path).lock(), pytest.raises(ValueError, match="is being trained by process"), RunFolder(tmp_path).lock():
         pass
 
 

@@ -49,7 +49,7 @@ def task(composed):
         time.sleep(0.01)
     if composed.cfg.seed == 2:
         raise ValueError("seed=2 is not wanted")
-command("config", task, "Ask.", [])()
+command("train", task, "Ask.", [], config_name="config")()
 """
 
 

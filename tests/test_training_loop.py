@@ -36,15 +36,14 @@ def test_fewer_images_than_processes_are_refused():
 
 
 def test_the_meters_means_are_those_of_everything_since_the_last_report():
-    accelerator = Accelerator(cpu=True)
     t, losses = torch.tensor([0, 249, 250, 600, 740, 0]), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    meter = Meter(1000, CPU)
-    for part in (slice(0, 2), slice(2, 6)):
+    meter, optimizer = Meter(1000, Accelerator(cpu=True)), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    for update, part in enumerate((slice(0, 2), slice(2, 6))):
         meter.add_losses(losses[part], t[part])
-        meter.add_norm(losses[part].sum())
+        meter.add_norm(update, losses[part].sum(), optimizer)
     expected = {"train/loss": 3.5, "train/loss_q0": 3.0, "train/loss_q1": 3.0, "train/loss_q2": 4.5, "train/grad_norm": 10.5}  # none in the last quartile
-    assert meter.means(accelerator) == pytest.approx(expected)
+    assert meter.means() == pytest.approx(expected)
     meter.reset()
     meter.add_losses(torch.tensor([7.0]), torch.tensor([999]))
-    meter.add_norm(torch.tensor(2.0))
-    assert meter.means(accelerator) == pytest.approx({"train/loss": 7.0, "train/loss_q3": 7.0, "train/grad_norm": 2.0})
+    meter.add_norm(2, torch.tensor(2.0), optimizer)
+    assert meter.means() == pytest.approx({"train/loss": 7.0, "train/loss_q3": 7.0, "train/grad_norm": 2.0})

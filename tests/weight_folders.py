@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ddpm.config import build
 from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
-from ddpm.export import __main__ as export
+from ddpm.export.run import run as export
 from ddpm.models.unet import UNet
 from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
@@ -36,12 +36,12 @@ def finished(outputs: Path, *overrides: str) -> RunFolder:
     classes = [f"class {number}" for number in range(config.data.num_classes or 0)]
     run.update(status="complete", step=3, data={"classes": classes, "fingerprint": "", "images": 1, "unreadable": []})
     raw, ema = (randomized(build.network(config, CPU, len(classes)), seed) for seed in (1, 2))
-    checkpoint.save(run.checkpoints, 3, raw.state_dict(), ema.state_dict(), {}, keep=1)
+    checkpoint.save(run.checkpoints, {"step": 3, "model": raw.state_dict(), "ema": ema.state_dict()}, keep=1)
     return run
 
 
 def exported(run: RunFolder, outputs: Path, *overrides: str) -> Path:
-    export.task(compose([f"run={run.path}", f"to={outputs / 'exported'}", *overrides], "export"))
+    export(compose([f"run={run.path}", f"to={outputs / 'exported'}", *overrides], "export"))
     return outputs / "exported"
 
 

@@ -1,18 +1,10 @@
-"""python -m ddpm.benchmark: how fast this machine trains and samples with a run's network, and how near that is to what it can do."""
+"""python -m ddpm.benchmark: how fast this machine trains and samples, and how near that is to what it can do."""
 
-from ddpm.config.cli import command
-from ddpm.config.compose import Composed
-
-
-def task(composed: Composed) -> None:
-    from ddpm.benchmark.run import benchmark
-
-    benchmark(composed)
-
+from ddpm.config.cli import command, lazily
 
 main = command(
     "benchmark",
-    task,
+    lazily("ddpm.benchmark.run.run"),
     "Time a run's training step and sampler step: images/s, share of the machine's matrix product, memory, waits.",
     [
         "python -m ddpm.benchmark",

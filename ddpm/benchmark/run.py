@@ -1,4 +1,4 @@
-"""One call of ddpm.benchmark: a run's training step and sampler step in rounds, and what they are measured against."""
+"""python -m ddpm.benchmark: a run's training step and sampler step, timed in rounds."""
 
 import json
 import platform
@@ -14,16 +14,23 @@ import accelerate
 import numpy as np
 import psutil
 import torch
+from accelerate import Accelerator
 
 import ddpm
 from ddpm.config import build
 from ddpm.config.compose import Composed
-from ddpm.config.schema import Config, training_config
-from ddpm.config.validation import Count, PositiveFloat, Section, validated
+from ddpm.config.schema import Config, settings_and_config
+from ddpm.config.validation import Count, PositiveFloat, Section
 from ddpm.plan.sizes import images_at_once, sizes
-from ddpm.plan.timing import HostWaits, SamplerStep, TrainingStep, made_up, matrix_products
+from ddpm.plan.timing import (
+    HostWaits,
+    SamplerStep,
+    TrainingStep,
+    matrix_products,
+    random_images,
+)
 from ddpm.system.devices import compile_in_place, decide
-from ddpm.system.files import write_whole
+from ddpm.system.files import write_text
 from ddpm.system.processes import accelerator_for
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,135 +42,195 @@ class Settings(Section):
     rounds: Count
     seconds: PositiveFloat
     sample_batch: Count
-    pictures: Literal["made_up", "data"]
+    images: Literal["random", "data"]
     to: str | None
 
 
-def benchmark(composed: Composed) -> None:
-    """Time it, print it, and write it to the JSON file `to`.    Raises ValueError, one line, for a key that cannot be."""
-    settings = validated(Settings, {key: composed.cfg.pop(key) for key in Settings.model_fields})
-    config = training_config(composed)
+def run(composed: Composed) -> dict[str, Any]:
+    """Times it, prints it, and writes it to the JSON file `to`.
+
+    Returns:
+        What was measured, as in that file.
+
+    Raises:
+        ValueError: For a key that cannot be.
+    """
+    settings, config = settings_and_config(Settings, composed)
     build.check(config)
+    precision = config.training.precision
     report: dict[str, Any] = {"settings": list(composed.overrides), "choices": composed.choices}
-    with accelerator_for(config.runtime.device, config.training.precision) as accelerator:
-        compiles, why = decide(config.runtime.compile, accelerator.device)
-        report |= {"machine": machine(accelerator.device), "precision": config.training.precision, "compiled": compiles, "because": why}
-        products = matrix_products(accelerator.device, DTYPES[config.training.precision], 2048 if accelerator.device.type == "cpu" else 8192)
-        report["matrix_products_gflop_per_second"] = {name: round(speed / 1e9, 1) for name, speed in products.items()}
-        batch = images_at_once(config)
-        pictures, decoding = _pictures(config, settings, batch)
-        flops, peak = sizes(config).forward_flops, max(products.values())
+    with accelerator_for(config.runtime.device, precision) as accelerator:
+        device = accelerator.device
+        compiles, why = decide(config.runtime.compile, device)
+        report["machine"] = machine(device)
+        report |= {"precision": precision, "compiled": compiles, "because": why}
+        size = 2048 if device.type == "cpu" else 8192
+        products = matrix_products(device, DTYPES[precision], size)
+        peaks = {name: speed / 1e9 for name, speed in products.items()}
+        report["matrix_products_gflop_per_second"] = {name: round(peak, 1) for name, peak in peaks.items()}
         _show("machine", ", ".join(str(value) for value in report["machine"].values()))
-        _show("peak", ", ".join(f"{name} {speed / 1e9:,.0f} GFLOP/s" for name, speed in products.items()))
+        _show("peak", ", ".join(f"{name} {peak:,.0f} GFLOP/s" for name, peak in peaks.items()))
         _show("compiled", f"{'yes' if compiles else 'no'} ({why})")
-        if decoding is not None:
-            report["decoding_s"] = decoding
-            _show("decoding", f"{len(pictures):,} pictures in {decoding:.1f} s")
-
-        step = TrainingStep(config, accelerator, pictures, batch)
-        began = time.perf_counter()
-        step.run(1)
-        from_start, first = time.time() - psutil.Process().create_time(), time.perf_counter() - began
-        with HostWaits() as waits:
-            step.run(1)
-        if compiles:
-            compile_in_place(step.network)
-            began = time.perf_counter()
-            step.run(1)
-            first = time.perf_counter() - began
-        step.batches.seconds = 0.0
-        speed, seconds = timed(step.run, batch, settings)
-        report["training"] = {
-            "batch": batch,
-            "images_per_second": speed,
-            "gflop_per_image": round(3 * flops / 1e9, 2),
-            "share_of_peak": round(speed["median"] * 3 * flops / peak, 3),
-            "first_step_s": round(first, 2),
-            "process_start_to_first_step_s": round(from_start, 2),
-            "waiting_for_data": round(step.batches.seconds / seconds, 5),
-            "host_waits_per_step": waits.count,
-            "peak_memory_bytes": _peak_memory(accelerator.device),
-        }
-        _show("training", _words(report["training"]))
-        _show("", f"the first step took {first:.2f} s, and was done {from_start:.1f} s after the process was started")
-        shares = f"{step.batches.seconds / seconds:.2%} of the time waiting for data, {waits.count} waits for the device in a step"
-        _show("", f"{shares}, {_peak_memory(accelerator.device) / 1e9:.2f} GB at most")
-
-        sampler = SamplerStep(config, accelerator.device, settings.sample_batch, compiles)
-        began = time.perf_counter()
-        sampler.run(1)
-        first = time.perf_counter() - began
-        speed, _ = timed(sampler.run, settings.sample_batch, settings, at_most=len(sampler.drawing.timesteps))
-        calls = 2 if config.sampler["function"]["_target_"].endswith(".heun") else 1
-        report["sampling"] = {
-            "batch": settings.sample_batch,
-            "timesteps": len(sampler.drawing.timesteps),
-            "images_per_second": speed,
-            "gflop_per_image": round(calls * flops / 1e9, 2),
-            "share_of_peak": round(speed["median"] * calls * flops / peak, 3),
-            "first_step_s": round(first, 2),
-        }
-        _show("sampling", f"{_words(report['sampling'])}, a step of {len(sampler.drawing.timesteps)}")
+        gflop, peak = sizes(config).forward_flops / 1e9, max(peaks.values())
+        report |= _time_training(settings, config, accelerator, compiles, gflop, peak)
+        report |= _time_sampling(settings, config, device, compiles, gflop, peak)
     if settings.to is not None:
-        write_whole(Path(settings.to), json.dumps(report, indent=1) + "\n")
+        write_text(Path(settings.to), json.dumps(report, indent=1) + "\n")
         _show("written to", settings.to)
+    return report
+
+
+def _time_training(
+    settings: Settings,
+    config: Config,
+    accelerator: Accelerator,
+    compiles: bool,
+    gflop: float,
+    peak: float,
+) -> dict[str, Any]:
+    """The entries of the report on training, printed too."""
+    batch, found = images_at_once(config), {}
+    images, decoding = _images(config, settings, batch)
+    if decoding is not None:
+        found["decoding_s"] = decoding
+        _show("decoding", f"{len(images):,} pictures in {decoding:.1f} s")
+    step = TrainingStep(config, accelerator, images, batch)
+    first = _seconds(step.run)
+    from_start = time.time() - psutil.Process().create_time()
+    with HostWaits() as waits:
+        step.run(1)
+    if compiles:
+        compile_in_place(step.network)
+        first = _seconds(step.run)
+    step.batches.seconds = 0.0
+    speed, seconds = timed(step.run, batch, settings)
+    waiting, memory = step.batches.seconds / seconds, _peak_memory(accelerator.device)
+    training = {
+        "batch": batch,
+        "images_per_second": speed,
+        "gflop_per_image": round(3 * gflop, 2),
+        "share_of_peak": round(speed["median"] * 3 * gflop / peak, 3),
+        "first_step_s": round(first, 2),
+        "process_start_to_first_step_s": round(from_start, 2),
+        "waiting_for_data": round(waiting, 5),
+        "host_waits_per_step": waits.count,
+        "peak_memory_bytes": memory,
+    }
+    _show("training", _words(training))
+    _show(
+        "",
+        f"the first step took {first:.2f} s, and was done {from_start:.1f} s after the process was started",
+    )
+    _show(
+        "",
+        f"{waiting:.2%} of the time waiting for data, {waits.count} waits for the device in a step, {memory / 1e9:.2f} GB at most",
+    )
+    return {**found, "training": training}
+
+
+def _time_sampling(
+    settings: Settings,
+    config: Config,
+    device: torch.device,
+    compiles: bool,
+    gflop: float,
+    peak: float,
+) -> dict[str, Any]:
+    """The entry of the report on sampling, printed too."""
+    batch = settings.sample_batch
+    step = SamplerStep(config, device, batch, compiles)
+    first, timesteps = _seconds(step.run), len(step.drawing.timesteps)
+    speed, _ = timed(step.run, batch, settings, at_most=timesteps)
+    calls = 2 if config.sampler["function"]["_target_"].endswith(".heun") else 1
+    sampling = {
+        "batch": batch,
+        "timesteps": timesteps,
+        "images_per_second": speed,
+        "gflop_per_image": round(calls * gflop, 2),
+        "share_of_peak": round(speed["median"] * calls * gflop / peak, 3),
+        "first_step_s": round(first, 2),
+    }
+    _show("sampling", f"{_words(sampling)}, a step of {timesteps}")
+    return {"sampling": sampling}
 
 
 def timed(run: Callable[[int], None], images: int, settings: Settings, at_most: int | None = None) -> tuple[dict[str, float], float]:
-    """(images/s over the rounds, seconds that all rounds took) of `run`, which does its work so many times, on so many images each.
+    """Images/s of some work over the rounds, and the seconds that all rounds took.
 
-    at_most: how often it can at once.
+    Args:
+        run: Does the work so many times.
+        images: Of one time.
+        settings: How many rounds, and how long they may take.
+        at_most: How often it can be done at once.
     """
-    began = time.perf_counter()
-    run(1)
-    once = time.perf_counter() - began
-    count = max(1, min(int(settings.seconds / settings.rounds / once), at_most or 1 << 30))
-    speeds, total = [], 0.0
-    for _ in range(settings.rounds):
-        began = time.perf_counter()
-        run(count)
-        seconds = time.perf_counter() - began
-        speeds.append(images * count / seconds)
-        total += seconds
-    return {"median": statistics.median(speeds), "lowest": min(speeds), "highest": max(speeds), "rounds": len(speeds), "steps_a_round": count}, total
+    count = max(1, int(settings.seconds / settings.rounds / _seconds(run)))
+    count = min(count, at_most or count)
+    seconds = [_seconds(run, count) for _ in range(settings.rounds)]
+    speeds = [images * count / each for each in seconds]
+    speed = {
+        "median": statistics.median(speeds),
+        "lowest": min(speeds),
+        "highest": max(speeds),
+        "rounds": len(speeds),
+        "steps_a_round": count,
+    }
+    return speed, sum(seconds)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What was measured on: device, cores, versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     threads = {"threads": f"{torch.get_num_threads()} threads"} if device.type == "cpu" else {}
-    versions = {"torch": f"torch {torch.__version__}", "accelerate": f"accelerate {accelerate.__version__}", "ddpm": f"ddpm {ddpm.__version__}"}
-    return {"device": f"{device.type} ({name})", **threads, "python": f"Python {platform.python_version()}", **versions}
+    return {
+        "device": f"{device.type} ({name})",
+        **threads,
+        "python": f"Python {platform.python_version()}",
+        "torch": f"torch {torch.__version__}",
+        "accelerate": f"accelerate {accelerate.__version__}",
+        "ddpm": f"ddpm {ddpm.__version__}",
+    }
 
 
 def _processor() -> str:
     """The processor's name as Linux tells it, with the instructions that torch uses."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _pictures(config: Config, settings: Settings, batch: int) -> tuple[np.ndarray, float | None]:
-    """The pictures to train on, and the seconds that it took to have them decoded, if they are the run's."""
-    if settings.pictures == "made_up":
-        return made_up(config, batch), None
+def _images(config: Config, settings: Settings, batch: int) -> tuple[np.ndarray, float | None]:
+    """The images to train on, and the seconds that decoding them took, if they are the run's."""
+    if settings.images == "random":
+        return random_images(config, batch), None
     began = time.perf_counter()
-    stored = build.images(config, build.source(config), config.runtime.workers or torch.get_num_threads()).images
-    return stored, round(time.perf_counter() - began, 2)
+    workers = config.runtime.workers or torch.get_num_threads()
+    images = build.images(config, build.source(config), workers).images
+    return images, round(time.perf_counter() - began, 2)
+
+
+def _seconds(run: Callable[[int], None], count: int = 1) -> float:
+    began = time.perf_counter()
+    run(count)
+    return time.perf_counter() - began
 
 
 def _peak_memory(device: torch.device) -> int:
     """Bytes: of the device's memory, or, on a CPU, of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _words(measured: dict[str, Any]) -> str:
-    speed, flops = measured["images_per_second"], measured["gflop_per_image"]
+    speed = measured["images_per_second"]
     return (
-        f"{speed['median']:,.4g} images/s ({speed['lowest']:,.4g} to {speed['highest']:,.4g} in {speed['rounds']} rounds), batch {measured['batch']}, "
-        f"{flops:,.4g} GFLOP an image, {measured['share_of_peak']:.0%} of the peak"
+        f"{speed['median']:,.4g} images/s ({speed['lowest']:,.4g} to {speed['highest']:,.4g} in "
+        f"{speed['rounds']} rounds), batch {measured['batch']}, "
+        f"{measured['gflop_per_image']:,.4g} GFLOP an image, "
+        f"{measured['share_of_peak']:.0%} of the peak"
     )
 
 

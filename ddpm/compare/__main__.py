@@ -1,20 +1,10 @@
 """python -m ddpm.compare: runs side by side."""
 
-import shutil
-
-from ddpm.config.cli import command
-from ddpm.config.compose import Composed
-
-
-def task(composed: Composed) -> None:
-    from ddpm.compare.run import CompareConfig, carry_out
-
-    carry_out(CompareConfig.of(composed), composed, width=shutil.get_terminal_size((200, 24)).columns)
-
+from ddpm.config.cli import command, lazily
 
 main = command(
     "compare",
-    task,
+    lazily("ddpm.compare.run.run"),
     "Compare runs: what differs between them and what they came to. With no runs= it lists all there are, newest first.",
     [
         "python -m ddpm.compare",

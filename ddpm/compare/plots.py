@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ddpm.compare.tables import _metric_columns, _protocol, differences, label
 from ddpm.runs.results import Compared, losses, windowed
+from ddpm.system.files import whole
 
 
 def plot(path: Path, compared: Sequence[Compared]) -> None:
@@ -34,6 +35,5 @@ def plot(path: Path, compared: Sequence[Compared]) -> None:
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}")
-    figure.savefig(scratch, dpi=120, format="png")
-    scratch.replace(path)
+    with whole(path) as scratch:
+        figure.savefig(scratch, dpi=120, format="png")

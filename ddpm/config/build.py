@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from ddpm.config.schema import Config, Data
+from ddpm.data.batches import to_floats
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import ImageSet, decodes_later, image_set
 from ddpm.data.shards import Source
@@ -20,7 +21,7 @@ from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.diffusion.samplers import Sampler
 from ddpm.diffusion.timesteps import LossSecondMoment, Uniform
 from ddpm.system import randomness
-from ddpm.system.devices import placed
+from ddpm.system.devices import to_device
 
 LrSchedule = Callable[[int, int, float], float]  # (step, num_steps, lr) -> learning rate of that update
 
@@ -28,11 +29,9 @@ LrSchedule = Callable[[int, int, float], float]  # (step, num_steps, lr) -> lear
 def network(config: Config, device: torch.device, num_classes: int) -> nn.Module:
     """The network with its first weights, a function of the seed alone, on the device (on "meta": shapes only), channels_last.
 
-    num_classes: of the data set; where labels are dropped in training the network gets one class more, for "any".
+    num_classes: of the data set.
     """
-    arguments = {"out_channels": config.data.channels * (2 if diffusion(config).learns_variance else 1)}
-    if config.training.conditional:
-        arguments["num_classes"] = num_classes + (any_class(config, num_classes) is not None)
+    arguments = network_arguments(config, num_classes)
     torch.manual_seed(randomness.host_key(randomness.INITIAL_WEIGHTS, config.seed))
     with _naming("model"), torch.device("meta" if device.type == "meta" else "cpu"):
         built: nn.Module = instantiate(config.model, **arguments, _convert_="all")
@@ -42,7 +41,15 @@ def network(config: Config, device: torch.device, num_classes: int) -> nn.Module
             if not callable(recompute):
                 raise ValueError(f"recompute={config.runtime.recompute}: {config.model['_target_']} has no method recompute(levels)")
             recompute(config.runtime.recompute)
-    return placed(built, device)
+    return to_device(built, device)
+
+
+def network_arguments(config: Config, num_classes: int) -> dict[str, int]:
+    """What a network is built with besides config.model: twice the channels out for a learned variance; one class more, "any", where labels are dropped."""
+    arguments = {"out_channels": config.data.channels * (2 if diffusion(config).learns_variance else 1)}
+    if config.training.conditional:
+        arguments["num_classes"] = num_classes + (any_class(config, num_classes) is not None)
+    return arguments
 
 
 def any_class(config: Config, num_classes: int) -> int | None:
@@ -67,10 +74,18 @@ def lr_schedule(config: Config) -> LrSchedule:
         return instantiate(config.lr_schedule, _convert_="all")
 
 
+def sampler_settings(node: Mapping[str, Any], process: GaussianDiffusion) -> dict[str, Any]:
+    """The group `sampler` with nothing left open: where the variance is null, it is the process's own."""
+    function = node["function"]
+    if "variance" in function and function["variance"] is None:
+        function = {**function, "variance": process.variance}
+    return {**node, "function": function}
+
+
 def sampler(node: Mapping[str, Any], process: GaussianDiffusion) -> Sampler:
     """A sampler that fits this diffusion."""
     with _naming("sampler"):
-        built = instantiate(dict(node), _convert_="all")
+        built = instantiate(sampler_settings(node, process), _convert_="all")
         built.timesteps(process)
     return built
 
@@ -112,7 +127,7 @@ def pictures(config: Config, wanted: list[int | str]) -> torch.Tensor:
         if not 0 <= name < len(decoded_set):
             raise ValueError(f"pictures has {name}; the data set has 0 to {len(decoded_set) - 1}")
         found.append(decoded_set.images[name])
-    return torch.from_numpy(np.stack(found)).float().div(127.5).sub(1)
+    return to_floats(torch.from_numpy(np.stack(found)))
 
 
 def check(config: Config) -> None:

@@ -1,60 +1,74 @@
 """The main function that all commands share: help, jobs, errors in one line, exit codes."""
 
-import functools
+import importlib
 import os
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ddpm.config import sweeps
-from ddpm.config.compose import CONF, EXPERIMENTS, Composed, _at_home, _broken, _composed, _refuse_paths, compose, nearest, register_experiments
+from ddpm.config.compose import BROKEN, CONF, EXPERIMENTS, Composed, at_home, compose, from_hydra, nearest, refuse_paths, register_experiments
 from ddpm.system import signals
+from ddpm.system.internals import hydra_parser, returns_of_sweeps
+
+Run = Callable[[Composed], object]
+Facts = Callable[[Composed], dict[str, str]]
 
 
-def command(
-    config_name: str,
-    task: Callable[[Composed], None],
-    what: str,
-    examples: Sequence[str],
-    facts: Callable[[Composed], dict[str, str]] = lambda composed: {},
-) -> Callable[[], None]:
-    """The main function of an entry point: compose conf/<config_name>.yaml with the command line, then run `task`; in a sweep, once a job.
+def lazily(name: str) -> Callable[[Composed], Any]:
+    """The function of that dotted name, imported when it is called: --help need not wait for torch."""
 
-    what, examples: for --help.    facts: what to show of a job in the table at the end of a sweep, by column.
-    An error is one line on standard error, and exit code 1; Ctrl-C another, and 130; HYDRA_FULL_ERROR=1 brings the traceback of either. A failing job of a
-    sweep does not stop the others.
+    def call(composed: Composed) -> Any:
+        module, _, function = name.rpartition(".")
+        return getattr(importlib.import_module(module), function)(composed)
+
+    return call
+
+
+def command(name: str, run: Run, what: str, examples: Sequence[str], config_name: str | None = None, facts: Facts = lambda composed: {}) -> Callable[[], None]:
+    """The main function of `python -m ddpm.<name>`: compose its YAML with the command line, then run; in a sweep, once a job.
+
+    An error is one line on standard error, and exit code 1; Ctrl-C another, and 130; HYDRA_FULL_ERROR=1 brings the traceback of either. A failing job
+    of a sweep does not stop the others.
+
+    Args:
+        name: Of the command.
+        run: What it does.
+        what: A line for --help.
+        examples: Command lines for --help.
+        config_name: Of its file in conf/; None: the command's own name.
+        facts: What to show of a job in the table at the end of a sweep, by column.
     """
+    config_name = config_name or name
 
-    @functools.wraps(task)
     def main() -> None:
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(help_text(CONF, EXPERIMENTS, config_name, what, examples))
             return
         wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-        sys.argv[1:] = typed = [_at_home(word) for word in sys.argv[1:]]
+        sys.argv[1:] = typed = [at_home(word) for word in sys.argv[1:]]
         process = os.getpid()
         outcomes: list[sweeps.Outcome] = []
 
         def job(cfg: DictConfig) -> sweeps.Outcome:
             hydra_cfg = HydraConfig.get()
-            composed, code, ended = _composed(cfg, hydra_cfg), 0, {"status": "done"}
+            composed, code, ended = from_hydra(cfg, hydra_cfg), 0, {"status": "done"}
             elsewhere = os.getpid() != process  # where the launcher has put the job
             if elsewhere:
                 sys.argv[1:] = typed
                 if str(hydra_cfg.launcher.get("_target_")).endswith(".JoblibLauncher"):
                     sweeps.claim_device(sweeps.visible_devices())
             try:
-                task(composed)
+                run(composed)
             except Exception as error:
                 if wants_traceback:
                     raise
@@ -73,14 +87,15 @@ def command(
                 shown = {}
             return sweeps.Outcome(composed.overrides, code, {**ended, **shown, **(ended if code else {})})
 
+        job.__module__ = f"ddpm.{name}"  # Hydra's job name is its last part
         register_experiments()
         sweeps.set_defaults(typed)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise rather than print its own several lines
         try:
-            _refuse_paths(_overrides_in(typed))
+            refuse_paths(_overrides_in(typed))
             sweeps.refuse_in_process_group(typed)
-            with sweeps.collecting(outcomes):
-                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(functools.wraps(task)(job))()
+            with returns_of_sweeps(outcomes):
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
         except KeyboardInterrupt:
             if wants_traceback:
                 raise
@@ -107,14 +122,12 @@ def explain(error: Exception) -> str:
 
 def _overrides_in(arguments: Sequence[str]) -> list[str]:
     """The overrides among a command line's arguments.    Ends the process, with one line, for flags that Hydra does not have."""
-    parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
         wrong = next((word for word in arguments if re.match("-+[a-z_.]+=", word)), None)
         sys.exit(f"error: {message}" + (f"; settings are given without dashes, as {wrong.lstrip('-')}" if wrong else "; see --help"))
 
-    parser.error = refuse  # type: ignore[method-assign]  # Hydra makes the parser, so there is no class to derive from
-    return parser.parse_args(arguments).overrides
+    return hydra_parser(refuse).parse_args(arguments).overrides
 
 
 def _explain_composition(error: Exception, arguments: Sequence[str], config_name: str) -> str:
@@ -125,8 +138,8 @@ def _explain_composition(error: Exception, arguments: Sequence[str], config_name
         return f"{what}: settings are key=value; spaces, brackets and other signs in a value need quotes: 'key=\"value\"'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        if group == "experiment" and option in _broken:
-            return _broken[option]
+        if group == "experiment" and option in BROKEN:
+            return BROKEN[option]
         more = (
             "; pip install -e '.[sweep]' brings joblib, submitit_local and submitit_slurm"
             if group == "hydra/launcher" and "joblib" not in error.options
@@ -143,7 +156,7 @@ def _explain_composition(error: Exception, arguments: Sequence[str], config_name
         return message
     key = unknown[1].partition("@")[0]
     choices = [argument for argument in arguments if re.fullmatch(r"[\w/]+=[\w-]+", argument) and not argument.startswith(f"{key}=")]
-    own = get_args_parser().parse_args(arguments).config_dir
+    own = hydra_parser().parse_args(arguments).config_dir
     try:
         cfg = compose(choices, config_name, own and str(Path(own).resolve())).cfg
     except HydraException:

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 ROOT = PACKAGE / "_bundled" if (PACKAGE / "_bundled" / "conf").is_dir() else PACKAGE.parent  # an installed wheel, else a checkout
 CONF = ROOT / "conf"
 EXPERIMENTS = ROOT / "experiments"
-_broken: dict[str, str] = {}  # files of experiments/ that cannot be options: name -> what is wrong
+BROKEN: dict[str, str] = {}  # files of experiments/ that cannot be options: name -> what is wrong
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ def compose(overrides: Sequence[str], config_name: str = "config", config_dir: s
     Raises Hydra's errors, as the command itself does, and ValueError for a path as an option.
     """
     register_experiments()
-    _refuse_paths(overrides)
+    refuse_paths(overrides)
     running = GlobalHydra.instance().hydra  # set when called from within a command
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             own = [f"hydra.searchpath=['file://{config_dir}']"] if config_dir else []
-            cfg = hydra.compose(config_name, overrides=[*map(_at_home, overrides), *own], return_hydra_config=True)
+            cfg = hydra.compose(config_name, overrides=[*map(at_home, overrides), *own], return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = running
-    return _composed(cfg, cfg.hydra)
+    return from_hydra(cfg, cfg.hydra)
 
 
 @functools.cache
@@ -65,7 +65,7 @@ def register_experiments(folder: Path = EXPERIMENTS) -> None:
             node = OmegaConf.load(file)
             _check_recipe(node)
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-            _broken[file.stem] = f"experiment={file.stem}: {file.name} cannot be used: {' '.join(str(error).split())}"
+            BROKEN[file.stem] = f"experiment={file.stem}: {file.name} cannot be used: {' '.join(str(error).split())}"
         else:
             ConfigStore.instance().store(group="experiment", name=file.stem, node=node, package="_global_", provider=f"experiments/{file.name}")
 
@@ -96,7 +96,7 @@ def nearest(name: str, names: Sequence[str]) -> str:
     return (f"; did you mean {close[0]}?" if close else "") + listed
 
 
-def _composed(cfg: DictConfig, hydra_cfg: Any) -> Composed:
+def from_hydra(cfg: DictConfig, hydra_cfg: Any) -> Composed:
     task_cfg = copy.deepcopy(cfg)
     OmegaConf.set_struct(task_cfg, False)
     task_cfg.pop("hydra", None)
@@ -105,7 +105,7 @@ def _composed(cfg: DictConfig, hydra_cfg: Any) -> Composed:
     return Composed(task_cfg, choices, cast(list[str], OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False)), own)
 
 
-def _at_home(override: str) -> str:
+def at_home(override: str) -> str:
     """key=~/path as a shell would have it, which leaves it alone since the key has a dot, and Hydra cannot read it."""
     key, equals, value = override.partition("=")
     return key + equals + str(Path(value).expanduser()) if value == "~" or value.startswith("~/") else override
@@ -115,7 +115,7 @@ def _groups() -> list[str]:
     return [folder.name for folder in CONF.iterdir() if folder.is_dir()]
 
 
-def _refuse_paths(overrides: Sequence[str]) -> None:
+def refuse_paths(overrides: Sequence[str]) -> None:
     """Raises ValueError for an option of a group that is no name: a path could lead to any file, and two options would be mixed."""
     groups = {**{group: CONF / group for group in _groups()}, "experiment": EXPERIMENTS}
     for override in overrides:

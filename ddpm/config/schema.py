@@ -5,6 +5,7 @@ Groups with a `_target_` are checked against the signature of what they name; th
 
 import typing
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
@@ -12,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
 from ddpm.config.compose import Composed
-from ddpm.config.validation import Count, Node, PositiveFloat, Section, Share, Text, check_node, validated
+from ddpm.config.validation import Count, Node, PositiveFloat, S, Section, Share, Text, check_node, validated
 
 
 class Data(Section):
@@ -140,10 +141,18 @@ def training_config(composed: Composed) -> Config:
     plain = plain_config(composed)
     if "init_weights" in plain:
         raise ValueError("init_weights: no such key; it follows from init_from")
-    return settled({**plain, "init_weights": None}, composed.overrides)
+    return resolve_duration({**plain, "init_weights": None}, composed.overrides)
 
 
-def settled(plain: dict[str, Any], overrides: list[str]) -> Config:
+def settings_and_config(schema: type[S], composed: Composed) -> tuple[S, Config]:
+    """What a command adds to a run's keys, and the run's configuration, both checked.    Raises ValueError like `training_config`."""
+    cfg = composed.cfg.copy()
+    own = OmegaConf.create({key: cfg.pop(key) for key in schema.model_fields})
+    settings = validated(schema, plain_config(replace(composed, cfg=own)))
+    return settings, training_config(replace(composed, cfg=cfg))
+
+
+def resolve_duration(plain: dict[str, Any], overrides: list[str]) -> Config:
     """The configuration of a run from plain values, checked.    overrides: of the command line, which settle the unit of the duration.
 
     Raises ValueError, one line.

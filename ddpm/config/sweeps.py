@@ -2,13 +2,13 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.hydra import Hydra
+from filelock import Timeout
 from hydra.core.config_store import ConfigLoadError, ConfigStore
 from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
@@ -64,39 +64,23 @@ def claim_device(devices: Sequence[str]) -> str | None:
     slot = 0
     while True:
         for device in devices:
-            file = (folder / f"{device.replace('/', '-')}.{slot}").open("a")
-            if not lock(file):
-                file.close()
+            claim = lock(folder / f"{device.replace('/', '-')}.{slot}", wait=0)
+            try:
+                claim.acquire()
+            except Timeout:
                 continue
-            _claimed.append(file)
+            _claimed.append(claim)
             os.environ["CUDA_VISIBLE_DEVICES"] = device
             return device
         slot += 1
 
 
-_claimed: list[object] = []  # open files: the system lets go of their locks when the process ends
+_claimed: list[object] = []  # the system ends these locks with the process
 
 LAUNCHERS: dict[str, dict[str, Any]] = {  # what is not as the plugins have it
     "joblib": {"n_jobs": "${num_devices:}"},
     "submitit_slurm": {"timeout_min": 1440, "max_num_timeout": 100, "signal_delay_s": 300},
 }
-
-
-@contextmanager
-def collecting(outcomes: list[Outcome]) -> Iterator[None]:
-    """Keep what the jobs of a sweep return, in whatever process they ran: hydra.main drops it."""
-    multirun = Hydra.multirun
-
-    def collect(self: Hydra, *arguments: Any, **named: Any) -> Any:
-        batches = multirun(self, *arguments, **named)
-        outcomes.extend(done.return_value for batch in batches for done in batch)
-        return batches
-
-    Hydra.multirun = collect  # type: ignore[method-assign]  # no public way to what jobs return
-    try:
-        yield
-    finally:
-        Hydra.multirun = multirun  # type: ignore[method-assign]  # put back
 
 
 def set_defaults(arguments: Sequence[str]) -> None:

@@ -10,6 +10,14 @@ from ddpm.data.stored import Packed
 from ddpm.system import randomness
 
 
+def to_floats(pixels: Tensor) -> Tensor:
+    """Images (B, C, H, W) of uint8 as float32 in [-1, 1], channels_last."""
+    x0 = torch.empty_like(pixels, dtype=torch.float32, memory_format=torch.channels_last)
+    for channel in range(pixels.shape[1]):  # the whole at once is several times slower on a CPU
+        x0[:, channel] = pixels[:, channel]
+    return x0.div_(127.5).sub_(1)
+
+
 class _Ahead:
     """Decodes what will be asked for while something else is done: at most the images of one step."""
 
@@ -68,6 +76,7 @@ class Batches:
         self.seed = seed
         self.device = device
         self.flip = flip
+        self.on_device = on_device
         self.steps_per_epoch = self.num_images // batch_size if drop_last else -(-self.num_images // batch_size)
         self._images: torch.Tensor | _Ahead
         if isinstance(images, Packed):
@@ -105,10 +114,7 @@ class Batches:
             mirrored = randomness.coin(randomness.stream_keys(randomness.TRAIN_FLIP, self.seed, step, positions))
             all_bits = mirrored.to(torch.uint8).neg()[:, None, None, None]
             chosen = chosen ^ ((chosen ^ chosen.flip(-1)) & all_bits)  # torch.where takes bytes one by one
-        x0 = torch.empty_like(chosen, dtype=torch.float32, memory_format=torch.channels_last)
-        for channel in range(chosen.shape[1]):  # the whole at once is several times slower on a CPU
-            x0[:, channel] = chosen[:, channel]
-        return x0.div_(127.5).sub_(1)
+        return to_floats(chosen)
 
     def _chosen(self, step: int, start: int, stop: int) -> Tensor:
         if not isinstance(self._images, _Ahead):

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ddpm.data.shards import Item
-from ddpm.system.files import sync_file, write_whole
+from ddpm.system.files import sha256, write_text
 
 CHECKED = 2**30  # bytes: a second or two
 PART = 1024  # rows held in memory when a file is written
@@ -26,7 +26,7 @@ def find_damage(folder: Path) -> str | None:
             found = (folder / name).stat().st_size
             if found != size:
                 return f"{name} has {found} bytes, not {size}"
-            if size <= CHECKED and _sha256(folder / name) != digest:
+            if size <= CHECKED and sha256(folder / name) != digest:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"cannot be read ({type(error).__name__})"
@@ -38,8 +38,8 @@ def write_about(folder: Path, about: dict[str, Any]) -> None:
     files = {}
     for file in sorted(folder.iterdir()):
         size = file.stat().st_size
-        files[file.name] = (size, _sha256(file) if size <= CHECKED else None)
-    write_whole(folder / "about.json", json.dumps({**about, "files": files}))
+        files[file.name] = (size, sha256(file) if size <= CHECKED else None)
+    write_text(folder / "about.json", json.dumps({**about, "files": files}))
 
 
 @contextmanager
@@ -66,12 +66,6 @@ def save_rows(path: Path, array: np.ndarray, chosen: np.ndarray) -> None:
         np.lib.format.write_array_header_2_0(out, header)
         for start in range(0, len(array), PART):
             out.write(array[start : start + PART][chosen[start : start + PART]].tobytes())
-    sync_file(path)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 class Survey:

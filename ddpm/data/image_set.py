@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from ddpm.data.cache import find_damage, naming_cache, save_rows, write_about
 from ddpm.data.decoding import Decoding
 from ddpm.data.shards import Source
 from ddpm.data.stored import FILE, Packed, decode_into, pack_into
-from ddpm.system.files import allow_by_umask, alone, sync_folder
+from ddpm.system.files import lock, remove, whole
 
 log = logging.getLogger(__name__)
 
@@ -77,14 +76,13 @@ def image_set(source: Source, decoding: Decoding, cache: Path, workers: int, max
     if find_damage(folder) is not None:
         with naming_cache(cache):
             cache.mkdir(parents=True, exist_ok=True)
-        with alone(cache / f".{folder.name}.lock"):
-            for left in cache.glob(f".{folder.name}-*"):  # by a process that was killed: nobody else is in here
-                shutil.rmtree(left, ignore_errors=True)
+        with lock(cache / f".{folder.name}.lock"):
+            for left in cache.glob(f".{folder.name}.[0-9]*"):  # of a process that was killed: nobody else is in here
+                remove(left)
             damage = find_damage(folder)
             if damage is not None:
                 if folder.exists():
                     log.warning("decoding again, since the cache is damaged: %s %s", folder, damage)
-                    shutil.rmtree(folder)
                 _make(folder, source, decoding, workers, max_unreadable, decode_later)
     about = json.loads((folder / "about.json").read_text())
     labels = np.load(folder / "labels.npy") if about["classes"] else None
@@ -105,9 +103,9 @@ def folder_of(source: Source, decoding: Decoding, cache: Path, decode_later: boo
 
 
 def _make(folder: Path, source: Source, decoding: Decoding, workers: int, max_unreadable: float, decode_later: bool) -> None:
-    with naming_cache(folder.parent):
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole(folder) as scratch:
+        with naming_cache(folder.parent):
+            scratch.mkdir()
         survey = pack_into(scratch, source) if decode_later else decode_into(scratch, source, decoding, workers)
         bad = survey.unreadable
         if len(bad) == len(source) or len(bad) > max(1, max_unreadable * len(source)):
@@ -117,11 +115,6 @@ def _make(folder: Path, source: Source, decoding: Decoding, workers: int, max_un
             if source.classes:
                 save_rows(scratch / "labels.npy", survey.labels, survey.good)
             write_about(scratch, {"classes": source.classes, "fingerprint": survey.fingerprint(source.classes), "unreadable": bad})
-            allow_by_umask(scratch)
-            scratch.rename(folder)
-            sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _some(names: list[str]) -> str:

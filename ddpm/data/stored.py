@@ -15,7 +15,6 @@ from tqdm import tqdm
 from ddpm.data.cache import Survey, digest_of, naming_cache, reserve, save_rows
 from ddpm.data.decoding import UNREADABLE, Decoding
 from ddpm.data.shards import Item, Source
-from ddpm.system.files import sync_file
 
 Found = list[tuple[str, bytes | None, int | None]]  # name, digest of the content (None: does not decode), label
 
@@ -131,9 +130,7 @@ def pack_into(folder: Path, source: Source) -> Survey:
                 ends[index] = end
                 index += 1
             bar.update(source.counts[shard])
-    sync_file(folder / CONTENT)
     np.save(folder / OFFSETS, np.concatenate([np.zeros(1, dtype=np.int64), ends[survey.good]]))
-    sync_file(folder / OFFSETS)
     return survey
 
 

@@ -24,12 +24,15 @@ Noise = Callable[[int], Tensor]
 Watch = Callable[[int, Tensor, Tensor], None]
 
 
-def ancestral(denoise: Denoise, x: Tensor, alphas_cumprod: Tensor, timesteps: Sequence[int], noise: Noise, variance: Variance) -> Tensor:
+def ancestral(denoise: Denoise, x: Tensor, alphas_cumprod: Tensor, timesteps: Sequence[int], noise: Noise, variance: Variance | None = None) -> Tensor:
     """Algorithm 2 of Ho et al. 2020, on the chain that visits `timesteps` (respaced as in Nichol & Dhariwal 2021, section 4).
 
     The mean is Eq. 7 at x0_hat. The variance is the chain's beta ("fixed_large"), its posterior variance ("fixed_small"), or what the network says:
     its log ("learned"), or where between those two ("learned_range"). No noise in the last step.
+    In YAML null stands for the process's own; called directly, it must be given.    Raises ValueError if it is None.
     """
+    if variance is None:
+        raise ValueError("variance=None: give the variance of the process that the network was trained for")
     for t, abar, abar_next in _walk(alphas_cumprod, timesteps):
         x0_hat, _, variance_output = denoise(x, _full(x, t))
         beta = 1 - abar / abar_next

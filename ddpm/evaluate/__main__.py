@@ -1,18 +1,10 @@
-"""python -m ddpm.evaluate run=DIR: measure a trained network, each figure with its protocol."""
+"""python -m ddpm.evaluate: measure a trained network, each figure with its protocol."""
 
-from ddpm.config.cli import command
-from ddpm.config.compose import Composed
-
-
-def task(composed: Composed) -> None:
-    from ddpm.evaluate.run import EvaluateConfig, carry_out
-
-    carry_out(EvaluateConfig.of(composed))
-
+from ddpm.config.cli import command, lazily
 
 main = command(
     "evaluate",
-    task,
+    lazily("ddpm.evaluate.run.run"),
     "Measure a trained network: distances, bits/dim, losses, nearest training pictures. Each figure carries its protocol.",
     [
         "python -m ddpm.evaluate run=outputs/quickstart-digits/recipe-ba7ead0c",

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion.process import GaussianDiffusion, Model
-from ddpm.system import randomness
-from ddpm.system.files import write_whole
+from ddpm.system import files, randomness
 
 Batch = tuple[Tensor, Tensor]  # (numbers of the images in their data set (B,) int64, x0 (B, C, H, W) float in [-1, 1])
 
@@ -183,7 +182,7 @@ def save_rate_distortion(path_png: Path, path_csv: Path, bound: Bound) -> None:
     writer.writerow(["t", "term_bits_per_dim", "reverse_time", "rate_bits_per_dim", "rmse"])
     for t, (term, point) in enumerate(zip(bound.terms.tolist(), reversed(curve), strict=True)):
         writer.writerow([t, term, *point])
-    write_whole(path_csv, text.getvalue())
+    files.write_text(path_csv, text.getvalue())
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -199,12 +198,8 @@ def save_rate_distortion(path_png: Path, path_csv: Path, bound: Bound) -> None:
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    scratch = path_png.with_name(f".{path_png.name}")
-    try:
+    with files.whole(path_png) as scratch:
         figure.savefig(scratch, format="png", dpi=150)
-        scratch.replace(path_png)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _noise(seed: int, stream: int, numbers: Tensor, x0: Tensor) -> Tensor:

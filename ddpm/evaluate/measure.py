@@ -1,234 +1,316 @@
-"""Measuring a network by a protocol: from drawn images, and from the data's own pictures."""
+"""Measuring a run's network by a protocol: from drawn images, and from the data's own pictures."""
 
 import functools
 import hashlib
 import json
 import operator
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from ddpm.config import build
 from ddpm.config.schema import Config, EvaluationSettings, Split
 from ddpm.config.validation import Node
+from ddpm.data.batches import to_floats
 from ddpm.data.image_set import ImageSet
+from ddpm.diffusion.process import Model
 from ddpm.evaluate import bound, distances, features
 from ddpm.evaluate.features import Extractor, Features
 from ddpm.runs.folder import RunFolder
-from ddpm.runs.results import Figure
-from ddpm.sample import images
+from ddpm.runs.results import Measurement
 from ddpm.sample.drawing import Drawing
 from ddpm.sample.folder import claim_folder, draw_missing, read_samples, sample_file
+from ddpm.sample.images import read_png, save_png
+from ddpm.sample.subject import Trained
+from ddpm.system.processes import gather, share
 
 OF_FEATURES = ("fd", "kd", "inception_score", "precision_recall", "nearest")
 OF_SAMPLES = (*OF_FEATURES, "colour")  # metrics that need drawn images
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What every measure of one call needs; `about` is the protocol that all have in common."""
+
+    trained: Trained
+    settings: EvaluationSettings
+    processes: PartialState
+    drawing: Drawing
+    splits: "_Splits"
+    about: dict[str, Any]
+
+
 def measure(
-    drawing: Drawing,
+    trained: Trained,
     sampler: Node,
     settings: EvaluationSettings,
-    trained: Config,
-    names: list[str],
-    run: RunFolder,
-    step: int,
-    weights: Literal["ema", "raw"],
     processes: PartialState,
-) -> tuple[list[Figure], list[str]]:
-    """The figures of one step of a run, whole on the main process, and why metrics that could not be had could not.
+    device: torch.device,
+) -> tuple[list[Measurement], list[str]]:
+    """Measures a run's network at its step. Every process must call this.
 
-    drawing, sampler: what draws, and the settings it was built from.    names: of the data's classes.    Every process must call this.
+    Args:
+        trained: The network.
+        sampler: What the samples are drawn with, as in conf/sampler/.
+        settings: Which metrics, by which protocol.
+        processes: Those that share the work.
+        device: Where this one works.
+
+    Returns:
+        The measurements, whole on the main process; and why metrics that could not be had here
+        could not.
+
+    Raises:
+        ValueError: If the data has no such split.
     """
-    sets = _Sets(trained)
-    about: dict[str, Any] = {"weights": weights, "step": step, "data": sets.of("train").fingerprint, "seed": settings.seed}
-    figures: list[Figure] = []
+    diffusion = trained.subject.diffusion
+    sampler = build.sampler_settings(sampler, diffusion)
+    drawing = trained.subject.drawing(build.sampler(sampler, diffusion), settings.seed, device)
+    splits = _Splits(trained.config)
+    about = {
+        "weights": trained.kind,
+        "step": trained.step,
+        "data": splits.of("train").fingerprint,
+        "seed": settings.seed,
+    }
+    job = _Job(trained, settings, processes, drawing, splits, about)
+    found: list[Measurement] = []
     missing: list[str] = []
     if set(OF_SAMPLES) & set(settings.metrics):
-        name = f"{str(sampler['function']['_target_']).rpartition('.')[2]}{sampler['num_steps'] or drawing.diffusion.num_timesteps}"
-        protocol = {"count": settings.num_samples, "split": settings.split, "sampler": name, "sampler_settings": sampler, **about}
-        figures += _of_samples(settings, run, drawing, sets, len(names) if trained.training.conditional else None, protocol, processes, missing)
-    for split in dict.fromkeys(["train", settings.bound_split]) if "losses" in settings.metrics else []:
-        figures += _losses(drawing, sets.of(split), trained, settings, {**about, "split": split}, processes)
+        found += _of_samples(job, sampler, missing)
+    if "losses" in settings.metrics:
+        for split in dict.fromkeys(["train", settings.bound_split]):
+            found += _losses(job, split)
     if "bits_per_dim" in settings.metrics:
-        figures += _bits_per_dim(drawing, sets.of(settings.bound_split), trained, settings, {**about, "split": settings.bound_split}, processes, run)
-    return figures, missing
+        found += _bits_per_dim(job, settings.bound_split)
+    return found, missing
 
 
-class _Sets:
+def check_extractor(settings: EvaluationSettings, device: torch.device) -> None:
+    """Looks whether the extractor that these metrics need is here, before a run and not in it.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if set(OF_FEATURES) & set(settings.metrics):
+        _extractor(settings, device)
+
+
+def samples_folder(run: RunFolder, protocol: dict[str, Any]) -> Path:
+    """Where the drawn images of a protocol are kept, for whoever measures them again."""
+    words = f"step_{protocol['step']:08d}_{protocol['weights']}_{protocol['sampler']}"
+    digest = _digest(protocol["sampler_settings"])
+    return run.path / "evaluation" / f"{words}_seed_{protocol['seed']}-{digest}"
+
+
+class _Splits:
     """The parts of a run's data, read when they are asked for."""
 
-    def __init__(self, trained: Config) -> None:
-        self.trained = trained
+    def __init__(self, config: Config) -> None:
+        self.config = config
         self._found: dict[str, ImageSet] = {}
 
     def of(self, split: Split) -> ImageSet:
-        """Raises ValueError, one line, if the data has no such part."""
+        """Raises ValueError if the data has no such part."""
         if split not in self._found:
-            trained = self.trained
+            config = _of_test_split(self.config) if split == "test" else self.config
+            whole = build.images(config, build.source(config), workers=1)
             if split == "test":
-                if "split" not in trained.data.source:
-                    raise ValueError(f"data={trained.data.name} has no test split; train with data.holdout=0.1 and use heldout")
-                source = {**trained.data.source, "split": "test"}
-                trained = trained.model_copy(update={"data": trained.data.model_copy(update={"source": source})})
-            whole = build.images(trained, build.source(trained), workers=1)
-            train, held_out = whole.split(trained.data.holdout) if split != "test" else (whole, whole)
+                self._found[split] = whole
+                return whole
+            train, held_out = whole.split(config.data.holdout)
             if split == "heldout" and not len(held_out):
                 raise ValueError("nothing was held out of this run: train with data.holdout=0.1 to have a split heldout")
             self._found[split] = held_out if split == "heldout" else train
         return self._found[split]
 
+    def features(self, split: Split, extractor: Extractor) -> Features:
+        """Of a part's pictures, kept by content, size of the pictures and extractor."""
+        images, data = self.of(split), self.config.data
+        about = [data.holdout, data.resolution, data.channels, data.crop, data.background]
+        name = f"{extractor.name}-{_digest([images.fingerprint, split, *about])}.npz"
+        cache = Path(data.cache) / "features" / name
+        return distances.reference_features(images.images, extractor, cache)
 
-def _of_samples(
-    settings: EvaluationSettings,
-    run: RunFolder,
-    drawing: Drawing,
-    sets: _Sets,
-    num_classes: int | None,
-    protocol: dict[str, Any],
-    processes: PartialState,
-    missing: list[str],
-) -> list[Figure]:
+
+def _of_test_split(config: Config) -> Config:
+    if "split" not in config.data.source:
+        raise ValueError(f"data={config.data.name} has no test split; train with data.holdout=0.1 and use heldout")
+    source = {**config.data.source, "split": "test"}
+    return config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
+
+
+def _of_samples(job: _Job, sampler: Node, missing: list[str]) -> list[Measurement]:
     """Distances, nearest pictures and colours, from one set of drawn images."""
-    count, sampler = settings.num_samples, protocol["sampler_settings"]
-    extractor = _extractor(settings, drawing.device, missing) if set(OF_FEATURES) & set(settings.metrics) else None
+    settings, processes = job.settings, job.processes
+    extractor = None
+    if set(OF_FEATURES) & set(settings.metrics):
+        try:
+            extractor = _extractor(settings, job.drawing.device)
+        except ValueError as error:  # what needs none goes on
+            missing.append(str(error))
     if extractor is None and "colour" not in settings.metrics:
         return []
-    folder = samples_folder(run, protocol)
-    if processes.is_main_process:
-        claim_folder(folder, {"sampler": sampler, "seed": settings.seed})
-    processes.wait_for_everyone()
-    classes = None if num_classes is None else [index % num_classes for index in range(count)]
-    draw_missing(drawing, folder, count, classes, settings.batch_size, processes.process_index, processes.num_processes)
-    processes.wait_for_everyone()
-    data, training = sets.of(settings.split), sets.of("train")
-    figures: list[Figure] = []
-    if extractor is not None:
-        drawn = _features_of_folder(folder, count, extractor, settings.batch_size, processes)
-        with_extractor = {**protocol, "extractor": extractor.name}
-        if processes.is_main_process:
-            reference = distances.reference_features(data.images, extractor, _cache(sets, extractor, settings.split))
-            figures += distances.distances(settings.metrics, drawn, reference, extractor, with_extractor, settings.seed)
-            if "nearest" in settings.metrics:
-                trained_on = distances.reference_features(training.images, extractor, _cache(sets, extractor, "train"))
-                ratio, pairs = distances.nearest_pairs(drawn, trained_on, {**with_extractor, "split": "train"})
-                figures.append(ratio)
-                sheet = distances.pairs_sheet(pairs, read_samples(folder, count), training.images)
-                path = run.path / "evaluation" / f"nearest_step_{protocol['step']:08d}.png"
-                images.save_png(path, sheet)
-                print(f"nearest {path}", flush=True)
-    if "colour" in settings.metrics and processes.is_main_process:
-        gaps, warnings = distances.colour(read_samples(folder, count), data.images, protocol)
-        figures += gaps
+    protocol = {
+        "count": settings.num_samples,
+        "split": settings.split,
+        "sampler": _sampler_name(sampler, job.drawing),
+        "sampler_settings": sampler,
+        **job.about,
+    }
+    folder = _drawn(job, protocol)
+    drawn = None if extractor is None else _features_of_folder(job, folder, extractor)
+    found: list[Measurement] = []
+    if not processes.is_main_process:
+        return found
+    if extractor is not None and drawn is not None:
+        found += _of_features(job, extractor, drawn, folder, protocol)
+    if "colour" in settings.metrics:
+        samples = read_samples(folder, settings.num_samples)
+        data = job.splits.of(settings.split).images
+        gaps, warnings = distances.colour(samples, data, protocol)
+        found += gaps
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
-    return figures
+    return found
 
 
-def _extractor(settings: EvaluationSettings, device: torch.device, missing: list[str]) -> Extractor | None:
-    """The feature extractor, or None with the reason added to `missing`: what needs none goes on."""
-    try:
-        return _built_extractor(settings, device)
-    except ValueError as error:
-        missing.append(str(error))
-        return None
+def _of_features(job: _Job, extractor: Extractor, drawn: Features, folder: Path, protocol: dict[str, Any]) -> list[Measurement]:
+    """What is measured on features; for nearest pictures also their sheet."""
+    settings = job.settings
+    protocol = {**protocol, "extractor": extractor.name}
+    reference = job.splits.features(settings.split, extractor)
+    found = list(distances.distances(settings.metrics, drawn, reference, extractor, protocol, settings.seed))
+    if "nearest" in settings.metrics:
+        training = job.splits.features("train", extractor)
+        ratio, pairs = distances.nearest_pairs(drawn, training, {**protocol, "split": "train"})
+        found.append(ratio)
+        samples = read_samples(folder, settings.num_samples)
+        sheet = distances.pairs_sheet(pairs, samples, job.splits.of("train").images)
+        path = job.trained.run.path / "evaluation" / f"nearest_step_{job.trained.step:08d}.png"
+        save_png(path, sheet)
+        print(f"nearest {path}", flush=True)
+    return found
 
 
-def _built_extractor(settings: EvaluationSettings, device: torch.device) -> Extractor:
+def _drawn(job: _Job, protocol: dict[str, Any]) -> Path:
+    """The folder of the protocol's images, all of them drawn."""
+    settings, processes = job.settings, job.processes
+    folder = samples_folder(job.trained.run, protocol)
+    if processes.is_main_process:
+        about = {"sampler": protocol["sampler_settings"], "seed": settings.seed}
+        claim_folder(folder, about)
+    processes.wait_for_everyone()
+    count = settings.num_samples
+    classes = job.trained.subject.classes_in_turn(count)
+    draw_missing(job.drawing, folder, count, classes, settings.batch_size, processes)
+    processes.wait_for_everyone()
+    return folder
+
+
+def _sampler_name(sampler: Node, drawing: Drawing) -> str:
+    function = str(sampler["function"]["_target_"]).rpartition(".")[2]
+    return f"{function}{sampler['num_steps'] or drawing.diffusion.num_timesteps}"
+
+
+def _extractor(settings: EvaluationSettings, device: torch.device) -> Extractor:
     if settings.extractor == "inception":
         return features.inception(settings.weights_path, settings.download, device, settings.batch_size)
     return features.efficientnet_lite0(device, settings.batch_size)
 
 
-def check_extractor(settings: EvaluationSettings, device: torch.device) -> None:
-    """Raises ValueError, one line, if the extractor that these metrics need cannot be had here: better known before a run than in the middle of it."""
-    if set(OF_FEATURES) & set(settings.metrics):
-        _built_extractor(settings, device)
-
-
-def _features_of_folder(folder: Path, count: int, extractor: Extractor, batch_size: int, processes: PartialState) -> Features:
+def _features_of_folder(job: _Job, folder: Path, extractor: Extractor) -> Features:
     """Features of drawn images, each process computing its share; whole on every process."""
+    count, size = job.settings.num_samples, job.settings.batch_size
     mine: list[tuple[int, Any, Any]] = []
-    for turn, start in enumerate(tqdm(range(0, count, batch_size), desc=extractor.name, unit="batch", disable=None if processes.is_main_process else True)):
-        if turn % processes.num_processes == processes.process_index:
-            pictures = [images.read_png(sample_file(folder, index)) for index in range(start, min(start + batch_size, count))]
-            found = extractor(np.stack(pictures))
-            mine.append((start, found.features, found.probabilities))
-    parts = sorted(gather_object(mine) if processes.num_processes > 1 else mine, key=lambda part: part[0])
+    for start in _bar(range(0, count, size), extractor.name, job.processes):
+        indices = range(start, min(start + size, count))
+        found = extractor(np.stack([read_png(sample_file(folder, index)) for index in indices]))
+        mine.append((start, found.features, found.probabilities))
+    parts = sorted(gather(mine, job.processes), key=lambda part: part[0])
     probabilities = None if parts[0][2] is None else torch.cat([part[2] for part in parts])
     return Features(torch.cat([part[1] for part in parts]), probabilities)
 
 
-def _losses(drawing: Drawing, data: ImageSet, trained: Config, settings: EvaluationSettings, protocol: dict[str, Any], processes: PartialState) -> list[Figure]:
+def _losses(job: _Job, split: Split) -> list[Measurement]:
     """Mean loss in ten buckets of timesteps."""
-    sums = [
-        bound.loss_sums(model, drawing.diffusion, [batch], settings.seed) for model, batch in _batches(drawing, data, trained, settings, processes, "losses")
-    ]
-    found = _added(sums, processes).mean()
-    protocol = {**protocol, "count": min(settings.num_images, len(data)), "loss": trained.objective["loss"], "prediction": trained.objective["prediction"]}
-    return [Figure(f"loss_t{bucket.first:04d}_{bucket.last:04d}", bucket.loss, protocol) for bucket in found]
+    data, objective = job.splits.of(split), job.trained.config.objective
+    found = _summed(job, split, "losses", bound.loss_sums).mean()
+    protocol = {
+        **job.about,
+        "split": split,
+        "count": min(job.settings.num_images, len(data)),
+        "loss": objective["loss"],
+        "prediction": objective["prediction"],
+    }
+    return [Measurement(f"loss_t{bucket.first:04d}_{bucket.last:04d}", bucket.loss, protocol) for bucket in found]
 
 
-def _bits_per_dim(
-    drawing: Drawing, data: ImageSet, trained: Config, settings: EvaluationSettings, protocol: dict[str, Any], processes: PartialState, run: RunFolder
-) -> list[Figure]:
-    """The variational bound and its parts, and its rate-distortion curve beside evaluation.json."""
-    sums = [
-        bound.bound_sums(model, drawing.diffusion, [batch], settings.seed) for model, batch in _batches(drawing, data, trained, settings, processes, "bits/dim")
-    ]
-    found = _added(sums, processes).mean()
-    protocol = {**protocol, "count": found.num_images}
-    if processes.is_main_process:
-        path = run.path / "evaluation" / f"rate_distortion_step_{protocol['step']:08d}_{protocol['split']}"
+def _bits_per_dim(job: _Job, split: Split) -> list[Measurement]:
+    """The variational bound and its parts, and its rate-distortion curve as a file."""
+    found = _summed(job, split, "bits/dim", bound.bound_sums).mean()
+    protocol = {**job.about, "split": split, "count": found.num_images}
+    if job.processes.is_main_process:
+        name = f"rate_distortion_step_{job.trained.step:08d}_{split}"
+        path = job.trained.run.path / "evaluation" / name
         path.parent.mkdir(exist_ok=True)
         bound.save_rate_distortion(path.with_suffix(".png"), path.with_suffix(".csv"), found)
         print(f"rate-distortion {path.with_suffix('.png')}", flush=True)
-    parts = {"bits_per_dim": found.total, "bits_per_dim_rate": found.rate, "bits_per_dim_distortion": found.distortion, "bits_per_dim_prior": found.prior}
-    return [Figure(name, value, protocol) for name, value in {**parts, "rmse": float(found.rmse[0])}.items()]
+    parts = {
+        "bits_per_dim": found.total,
+        "bits_per_dim_rate": found.rate,
+        "bits_per_dim_distortion": found.distortion,
+        "bits_per_dim_prior": found.prior,
+        "rmse": float(found.rmse[0]),
+    }
+    return [Measurement(name, value, protocol) for name, value in parts.items()]
 
 
-def _batches(
-    drawing: Drawing, data: ImageSet, trained: Config, settings: EvaluationSettings, processes: PartialState, what: str
-) -> Iterator[tuple[Any, bound.Batch]]:
-    """This process's share of num_images pictures, evenly spaced in the set: (the unguided model for their classes, (numbers, x0))."""
+def _summed(job: _Job, split: Split, what: str, sums: Callable[..., Any]) -> Any:
+    """What bound.loss_sums or bound.bound_sums find on the pictures, of all processes in one."""
+    network, diffusion = job.drawing.network, job.drawing.diffusion
+    training = network.training
+    network.eval()
+    try:
+        mine = [sums(model, diffusion, [batch], job.settings.seed) for model, batch in _batches(job, split, what)]
+    finally:
+        network.train(training)
+    added = [functools.reduce(operator.add, mine)] if mine else []  # a process may have no share
+    return functools.reduce(operator.add, gather(added, job.processes))
+
+
+def _batches(job: _Job, split: Split, what: str) -> Iterator[tuple[Model, bound.Batch]]:
+    """This process's share of num_images pictures, evenly spaced in the set.
+
+    Yields:
+        The unguided model for their classes, and (their numbers, x0).
+    """
+    data, drawing, settings = job.splits.of(split), job.drawing, job.settings
     unguided = replace(drawing, sampler=replace(drawing.sampler, guidance_scale=1.0))
     count = min(settings.num_images, len(data))
     chosen = np.arange(count) * len(data) // count
-    starts = range(0, count, settings.batch_size)
-    for turn, start in enumerate(tqdm(starts, desc=what, unit="batch", disable=None if processes.is_main_process else True)):
-        if turn % processes.num_processes != processes.process_index:
-            continue
+    conditional = job.trained.subject.classes is not None and data.labels is not None
+    for start in _bar(range(0, count, settings.batch_size), what, job.processes):
         numbers = chosen[start : start + settings.batch_size]
-        x0 = torch.from_numpy(data.stored[data.rows[numbers]]).to(drawing.device).float().div(127.5).sub(1)
-        labels = torch.from_numpy(data.labels[numbers]).to(drawing.device) if trained.training.conditional and data.labels is not None else None
-        yield unguided.model(labels), (torch.from_numpy(numbers).to(drawing.device), x0.contiguous(memory_format=torch.channels_last))
+        x0 = to_floats(torch.from_numpy(data.stored[data.rows[numbers]]).to(drawing.device))
+        labels = None
+        if conditional and data.labels is not None:
+            labels = torch.from_numpy(data.labels[numbers]).to(drawing.device)
+        yield unguided.model(labels), (torch.from_numpy(numbers).to(drawing.device), x0)
 
 
-def _added(sums: Sequence[Any], processes: PartialState) -> Any:
-    """The sums of all processes, in one."""
-    mine = [functools.reduce(operator.add, sums)] if sums else []  # a process may have had no share
-    return functools.reduce(operator.add, gather_object(mine) if processes.num_processes > 1 else mine)
-
-
-def _cache(sets: _Sets, extractor: Extractor, split: Split) -> Path:
-    """Where the features of a part of the data are kept: by content, size of the pictures and extractor."""
-    data, trained = sets.of(split), sets.trained
-    made_from = [data.fingerprint, split, trained.data.holdout, trained.data.resolution, trained.data.channels, trained.data.crop, trained.data.background]
-    return Path(trained.data.cache) / "features" / f"{extractor.name}-{_digest(made_from)}.npz"
+def _bar(starts: range, what: str, processes: PartialState) -> Iterator[int]:
+    """This process's share of the batches' starts, under a progress bar on the main process."""
+    hidden = None if processes.is_main_process else True
+    yield from tqdm(share(starts, processes), desc=what, unit="batch", disable=hidden)
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def samples_folder(run: RunFolder, protocol: dict[str, Any]) -> Path:
-    """Where the drawn images of a protocol are kept, for whoever measures them again."""
-    words = f"step_{protocol['step']:08d}_{protocol['weights']}_{protocol['sampler']}_seed_{protocol['seed']}"
-    return run.path / "evaluation" / f"{words}-{_digest(protocol['sampler_settings'])}"

@@ -1,4 +1,4 @@
-"""One call of ddpm.evaluate: rebuild the network from its run folder, draw, measure, and write the figures where they can be compared."""
+"""python -m ddpm.evaluate: measure a run's network, and write the figures down."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,31 +8,18 @@ from omegaconf import OmegaConf
 from pydantic import Field
 from torch.utils.tensorboard import SummaryWriter
 
-from ddpm.config import build
 from ddpm.config.compose import Composed
 from ddpm.config.schema import EvaluationSettings, Metric, plain_config
 from ddpm.config.validation import Node, Section, Text, check_node, validated
 from ddpm.evaluate.measure import measure
-from ddpm.runs import checkpoint, recording, results
+from ddpm.runs import recording, results
 from ddpm.runs.folder import RunFolder
-from ddpm.runs.results import Figure, read_results, scalars
-from ddpm.sample.drawing import Drawing
-from ddpm.system import devices
-from ddpm.system.processes import find_processes
+from ddpm.runs.results import Measurement
+from ddpm.sample.subject import Trained, of_run
+from ddpm.system.processes import device_of, find_processes
 
 
-def table(figures: Sequence[Figure], expected: Sequence[Metric]) -> str:
-    """The figures in lines: value, deviation, floor, what the recipe expects of a metric of that name, protocol."""
-    lines = []
-    for figure in figures:
-        value = f"{figure.value:.4f}" + (f" +- {figure.deviation:.4f}" if figure.deviation is not None else "")
-        floor = f"floor {figure.floor:.4f}" if figure.floor is not None else ""
-        published = "; ".join(f"published {metric.value:g} +- {metric.tolerance:g} ({metric.protocol})" for metric in expected if metric.name == figure.metric)
-        lines.append(f"  {figure.metric:<26} {value:<22} {floor:<16} {figure.id}" + (f"\n  {'':<26} {published}" if published else ""))
-    return "\n".join(lines)
-
-
-class EvaluateConfig(Section):
+class Settings(Section):
     """What to measure. See conf/evaluate.yaml for each key."""
 
     run: Text
@@ -44,50 +31,73 @@ class EvaluateConfig(Section):
     sampler: Node
     evaluation: EvaluationSettings
 
-    @classmethod
-    def of(cls, composed: Composed) -> "EvaluateConfig":
-        """The settings of one call, checked.    Raises ValueError, one line."""
-        if OmegaConf.is_missing(composed.cfg, "run"):
-            raise ValueError("run is missing: give run=DIR, a folder that ddpm.train made")
-        run = RunFolder(Path(str(composed.cfg.run)))
-        composed.cfg.objective = run.config(list(composed.cfg.trusted_modules)).objective  # ancestral sampling has the run's variance
-        plain = plain_config(composed)
-        del plain["objective"]
-        config = validated(cls, plain)
-        check_node("sampler", config.sampler, config.trusted_modules)
-        return config
 
+def run(composed: Composed) -> list[Measurement]:
+    """Measures, writes evaluation.json and the pictures, and prints the figures.
 
-def carry_out(config: EvaluateConfig) -> None:
-    """Measure, write evaluation.json and the pictures, and print the table.
+    A metric that cannot be had here (no weights of an extractor, say) is named with the reason at
+    the end, and the others go on.
 
-    A metric that cannot be had here (no weights of an extractor, say) is named with the reason, and the others go on. Raises ValueError, one line, if
-    there is no such run or checkpoint, or if any metric could not be had, after the others.
+    Returns:
+        The measurements, whole on the main process.
+
+    Raises:
+        ValueError: If there is no such run or checkpoint; or, after the others, if a metric could
+            not be had.
     """
-    processes, settings = find_processes(config.device), config.evaluation
-    device = processes.device if processes.num_processes > 1 else devices.device(config.device)
-    run = RunFolder(Path(config.run))
-    trained = run.config(config.trusted_modules)
-    found = checkpoint.find(run.checkpoints, config.step)
-    diffusion = build.diffusion(trained)
-    names = run.classes()
-    network = build.network(trained, device, len(names)).eval()
-    weights = {name: tensor.to(device) for name, tensor in found.weights(config.weights).items()}
-    shape = (trained.data.channels, *build.image_size(trained.data))
-    sampler = build.sampler(config.sampler, diffusion)
-    drawing = Drawing(network, weights, diffusion, sampler, shape, settings.seed, build.any_class(trained, len(names)))
-    figures, missing = measure(drawing, config.sampler, settings, trained, names, run, found.step, config.weights, processes)
+    settings = _settings(composed)
+    processes = find_processes(settings.device)
+    folder = RunFolder(Path(settings.run))
+    trained = of_run(folder, settings.step, settings.weights, settings.trusted_modules)
+    device = device_of(processes, settings.device)
+    found, missing = measure(trained, settings.sampler, settings.evaluation, processes, device)
     if processes.is_main_process:
-        shown = {results.key(entry) for entry in results.recorded(run.path / "evaluation.json")}
-        results.record(run.path / "evaluation.json", figures)
-        with SummaryWriter(str(run.path)) as board:
-            for figure in (figure for figure in figures if results.key({"metric": figure.metric, "protocol": figure.protocol}) not in shown):
-                board.add_scalar(f"eval/{results.name(figure.metric, figure.protocol)}", figure.value, found.step)
-        status = run.record()["status"]
-        if status != "running":
-            recording.conclude(run.path, status, run.record()["step"], scalars(read_results(run, trained.model_dump(mode="json"))))
-        print(table(figures, trained.recipe.expect.metrics if trained.recipe else []))
-        print(f"figures {run.path / 'evaluation.json'}", flush=True)
+        _write(trained, found)
+        recipe = trained.config.recipe
+        print(lines(found, recipe.expect.metrics if recipe else []))
+        print(f"figures {folder.path / 'evaluation.json'}", flush=True)
     processes.wait_for_everyone()
     if missing:
         raise ValueError("; ".join(missing))
+    return found
+
+
+def lines(found: Sequence[Measurement], expected: Sequence[Metric]) -> str:
+    """A line a measurement: value, deviation, floor, id, and what the recipe expects of it."""
+    shown = []
+    for one in found:
+        value = f"{one.value:.4f}" + _if(one.deviation, " +- {:.4f}")
+        shown.append(f"  {one.metric:<26} {value:<22} {_if(one.floor, 'floor {:.4f}'):<16} {one.id}")
+        published = [f"published {metric.value:g} +- {metric.tolerance:g} ({metric.protocol})" for metric in expected if metric.name == one.metric]
+        if published:
+            shown.append(f"  {'':<26} {'; '.join(published)}")
+    return "\n".join(shown)
+
+
+def _if(value: float | None, words: str) -> str:
+    return "" if value is None else words.format(value)
+
+
+def _settings(composed: Composed) -> Settings:
+    """The settings of one call, checked."""
+    if OmegaConf.is_missing(composed.cfg, "run"):
+        raise ValueError("run is missing: give run=DIR, a folder that ddpm.train made")
+    settings = validated(Settings, plain_config(composed))
+    check_node("sampler", settings.sampler, settings.trusted_modules)
+    return settings
+
+
+def _write(trained: Trained, found: Sequence[Measurement]) -> None:
+    """To evaluation.json, and to TensorBoard what was not there yet."""
+    folder, file = trained.run, trained.run.path / "evaluation.json"
+    before = {results.key(entry) for entry in results.recorded(file)}
+    results.record(file, found)
+    with SummaryWriter(str(folder.path)) as board:
+        for one in found:
+            if results.key({"metric": one.metric, "protocol": one.protocol}) not in before:
+                tag = f"eval/{results.name(one.metric, one.protocol)}"
+                board.add_scalar(tag, one.value, trained.step)
+    record = folder.record()
+    if record["status"] != "running":
+        ended = results.read_results(folder, trained.config.model_dump(mode="json"))
+        recording.conclude(folder.path, record["status"], record["step"], results.scalars(ended))

@@ -1,17 +1,10 @@
-"""python -m ddpm.export run=DIR to=DIR: write a trained network as a folder that diffusers loads."""
+"""python -m ddpm.export: write a trained network as a folder that diffusers loads."""
 
-from ddpm.config.cli import command
-from ddpm.config.compose import Composed
-from ddpm.export.run import ExportConfig, carry_out
-
-
-def task(composed: Composed) -> None:
-    carry_out(ExportConfig.of(composed))
-
+from ddpm.config.cli import command, lazily
 
 main = command(
     "export",
-    task,
+    lazily("ddpm.export.run.run"),
     "Write a trained network as a folder that diffusers' DDPMPipeline loads.",
     [
         "python -m ddpm.export run=DIR to=exported",

@@ -1,4 +1,4 @@
-"""python -m ddpm.export run=DIR to=DIR: write a trained network as a folder that diffusers loads."""
+"""python -m ddpm.export: write a run's network as a folder that diffusers loads."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,9 +9,12 @@ from pydantic import Field
 from ddpm.config.compose import Composed
 from ddpm.config.schema import plain_config
 from ddpm.config.validation import Section, Text, validated
+from ddpm.runs.folder import RunFolder
+from ddpm.sample.subject import of_run
+from ddpm.weights import folders
 
 
-class ExportConfig(Section):
+class Settings(Section):
     """What to write, and where. See conf/export.yaml for each key."""
 
     run: Text
@@ -21,31 +24,24 @@ class ExportConfig(Section):
     outputs: Text
     trusted_modules: list[str]
 
-    @classmethod
-    def of(cls, composed: Composed) -> "ExportConfig":
-        """The settings of one call, checked.    Raises ValueError, one line."""
-        for key, wanted in (("run", "a folder that ddpm.train made"), ("to", "the folder to write")):
-            if OmegaConf.is_missing(composed.cfg, key):
-                raise ValueError(f"{key} is missing: give {key}=DIR, {wanted}")
-        return validated(cls, plain_config(composed))
 
+def run(composed: Composed) -> Path:
+    """Writes the folder, and prints where it is.
 
-def carry_out(config: ExportConfig) -> None:
-    """Write the folder, and print where it is.    Raises ValueError, one line, if there is no such run or checkpoint, or diffusers cannot express it."""
-    from ddpm.config import build
-    from ddpm.runs import checkpoint
-    from ddpm.runs.folder import RunFolder
-    from ddpm.weights import folders
-
-    run = RunFolder(Path(config.run))
-    trained = run.config(config.trusted_modules)
-    found = checkpoint.find(run.checkpoints, config.step)
-    diffusion, weights = build.diffusion(trained), found.weights(config.weights)
-    built_with = {"out_channels": trained.data.channels * (2 if diffusion.learns_variance else 1)}
-    if trained.training.conditional:
-        built_with["num_classes"] = len(weights["class_embedding.weight"])
-    folder = Path(config.to).expanduser()
-    folders.write(folder, {**trained.model, **built_with}, weights, diffusion)
-    if trained.training.conditional:
-        print("the network has classes, and DDPMPipeline gives it none when called: use its unet with class_labels=", flush=True)
+    Raises:
+        ValueError: If there is no such run or checkpoint, or diffusers cannot express it.
+    """
+    for key, wanted in (("run", "a folder that ddpm.train made"), ("to", "the folder to write")):
+        if OmegaConf.is_missing(composed.cfg, key):
+            raise ValueError(f"{key} is missing: give {key}=DIR, {wanted}")
+    settings = validated(Settings, plain_config(composed))
+    trained = of_run(RunFolder(Path(settings.run)), settings.step, settings.weights, settings.trusted_modules)
+    subject, folder = trained.subject, Path(settings.to).expanduser()
+    folders.write(folder, subject.model, subject.weights(), subject.diffusion)
+    if subject.classes is not None:
+        print(
+            "the network has classes, and DDPMPipeline gives it none when called: use its unet with class_labels=",
+            flush=True,
+        )
     print(f"exported {folder}", flush=True)
+    return folder

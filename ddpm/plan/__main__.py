@@ -1,18 +1,10 @@
-"""python -m ddpm.plan: what a run will be, before anything is downloaded or trained, and whether the recipe's expectations hold."""
+"""python -m ddpm.plan: what a run will be, before anything is downloaded or trained."""
 
-from ddpm.config.cli import command
-from ddpm.config.compose import Composed
-
-
-def task(composed: Composed) -> None:
-    from ddpm.plan.run import plan
-
-    plan(composed)
-
+from ddpm.config.cli import command, lazily
 
 main = command(
     "plan",
-    task,
+    lazily("ddpm.plan.run.run"),
     "Say what a run will be before anything is downloaded or trained, and check what its recipe expects.",
     [
         "python -m ddpm.plan experiment=cifar10",

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,81 +16,93 @@ from ddpm.config import build
 from ddpm.config.schema import Config
 from ddpm.data.batches import Batches
 from ddpm.diffusion.samplers import step_noise
-from ddpm.sample.drawing import Drawing
+from ddpm.sample.subject import of_config
 from ddpm.system.devices import compile_in_place
-from ddpm.train.loop import train
-from ddpm.train.state import EMA
+from ddpm.train.loop import updates
+from ddpm.train.start import prepare
 
 
 class TrainingStep:
-    """A run's own training step: the loop of ddpm.train, with nothing between the steps.
+    """A run's own training step: the updates of ddpm.train, with nothing between them.
 
-    pictures: (N, C, H, W) uint8, N at least batch.    batch: images an update.    compiled: compile the network, at the first update.
+    Args:
+        config: Of the run.
+        accelerator: Accelerate's.
+        images: (N, C, H, W) uint8 to train on, N at least batch.
+        batch: Images an update.
+        compiled: Compile the network, at the first update.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator, pictures: np.ndarray, batch: int, compiled: bool = False) -> None:
-        self.config, self.accelerator = config, accelerator
-        self.device, self.diffusion = accelerator.device, build.diffusion(config)
-        num_classes = config.data.num_classes or 1
-        labels = np.arange(len(pictures)) % num_classes if config.training.conditional else None
-        self.network = build.network(config, self.device, num_classes).train()
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        images: np.ndarray,
+        batch: int,
+        compiled: bool = False,
+    ) -> None:
+        self.device, num_classes = accelerator.device, config.data.num_classes or 1
+        diffusion = build.diffusion(config)
+        labels = np.arange(len(images)) % num_classes if config.training.conditional else None
+        self.network = build.network(config, self.device, num_classes)
         if compiled:
             compile_in_place(self.network)
-        self.model, self.optimizer = accelerator.prepare(self.network, build.optimizer(config, list(self.network.parameters())))
-        self.ema = EMA(self.network, config.training.ema_decay, config.training.ema_warmup)
-        self.batches = TimedBatches(pictures, batch, config.seed, self.device, drop_last=True, flip=config.data.flip, labels=labels)
-        self.done = 0
-
-    def run(self, count: int) -> None:
-        """Make so many updates, and wait for the last."""
-        at_once = self.config.runtime.device_batch
-        train(
-            accelerator=self.accelerator,
-            model=self.model,
-            diffusion=self.diffusion,
-            optimizer=self.optimizer,
+        self.state = prepare(config, accelerator, diffusion, self.network)
+        self.batches = TimedBatches(
+            images,
+            batch,
+            config.seed,
+            self.device,
+            drop_last=True,
+            flip=config.data.flip,
+            labels=labels,
+        )
+        at_once = config.runtime.device_batch
+        self._updates = updates(
+            self.state,
+            diffusion,
+            self.batches,
             lr_at=lambda step: 0.0,
-            ema=self.ema,
-            batches=self.batches,
-            timestep_sampler=build.timestep_sampler(self.diffusion, self.device),
-            seed=self.config.seed,
-            meter_sums=None,
-            steps=range(self.done, self.done + count),
+            seed=config.seed,
             num_steps=1 << 60,
             device_batch=None if isinstance(at_once, str) else at_once,
-            grad_clip=self.config.training.grad_clip,
-            log_every=1 << 60,
-            sample_every=1 << 60,
-            evaluate_every=None,
-            checkpoint_every=1 << 60,
-            log=_nothing,
-            save_samples=_nothing,
-            evaluate=_nothing,
-            save_checkpoint=_nothing,
-            stopped_by=_nothing,
+            grad_clip=config.training.grad_clip,
         )
-        self.done += count
+
+    def run(self, count: int) -> None:
+        """Makes so many updates, and waits for the last."""
+        for _ in islice(self._updates, count):
+            pass
         wait_for(self.device)
 
 
 class SamplerStep:
-    """The sampler of a run on its network: network calls and all around them, from the noisiest timestep on.    batch: images at once."""
+    """The sampler of a run on its network, from the noisiest timestep on, and all around it.
+
+    Args:
+        config: Of the run.
+        device: Where it draws.
+        batch: Images at once.
+        compiled: Compile the network, at the first step.
+    """
 
     def __init__(self, config: Config, device: torch.device, batch: int, compiled: bool = False) -> None:
-        num_classes, diffusion = config.data.num_classes or 1, build.diffusion(config)
-        network = build.network(config, device, num_classes).eval()
+        num_classes = config.data.num_classes or 1
+        network = build.network(config, device, num_classes)
         if compiled:
             compile_in_place(network)
-        weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
-        shape = (config.data.channels, *build.image_size(config.data))
-        self.drawing = Drawing(network, weights, diffusion, build.sampler(config.sampler, diffusion), shape, config.seed, build.any_class(config, num_classes))
-        self.noise = self.drawing.latents(range(batch))
-        self.step_noise = step_noise(shape, range(batch), config.seed, device)
-        self.classes = [index % num_classes for index in range(batch)] if config.training.conditional else None
+        classes = [str(number) for number in range(num_classes)]
+        subject = of_config(config, classes, lambda device: network, network.state_dict)
+        sampler = build.sampler(config.sampler, subject.diffusion)
+        self.drawing = subject.drawing(sampler, config.seed, device)
+        self._noise = self.drawing.latents(range(batch))
+        self._step_noise = step_noise(subject.shape, range(batch), config.seed, device)
+        self._classes = subject.classes_in_turn(batch)
 
     def run(self, count: int) -> None:
-        """Walk so many steps, and wait for the last."""
-        self.drawing.walk(self.noise, self.drawing.timesteps[:count], self.step_noise, self.classes)
+        """Walks so many steps, and waits for the last."""
+        timesteps = self.drawing.timesteps[:count]
+        self.drawing.walk(self._noise, timesteps, self._step_noise, self._classes)
         wait_for(self.drawing.device)
 
 
@@ -125,7 +138,7 @@ class HostWaits(TorchDispatchMode):
         return out
 
 
-def made_up(config: Config, count: int) -> np.ndarray:
+def random_images(config: Config, count: int) -> np.ndarray:
     """Random pictures of the run's shape: (count, C, H, W) uint8."""
     return np.random.default_rng(0).integers(0, 256, (count, config.data.channels, *build.image_size(config.data)), dtype=np.uint8)
 
@@ -160,7 +173,3 @@ def _best_of_ten(call: Callable[[], Tensor], device: torch.device) -> float:
         wait_for(device)
         found.append(time.perf_counter() - began)
     return min(found)
-
-
-def _nothing(*_: object) -> None:
-    """Between the steps."""

@@ -1,11 +1,8 @@
 """Checkpoints: one folder a step, whole or not there. Tensors only: nothing in them can run code."""
 
-import hashlib
 import json
 import logging
-import os
 import pickle
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm.system import files
-from ddpm.system.files import allow_by_umask, sync_file, sync_folder, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +34,10 @@ class Checkpoint:
         except SafetensorError as error:
             raise ValueError(f"{file} holds no tensors, so it is left unread ({error})") from error
 
+    def load(self) -> dict[str, Any]:
+        """What `save` was given, on the CPU.    Raises ValueError if a file holds anything but tensors and plain values."""
+        return {**self.state(), "step": self.step, "model": self.weights("raw"), "ema": self.weights("ema")}
+
     def state(self) -> dict[str, Any]:
         """All else that a resume needs, on the CPU: what `save` was given.    Raises ValueError if the file holds anything but tensors and plain values."""
         file = self.folder / "state.pt"
@@ -56,57 +56,43 @@ class Checkpoint:
             file = self.folder / name
             if not file.is_file():
                 return f"{name} is missing"
-            if _sha256(file) != expected:
+            if files.sha256(file) != expected:
                 return f"{name} is not what was written"
         return None
 
 
-def save(
-    checkpoints: Path, step: int, model: dict[str, Tensor], ema: dict[str, Tensor], state: dict[str, Any], keep: int, best: int | None = None
-) -> Checkpoint:
-    """Write a checkpoint of `step` updates, point `latest` at it, and drop all but the newest `keep` and that of step `best`.
+def save(checkpoints: Path, state: dict[str, Any], keep: int, best: int | None = None) -> Checkpoint:
+    """Writes a checkpoint, points `latest` at it, and drops all but the newest `keep` and that of step `best`.
 
-    state: tensors and plain values (torch.load's weights_only reads it back).    Raises ValueError, one line, if it cannot be written: a full disk, say.
+    Args:
+        checkpoints: The run's folder of them.
+        state: A TrainingState's: "step", the weights "model" and "ema" by name, and tensors and plain values.
+        keep: How many stay.
+        best: A step whose checkpoint stays besides.
+
+    Raises:
+        ValueError: If it cannot be written: a full disk, say.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
-    name = f"{_PREFIX}{step:08d}"
-    scratch = checkpoints / f".{name}.{os.getpid()}"
+    rest = dict(state)
+    step, weights = rest.pop("step"), {kind: rest.pop(kind) for kind in ("model", "ema")}
+    folder = checkpoints / f"{_PREFIX}{step:08d}"
     try:
-        _write(scratch, step, model, ema, state)
+        with files.whole(folder) as scratch:
+            scratch.mkdir()
+            for kind, tensors in weights.items():
+                plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+                save_file(plain, scratch / f"{kind}.safetensors")
+            torch.save(rest, scratch / "state.pt")
+            sums = {file.name: files.sha256(file) for file in sorted(scratch.iterdir())}
+            (scratch / "meta.json").write_text(json.dumps({"step": step, "sha256": sums}))
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError is torch.save's
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise ValueError(f"{checkpoints / name} cannot be written, and those before it stay: {error}") from error
-    folder = checkpoints / name
-    _remove(folder)
-    scratch.rename(folder)
-    sync_folder(checkpoints)
-    write_whole(checkpoints / "latest", name + "\n")
+        raise ValueError(f"{folder} cannot be written, and those before it stay: {error}") from error
+    files.write_text(checkpoints / "latest", folder.name + "\n")
     for old in all_in(checkpoints)[:-keep]:
         if old.step != best:
-            _remove(old.folder)
+            files.remove(old.folder)
     return Checkpoint(folder, step)
-
-
-def _write(scratch: Path, step: int, model: dict[str, Tensor], ema: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """The files of a checkpoint, all of them on the disk when this returns."""
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    for kind, tensors in (("model", model), ("ema", ema)):
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, scratch / f"{kind}.safetensors")
-    torch.save(state, scratch / "state.pt")
-    sums = {file.name: _sha256(file) for file in sorted(scratch.iterdir())}
-    (scratch / "meta.json").write_text(json.dumps({"step": step, "sha256": sums}))
-    for file in scratch.iterdir():
-        allow_by_umask(file)  # safetensors makes its files private
-        sync_file(file)
-    sync_folder(scratch)
-
-
-def clear_scratch(checkpoints: Path) -> None:
-    """Remove what a process that was killed while saving left behind. Only for who alone writes here."""
-    for left in checkpoints.glob(f".{_PREFIX}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    files.clear_scratch(checkpoints)
 
 
 def all_in(checkpoints: Path) -> list[Checkpoint]:
@@ -149,16 +135,3 @@ def find(checkpoints: Path, step: int | None = None) -> Checkpoint:
                 raise ValueError(f"step={step}: {checkpoint.folder} is damaged: {damage}")
             return checkpoint
     raise ValueError(f"step={step} has no checkpoint; there are {', '.join(str(checkpoint.step) for checkpoint in found)}")
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint so that a half-removed one is never taken for a whole one."""
-    if folder.exists():
-        hidden = folder.with_name(f".{folder.name}.removed.{os.getpid()}")
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -5,7 +5,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,10 +14,11 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import Timeout
 
 from ddpm.config.compose import Composed
 from ddpm.config.schema import Config, read_config
-from ddpm.system.files import lock, write_whole
+from ddpm.system.files import lock, write_text
 
 
 class RunFolder:
@@ -67,46 +67,46 @@ class RunFolder:
         file = self.path / ".hydra" / "choices.yaml"
         return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
-    def standing(self) -> str:
+    def status(self) -> str:
         """complete, failed, preempted, running; or cut off, where the process that trained it is gone and could not say so."""
         status = self.record().get("status", "not started")
         if status != "running" or not (self.path / ".lock").is_file():
             return status
-        with (self.path / ".lock").open(encoding="utf-8") as file:
-            return "cut off" if lock(file) else status
+        try:
+            with lock(self.path / ".lock", wait=0):
+                return "cut off"
+        except Timeout:
+            return status
 
     def start(self, config: Config, composed: Composed) -> None:
         """Make the folder if need be, and write down what is being started."""
         (self.path / ".hydra").mkdir(parents=True, exist_ok=True)
         self.samples.mkdir(exist_ok=True)
-        write_whole(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        write_whole(self.path / ".hydra" / "overrides.yaml", yaml.safe_dump(composed.overrides))
-        write_whole(self.path / ".hydra" / "choices.yaml", yaml.safe_dump(composed.choices))
+        write_text(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        write_text(self.path / ".hydra" / "overrides.yaml", yaml.safe_dump(composed.overrides))
+        write_text(self.path / ".hydra" / "choices.yaml", yaml.safe_dump(composed.choices))
         self.update(status="running", command=[Path(sys.argv[0]).name, *sys.argv[1:]], started=_now(), **_provenance())
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Keep every other process from training in this folder while this one does; the system lets go when the process ends, however it ends.
 
         Raises ValueError, naming the process that holds it, if one does.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+", encoding="utf-8") as file:
-            enough = time.monotonic() + 0.5  # `standing` holds it for an instant, to see whether a run is alive
-            while not lock(file):
-                if time.monotonic() > enough:
-                    file.seek(0)
-                    raise ValueError(f"run {self.path} is being trained by {file.read().strip() or 'another process'}; wait for it, or stop it")
-                time.sleep(0.05)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
-            file.flush()
-            yield
+        file = self.path / ".lock"
+        try:
+            with lock(file, wait=0.5):  # `status` holds it for an instant, to see whether a run is alive
+                file.write_text(f"process {os.getpid()} on {platform.node()} since {_now()}\n", encoding="utf-8")
+                yield
+        except Timeout:
+            holder = file.read_text(encoding="utf-8").strip() or "another process"
+            raise ValueError(f"run {self.path} is being trained by {holder}; wait for it, or stop it") from None
 
     def update(self, **values: Any) -> None:
         """Change entries of run.json."""
         record = {"created": _now(), **self.record(), **values, "updated": _now()}
-        write_whole(self.path / "run.json", json.dumps(record, indent=2) + "\n")
+        write_text(self.path / "run.json", json.dumps(record, indent=2) + "\n")
 
 
 def _provenance() -> dict[str, Any]:

@@ -29,7 +29,7 @@ def locate(config: Config, composed: Composed) -> RunFolder:
 
     The same configuration has the same folder, however it was typed.
     """
-    mine, path = computed(config), config.data.path if config.data.name == "folder" else None
+    mine, path = identity(config), config.data.path if config.data.name == "folder" else None
     shown = flat(mine)
     if config.init_from is not None:
         shown["init_from"] = Path(config.init_from).expanduser().resolve().name[-60:]
@@ -43,16 +43,16 @@ def locate(config: Config, composed: Composed) -> RunFolder:
 def _own_settings(model: str, data: str, path: str | None, config_dir: str | None, trusted: tuple[str, ...]) -> dict[str, Any]:
     """What a model and a data set are computed with if nothing else is said."""
     pair = [f"model={model}", f"data={data}", f"runtime.trusted_modules=[{','.join(trusted)}]"]
-    return flat(computed(training_config(compose([*pair, *([f"data.path={_quoted(path)}"] if path else [])], config_dir=config_dir))))
+    return flat(identity(training_config(compose([*pair, *([f"data.path={_quoted(path)}"] if path else [])], config_dir=config_dir))))
 
 
-def computed(config: Config) -> dict[str, Any]:
+def identity(config: Config) -> dict[str, Any]:
     """The half of a configuration that decides the numbers of a run (for data=folder with the folder's own name, for init_from its content)."""
     half = without(config.model_dump(mode="json"), NOT_COMPUTED)
     if config.init_from is None:
         del half["init_from"]
     else:
-        assert config.init_weights is not None, "weights.folders.with_content comes first"
+        assert config.init_weights is not None, "weights.folders.with_initial_weights comes first"
         half["init_from"] = config.init_weights
     del half["training"]["steps" if config.training.steps is None else "epochs"]  # the unit not used
     if config.data.name == "folder" and config.data.path:
@@ -68,7 +68,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def settings(run: RunFolder, config: Config, num_steps: int) -> dict[str, float | str | None]:
+def hparams(run: RunFolder, config: Config, num_steps: int) -> dict[str, float | str | None]:
     """What runs are told apart by, under the same keys whatever the run: the options chosen, the numbers tuned most, and `differs`, all that is not
     the model's and data's own, in the words of the folder's name."""
     chosen = run.choices()

@@ -16,7 +16,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import scalar
 
-from ddpm.system.files import write_whole, write_whole_bytes
+from ddpm.system.files import write_bytes, write_text
+
+Status = Literal["complete", "failed", "preempted"]
 
 _CURVE = r"(?!.*_(final|best)$)"
 LAYOUT = {  # TensorBoard's tab Custom Scalars: the curves worth comparing, each kind of all runs in one chart
@@ -44,7 +46,7 @@ class Recorder:
     def __init__(self, folder: Path, first_step: int) -> None:
         self._path = folder / "metrics.jsonl"
         kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= first_step]
-        write_whole(self._path, "".join(line + "\n" for line in kept))
+        write_text(self._path, "".join(line + "\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
         _forget_conclusion(folder)
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
@@ -88,7 +90,7 @@ class Recorder:
         self._board.close()
 
 
-def conclude(folder: Path, status: Literal["complete", "failed", "preempted"], step: int, values: Mapping[str, float]) -> None:
+def conclude(folder: Path, status: Status, step: int, values: Mapping[str, float]) -> None:
     """Tell TensorBoard how the run ended, and with what: one small event file, which takes the place of the one before, and goes when the run goes on.
 
     TensorBoard keeps the first end that it reads of a run, so an end inside the files that stay would outlive a resume.    values: scalars, at `step`.
@@ -106,7 +108,7 @@ def conclude(folder: Path, status: Literal["complete", "failed", "preempted"], s
     content = io.BytesIO()
     for event in events:
         RecordWriter(content).write(event.SerializeToString())
-    write_whole_bytes(files[-1].with_name(files[-1].name + _CONCLUSION), content.getvalue())
+    write_bytes(files[-1].with_name(files[-1].name + _CONCLUSION), content.getvalue())
 
 
 _CONCLUSION = ".end"  # after the newest file's name: TensorBoard reads a folder's files in the order of their names

@@ -11,7 +11,7 @@ import yaml
 
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import NOT_COMPUTED, flat, without
-from ddpm.system.files import write_whole
+from ddpm.system.files import write_text
 
 PARTS = ("loss_t", "channel_", "bits_per_dim_")  # one timestep bucket, one channel, one term of the bound
 WINDOW = 0.1  # share of a run's steps that a loss is averaged over, so that runs with other log intervals compare
@@ -106,7 +106,7 @@ def hours(record: Mapping[str, Any]) -> float | None:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measurement:
     """One measured figure.    protocol: all that decides it, the same figure of another protocol being another one.    deviation: over subsets or splits.
     floor: the same distance between two random halves of the data, which no network beats."""
 
@@ -136,13 +136,13 @@ def better(metric: str) -> Callable[..., Any] | None:
     return max if metric.startswith(("inception_score", "class_score_", "precision", "recall")) else None
 
 
-def record(path: Path, figures: Sequence[Figure]) -> None:
+def record(path: Path, figures: Sequence[Measurement]) -> None:
     """Add figures to a file, whole or not at all; one of the same metric and protocol takes the place of the one before."""
     kept = {key(entry): entry for entry in recorded(path)}
     for figure in figures:
         entry = {"id": figure.id, **asdict(figure)}
         kept[key(entry)] = json.loads(json.dumps(entry))
-    write_whole(path, json.dumps(list(kept.values()), indent=1) + "\n")
+    write_text(path, json.dumps(list(kept.values()), indent=1) + "\n")
 
 
 def recorded(path: Path) -> list[dict[str, Any]]:
@@ -183,7 +183,7 @@ def read(run: RunFolder) -> Compared:
     try:
         plain = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
         plain = plain if isinstance(plain, dict) else {}
-        return Compared(run, flat(without(plain, NOT_COMPUTED)), run.choices(), run.record(), read_results(run, plain), run.standing())
+        return Compared(run, flat(without(plain, NOT_COMPUTED)), run.choices(), run.record(), read_results(run, plain), run.status())
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         return Compared(run, {}, {}, {}, [], f"unreadable ({' '.join(str(error).split())[:60]})")
 

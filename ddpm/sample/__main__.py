@@ -1,18 +1,10 @@
-"""python -m ddpm.sample run=DIR: draw images from a trained run: a grid, and one PNG an image."""
+"""python -m ddpm.sample: draw images from a trained run, or a folder of weights."""
 
-from ddpm.config.cli import command
-from ddpm.config.compose import Composed
-
-
-def task(composed: Composed) -> None:
-    from ddpm.sample.run import SampleConfig, carry_out
-
-    carry_out(SampleConfig.of(composed))
-
+from ddpm.config.cli import command, lazily
 
 main = command(
     "sample",
-    task,
+    lazily("ddpm.sample.run.run"),
     "Draw images from a trained run: a grid, and one PNG an image.",
     [
         "python -m ddpm.sample run=outputs/quickstart-digits/recipe-ba7ead0c",

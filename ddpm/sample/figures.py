@@ -12,7 +12,7 @@ from torch import Tensor
 from ddpm.diffusion.samplers import step_noise
 from ddpm.sample import images
 from ddpm.sample.drawing import Drawing
-from ddpm.system.files import write_whole_npz
+from ddpm.system.files import whole, write_arrays
 
 
 class Figure(NamedTuple):
@@ -136,15 +136,14 @@ def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float, hold: flo
     each = max(20, round(1000 * seconds / len(frames)))
     pictures = [images.to_picture(frame) for frame in frames]
     durations = [each] * (len(frames) - 1) + [each + round(1000 * hold)]
-    scratch = path.with_name(f".{path.name}")
-    pictures[0].save(scratch, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
-    scratch.replace(path)
+    with whole(path) as scratch:
+        pictures[0].save(scratch, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
 def save_figure(path: Path, figure: Figure) -> None:
     """The figure as a PNG with its labels, and its arrays as an .npz beside it."""
     images.save_png(path, labelled(figure))
-    write_whole_npz(path.with_suffix(".npz"), **figure.arrays)
+    write_arrays(path.with_suffix(".npz"), **figure.arrays)
 
 
 def labelled(figure: Figure) -> np.ndarray:

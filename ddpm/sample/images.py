@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ddpm.system.files import whole
+
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """(B, C, H, W) float in [-1, 1] to (B, H, W, C) uint8, rounded to the nearest level; values outside are clipped."""
@@ -44,10 +46,6 @@ def grid(images: np.ndarray, columns: int | None = None, least_width: int = 512)
 
 
 def save_png(path: Path, image: np.ndarray) -> None:
-    """Write (H, W, C) uint8 as a PNG, whole or not at all."""
-    scratch = path.with_name(f".{path.name}")
-    try:
+    """Write (H, W, C) uint8 as a PNG, whole or not at all; without a wait for the disk, since there may be 50,000 of them."""
+    with whole(path, sync=False) as scratch:
         to_picture(image).save(scratch, format="PNG")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -1,28 +1,30 @@
-"""One call of ddpm.sample: rebuild the network from a run folder, or a diffusers folder, alone, draw, and write."""
+"""python -m ddpm.sample: draw images from a run or a folder of weights, and write them."""
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
+from torch import Tensor
 
 from ddpm.config import build
 from ddpm.config.compose import Composed
 from ddpm.config.schema import plain_config
 from ddpm.config.validation import Count, Node, Section, Text, check_node, validated
 from ddpm.runs.folder import RunFolder
-from ddpm.sample import figures, images
+from ddpm.sample import figures
 from ddpm.sample.drawing import Drawing
+from ddpm.sample.figures import Figure
 from ddpm.sample.folder import claim_folder, draw_missing, pack_samples, read_samples
-from ddpm.sample.subject import Subject, of_folder, of_run
-from ddpm.system import devices
-from ddpm.system.processes import find_processes
+from ddpm.sample.images import grid, save_png
+from ddpm.sample.subject import Subject, Trained, of_folder, of_run
+from ddpm.system.processes import device_of, find_processes
 from ddpm.weights import folders
 
 
-class SampleConfig(Section):
+class Settings(Section):
     """What to draw. See conf/sample.yaml for each key."""
 
     run: Text | None
@@ -36,7 +38,16 @@ class SampleConfig(Section):
     format: Annotated[list[Literal["png", "npz"]], Field(min_length=1)]
     animate: bool
     frames: Annotated[int, Field(ge=2)]
-    figure: Literal["progressive", "shared_latents", "interpolate", "interpolate_coarse", "grid_over_training"] | None
+    figure: (
+        Literal[
+            "progressive",
+            "shared_latents",
+            "interpolate",
+            "interpolate_coarse",
+            "grid_over_training",
+        ]
+        | None
+    )
     pictures: Annotated[list[int | str], Field(min_length=2, max_length=2)]
     device: Literal["auto", "cpu", "cuda", "mps"]
     to: Text | None
@@ -44,117 +55,181 @@ class SampleConfig(Section):
     trusted_modules: list[str]
     sampler: Node
 
-    @classmethod
-    def of(cls, composed: Composed) -> "SampleConfig":
-        """The settings of one call, checked.    Raises ValueError, one line."""
-        cfg, source = composed.cfg, composed.cfg["from"]
-        if (cfg.run is None) == (source is None):
-            what = "run is missing" if source is None else f"run={cfg.run} and from={source}: give one of them"
-            raise ValueError(f"{what}: give run=DIR, a folder that ddpm.train made, or from=FOLDER, of diffusers or on the hub")
-        if source is None:
-            cfg.objective = RunFolder(Path(str(cfg.run))).config(list(cfg.trusted_modules)).objective  # ancestral sampling has the run's variance
-        else:
-            chain = folders.find(str(source), "from").chain()
-            cfg.objective = {"variance": chain.diffusion.variance}
-            if not chain.clip and not any(override.startswith("sampler.clip=") for override in composed.overrides):
-                cfg.sampler.clip = False
-        plain = plain_config(composed)
-        del plain["objective"]
-        config = validated(cls, plain)
-        if source is not None and (config.step is not None or config.weights != "ema"):
-            raise ValueError(f"step={config.step} and weights={config.weights} choose among what a run keeps; from={source} has one set of weights")
-        check_node("sampler", config.sampler, config.trusted_modules)
-        return config
 
+def run(composed: Composed) -> Path:
+    """Draws and writes, and prints where to.
 
-def carry_out(config: SampleConfig) -> None:
-    """Draw and write, and print where to.    Raises ValueError, one line, if there is no such run, checkpoint, folder or device."""
-    processes = find_processes(config.device)
-    device = processes.device if processes.num_processes > 1 else devices.device(config.device)
-    if config.run is not None:
-        subject = of_run(config.run, config.step, config.weights, config.trusted_modules)
-        drawn_in = subject.folder.with_name(f"{subject.folder.name}_{_folder_name(config)}")
-    else:
-        subject = of_folder(str(config.source), config.outputs)
-        drawn_in = subject.folder / _folder_name(config)
-    sampler = build.sampler(config.sampler, subject.diffusion)
-    classes = _classes(config, subject.classes)
-    network = subject.build(device)
-    weights = {name: tensor.to(device) for name, tensor in subject.weights().items()}
-    drawing = Drawing(network, weights, subject.diffusion, sampler, subject.shape, config.seed, subject.any_class)
-    folder = Path(config.to) if config.to else drawn_in
-    if processes.is_main_process and config.figure != "grid_over_training":
-        what = config.figure or f"{config.num_samples} images"
-        print(f"{what} with the weights of {subject.name}, {len(drawing.timesteps)} steps each, on {device}", flush=True)
-    if config.figure is not None:
-        if processes.is_main_process:
-            _draw_figure(config, subject, drawing, classes, folder)
+    Returns:
+        The folder of the images.
+
+    Raises:
+        ValueError: If there is no such run, checkpoint, folder or device, or a key cannot be.
+    """
+    settings = settings_of(composed)
+    processes = find_processes(settings.device)
+    device = device_of(processes, settings.device)
+    subject, trained, name, folder = _opened(settings)
+    sampler = build.sampler(settings.sampler, subject.diffusion)
+    classes = _classes(settings, subject.classes)
+    drawing = subject.drawing(sampler, settings.seed, device)
+    leads = processes.is_main_process
+    if leads and settings.figure != "grid_over_training":
+        what = settings.figure or f"{settings.num_samples} images"
+        steps = len(drawing.timesteps)
+        print(f"{what} with the weights of {name}, {steps} steps each, on {device}", flush=True)
+    if settings.figure is not None:
+        if leads:
+            _draw_figure(settings, trained, drawing, classes, folder)
         processes.wait_for_everyone()
-        return
-    if processes.is_main_process:
-        claim_folder(folder, {"of": subject.name, "sampler": config.sampler, "seed": config.seed, "classes": config.classes})
+        return folder
+    if leads:
+        sampler_settings = build.sampler_settings(settings.sampler, subject.diffusion)
+        about = {"of": name, "sampler": sampler_settings, "seed": settings.seed}
+        claim_folder(folder, {**about, "classes": settings.classes})
     processes.wait_for_everyone()
-    count, packed = config.num_samples, folder / "samples.npz"
-    if not (packed.is_file() and "png" not in config.format and len(np.load(packed, mmap_mode="r")["arr_0"]) == count):
-        draw_missing(drawing, folder, count, classes, config.batch_size, processes.process_index, processes.num_processes)
+    count = settings.num_samples
+    if not _is_packed(folder, settings):
+        draw_missing(drawing, folder, count, classes, settings.batch_size, processes)
         processes.wait_for_everyone()
-        if processes.is_main_process:
-            images.save_png(folder / "grid.png", images.grid(read_samples(folder, min(count, 100))))
-            if "npz" in config.format:
-                pack_samples(folder, count, keep="png" in config.format)
-    if processes.is_main_process:
-        if config.animate:
-            shown = min(count, 36)
-            frames = figures.denoising(drawing, shown, None if classes is None else classes[:shown], config.frames)
-            figures.save_gif(folder / "denoising.gif", frames, seconds=4, hold=2)
-            print(f"animation {folder / 'denoising.gif'}", flush=True)
+        if leads:
+            save_png(folder / "grid.png", grid(read_samples(folder, min(count, 100))))
+            if "npz" in settings.format:
+                pack_samples(folder, count, keep="png" in settings.format)
+    if leads:
+        if settings.animate:
+            _animate(drawing, classes, folder / "denoising.gif", min(count, 36), settings.frames)
         print(f"samples {folder / 'grid.png'}", flush=True)
+    return folder
 
 
-def _draw_figure(config: SampleConfig, subject: Subject, drawing: Drawing, classes: list[int] | None, folder: Path) -> None:
-    drawn_in = folder.name
-    folder = folder.parent if config.to is None else folder  # a figure stands beside the folders of samples
-    folder.mkdir(parents=True, exist_ok=True)
-    pair = "_".join(Path(str(picture)).stem for picture in config.pictures)
-    name = f"{config.figure}_{pair}" if str(config.figure).startswith("interpolate") else str(config.figure)
-    drawn = config.figure != "grid_over_training"  # which shows what training drew
-    path = folder / (f"{name}_{drawn_in}.png" if drawn and config.to is None else f"{name}.png")
-    count = min(config.num_samples, 8)
-    if config.figure == "grid_over_training":
-        if subject.run is None:
-            raise ValueError("figure=grid_over_training needs run=DIR")
-        frames, figure = figures.over_training(sorted(subject.run.samples.glob("step_*[0-9].png")), config.frames)
-        figures.save_gif(path.with_suffix(".gif"), frames, seconds=4, hold=2)
-        print(f"animation {path.with_suffix('.gif')}", flush=True)
-    elif config.figure == "progressive":
+def settings_of(composed: Composed) -> Settings:
+    """The settings of one call, checked."""
+    cfg, source = composed.cfg, composed.cfg["from"]
+    if (cfg.run is None) == (source is None):
+        both = f"run={cfg.run} and from={source}: give one of them"
+        raise ValueError(
+            f"{'run is missing' if source is None else both}: give run=DIR, a folder that ddpm.train made, or from=FOLDER, of diffusers or on the hub"
+        )
+    if source is not None and not _clips(str(source)) and not _is_typed(composed, "sampler.clip"):
+        cfg.sampler.clip = False
+    settings = validated(Settings, plain_config(composed))
+    if source is not None and (settings.step is not None or settings.weights != "ema"):
+        raise ValueError(f"step={settings.step} and weights={settings.weights} choose among what a run keeps; from={source} has one set of weights")
+    check_node("sampler", settings.sampler, settings.trusted_modules)
+    return settings
+
+
+def _clips(source: str) -> bool:
+    """Whether a folder's own scheduler holds x0_hat in [-1, 1]."""
+    return folders.find(source, "from").chain().clip
+
+
+def _is_typed(composed: Composed, key: str) -> bool:
+    return any(override.startswith(f"{key}=") for override in composed.overrides)
+
+
+def _opened(settings: Settings) -> tuple[Subject, Trained | None, str, Path]:
+    """What is drawn from, the run that it is of, the weights' name, and where to write."""
+    if settings.run is None:
+        subject, name = of_folder(str(settings.source))
+        folder = Path(settings.outputs) / f"samples-{name}" / _folder_name(settings, subject)
+        return subject, None, name, Path(settings.to) if settings.to else folder
+    run = RunFolder(Path(settings.run))
+    trained = of_run(run, settings.step, settings.weights, settings.trusted_modules)
+    record = run.record()
+    if record.get("status") != "complete":
+        whole = record.get("num_steps")
+        print(f"run {run.path} is not complete: this is step {trained.step} of {whole}", flush=True)
+    words = f"step_{trained.step:08d}_{trained.kind}"
+    folder = run.samples / f"{words}_{_folder_name(settings, trained.subject)}"
+    name = f"step {trained.step} {trained.kind}"
+    return trained.subject, trained, name, Path(settings.to) if settings.to else folder
+
+
+def _folder_name(settings: Settings, subject: Subject) -> str:
+    """Sampler, steps and seed to read, and a hash of all that decides the images."""
+    sampler: dict[str, Any] = build.sampler_settings(settings.sampler, subject.diffusion)
+    function = str(sampler["function"]["_target_"]).rpartition(".")[2]
+    decides = json.dumps([sampler, settings.classes], sort_keys=True)
+    digest = hashlib.sha256(decides.encode()).hexdigest()[:8]
+    return f"{function}{sampler['num_steps'] or ''}_seed_{settings.seed}-{digest}"
+
+
+def _classes(settings: Settings, names: list[str] | None) -> list[int] | None:
+    """The class number of each sample: those asked for, or all in turn."""
+    if names is None:
+        if settings.classes is not None:
+            raise ValueError(f"classes={settings.classes}: the network was trained without classes; training.conditional=true trains with them")
+        return None
+    chosen = []
+    for wanted in settings.classes if settings.classes is not None else range(len(names)):
+        named = isinstance(wanted, str) and wanted in names
+        number = names.index(str(wanted)) if named else wanted
+        if not isinstance(number, int) or not 0 <= number < len(names):
+            raise ValueError(f"classes has {wanted}; the run knows 0 to {len(names) - 1}: {', '.join(names[:24])}")
+        chosen.append(number)
+    return [chosen[index % len(chosen)] for index in range(settings.num_samples)]
+
+
+def _is_packed(folder: Path, settings: Settings) -> bool:
+    """Whether samples.npz has all images already, and nothing else is wanted."""
+    packed = folder / "samples.npz"
+    if "png" in settings.format or not packed.is_file():
+        return False
+    return len(np.load(packed, mmap_mode="r")["arr_0"]) == settings.num_samples
+
+
+def _animate(drawing: Drawing, classes: list[int] | None, path: Path, count: int, frames: int) -> None:
+    """The chain of the first images as a GIF."""
+    chosen = None if classes is None else classes[:count]
+    figures.save_gif(path, figures.denoising(drawing, count, chosen, frames), seconds=4, hold=2)
+    print(f"animation {path}", flush=True)
+
+
+def _draw_figure(
+    settings: Settings,
+    trained: Trained | None,
+    drawing: Drawing,
+    classes: list[int] | None,
+    folder: Path,
+) -> None:
+    """One of the papers' figures, beside the folders of samples or in to=DIR."""
+    place = folder.parent if settings.to is None else folder
+    place.mkdir(parents=True, exist_ok=True)
+    name, count = str(settings.figure), min(settings.num_samples, 8)
+    if name.startswith("interpolate"):
+        name += "_" + "_".join(Path(str(picture)).stem for picture in settings.pictures)
+    if settings.figure != "grid_over_training" and settings.to is None:
+        name += f"_{folder.name}"  # that one shows what training drew
+    path = place / f"{name}.png"
+    if settings.figure == "grid_over_training":
+        figure = _over_training(settings, trained, path.with_suffix(".gif"))
+    elif settings.figure == "progressive":
         figure = figures.progressive(drawing, count, classes)
-    elif config.figure == "shared_latents":
+    elif settings.figure == "shared_latents":
         figure = figures.shared_latents(drawing, count, classes)
-    elif config.figure == "interpolate":
-        figure = figures.interpolate(drawing, subject.pair(config.pictures), classes, drawing.diffusion.num_timesteps // 2)
+    elif settings.figure == "interpolate":
+        halfway = drawing.diffusion.num_timesteps // 2
+        figure = figures.interpolate(drawing, _pair(settings, trained), classes, halfway)
     else:
-        figure = figures.interpolate_coarse(drawing, subject.pair(config.pictures), classes)
+        figure = figures.interpolate_coarse(drawing, _pair(settings, trained), classes)
     figures.save_figure(path, figure)
     print(f"figure {path}", flush=True)
 
 
-def _folder_name(config: SampleConfig) -> str:
-    """Sampler, steps and seed to read, and a hash of all that decides the images to tell apart what the words do not."""
-    function = str(config.sampler["function"]["_target_"]).rpartition(".")[2]
-    digest = hashlib.sha256(json.dumps([config.sampler, config.classes], sort_keys=True).encode()).hexdigest()[:8]
-    return f"{function}{config.sampler['num_steps'] or ''}_seed_{config.seed}-{digest}"
+def _over_training(settings: Settings, trained: Trained | None, path: Path) -> Figure:
+    """The run's previews one after the other: the GIF is written, the strip returned."""
+    if trained is None:
+        raise ValueError("figure=grid_over_training needs run=DIR")
+    previews = sorted(trained.run.samples.glob("step_*[0-9].png"))
+    frames, figure = figures.over_training(previews, settings.frames)
+    figures.save_gif(path, frames, seconds=4, hold=2)
+    print(f"animation {path}", flush=True)
+    return figure
 
 
-def _classes(config: SampleConfig, names: list[str] | None) -> list[int] | None:
-    """The class number of each sample: those asked for, or all in turn.    Raises ValueError, one line, for one that the run does not know."""
-    if names is None:
-        if config.classes is not None:
-            raise ValueError(f"classes={config.classes}: the network was trained without classes; training.conditional=true trains with them")
-        return None
-    chosen = []
-    for wanted in config.classes if config.classes is not None else range(len(names)):
-        number = names.index(wanted) if isinstance(wanted, str) and wanted in names else wanted
-        if not isinstance(number, int) or not 0 <= number < len(names):
-            raise ValueError(f"classes has {wanted}; the run knows 0 to {len(names) - 1}: {', '.join(names[:24])}")
-        chosen.append(number)
-    return [chosen[index % len(chosen)] for index in range(config.num_samples)]
+def _pair(settings: Settings, trained: Trained | None) -> Tensor:
+    """The two pictures to interpolate: (2, C, H, W) in [-1, 1]."""
+    if trained is None:
+        raise ValueError("figure=interpolate needs a run's data: give run=DIR")
+    return build.pictures(trained.config, settings.pictures)

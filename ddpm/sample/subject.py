@@ -1,78 +1,137 @@
-"""What images are drawn from: a run's checkpoint, or a folder of weights."""
+"""One way to images: from a run, a folder of weights or a network in training, to a Drawing."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ddpm.config import build
+from ddpm.config.schema import Config
 from ddpm.diffusion.process import GaussianDiffusion
+from ddpm.diffusion.samplers import Sampler
 from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
-from ddpm.system import devices
+from ddpm.sample.drawing import Drawing
+from ddpm.system.devices import to_device
 from ddpm.weights import folders
 
 
-class Subject(NamedTuple):
-    """What is drawn from.
+@dataclass(frozen=True)
+class Subject:
+    """A network that images are drawn from, and what they are of.
 
-    classes: names, None for a network without.    any_class: see Drawing.    folder: of its samples, to which their own name is added.    name: of the weights.
-    run: its folder, if it is one.    pair: two pictures, by number in the data set or by file, (2, C, H, W) in [-1, 1].
+    Attributes:
+        build: Makes the network on a device, with whatever weights.
+        weights: Gives its weights by name, wherever they lie.
+        model: The network's class and all its arguments, as in conf/model/.
+        diffusion: The process that it was trained for.
+        shape: (C, H, W) of its images.
+        classes: Names of its classes; None for a network without.
+        any_class: See Drawing.
     """
 
     build: Callable[[torch.device], nn.Module]
     weights: Callable[[], dict[str, Tensor]]
+    model: dict[str, Any]
     diffusion: GaussianDiffusion
     shape: tuple[int, int, int]
     classes: list[str] | None
     any_class: int | None
-    folder: Path
-    name: str
-    run: RunFolder | None
-    pair: Callable[[list[int | str]], Tensor]
+
+    def drawing(self, sampler: Sampler, seed: int, device: torch.device) -> Drawing:
+        """The network on a device, ready to draw.
+
+        Raises:
+            ValueError: If the sampler asks for guidance that the network has not learned.
+        """
+        network = self.build(device)
+        weights = {name: tensor.to(device) for name, tensor in self.weights().items()}
+        return Drawing(network, weights, self.diffusion, sampler, self.shape, seed, self.any_class)
+
+    def classes_in_turn(self, count: int) -> list[int] | None:
+        """A class for each of `count` images, one after the other; None for a network without."""
+        if self.classes is None:
+            return None
+        return [index % len(self.classes) for index in range(count)]
 
 
-def of_run(path: str, step: int | None, weights: Literal["ema", "raw"], trusted_modules: list[str]) -> Subject:
-    run = RunFolder(Path(path))
-    trained = run.config(trusted_modules)
+@dataclass(frozen=True)
+class Trained:
+    """A run's network after some step.
+
+    Attributes:
+        subject: What it draws.
+        config: What it was trained with.
+        run: Its folder.
+        step: Optimizer updates done.
+        kind: Which of its weights: their moving average, or as trained.
+    """
+
+    subject: Subject
+    config: Config
+    run: RunFolder
+    step: int
+    kind: Literal["ema", "raw"]
+
+
+def of_run(run: RunFolder, step: int | None, kind: Literal["ema", "raw"], trusted_modules: list[str]) -> Trained:
+    """A run's checkpoint of a step, the newest whole one for None.
+
+    Raises:
+        ValueError: If there is no such run or checkpoint, or it names what is not trusted.
+    """
+    config = run.config(trusted_modules)
     found = checkpoint.find(run.checkpoints, step)
-    names, record = run.classes(), run.record()
-    if record.get("status") != "complete":
-        print(f"run {run.path} is not complete: this is step {found.step} of {record.get('num_steps')}", flush=True)
+    classes = run.classes()
+    subject = of_config(
+        config,
+        classes,
+        lambda device: build.network(config, device, len(classes)),
+        lambda: found.weights(kind),
+    )
+    return Trained(subject, config, run, found.step, kind)
+
+
+def of_config(
+    config: Config,
+    classes: list[str],
+    build_network: Callable[[torch.device], nn.Module],
+    weights: Callable[[], dict[str, Tensor]],
+) -> Subject:
+    """A network of that configuration, for data with these classes. See Subject for the rest."""
     return Subject(
-        build=lambda device: build.network(trained, device, len(names)),
-        weights=lambda: found.weights(weights),
-        diffusion=build.diffusion(trained),
-        shape=(trained.data.channels, *build.image_size(trained.data)),
-        classes=names if trained.training.conditional else None,
-        any_class=build.any_class(trained, len(names)),
-        folder=run.samples / f"step_{found.step:08d}_{weights}",
-        name=f"step {found.step} {weights}",
-        run=run,
-        pair=lambda wanted: build.pictures(trained, wanted),
+        build=build_network,
+        weights=weights,
+        model={**config.model, **build.network_arguments(config, len(classes))},
+        diffusion=build.diffusion(config),
+        shape=(config.data.channels, *build.image_size(config.data)),
+        classes=classes if config.training.conditional else None,
+        any_class=build.any_class(config, len(classes)),
     )
 
 
-def of_folder(name: str, outputs: str) -> Subject:
-    """A folder knows its classes by number alone, and of none that it stands for "any"."""
+def of_folder(name: str) -> tuple[Subject, str]:
+    """The network of a folder of weights, or of a repository of the hub, and its last name.
+
+    Such a folder knows its classes by number alone, and of none that it stands for "any".
+
+    Raises:
+        ValueError: If there is nothing, or no network and process that can be expressed here.
+    """
     found = folders.find(name, "from")
-    network, resolution, num_classes = found.network(), found.model["resolution"], found.model["num_classes"]
+    network, resolution = found.network(), found.model["resolution"]
+    num_classes = found.model["num_classes"]
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-    return Subject(
-        build=lambda device: devices.placed(network, device),
+    subject = Subject(
+        build=lambda device: to_device(network, device),
         weights=lambda: found.fitting(network, found.model),
+        model=found.model,
         diffusion=found.chain().diffusion,
         shape=(found.model["in_channels"], height, width),
         classes=None if num_classes is None else [str(number) for number in range(num_classes)],
         any_class=None,
-        folder=Path(outputs) / f"samples-{Path(name).expanduser().resolve().name}",
-        name=Path(name).expanduser().resolve().name,
-        run=None,
-        pair=_of_no_data,
     )
-
-
-def _of_no_data(wanted: list[int | str]) -> Tensor:
-    raise ValueError("figure=interpolate needs a run's data: give run=DIR")
+    return subject, Path(name).expanduser().resolve().name

@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ddpm.system.internals import keep_dropout_when_compiled
+
 GAIN = {"cpu": 0.0}  # share of a training step's time that compiling saved, where it was measured (README, Speed)
 
 
@@ -24,13 +26,11 @@ def compile_in_place(network: nn.Module) -> None:
     For each shape by itself: the code for all shapes that torch otherwise makes at the second one fails in attention on a CPU (torch 2.13), as in a sweep
     over resolutions.
     """
-    import torch._inductor.config
-
-    torch._inductor.config.fallback_random = True
+    keep_dropout_when_compiled()
     network.compile(dynamic=False)
 
 
-def placed(network: nn.Module, device: torch.device) -> nn.Module:
+def to_device(network: nn.Module, device: torch.device) -> nn.Module:
     """The network on the device, its convolutions' weights in channels_last."""
     return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub does not know it of modules
 

@@ -1,90 +1,115 @@
-"""Writing so that a reader finds the whole file or the one before it: temporary name, fsync, rename."""
+"""Writing so that a reader finds the whole file or the one before it; locks; digests."""
 
+import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]  # mypy knows it as a module
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Put `text` at `path`, whole or not at all. The file gets the permissions that the user's umask gives."""
-    write_whole_bytes(path, text.encode())
-
-
-def write_whole_bytes(path: Path, content: bytes) -> None:
-    """`write_whole` of bytes."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-    sync_folder(path.parent)
-
-
-def write_whole_npz(path: Path, **arrays: Any) -> None:
-    """`write_whole` of NumPy arrays under their names, without a second copy in memory."""
-    import numpy as np  # not at the top: --help need not wait for it
-
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("wb") as file:
-            np.savez(file, **arrays)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def clear_scratch(folder: Path) -> None:
-    """Remove the files that a process left behind in a folder which was killed while writing. Only for who alone writes there."""
-    for left in folder.glob(".*.[0-9]*"):
-        if left.is_file():
-            left.unlink()
-
-
-def lock(file: IO[str], wait: bool = False) -> bool:
-    """Whether an open file is now this process's alone, until it is closed or the process ends, however it ends. Always, where the system has no such locks."""
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            return False
-    return True
+from filelock import BaseFileLock, FileLock
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Wait until no other process is in here with the same `path`, a file made for this, and keep others waiting."""
-    with path.open("a") as file:
-        lock(file, wait=True)
-        yield
+def whole(path: Path, sync: bool = True) -> Iterator[Path]:
+    """Gives a scratch path beside `path`; the file or folder made there takes its place at the end.
+
+    It does so by a rename, after all of it is on the disk, with the permissions that the user's
+    umask grants. If the block raises, nothing is left. A process that is killed leaves its scratch
+    (.NAME.PID) for `clear_scratch`.
+
+    Args:
+        path: What is written, whole or not at all.
+        sync: Wait for the disk; without, a power cut may leave an empty file.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    remove(scratch)
+    try:
+        yield scratch
+        for part in [*scratch.rglob("*"), scratch] if scratch.is_dir() else [scratch]:
+            _allow_by_umask(part)
+            if sync:
+                _sync(part)
+        if scratch.is_dir():
+            remove(path)
+        scratch.replace(path)
+        if sync:
+            _sync(path.parent)
+    finally:
+        remove(scratch)
 
 
-def sync_file(path: Path) -> None:
-    """Make sure that a file's bytes are on the disk."""
+def write_text(path: Path, text: str) -> None:
+    """Puts `text` at `path`, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Puts `content` at `path`, whole or not at all."""
+    with whole(path) as scratch:
+        scratch.write_bytes(content)
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Puts NumPy arrays at `path`, an .npz, under their names, without a second copy in memory."""
+    import numpy as np  # not at the top: --help need not wait for it
+
+    with whole(path) as scratch, scratch.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def clear_scratch(folder: Path) -> None:
+    """Removes what killed processes left in a folder. Only for who alone writes there."""
+    for left in folder.glob(".*.[0-9]*"):
+        remove(left)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder so that a half-removed one is never taken for a whole one."""
+    if path.is_dir() and not path.is_symlink():
+        hidden = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.removed")
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def lock(path: Path, wait: float = -1) -> BaseFileLock:
+    """A lock on a file made for it, to be used as a context; the system ends it with the process.
+
+    Args:
+        path: The file; what the holder writes into it stays readable for others.
+        wait: Seconds after which filelock.Timeout is raised; negative: never.
+    """
+    path.touch()  # with the permissions that the umask grants
+    return FileLock(path, timeout=wait)
+
+
+def sha256(file: Path) -> str:
+    """The hexadecimal digest of a file's bytes."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Makes sure that a file's bytes, or the names in a folder, are on the disk."""
+    if path.is_dir():
+        if os.name != "posix":
+            return
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        return
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
-    """Make sure that the names in a folder are on the disk, where the system can."""
-    if os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def allow_by_umask(path: Path) -> None:
-    """Give a file or folder the permissions that the user's umask grants, where what made it gave fewer."""
+def _allow_by_umask(path: Path) -> None:
+    """Gives the permissions that the user's umask grants, where what made it gave fewer."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -4,20 +4,24 @@ import atexit
 import ctypes
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import gather_object
 
 from ddpm.system import devices
+from ddpm.system.internals import reset_accelerate
+
+T = TypeVar("T")
+Name = Literal["auto", "cpu", "cuda", "mps"]
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
 
 
-def find_processes(device: Literal["auto", "cpu", "cuda", "mps"]) -> PartialState:
+def find_processes(device: Name) -> PartialState:
     """The processes of this command, which share its work, each on its device of that kind.
 
     Raises ValueError if this machine has no such device, or if several processes were started and do not find each other: each would do all the work.
@@ -27,19 +31,24 @@ def find_processes(device: Literal["auto", "cpu", "cuda", "mps"]) -> PartialStat
     return state
 
 
+def device_of(processes: PartialState, name: Name) -> torch.device:
+    """Where this process works: on its own device among several, else on the one of that name."""
+    return processes.device if processes.num_processes > 1 else devices.device(name)
+
+
 @contextmanager
-def accelerator_for(device: Literal["auto", "cpu", "cuda", "mps"], precision: Literal["fp32", "bf16", "fp16"]) -> Iterator[Accelerator]:
+def accelerator_for(device: Name, precision: Literal["fp32", "bf16", "fp16"]) -> Iterator[Accelerator]:
     """Accelerate for one run; what it keeps between runs of one process is put back before and after.    Raises ValueError like `find_processes`."""
     cpu = devices.device(device).type == "cpu"
     if cpu:
         _keep_freed_memory()
-    _reset()
+    reset_accelerate()
     try:
         accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=cpu)
         _check_all_here(accelerator.num_processes)
         yield accelerator
     finally:
-        _reset()
+        reset_accelerate()
 
 
 def any_process(num_processes: int) -> Callable[[bool], bool] | None:
@@ -54,6 +63,16 @@ def any_process(num_processes: int) -> Callable[[bool], bool] | None:
         return bool(flag)
 
     return ask
+
+
+def share(items: Sequence[T], processes: PartialState) -> Sequence[T]:
+    """This process's share of what all know: every n-th."""
+    return items[processes.process_index :: processes.num_processes]
+
+
+def gather(mine: list[T], processes: PartialState) -> list[T]:
+    """The lists of all processes as one, on each of them; sent as pickles among our own."""
+    return gather_object(mine) if processes.num_processes > 1 else mine
 
 
 def _keep_freed_memory() -> None:
@@ -75,8 +94,3 @@ def _check_all_here(found: int) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != found:
         raise ValueError(f"WORLD_SIZE={started} processes were started, and {found} work together: start them with torchrun, or unset WORLD_SIZE")
-
-
-def _reset() -> None:
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    GradientState._reset_state()

@@ -1,51 +1,49 @@
-"""How many images a device takes at once: runtime.device_batch=auto tries, and halves until it fits."""
+"""How many images a device takes at once: runtime.device_batch=auto tries, and halves to fit."""
 
 from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from ddpm.data.batches import Batches
 from ddpm.diffusion.process import GaussianDiffusion
-from ddpm.diffusion.timesteps import LossSecondMoment, Uniform
 from ddpm.train.loop import backward
+from ddpm.train.state import TrainingState
 
 
-def largest_fitting(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    diffusion: GaussianDiffusion,
-    batches: Batches,
-    timestep_sampler: Uniform | LossSecondMoment,
-    seed: int,
-) -> int:
-    """The most images that every device can take at once: its share of the global batch, on a GPU halved until forward and backward fit.
+def largest_fitting(state: TrainingState, diffusion: GaussianDiffusion, batches: Batches, seed: int) -> int:
+    """The most images that every device can take at once. All processes agree.
 
-    Room is kept for what Adam will hold. Nothing is left changed: gradients are dropped, and randomness has no state. All processes agree.
-    Raises ValueError, one line, if not even one image fits.
+    On a GPU its share of the global batch, halved until forward and backward fit, with room for
+    what Adam will hold. The state is left as it was: gradients are dropped, and
+    randomness has no state.
+
+    Raises:
+        ValueError: If not even one image fits.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def attempt(size: int) -> None:
-        held = [] if optimizer.state else [torch.empty_like(parameter) for parameter in parameters for _ in range(2)]
-        with accelerator.no_sync(model):
-            backward(accelerator, model, diffusion, batches, timestep_sampler, seed, 0, 0, size)
-        del held
-
+    accelerator, optimizer = state.accelerator, state.optimizer
     share = -(-batches.size(0) // accelerator.num_processes)
     if accelerator.device.type != "cuda":  # elsewhere memory does not run out with an error
         return share
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def attempt(size: int) -> None:
+        moments = 0 if optimizer.state else 2
+        room = [torch.empty_like(parameter) for parameter in parameters for _ in range(moments)]
+        with accelerator.no_sync(state.model):
+            backward(state, diffusion, batches, seed, 0, 0, size)
+        del room
+
     size = halved_until_it_fits(share, attempt, lambda fits: _all(accelerator, fits))
     optimizer.zero_grad()
     return size
 
 
 def halved_until_it_fits(size: int, attempt: Callable[[int], None], all_agree: Callable[[bool], bool]) -> int:
-    """The first of size, size/2, size/4, ... (rounded up) for which attempt(size) runs out of memory nowhere.
+    """The first of size, size/2, size/4, ... (rounded up) that runs out of memory nowhere.
 
-    Raises ValueError, one line, if one image is too many.
+    Raises:
+        ValueError: If one image is too many.
     """
     while True:
         fits = True
@@ -55,7 +53,8 @@ def halved_until_it_fits(size: int, attempt: Callable[[int], None], all_agree: C
             fits = False
         if all_agree(fits):
             return size
-        if torch.cuda.is_available():  # outside the except block, where the error would still hold the tensors
+        # outside the except block, where the error would still hold the tensors
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if size == 1:
             raise ValueError("one image does not fit the device's memory: choose a smaller model, or runtime.recompute=[0] to store less")

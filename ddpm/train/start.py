@@ -1,5 +1,7 @@
-"""Starting a run: which run a command line means, what it starts from, and whether the data is what it was."""
+"""Starting a run: which one a command line means, its data, and the state that it goes on from."""
 
+import logging
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,111 +10,219 @@ from accelerate import Accelerator
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Size, nn
+from torch import Size, Tensor, nn
 
 from ddpm.config import build
 from ddpm.config.compose import Composed
-from ddpm.config.schema import Config, settled, training_config
-from ddpm.data.image_set import ImageSet
-from ddpm.diffusion.timesteps import LossSecondMoment, Uniform
+from ddpm.config.schema import Config, resolve_duration, training_config
+from ddpm.data.batches import Batches
+from ddpm.data.image_set import ImageSet, goes_on_device
+from ddpm.data.stored import Packed
+from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
-from ddpm.runs.identity import computed, flat, locate
-from ddpm.train.state import EMA
+from ddpm.runs.identity import flat, identity, locate
+from ddpm.system.devices import compile_in_place, decide
+from ddpm.train.meter import Meter
+from ddpm.train.state import EMA, TrainingState
 from ddpm.weights import folders
 
+Changes = dict[str, list[Any]]  # what is computed otherwise than before: key -> [before, now]
 
-def _starts_from_weights(config: Config, run: RunFolder) -> bool:
-    return config.init_from is not None and not checkpoint.all_in(run.checkpoints)
-
-
-def _first_weights(config: Config, network: nn.Module) -> dict[str, torch.Tensor]:
-    """What lies at init_from, for this network.    Raises ValueError, one line, if it does not fit, or is no longer what the run is named after."""
-    found = folders.find(str(config.init_from), "init_from")
-    if found.digest() != config.init_weights:
-        raise ValueError(f"init_from={config.init_from} has changed since the command was started; start it again")
-    return found.fitting(network, config.model)
+log = logging.getLogger("ddpm")
 
 
-def _resume(
-    found: checkpoint.Checkpoint,
-    raw: nn.Module,
-    ema: EMA,
-    optimizer: torch.optim.Optimizer,
-    timestep_sampler: Uniform | LossSecondMoment,
-    accelerator: Accelerator,
-) -> tuple[int, torch.Tensor]:
-    """Put everything back as it was after the checkpoint's step; that step, and the sums of what is still to be reported."""
-    state = found.state()
-    raw.load_state_dict(found.weights("raw"))
-    ema.load_state_dict(found.weights("ema"), state["ema_updates"])
-    optimizer.load_state_dict(state["optimizer"])
-    timestep_sampler.load_state_dict(state["timesteps"])
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    return found.step, state["meter"]
+def which_run(composed: Composed) -> tuple[Config, RunFolder, Changes]:
+    """The run that a command line means: its configuration, its folder, and what changed.
+
+    Raises:
+        ValueError: For a configuration that cannot be, or a resume= that would make another run.
+    """
+    if composed.cfg.resume is not None:
+        return load_resumed(composed)
+    config = folders.with_initial_weights(training_config(composed))
+    return config, locate(config, composed), {}
 
 
-def _check_data(data: ImageSet, config: Config, run: RunFolder, record: dict[str, Any]) -> None:
-    """Refuse to carry a run on with other pictures, and labels that are not what the configuration says."""
-    if config.training.conditional and len(data.classes) != (config.data.num_classes or max(len(data.classes), 1)):
+def load_resumed(composed: Composed) -> tuple[Config, RunFolder, Changes]:
+    """The run at resume=DIR with the values of the command line.
+
+    Raises:
+        ValueError: If there is no such run, or for what would make it another run: a group on the
+            command line, another network, less than it has done.
+    """
+    path = Path(str(composed.cfg.resume)).expanduser()
+    instead = f"a new run can start from its weights: init_from={path}"
+    overrides = OverridesParser.create().parse_overrides(composed.overrides)
+    given = [override for override in overrides if override.key_or_group != "resume"]
+    for override in given:
+        if override.key_or_group in composed.choices or override.is_delete():
+            raise ValueError(f"{override.input_line}: resume= changes single values; {instead}")
+    run = RunFolder(path)
+    before = run.config(list(composed.cfg.runtime.trusted_modules), key="resume")
+    plain = OmegaConf.create(before.model_dump(mode="json"))
+    for override in given:
+        adds = override.is_add() or override.is_force_add()
+        try:
+            OmegaConf.update(plain, override.key_or_group, override.value(), force_add=adds)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{override.input_line}: {str(error).splitlines()[0]}") from error
+    values = cast(dict[str, Any], OmegaConf.to_container(plain))
+    config = folders.with_initial_weights(resolve_duration(values, composed.overrides))
+    old, new = flat(identity(before)), flat(identity(config))
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if keys and _shapes(before) != _shapes(config):
+        raise ValueError(f"{', '.join(keys)}: resume= keeps the network, and this would be another; {instead}")
+    _check_duration(config, run)
+    return config, run, {key: [old.get(key), new.get(key)] for key in keys}
+
+
+def check_history(config: Config, run: RunFolder, resumes: bool) -> None:
+    """Refuses to go on by its configuration with a run that resume= has changed since.
+
+    Raises:
+        ValueError: If it was.
+    """
+    if resumes or not run.record().get("changes"):
+        return
+    if identity(config) != identity(run.config(config.runtime.trusted_modules)):
         raise ValueError(
-            f"training.conditional=true needs {config.data.num_classes or 'some'} classes (data.num_classes), and the data has {len(data.classes)}"
+            f"run {run.path} was carried on with other settings (run.json, changes): go on with resume={run.path}, or start anew with another outputs="
         )
+
+
+def check_initial_weights(config: Config, run: RunFolder) -> None:
+    """Looks whether what lies at init_from fits, where that is known before the data is read.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if not _starts_from_weights(config, run):
+        return
+    if config.training.conditional and config.data.num_classes is None:
+        return
+    meta = torch.device("meta")
+    _initial_weights(config, build.network(config, meta, config.data.num_classes or 1))
+
+
+def load_data(config: Config, accelerator: Accelerator) -> ImageSet:
+    """The run's pictures, made ready by the leading process first; see `build.images`."""
+    workers = config.runtime.workers or _cores()
+    source = build.source(config)
+    with accelerator.main_process_first():
+        return build.images(config, source, workers)
+
+
+def check_data(data: ImageSet, config: Config, run: RunFolder) -> None:
+    """Refuses to carry a run on with other pictures, and labels that are not what was said.
+
+    Raises:
+        ValueError: If so.
+    """
+    expected = config.data.num_classes
+    if config.training.conditional and len(data.classes) != (expected or max(len(data.classes), 1)):
+        raise ValueError(f"training.conditional=true needs {expected or 'some'} classes (data.num_classes), and the data has {len(data.classes)}")
     if config.training.conditional and data.labels is not None and (data.labels < 0).any():
         raise ValueError(f"training.conditional=true needs a class for each picture, and {(data.labels < 0).sum()} of {len(data)} have none")
-    before = record.get("data", {}).get("fingerprint")
+    before = run.record().get("data", {}).get("fingerprint")
     if before is not None and before != data.fingerprint:
         raise ValueError(
             f"the data has changed since {run.path} was started: fingerprint {data.fingerprint}, was {before}; restore it, or start anew with another outputs="
         )
 
 
-def resumed(composed: Composed) -> tuple[Config, RunFolder, dict[str, list[Any]]]:
-    """The run at `resume` with the values of the command line: (configuration, folder, what is computed otherwise than before: key -> [before, now]).
+def batches_of(data: ImageSet, config: Config, device: torch.device) -> Batches:
+    """The training batches of what is not held out."""
+    training = config.training
+    trained_on, _ = data.split(config.data.holdout)
+    on_device = goes_on_device(config.runtime.feed, data, device)
+    return Batches(
+        trained_on.stored,
+        training.batch_size,
+        config.seed,
+        device,
+        training.drop_last,
+        config.data.flip,
+        labels=trained_on.labels if training.conditional else None,
+        label_dropout=training.label_dropout,
+        any_class=len(data.classes),
+        rows=trained_on.rows,
+        on_device=on_device,
+    )
 
-    Raises ValueError, one line, if there is no such run, or for what would make it another run: a group on the command line, another network, less
-    than it has done.
+
+def how_fed(data: ImageSet, batches: Batches) -> str:
+    """In words, how the pictures come to the device."""
+    if isinstance(data.stored, Packed):
+        return "decoded as they are needed"
+    return "whole on the device" if batches.on_device else "from the decoded file"
+
+
+def prepare(config: Config, accelerator: Accelerator, diffusion: GaussianDiffusion, network: nn.Module) -> TrainingState:
+    """The state at step 0 of a network as it is, in training mode."""
+    ema = EMA(network, config.training.ema_decay, config.training.ema_warmup)
+    optimizer = build.optimizer(config, list(network.parameters()))
+    model, optimizer = accelerator.prepare(network.train(), optimizer)
+    timesteps = build.timestep_sampler(diffusion, accelerator.device)
+    meter = Meter(diffusion.num_timesteps, accelerator)
+    return TrainingState(accelerator, network, model, ema, optimizer, timesteps, meter)
+
+
+def state_of(
+    config: Config,
+    run: RunFolder,
+    accelerator: Accelerator,
+    diffusion: GaussianDiffusion,
+    num_classes: int,
+) -> TrainingState:
+    """The state of the run's newest whole checkpoint, or that of its start.
+
+    Raises:
+        ValueError: If all checkpoints are damaged, or init_from does not fit.
     """
-    path = Path(str(composed.cfg.resume)).expanduser()
-    given = [override for override in OverridesParser.create().parse_overrides(composed.overrides) if override.key_or_group != "resume"]
-    for override in given:
-        if override.key_or_group in composed.choices or override.is_delete():
-            raise ValueError(f"{override.input_line}: resume= changes single values; a new run can start from its weights: init_from={path}")
-    run = RunFolder(path)
-    before = run.config(list(composed.cfg.runtime.trusted_modules), key="resume")  # its init_weights stand in its config.yaml
-    plain = OmegaConf.create(before.model_dump(mode="json"))
-    for override in given:
-        try:
-            OmegaConf.update(plain, override.key_or_group, override.value(), force_add=override.is_add() or override.is_force_add())
-        except OmegaConfBaseException as error:
-            raise ValueError(f"{override.input_line}: {str(error).splitlines()[0]}") from error
-    config = folders.with_content(settled(cast(dict[str, Any], OmegaConf.to_container(plain)), composed.overrides))
-    old, new = flat(computed(before)), flat(computed(config))
-    changes = {key: [old.get(key), new.get(key)] for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
-    if changes and _shapes(before) != _shapes(config):
-        raise ValueError(f"{', '.join(changes)}: resume= keeps the network, and this would be another; a new run can start from its weights: init_from={path}")
-    _check_duration(config, run)
-    return config, run, changes
+    network = build.network(config, accelerator.device, num_classes)
+    if _starts_from_weights(config, run):
+        network.load_state_dict(_initial_weights(config, network))
+    compiles, why = decide(config.runtime.compile, accelerator.device)
+    if compiles:
+        compile_in_place(network)
+    log.info("compiled: %s (%s)", "yes" if compiles else "no", why)
+    state = prepare(config, accelerator, diffusion, network)
+    newest = checkpoint.newest_whole(run.checkpoints)
+    if newest is not None:
+        state.load_state_dict(newest.load())
+    return state
+
+
+def _starts_from_weights(config: Config, run: RunFolder) -> bool:
+    return config.init_from is not None and not checkpoint.all_in(run.checkpoints)
+
+
+def _initial_weights(config: Config, network: nn.Module) -> dict[str, Tensor]:
+    """What lies at init_from, for this network; a ValueError if that is no longer what it was."""
+    found = folders.find(str(config.init_from), "init_from")
+    if found.digest() != config.init_weights:
+        raise ValueError(f"init_from={config.init_from} has changed since the command was started; start it again")
+    return found.fitting(network, config.model)
 
 
 def _shapes(config: Config) -> dict[str, Size]:
     """Of the network's weights."""
-    return {name: weight.shape for name, weight in build.network(config, torch.device("meta"), config.data.num_classes or 1).state_dict().items()}
+    network = build.network(config, torch.device("meta"), config.data.num_classes or 1)
+    return {name: weight.shape for name, weight in network.state_dict().items()}
 
 
 def _check_duration(config: Config, run: RunFolder) -> None:
-    """Raises ValueError for a duration that is shorter than what the run has done already."""
-    record, unit = run.record(), "epochs" if config.training.steps is None else "steps"
-    steps_per_epoch, done = record.get("steps_per_epoch", 0), record.get("step", 0)
-    steps = config.training.steps or (config.training.epochs or 0) * steps_per_epoch
+    """Refuses a duration that is shorter than what the run has done already."""
+    record = run.record()
+    training, done = config.training, record.get("step", 0)
+    steps = training.steps or (training.epochs or 0) * record.get("steps_per_epoch", 0)
     if 0 < steps < done:
-        raise ValueError(f"training.{unit}={getattr(config.training, unit)} is less than what {run.path} has done already, {done} steps")
+        unit = "epochs" if training.steps is None else "steps"
+        raise ValueError(f"training.{unit}={getattr(training, unit)} is less than what {run.path} has done already, {done} steps")
 
 
-def _meant(composed: Composed) -> tuple[Config, RunFolder, dict[str, list[Any]] | None]:
-    """The run of this command line: its configuration, its folder, and with resume= what is computed otherwise than before."""
-    if composed.cfg.resume is not None:
-        return resumed(composed)
-    config = folders.with_content(training_config(composed))
-    return config, locate(config, composed), None
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,14 +1,30 @@
-"""The exponential moving average of a network's weights, the one that samples are drawn with (Ho et al. 2020, App. B)."""
+"""All that training changes: what is saved in a checkpoint and restored from one."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+
+from ddpm.diffusion.timesteps import LossSecondMoment, Uniform
+from ddpm.train.meter import Meter
 
 
 class EMA:
-    """Float32 averages of a module's parameters, by name; its persistent buffers are copied as they are.
+    """The exponential moving average of a network's weights (Ho et al. 2020, App. B).
 
-    decay: share kept at each update, in [0, 1).    warmup: keep no more than (1 + n) / (10 + n) at update n, so that a short run's average does not
-    remember its first weights (as TensorFlow's num_updates does; the paper's runs do without).    Raises ValueError if decay is outside [0, 1).
+    Float32 averages of a module's parameters, by name; its persistent buffers are copied as they
+    are.
+
+    Args:
+        module: The network; its present weights are the first average.
+        decay: The share kept at each update, in [0, 1).
+        warmup: Keep no more than (1 + n) / (10 + n) at update n, so that a short run's average does
+            not remember its first weights (TensorFlow's num_updates; the paper's runs do without).
+
+    Raises:
+        ValueError: If decay is outside [0, 1).
     """
 
     def __init__(self, module: nn.Module, decay: float, warmup: bool) -> None:
@@ -19,7 +35,7 @@ class EMA:
         self.num_updates = 0
         state = module.state_dict(keep_vars=True)
         self._live = {name: tensor.detach() for name, tensor in state.items()}
-        self._averages = {name: tensor.detach().float().clone() if tensor.is_floating_point() else tensor.detach().clone() for name, tensor in state.items()}
+        self._averages = {name: _float_copy(tensor) for name, tensor in self._live.items()}
         averaged = [name for name, tensor in state.items() if isinstance(tensor, nn.Parameter)]
         self._copied = [name for name in state if name not in set(averaged)]
         self._from = [self._live[name] for name in averaged]
@@ -31,7 +47,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the averages towards the module's present weights. Call once for each optimizer update."""
+        """Moves the averages towards the module's present weights, once an optimizer update."""
         sources = [tensor.float() for tensor in self._from]
         torch._foreach_lerp_(self._to, sources, 1 - self.decay_at(self.num_updates))
         for name in self._copied:
@@ -44,7 +60,66 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], num_updates: int) -> None:
-        """Take over averages and their count of updates.    Raises KeyError if a name is missing."""
+        """Takes over averages and their count of updates.
+
+        Raises:
+            KeyError: If a name is missing.
+        """
         for name, average in self._averages.items():
             average.copy_(state[name])
         self.num_updates = num_updates
+
+
+@dataclass
+class TrainingState:
+    """What an update changes.
+
+    Attributes:
+        accelerator: Accelerate's; it owns the gradient scaler, if there is one (fp16).
+        network: The bare network, whose names the checkpoints have.
+        model: The network as Accelerate prepared it: (x_t, t) or (x_t, t, classes) -> output.
+        ema: Its average.
+        optimizer: As Accelerate prepared it.
+        timesteps: How timesteps are drawn; one that learns has a state.
+        meter: What is still to be reported.
+        step: Optimizer updates done.
+    """
+
+    accelerator: Accelerator
+    network: nn.Module
+    model: nn.Module
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    timesteps: Uniform | LossSecondMoment
+    meter: Meter
+    step: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values. All processes must call this."""
+        scaler = self.accelerator.scaler
+        return {
+            "step": self.step,
+            "model": self.network.state_dict(),
+            "ema": self.ema.state_dict(),
+            "ema_updates": self.ema.num_updates,
+            "optimizer": self.optimizer.state_dict(),
+            "timesteps": self.timesteps.state_dict(),
+            "meter": self.meter.state_dict(),
+            **({} if scaler is None else {"scaler": scaler.state_dict()}),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Puts everything back as it was after the saved step."""
+        scaler = self.accelerator.scaler
+        self.step = saved["step"]
+        self.network.load_state_dict(saved["model"])
+        self.ema.load_state_dict(saved["ema"], saved["ema_updates"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.timesteps.load_state_dict(saved["timesteps"])
+        self.meter.load_state_dict(saved["meter"])
+        if scaler is not None:
+            scaler.load_state_dict(saved["scaler"])
+
+
+def _float_copy(tensor: Tensor) -> Tensor:
+    return tensor.float().clone() if tensor.is_floating_point() else tensor.clone()

@@ -1,11 +1,8 @@
 """Folders of weights: those of diffusers, written and read as the JSON and safetensors that they are, and run folders as a place to start from."""
 
-import hashlib
 import json
-import os
 import pickle
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,16 +19,8 @@ from ddpm.config.schema import Config
 from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.models.unet import UNet
 from ddpm.runs import checkpoint
-from ddpm.system.files import allow_by_umask, sync_file, sync_folder
+from ddpm.system.files import sha256, whole
 from ddpm.weights.diffusers import UNET, VERSION, Chain, chain, check_pipeline, scheduler_config, unet_config, unet_model, unseen
-
-
-def with_content(config: Config) -> Config:
-    """The configuration, with the digest of what lies at init_from unless it has one.    Raises ValueError, one line, if nothing of use lies there."""
-    if config.init_from is None or config.init_weights is not None:
-        return config
-    return config.model_copy(update={"init_weights": find(config.init_from, "init_from").digest()})
-
 
 WEIGHTS = "diffusion_pytorch_model"
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -52,8 +41,7 @@ class Pretrained:
 
     def digest(self) -> str:
         """Short hexadecimal digest of the file's bytes."""
-        with self.file.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return sha256(self.file)[:16]
 
     def weights(self) -> dict[str, Tensor]:
         """float32 tensors by UNet's names, on the CPU, whatever names and shapes attention once had.
@@ -132,6 +120,13 @@ def find(name: str, option: str) -> Pretrained:
     return found
 
 
+def with_initial_weights(config: Config) -> Config:
+    """The configuration, with the digest of what lies at init_from unless it has one.    Raises ValueError, one line, if nothing of use lies there."""
+    if config.init_from is None or config.init_weights is not None:
+        return config
+    return config.model_copy(update={"init_weights": find(config.init_from, "init_from").digest()})
+
+
 def write(folder: Path, model: Mapping[str, Any], weights: Mapping[str, Tensor], diffusion: GaussianDiffusion) -> None:
     """Write a folder that diffusers.DDPMPipeline.from_pretrained loads, whole or not at all.
 
@@ -143,9 +138,8 @@ def write(folder: Path, model: Mapping[str, Any], weights: Mapping[str, Tensor],
         raise ValueError(f"to={folder} is already there; give another name, or remove it")
     classes = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with whole(folder) as scratch:
         for part, file, content in (
             (".", "model_index.json", {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION, **classes}),
             ("unet", "config.json", unet),
@@ -153,17 +147,7 @@ def write(folder: Path, model: Mapping[str, Any], weights: Mapping[str, Tensor],
         ):
             (scratch / part).mkdir(parents=True, exist_ok=True)
             (scratch / part / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(tensors, scratch / "unet" / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
-        for path in (scratch, *scratch.rglob("*")):
-            allow_by_umask(path)  # safetensors makes its files private
-            (sync_folder if path.is_dir() else sync_file)(path)
-        if folder.exists():
-            folder.rmdir()
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    sync_folder(folder.parent)
 
 
 def _renamed(name: str, tensor: Tensor) -> tuple[str, Tensor]:

@@ -48,7 +48,7 @@ from ddpm.data import sources
 from ddpm.data.batches import Batches
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import image_set
-from ddpm.plan.timing import TrainingStep, made_up
+from ddpm.plan.timing import TrainingStep, random_images
 from ddpm.sample.drawing import Drawing
 from ddpm.system.processes import accelerator_for
 from ddpm.weights.diffusers import unet_config
@@ -93,7 +93,7 @@ class DiffusersStep:
         self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
         self.ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75, model_cls=UNet2DModel, model_config=model.config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-        pictures = torch.from_numpy(made_up(config, batch)).float() / 127.5 - 1  # decoded, resized and normalized already: a help to them
+        pictures = torch.from_numpy(random_images(config, batch)).float() / 127.5 - 1  # decoded, resized and normalized already: a help to them
         loader = DataLoader(_Repeated(pictures), batch_size=batch, shuffle=True, num_workers=0)
         lr_scheduler = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=1 << 30)
         self.model, self.optimizer, loader, self.lr_scheduler = self.accelerator.prepare(model, optimizer, loader, lr_scheduler)
@@ -176,7 +176,7 @@ def their_network(config: Config, weights: dict[str, Tensor]) -> UNet2DModel:
 def losses_agree(config: Config, network: nn.Module, batch: int) -> float:
     """Largest difference between our losses and diffusers', with the same weights, batch and noise.    Raises AssertionError above 1e-4 of the loss."""
     diffusion = build.diffusion(config)
-    x0 = torch.from_numpy(made_up(config, batch)).float() / 127.5 - 1
+    x0 = torch.from_numpy(random_images(config, batch)).float() / 127.5 - 1
     noise, t = torch.randn(x0.shape), torch.randint(0, 1000, (batch,))
     network = copy.deepcopy(network).eval()
     with torch.no_grad():
@@ -205,8 +205,8 @@ def training(name: str, rounds: int, compiled: bool, lucidrains: bool, clock: Ca
     settings, batch = WORK[name]
     torch._dynamo.reset()  # as in a process of its own: for a second resolution diffusers' would be compiled for all, which fails on a CPU
     config = training_config(compose([*settings, "runtime.device=cpu"]))
-    with accelerator_for(config) as accelerator, tempfile.TemporaryDirectory() as folder:
-        ours = TrainingStep(config, accelerator, made_up(config, batch), batch)
+    with accelerator_for(config.runtime.device, config.training.precision) as accelerator, tempfile.TemporaryDirectory() as folder:
+        ours = TrainingStep(config, accelerator, random_images(config, batch), batch)
         found = {"batch": batch, "loss_difference": losses_agree(config, ours.network, batch)}
         weights = {key: tensor.detach().contiguous() for key, tensor in ours.network.state_dict().items()}
         flops = 3 * forward_flops(ours.network, config) * batch
@@ -218,7 +218,9 @@ def training(name: str, rounds: int, compiled: bool, lucidrains: bool, clock: Ca
             Times("diffusers channels_last", DiffusersStep(config, weights, batch, channels_last=True).run, count, batch, more),
         ]
         if compiled:
-            contenders.append(Times("ours compiled", TrainingStep(config, accelerator, made_up(config, batch), batch, compiled=True).run, count, batch, flops))
+            contenders.append(
+                Times("ours compiled", TrainingStep(config, accelerator, random_images(config, batch), batch, compiled=True).run, count, batch, flops)
+            )
             contenders.append(Times("diffusers compiled", DiffusersStep(config, weights, batch, compiled=True, channels_last=True).run, count, batch, more))
         if lucidrains:
             size = build.image_size(config.data)[0]
@@ -275,7 +277,7 @@ class _Decoded(Dataset):
 def feeding(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     """An epoch of 1,000 JPEGs of 512 pixels at 128, the network left out: our batches after the first decoding, and a DataLoader that decodes."""
     size, batch = 128, 16
-    with tempfile.TemporaryDirectory() as folder, accelerator_for(training_config(compose(["runtime.device=cpu"]))):
+    with tempfile.TemporaryDirectory() as folder, accelerator_for("cpu", "fp32"):
         files = [Path(folder) / f"{index:04d}.jpg" for index in range(1000)]
         for index, file in enumerate(files):
             small = np.random.default_rng(index).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -349,9 +351,9 @@ def peak_memory(contender: str, name: str) -> int:
     settings, batch = WORK[name]
     config = training_config(compose([*settings, "runtime.device=cpu"]))
     before = resident("VmRSS")
-    with accelerator_for(config) as accelerator:
+    with accelerator_for(config.runtime.device, config.training.precision) as accelerator:
         if contender == "ours":
-            step: Any = TrainingStep(config, accelerator, made_up(config, batch), batch)
+            step: Any = TrainingStep(config, accelerator, random_images(config, batch), batch)
         else:
             step = DiffusersStep(config, build.network(config, torch.device("cpu"), 1).state_dict(), batch)
         step.run(3)
