@@ -40,13 +40,25 @@ Measured, and no recipe: the quick start, `python -m ddpm.train`.
 """
 
 RESULTS = EXPERIMENTS / "results"
-METRICS = {"fid": "FID", "inception_score": "IS", "bits_per_dim": "bits/dim", "precision": "precision", "recall": "recall"}
+METRICS = {
+    "fid": "FID",
+    "inception_score": "IS",
+    "bits_per_dim": "bits/dim",
+    "precision": "precision",
+    "recall": "recall",
+}
 
 
 def page() -> str:
     """experiments/README.md, whole."""
-    runs = sorted(folder.name for folder in RESULTS.iterdir() if folder.is_dir() and not (EXPERIMENTS / f"{folder.name}.yaml").is_file())
-    return f"{INTRO}\n{table()}\n{OTHERS}\n| run | measured |\n| --- | --- |\n" + "".join(f"| {name} | {measured(name)} |\n" for name in runs)
+    runs = sorted(
+        folder.name
+        for folder in RESULTS.iterdir()
+        if folder.is_dir() and not (EXPERIMENTS / f"{folder.name}.yaml").is_file()
+    )
+    return f"{INTRO}\n{table()}\n{OTHERS}\n| run | measured |\n| --- | --- |\n" + "".join(
+        f"| {name} | {measured(name)} |\n" for name in runs
+    )
 
 
 def table() -> str:
@@ -59,7 +71,13 @@ def table() -> str:
         if config.recipe is None:
             raise ValueError(f"experiments/{file.name} has no recipe")
         rows.append(
-            [f"[{file.stem}]({file.name})", _source(config.recipe), *_run(composed, config, config.recipe), _published(config.recipe), measured(file.stem)]
+            [
+                f"[{file.stem}]({file.name})",
+                _source(config.recipe),
+                *_run(composed, config, config.recipe),
+                _published(config.recipe),
+                measured(file.stem),
+            ]
         )
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -72,11 +90,17 @@ def measured(name: str, results: Path = RESULTS) -> str:
         return "not measured"
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     shown = [
-        f"{entry['id']} {entry['value']:.4g}" + (f" (floor {entry['floor']:.4g})" if entry["floor"] is not None else "")
+        f"{entry['id']} {entry['value']:.4g}"
+        + (f" (floor {entry['floor']:.4g})" if entry["floor"] is not None else "")
         for entry in figures
         if not entry["metric"].startswith(PARTS)
     ]
-    return "<br>".join([*(f"`{words}`" for words in shown), f"{run['step']:,} steps, {run['device']}, commit {run['git']['commit'][:7]}"])
+    return "<br>".join(
+        [
+            *(f"`{words}`" for words in shown),
+            f"{run['step']:,} steps, {run['device']}, commit {run['git']['commit'][:7]}",
+        ]
+    )
 
 
 def _source(recipe: Recipe) -> str:
@@ -87,16 +111,25 @@ def _source(recipe: Recipe) -> str:
 def _run(composed: Composed, config: Config, recipe: Recipe) -> list[str]:
     """Options, parameters and steps."""
     expect = recipe.expect
-    parameters, steps = (f"{number:,}" if number else "" for number in (expect.parameters, expect.last_step and expect.last_step + 1))
+    parameters, steps = (
+        f"{number:,}" if number else ""
+        for number in (expect.parameters, expect.last_step and expect.last_step + 1)
+    )
     epochs = f" ({config.training.epochs} epochs)" if config.training.epochs else ""
-    return [f"`{composed.choices['model']}`, `{composed.choices['data']}`", parameters, steps + epochs]
+    return [
+        f"`{composed.choices['model']}`, `{composed.choices['data']}`",
+        parameters,
+        steps + epochs,
+    ]
 
 
 def _published(recipe: Recipe) -> str:
     """The figures, those of one protocol together."""
     lines = []
     for protocol, metrics in groupby(recipe.expect.metrics, key=lambda metric: metric.protocol):
-        figures = ", ".join(f"{METRICS.get(metric.name, metric.name)} {metric.value:g}" for metric in metrics)
+        figures = ", ".join(
+            f"{METRICS.get(metric.name, metric.name)} {metric.value:g}" for metric in metrics
+        )
         lines.append(f"{figures} ({protocol})")
     return "<br>".join(lines) or "none"
 

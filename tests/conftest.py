@@ -3,7 +3,9 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: one thread is as fast, and several processes do not fight over the cores
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # tiny tensors: one thread is as fast, and several processes do not fight over the cores
+)
 
 import contextlib
 import functools
@@ -31,8 +33,20 @@ from ddpm.runs.folder import RunFolder
 ROOT = Path(__file__).resolve().parent.parent
 
 TINY = [
-    *("data=digits", "model.base_channels=8", "model.norm_groups=4", "model.channel_multipliers=[1,2]", "model.attention_resolutions=[8]"),
-    *("training.steps=6", "training.batch_size=8", "runtime.num_previews=4", "sampler=ddim", "sampler.num_steps=2"),
+    *(
+        "data=digits",
+        "model.base_channels=8",
+        "model.norm_groups=4",
+        "model.channel_multipliers=[1,2]",
+        "model.attention_resolutions=[8]",
+    ),
+    *(
+        "training.steps=6",
+        "training.batch_size=8",
+        "runtime.num_previews=4",
+        "sampler=ddim",
+        "sampler.num_steps=2",
+    ),
 ]
 
 
@@ -46,7 +60,11 @@ class Done(NamedTuple):
     @property
     def run(self) -> Path:
         """The run folder, as the first line of ours printed it; under torchrun some versions of gloo speak first."""
-        return Path(next(line for line in self.out.splitlines() if line.startswith("run ")).removeprefix("run "))
+        return Path(
+            next(line for line in self.out.splitlines() if line.startswith("run ")).removeprefix(
+                "run "
+            )
+        )
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +78,20 @@ def ddpm() -> Callable[..., Done]:
     """Run `python -m ddpm.<name> <overrides>`, in several processes under torchrun."""
 
     def call(name: str, *overrides: str, processes: int = 1, **environment: str) -> Done:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            if processes > 1
+            else []
+        )
         words = [sys.executable, *launcher, "-m", f"ddpm.{name}", *overrides]
-        done = subprocess.run(words, cwd=ROOT, env={**os.environ, "HYDRA_FULL_ERROR": "0", **environment}, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(
+            words,
+            cwd=ROOT,
+            env={**os.environ, "HYDRA_FULL_ERROR": "0", **environment},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
         return Done(done.returncode, done.stdout, done.stderr)
 
     return call
@@ -75,14 +104,20 @@ def typed() -> Callable[..., Done]:
     def call(name: str, *overrides: str) -> Done:
         out, err = io.StringIO(), io.StringIO()
         code: int | str | None = 0
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
             patch.setattr(sys, "argv", [f"ddpm.{name}", *overrides])
             patch.setenv("HYDRA_FULL_ERROR", "0")
             try:
                 importlib.import_module(f"ddpm.{name}.__main__").main()
             except SystemExit as stopped:
                 code = stopped.code
-        if isinstance(code, str):  # what the interpreter prints when it ends with it, and then exit code 1
+        if isinstance(
+            code, str
+        ):  # what the interpreter prints when it ends with it, and then exit code 1
             return Done(1, out.getvalue(), f"{err.getvalue()}{code}\n")
         return Done(code or 0, out.getvalue(), err.getvalue())
 
@@ -108,7 +143,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refusal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
     """What a command refuses a command line with: one line on standard error, and exit code 1."""
 
     def call(main: Callable[[], None], *overrides: str) -> str:
@@ -117,7 +154,9 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         with pytest.raises(SystemExit) as stopped:
             main()
         printed = capsys.readouterr().err
-        if isinstance(stopped.value.code, str):  # what the interpreter prints when it ends with it, and then exit code 1
+        if isinstance(
+            stopped.value.code, str
+        ):  # what the interpreter prints when it ends with it, and then exit code 1
             printed += stopped.value.code + "\n"
         else:
             assert stopped.value.code == 1
@@ -160,7 +199,9 @@ def pictures(tmp_path: Path) -> Callable[..., Path]:
         for seed, name in enumerate(names):
             file = tmp_path / folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.random.default_rng(seed).integers(0, 256, (10, 12, 3), dtype=np.uint8)).save(file)
+            Image.fromarray(
+                np.random.default_rng(seed).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+            ).save(file)
         return tmp_path / folder
 
     return make
@@ -178,7 +219,10 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> RunFolder:
     """A finished run of a small network with random weights. Only to be read."""
-    from weight_folders import SMALL, finished  # not for the tests that do without diffusers, whose import takes seconds
+    from weight_folders import (
+        SMALL,
+        finished,
+    )  # not for the tests that do without diffusers, whose import takes seconds
 
     return finished(tmp_path_factory.mktemp("small"), *SMALL)
 

@@ -21,7 +21,9 @@ from ddpm.data import sources
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import image_set
 
-COLOUR = Decoding(10, 12, 3, "center", "white")  # the size of the pictures that are made: nothing is resized
+COLOUR = Decoding(
+    10, 12, 3, "center", "white"
+)  # the size of the pictures that are made: nothing is resized
 
 
 def encoded(image: Image.Image, form: str, **options) -> bytes:
@@ -35,11 +37,19 @@ def decode(folder, cache, max_unreadable=0.9, decoding=COLOUR, workers=1):
 
 
 def noise(mode: str = "RGB", seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (60, 72, 3), dtype=np.uint8)).convert(mode)
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (60, 72, 3), dtype=np.uint8)
+    ).convert(mode)
 
 
 FORMS = {
-    **{"png": ("PNG", {}), "jpg": ("JPEG", {}), "progressive.jpg": ("JPEG", {"progressive": True}), "bmp": ("BMP", {}), "ppm": ("PPM", {})},
+    **{
+        "png": ("PNG", {}),
+        "jpg": ("JPEG", {}),
+        "progressive.jpg": ("JPEG", {"progressive": True}),
+        "bmp": ("BMP", {}),
+        "ppm": ("PPM", {}),
+    },
     **{
         "webp": ("WEBP", {}),
         "lossless.webp": ("WEBP", {"lossless": True}),
@@ -56,7 +66,10 @@ def test_a_picture_cut_short_anywhere_is_left_out_and_named(tmp_path, form):
     (tmp_path / "set").mkdir()
     whole = f"whole.{form}"
     (tmp_path / "set" / whole).write_bytes(content)
-    cut = [*(int(len(content) * tenth / 10) for tenth in range(10)), len(content) - len(content) // 50]
+    cut = [
+        *(int(len(content) * tenth / 10) for tenth in range(10)),
+        len(content) - len(content) // 50,
+    ]
     for length in cut:
         (tmp_path / "set" / f"cut{length:06d}.{form}").write_bytes(content[:length])
     found = decode(tmp_path / "set", tmp_path / "cache", max_unreadable=0.99)
@@ -69,14 +82,26 @@ def test_what_is_no_picture_is_left_out_and_named(tmp_path, pictures):
     (folder / "empty.png").touch()
     (folder / "page.jpg").write_text("<html>404</html>")
     (folder / "nowhere.png").symlink_to(tmp_path / "gone.png")
-    (folder / "floats.tif").write_bytes(encoded(Image.fromarray(np.random.default_rng(0).random((10, 12)).astype(np.float32)), "TIFF"))
-    (folder / "deep.tif").write_bytes(encoded(Image.fromarray(np.full((10, 12), 70_000, dtype=np.int32)), "TIFF"))
-    (folder / "below.tif").write_bytes(encoded(Image.fromarray(np.full((10, 12), -3, dtype=np.int32)), "TIFF"))
+    (folder / "floats.tif").write_bytes(
+        encoded(
+            Image.fromarray(np.random.default_rng(0).random((10, 12)).astype(np.float32)), "TIFF"
+        )
+    )
+    (folder / "deep.tif").write_bytes(
+        encoded(Image.fromarray(np.full((10, 12), 70_000, dtype=np.int32)), "TIFF")
+    )
+    (folder / "below.tif").write_bytes(
+        encoded(Image.fromarray(np.full((10, 12), -3, dtype=np.int32)), "TIFF")
+    )
     Image.new("1", (10_000, 9_000)).save(folder / "bomb.png")
     (folder / "folder.png").mkdir()
     found = decode(folder, tmp_path / "cache")
-    assert found.unreadable == sorted(["below.tif", "bomb.png", "deep.tif", "empty.png", "floats.tif", "nowhere.png", "page.jpg"])
-    assert np.array_equal(found.images[0].transpose(1, 2, 0), np.asarray(Image.open(folder / "good.png")))
+    assert found.unreadable == sorted(
+        ["below.tif", "bomb.png", "deep.tif", "empty.png", "floats.tif", "nowhere.png", "page.jpg"]
+    )
+    assert np.array_equal(
+        found.images[0].transpose(1, 2, 0), np.asarray(Image.open(folder / "good.png"))
+    )
 
 
 def test_a_picture_that_vanishes_before_it_is_read_is_left_out_and_named(tmp_path, pictures):
@@ -94,13 +119,19 @@ def test_a_picture_of_one_pixel_fills_the_whole():
 
 @pytest.mark.parametrize("shape", [(1, 50), (50, 1)])
 def test_a_picture_of_one_line_fills_the_whole(shape):
-    assert (COLOUR(encoded(Image.new("RGB", shape, (10, 20, 30)), "PNG")) == np.array([10, 20, 30])[:, None, None]).all()
+    assert (
+        COLOUR(encoded(Image.new("RGB", shape, (10, 20, 30)), "PNG"))
+        == np.array([10, 20, 30])[:, None, None]
+    ).all()
 
 
 def test_a_photo_in_printing_colours_becomes_screen_colours():
     """As Photoshop writes it: JPEG, its inks inverted."""
     cmyk = np.zeros((10, 12, 4), dtype=np.uint8)
-    cmyk[:, :6], cmyk[:, 6:] = (255, 0, 0, 0), (0, 255, 255, 0)  # full cyan, full magenta and yellow
+    cmyk[:, :6], cmyk[:, 6:] = (
+        (255, 0, 0, 0),
+        (0, 255, 255, 0),
+    )  # full cyan, full magenta and yellow
     found = COLOUR(encoded(Image.fromarray(cmyk, "CMYK"), "JPEG", quality=95)).astype(int)
     assert np.abs(found[:, 5, 2] - [0, 255, 255]).max() <= 8
     assert np.abs(found[:, 5, 9] - [255, 0, 0]).max() <= 8
@@ -110,7 +141,9 @@ def test_a_photo_in_printing_colours_becomes_screen_colours():
 def test_of_a_moving_picture_the_first_is_taken(form):
     first, *others = [Image.new("RGB", (12, 10), colour) for colour in ("red", "lime", "blue")]
     options = {"lossless": True} if form == "WEBP" else {}
-    assert COLOUR(encoded(first, form, save_all=True, append_images=others, duration=10, **options))[:, 5, 5].tolist() == [255, 0, 0]
+    assert COLOUR(
+        encoded(first, form, save_all=True, append_images=others, duration=10, **options)
+    )[:, 5, 5].tolist() == [255, 0, 0]
 
 
 def test_class_folders_without_a_picture_are_named(tmp_path, pictures, caplog):
@@ -128,11 +161,24 @@ def test_class_folders_without_a_picture_are_named(tmp_path, pictures, caplog):
 
 def write_rows(path, labels):
     path.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.table({"image": [{"bytes": encoded(noise(seed=row), "PNG"), "path": None} for row in range(len(labels))], "label": labels}), path)
+    pq.write_table(
+        pa.table(
+            {
+                "image": [
+                    {"bytes": encoded(noise(seed=row), "PNG"), "path": None}
+                    for row in range(len(labels))
+                ],
+                "label": labels,
+            }
+        ),
+        path,
+    )
     return path
 
 
-@pytest.mark.parametrize(("labels", "strange"), [([0, 123_456_789], "123456789"), ([0.5, 1.0], "0.5"), ([0, -7], "-7")])
+@pytest.mark.parametrize(
+    ("labels", "strange"), [([0, 123_456_789], "123456789"), ([0.5, 1.0], "0.5"), ([0, -7], "-7")]
+)
 def test_a_column_that_holds_no_classes_is_refused(tmp_path, labels, strange):
     write_rows(tmp_path / "set" / "train.parquet", labels)
     with pytest.raises(ValueError, match=f"label_column has .*{re.escape(strange)}"):
@@ -140,8 +186,15 @@ def test_a_column_that_holds_no_classes_is_refused(tmp_path, labels, strange):
 
 
 def test_a_label_that_is_none_of_the_classes_is_refused_with_its_row(tmp_path):
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
-    rows = pa.table({"image": pa.array([{"bytes": encoded(noise(), "PNG"), "path": None}] * 2), "label": pa.array([1, 2])})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    rows = pa.table(
+        {
+            "image": pa.array([{"bytes": encoded(noise(), "PNG"), "path": None}] * 2),
+            "label": pa.array([1, 2]),
+        }
+    )
     datasets.Dataset(rows.cast(features.arrow_schema)).save_to_disk(str(tmp_path / "set"))
     with pytest.raises(ValueError, match="row 1 has the label 2, and the classes are cat, dog"):
         decode(tmp_path / "set", tmp_path / "cache")
@@ -152,25 +205,49 @@ def test_training_with_classes_needs_one_for_each_picture(tmp_path, tiny):
     found = decode(tmp_path / "set", tmp_path / "cache")
     assert found.labels.tolist() == [0, 1, -1, 0, 1, 0, 1, 0, -1]
     with pytest.raises(ValueError, match=r"training\.conditional=true .* 2 of 9 have none"):
-        run([*tiny, "data=folder", f"data.path={tmp_path / 'set'}", "training.conditional=true", "training.steps=1", f"outputs={tmp_path}"])
+        run(
+            [
+                *tiny,
+                "data=folder",
+                f"data.path={tmp_path / 'set'}",
+                "training.conditional=true",
+                "training.steps=1",
+                f"outputs={tmp_path}",
+            ]
+        )
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "middle"])
 def test_a_damaged_parquet_file_is_refused_by_its_name(tmp_path, damage):
     file = write_rows(tmp_path / "set" / "train.parquet", [0, 1, 0])
     content = file.read_bytes()
-    file.write_bytes({"empty": b"", "cut": content[:-20], "middle": content[:4] + bytes(60) + content[64:]}[damage])
-    with pytest.raises(ValueError, match=rf"{re.escape(str(file))} is (not a whole parquet file|damaged in row group 0)") as refused:
+    file.write_bytes(
+        {"empty": b"", "cut": content[:-20], "middle": content[:4] + bytes(60) + content[64:]}[
+            damage
+        ]
+    )
+    with pytest.raises(
+        ValueError,
+        match=rf"{re.escape(str(file))} is (not a whole parquet file|damaged in row group 0)",
+    ) as refused:
         decode(tmp_path / "set", tmp_path / "cache")
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("damage", ["arrow", "state"])
 def test_a_damaged_folder_of_datasets_is_refused_by_its_path(tmp_path, damage):
-    datasets.Dataset.from_dict({"image": [encoded(noise(), "PNG")] * 3}).save_to_disk(str(tmp_path / "set"))
-    file = next((tmp_path / "set").glob("*.arrow")) if damage == "arrow" else tmp_path / "set" / "state.json"
+    datasets.Dataset.from_dict({"image": [encoded(noise(), "PNG")] * 3}).save_to_disk(
+        str(tmp_path / "set")
+    )
+    file = (
+        next((tmp_path / "set").glob("*.arrow"))
+        if damage == "arrow"
+        else tmp_path / "set" / "state.json"
+    )
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(ValueError, match=rf"data\.path={re.escape(str(tmp_path / 'set'))} is not a whole folder"):
+    with pytest.raises(
+        ValueError, match=rf"data\.path={re.escape(str(tmp_path / 'set'))} is not a whole folder"
+    ):
         sources.folder(str(tmp_path / "set"))
 
 
@@ -187,7 +264,9 @@ def test_files_that_changed_since_the_cache_was_made_are_decoded_anew(tmp_path, 
     else:
         (folder / "2.png").unlink()
     after = decode(folder, tmp_path / "cache")
-    expected = [np.asarray(Image.open(file)).transpose(2, 0, 1) for file in sorted(folder.iterdir())]
+    expected = [
+        np.asarray(Image.open(file)).transpose(2, 0, 1) for file in sorted(folder.iterdir())
+    ]
     assert np.array_equal(after.images, np.stack(expected))
     assert after.fingerprint != before.fingerprint
 
@@ -203,7 +282,11 @@ def flip(file):
 
 
 @pytest.mark.parametrize("name", ["images.npy", "labels.npy", "digests.npy", "about.json"])
-@pytest.mark.parametrize("harm", [cut, flip, lambda file: file.unlink(), lambda file: file.write_bytes(b"")], ids=["cut", "flipped", "missing", "empty"])
+@pytest.mark.parametrize(
+    "harm",
+    [cut, flip, lambda file: file.unlink(), lambda file: file.write_bytes(b"")],
+    ids=["cut", "flipped", "missing", "empty"],
+)
 def test_a_cache_that_is_not_what_was_written_is_made_again(tmp_path, pictures, caplog, name, harm):
     folder = pictures("set", ["cat/1.png", "dog/2.png"])
     expected = decode(folder, tmp_path / "cache")
@@ -253,20 +336,29 @@ def recording(trace, die_at=0) -> Decoding:
 
 def test_a_cache_cut_short_by_a_kill_is_started_anew_and_leaves_nothing_behind(tmp_path, pictures):
     folder = pictures("set", [f"{index}.png" for index in range(8)])
-    child = in_child(lambda: decode(folder, tmp_path / "cache", decoding=recording(tmp_path / "trace", die_at=5)))
+    child = in_child(
+        lambda: decode(folder, tmp_path / "cache", decoding=recording(tmp_path / "trace", die_at=5))
+    )
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert [path.is_dir() for path in (tmp_path / "cache").glob(".*-*")] == [True]
     found = decode(folder, tmp_path / "cache")
     assert np.array_equal(found.images, decode(folder, tmp_path / "other").images)
-    assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [next((tmp_path / "other").glob("*/about.json")).parent.name]
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [
+        next((tmp_path / "other").glob("*/about.json")).parent.name
+    ]
 
 
 def test_of_two_processes_that_want_one_cache_one_makes_it(tmp_path, pictures):
     folder = pictures("set", [f"{index}.png" for index in range(8)])
-    children = [in_child(lambda: decode(folder, tmp_path / "cache", decoding=recording(tmp_path / "trace"))) for _ in range(3)]
+    children = [
+        in_child(lambda: decode(folder, tmp_path / "cache", decoding=recording(tmp_path / "trace")))
+        for _ in range(3)
+    ]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
     assert (tmp_path / "trace").read_text() == "x" * 8
-    assert np.array_equal(decode(folder, tmp_path / "cache").images, decode(folder, tmp_path / "other").images)
+    assert np.array_equal(
+        decode(folder, tmp_path / "cache").images, decode(folder, tmp_path / "other").images
+    )
 
 
 def test_a_cache_that_finds_no_room_is_refused_by_its_key(tmp_path, pictures, capfd):
@@ -278,7 +370,10 @@ def test_a_cache_that_finds_no_room_is_refused_by_its_key(tmp_path, pictures, ca
         decode(folder, tmp_path / "cache")
 
     assert os.waitstatus_to_exitcode(os.waitpid(in_child(limited), 0)[1]) == 1
-    assert f"data.cache={tmp_path / 'cache'}: pictures cannot be kept there (File too large)" in capfd.readouterr().out
+    assert (
+        f"data.cache={tmp_path / 'cache'}: pictures cannot be kept there (File too large)"
+        in capfd.readouterr().out
+    )
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
 
 

@@ -14,7 +14,10 @@ def batches(batch_size=4, seed=0, drop_last=False, flip=False, images=IMAGES):
 
 def order(found, epoch):
     first = epoch * found.steps_per_epoch
-    return [found.indices(step, 0, found.size(step)) for step in range(first, first + found.steps_per_epoch)]
+    return [
+        found.indices(step, 0, found.size(step))
+        for step in range(first, first + found.steps_per_epoch)
+    ]
 
 
 def test_an_epoch_shows_every_image_once_the_last_batch_short():
@@ -70,12 +73,25 @@ def test_flips_mirror_about_half_of_the_images_left_to_right_and_change_with_the
 
 def test_each_image_keeps_its_label_but_for_the_share_that_is_dropped():
     images, labels = np.zeros((5000, 1, 1, 1), dtype=np.uint8), np.arange(5000) % 10
-    found = Batches(images, 5000, 0, CPU, drop_last=False, flip=False, labels=labels, label_dropout=0.2, any_class=10)
+    found = Batches(
+        images,
+        5000,
+        0,
+        CPU,
+        drop_last=False,
+        flip=False,
+        labels=labels,
+        label_dropout=0.2,
+        any_class=10,
+    )
     dropped = []
     for step in (0, 1):
         classes = found.classes(step, 0, 5000)
         dropped.append(classes == 10)
-        assert torch.equal(classes[~dropped[-1]], torch.from_numpy(labels)[found.indices(step, 0, 5000)][~dropped[-1]])
+        assert torch.equal(
+            classes[~dropped[-1]],
+            torch.from_numpy(labels)[found.indices(step, 0, 5000)][~dropped[-1]],
+        )
         assert dropped[-1].double().mean().item() == pytest.approx(0.2, abs=5 * 0.4 / 5000**0.5)
         assert torch.equal(found.classes(step, 7, 9), classes[7:9])
     assert not torch.equal(*dropped)

@@ -6,7 +6,13 @@ from ddpm.benchmark.run import run as benchmark
 from ddpm.config.compose import compose
 from ddpm.plan.timing import HostWaits
 
-QUICK = ["rounds=2", "seconds=0.01", "sample_batch=2", "training.batch_size=4", "runtime.device=cpu"]
+QUICK = [
+    "rounds=2",
+    "seconds=0.01",
+    "sample_batch=2",
+    "training.batch_size=4",
+    "runtime.device=cpu",
+]
 
 
 def test_a_benchmark_says_what_it_measured_and_where(tiny, tmp_path, capsys):
@@ -23,7 +29,12 @@ def test_a_benchmark_says_what_it_measured_and_where(tiny, tmp_path, capsys):
 
 
 def test_no_training_step_waits_for_the_device(tiny, tmp_path):
-    benchmark(compose([*tiny, *QUICK, "training.conditional=true", f"to={tmp_path / 'speed.json'}"], "benchmark"))
+    benchmark(
+        compose(
+            [*tiny, *QUICK, "training.conditional=true", f"to={tmp_path / 'speed.json'}"],
+            "benchmark",
+        )
+    )
     assert json.loads((tmp_path / "speed.json").read_text())["training"]["host_waits_per_step"] == 0
 
 

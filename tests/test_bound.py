@@ -30,22 +30,32 @@ def model_that_knows(process, x0_hat, words=None):
         abar = process.alphas_cumprod[t].reshape(-1, 1, 1, 1).to(x_t.dtype)
         x0 = x0_hat(x_t, abar)
         output = process.target(x0, x_t, t, (x_t - abar.sqrt() * x0) / (1 - abar).sqrt())
-        return output if words is None else torch.cat([output, torch.full_like(output, words)], dim=1)
+        return (
+            output if words is None else torch.cat([output, torch.full_like(output, words)], dim=1)
+        )
 
     return model
 
 
 def gaussian_model(process, words=None):
-    return model_that_knows(process, lambda x_t, abar: abar.sqrt() * STD**2 / (abar * STD**2 + 1 - abar) * x_t, words)
+    return model_that_knows(
+        process, lambda x_t, abar: abar.sqrt() * STD**2 / (abar * STD**2 + 1 - abar) * x_t, words
+    )
 
 
 def gaussian_pictures(count, *shape, dtype=torch.float32):
-    return torch.arange(count), STD * torch.randn(count, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return torch.arange(count), STD * torch.randn(
+        count, *shape, generator=torch.Generator().manual_seed(0)
+    ).to(dtype)
 
 
 def gaussian_error(process):
     """Var[x0 | x_t] for each t."""
-    return STD**2 * (1 - process.alphas_cumprod) / (process.alphas_cumprod * STD**2 + 1 - process.alphas_cumprod)
+    return (
+        STD**2
+        * (1 - process.alphas_cumprod)
+        / (process.alphas_cumprod * STD**2 + 1 - process.alphas_cumprod)
+    )
 
 
 def in_batches(numbers, x0, size):
@@ -55,14 +65,18 @@ def in_batches(numbers, x0, size):
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_the_bound_of_gaussian_data_has_its_closed_form(variance):
     process = diffusion(variance=variance)
-    found = bound.variational_bound(gaussian_model(process), process, in_batches(*gaussian_pictures(16, 1, 128, 128), 8), seed=0)
+    found = bound.variational_bound(
+        gaussian_model(process), process, in_batches(*gaussian_pictures(16, 1, 128, 128), 8), seed=0
+    )
     abar, before = process.alphas_cumprod[1:], process.alphas_cumprod[:-1]
     posterior, error = process.posterior_variance()[1:], gaussian_error(process)
     of_model = posterior if variance == "fixed_small" else SHORT[1:]
     gap = (posterior / of_model).log()
     of_mean = before * (SHORT[1:] / (1 - abar)) ** 2 * error[1:] / of_model
     kls = 0.5 * (-1 - gap + gap.exp() + of_mean) / math.log(2)
-    np.testing.assert_allclose(found.terms[1:], kls, rtol=0.01)  # 262,144 draws: a relative spread of 0.28%
+    np.testing.assert_allclose(
+        found.terms[1:], kls, rtol=0.01
+    )  # 262,144 draws: a relative spread of 0.28%
     np.testing.assert_allclose(found.rmse, 127.5 * error.sqrt(), rtol=0.005)
     abar_T = abar[-1].item()
     prior = 0.5 * (-math.log(1 - abar_T) - abar_T + abar_T * STD**2) / math.log(2)
@@ -73,9 +87,16 @@ def test_the_bound_of_gaussian_data_has_its_closed_form(variance):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v", "mean"])
 @pytest.mark.parametrize(
-    ("variance", "words", "same_as"), [("fixed_small", None, "fixed_small"), ("learned_range", -1.0, "fixed_small"), ("learned_range", 1.0, "fixed_large")]
+    ("variance", "words", "same_as"),
+    [
+        ("fixed_small", None, "fixed_small"),
+        ("learned_range", -1.0, "fixed_small"),
+        ("learned_range", 1.0, "fixed_large"),
+    ],
 )
-def test_every_prediction_and_a_learned_variance_have_the_same_bound(prediction, variance, words, same_as):
+def test_every_prediction_and_a_learned_variance_have_the_same_bound(
+    prediction, variance, words, same_as
+):
     pictures = [gaussian_pictures(2, 3, 4, 4, dtype=torch.float64)]
     process, plain = diffusion(prediction, variance, "bound"), diffusion(variance=same_as)
     found = bound.variational_bound(gaussian_model(process, words), process, pictures, seed=0)
@@ -88,24 +109,38 @@ def test_every_prediction_and_a_learned_variance_have_the_same_bound(prediction,
 def test_a_perfect_network_leaves_only_the_gap_of_the_fixed_variance_and_the_decoder(variance, kls):
     process = diffusion(variance=variance, betas=LINEAR)
     pictures = [(torch.arange(1), torch.full((1, 1, 4, 4), GREY))]
-    found = bound.variational_bound(model_that_knows(process, lambda x_t, abar: torch.full_like(x_t, GREY)), process, pictures, seed=0)
+    found = bound.variational_bound(
+        model_that_knows(process, lambda x_t, abar: torch.full_like(x_t, GREY)),
+        process,
+        pictures,
+        seed=0,
+    )
     assert found.rate - found.prior == pytest.approx(kls, rel=1e-5, abs=1e-7)
     assert found.distortion == pytest.approx(1.30567, rel=1e-5)
     assert found.total == pytest.approx(found.prior + found.terms.sum().item(), rel=1e-12)
     assert found.rmse.max() < 0.01  # float32
 
 
-@pytest.mark.parametrize(("square", "bits"), [(0.0, 5.87478e-10), (0.25, 7.27868e-6), (1.0, 2.91129e-5)])
+@pytest.mark.parametrize(
+    ("square", "bits"), [(0.0, 5.87478e-10), (0.25, 7.27868e-6), (1.0, 2.91129e-5)]
+)
 def test_the_prior_has_its_golden_values(square, bits):
     process = diffusion(betas=LINEAR)
     pictures = [(torch.arange(1), torch.full((1, 1, 1, 1), square**0.5))]
-    assert bound.variational_bound(lambda x_t, t: x_t, process, pictures, seed=0).prior == pytest.approx(bits, rel=1e-5)
+    assert bound.variational_bound(
+        lambda x_t, t: x_t, process, pictures, seed=0
+    ).prior == pytest.approx(bits, rel=1e-5)
 
 
 def test_an_estimate_outside_the_range_of_pixels_is_held_in_it():
     process = diffusion("x0")
     pictures = [(torch.arange(1), torch.full((1, 1, 2, 2), 0.5))]
-    far, edge = (bound.variational_bound(lambda x_t, t, level=level: torch.full_like(x_t, level), process, pictures, seed=0) for level in (3.0, 1.0))
+    far, edge = (
+        bound.variational_bound(
+            lambda x_t, t, level=level: torch.full_like(x_t, level), process, pictures, seed=0
+        )
+        for level in (3.0, 1.0)
+    )
     assert torch.equal(far.terms, edge.terms)
     np.testing.assert_allclose(far.rmse, 127.5 * 0.5)
 
@@ -118,13 +153,29 @@ def test_neither_batches_nor_their_order_nor_processes_change_a_figure():
     losses = bound.loss_sums(model, process, [(numbers, x0)], seed=3, num_buckets=4)
     halves = [(numbers[:3], x0[:3]), (numbers[3:], x0[3:])]
     for parts in (in_batches(numbers, x0, 1), in_batches(numbers.flip(0), x0.flip(0), 3), halves):
-        torch.testing.assert_close(bound.bound_sums(model, process, parts, seed=3).totals, whole.totals, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(bound.loss_sums(model, process, parts, seed=3, num_buckets=4).totals, losses.totals, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            bound.bound_sums(model, process, parts, seed=3).totals,
+            whole.totals,
+            rtol=1e-6,
+            atol=1e-6,
+        )
+        torch.testing.assert_close(
+            bound.loss_sums(model, process, parts, seed=3, num_buckets=4).totals,
+            losses.totals,
+            rtol=1e-6,
+            atol=1e-6,
+        )
     first, second = ([half] for half in halves)
-    merged = (bound.bound_sums(model, process, first, seed=3) + bound.bound_sums(model, process, second, seed=3)).mean()
+    merged = (
+        bound.bound_sums(model, process, first, seed=3)
+        + bound.bound_sums(model, process, second, seed=3)
+    ).mean()
     assert merged.total == pytest.approx(whole.mean().total, rel=1e-6)
     assert merged.num_images == 7
-    merged = (bound.loss_sums(model, process, first, seed=3, num_buckets=4) + bound.loss_sums(model, process, second, seed=3, num_buckets=4)).mean()
+    merged = (
+        bound.loss_sums(model, process, first, seed=3, num_buckets=4)
+        + bound.loss_sums(model, process, second, seed=3, num_buckets=4)
+    ).mean()
     np.testing.assert_allclose(merged, losses.mean(), rtol=1e-6)
 
 
@@ -132,23 +183,36 @@ def test_seed_and_number_of_an_image_decide_its_noise():
     process = diffusion()
     _, x0 = gaussian_pictures(1, 1, 2, 2)
     totals = {
-        bound.variational_bound(gaussian_model(process), process, [(torch.tensor([number]), x0)], seed).total for number, seed in ((0, 0), (1, 0), (0, 1))
+        bound.variational_bound(
+            gaussian_model(process), process, [(torch.tensor([number]), x0)], seed
+        ).total
+        for number, seed in ((0, 0), (1, 0), (0, 1))
     }
     assert len(totals) == 3
 
 
 def test_each_call_of_the_network_is_told():
     process, told = diffusion(), []
-    bound.variational_bound(gaussian_model(process), process, in_batches(*gaussian_pictures(5, 1, 2, 2), 3), seed=0, advance=told.append)
+    bound.variational_bound(
+        gaussian_model(process),
+        process,
+        in_batches(*gaussian_pictures(5, 1, 2, 2), 3),
+        seed=0,
+        advance=told.append,
+    )
     assert told == [3] * 20 + [2] * 20
 
 
 def test_a_diffusion_that_has_been_evaluated_still_trains():
     process = diffusion(loss="bound")
-    bound.variational_bound(gaussian_model(process), process, [gaussian_pictures(1, 1, 2, 2)], seed=0)
+    bound.variational_bound(
+        gaussian_model(process), process, [gaussian_pictures(1, 1, 2, 2)], seed=0
+    )
     weight = torch.ones(1, requires_grad=True)
     numbers, x0 = gaussian_pictures(1, 1, 2, 2)
-    process.losses(lambda x_t, t: weight * x_t, x0, numbers + 9, torch.randn_like(x0)).sum().backward()
+    process.losses(
+        lambda x_t, t: weight * x_t, x0, numbers + 9, torch.randn_like(x0)
+    ).sum().backward()
     assert weight.grad.isfinite().all()
 
 
@@ -168,11 +232,23 @@ def some_bound(num_timesteps):
 
 def test_the_curve_adds_up_what_was_sent_before_each_timestep():
     found = some_bound(4)
-    assert bound.rate_distortion(found) == [(1, 0.001, 3.0), (2, pytest.approx(0.126), 2.0), (3, pytest.approx(0.376), 1.0), (4, pytest.approx(0.876), 0.0)]
-    assert (found.rate, found.distortion, found.total) == (pytest.approx(0.876), 2.0, pytest.approx(2.876))
+    assert bound.rate_distortion(found) == [
+        (1, 0.001, 3.0),
+        (2, pytest.approx(0.126), 2.0),
+        (3, pytest.approx(0.376), 1.0),
+        (4, pytest.approx(0.876), 0.0),
+    ]
+    assert (found.rate, found.distortion, found.total) == (
+        pytest.approx(0.876),
+        2.0,
+        pytest.approx(2.876),
+    )
 
 
-@pytest.mark.parametrize(("num_timesteps", "times"), [(1000, list(range(1000, 0, -100))), (4000, list(range(4000, 0, -400))), (4, [4, 3, 2, 1])])
+@pytest.mark.parametrize(
+    ("num_timesteps", "times"),
+    [(1000, list(range(1000, 0, -100))), (4000, list(range(4000, 0, -400))), (4, [4, 3, 2, 1])],
+)
 def test_the_table_has_the_papers_rows(num_timesteps, times):
     rows = bound.table(bound.rate_distortion(some_bound(num_timesteps)))
     assert [row.reverse_time for row in rows] == times
@@ -189,7 +265,10 @@ def test_the_curve_is_saved_as_numbers_and_as_a_picture(tmp_path):
     assert [int(row["t"]) for row in rows] == list(range(20))
     assert [float(row["term_bits_per_dim"]) for row in rows] == found.terms.tolist()
     assert [float(row["rmse"]) for row in rows] == found.rmse.tolist()
-    assert (int(rows[0]["reverse_time"]), float(rows[0]["rate_bits_per_dim"])) == (20, pytest.approx(found.rate))
+    assert (int(rows[0]["reverse_time"]), float(rows[0]["rate_bits_per_dim"])) == (
+        20,
+        pytest.approx(found.rate),
+    )
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.width > 2 * picture.height
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.csv", "curve.png"]
@@ -207,17 +286,36 @@ def test_without_matplotlib_the_numbers_are_saved_and_the_error_names_it(tmp_pat
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
 def test_losses_by_timestep_of_gaussian_data_have_their_closed_form(prediction):
     process = diffusion(prediction)
-    found = bound.losses_by_timestep(gaussian_model(process), process, in_batches(*gaussian_pictures(65536, 1, 2, 2), 16384), seed=0, num_buckets=5)
+    found = bound.losses_by_timestep(
+        gaussian_model(process),
+        process,
+        in_batches(*gaussian_pictures(65536, 1, 2, 2), 16384),
+        seed=0,
+        num_buckets=5,
+    )
     abar = process.alphas_cumprod
-    of_x0 = {"x0": torch.ones_like(abar), "epsilon": abar / (1 - abar), "v": 1 / (1 - abar)}[prediction]
+    of_x0 = {"x0": torch.ones_like(abar), "epsilon": abar / (1 - abar), "v": 1 / (1 - abar)}[
+        prediction
+    ]
     expected = (of_x0 * gaussian_error(process)).reshape(5, 4).mean(dim=1)
-    assert [(bucket.first, bucket.last) for bucket in found] == [(0, 3), (4, 7), (8, 11), (12, 15), (16, 19)]
+    assert [(bucket.first, bucket.last) for bucket in found] == [
+        (0, 3),
+        (4, 7),
+        (8, 11),
+        (12, 15),
+        (16, 19),
+    ]
     np.testing.assert_allclose([bucket.loss for bucket in found], expected, rtol=0.015)
 
 
 def test_buckets_hold_every_timestep_once_and_no_more_than_there_are():
     process = diffusion()
-    spans = [(bucket.first, bucket.last) for bucket in bound.losses_by_timestep(lambda x_t, t: x_t, process, [gaussian_pictures(1, 1, 2, 2)], 0, num_buckets=7)]
+    spans = [
+        (bucket.first, bucket.last)
+        for bucket in bound.losses_by_timestep(
+            lambda x_t, t: x_t, process, [gaussian_pictures(1, 1, 2, 2)], 0, num_buckets=7
+        )
+    ]
     assert [t for first, last in spans for t in range(first, last + 1)] == list(range(20))
     for num_buckets in (0, 21):
         with pytest.raises(ValueError, match=f"num_buckets={num_buckets}"):

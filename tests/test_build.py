@@ -35,5 +35,7 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are():
 
 
 def test_the_image_size_is_height_then_width():
-    config = training_config(compose(["model.resolution=[16,24]", "model.attention_resolutions=[]"]))
+    config = training_config(
+        compose(["model.resolution=[16,24]", "model.attention_resolutions=[]"])
+    )
     assert build.image_size(config.data) == (16, 24)

@@ -7,13 +7,30 @@ import torch
 
 from ddpm.runs import checkpoint
 
-WEIGHTS = {"layer.weight": torch.arange(6.0).reshape(2, 3).t()}  # not contiguous, as channels_last weights are not
-STATE = {"ema_updates": 7, "optimizer": {"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]}}
+WEIGHTS = {
+    "layer.weight": torch.arange(6.0).reshape(2, 3).t()
+}  # not contiguous, as channels_last weights are not
+STATE = {
+    "ema_updates": 7,
+    "optimizer": {
+        "state": {0: {"step": torch.tensor(7.0)}},
+        "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}],
+    },
+}
 
 
 def save(folder, *steps, keep=10):
     for step in steps:
-        saved = checkpoint.save(folder, {"step": step, "model": WEIGHTS, "ema": {name: tensor + 1 for name, tensor in WEIGHTS.items()}, **STATE}, keep)
+        saved = checkpoint.save(
+            folder,
+            {
+                "step": step,
+                "model": WEIGHTS,
+                "ema": {name: tensor + 1 for name, tensor in WEIGHTS.items()},
+                **STATE,
+            },
+            keep,
+        )
     return saved
 
 
@@ -30,8 +47,17 @@ def test_what_was_saved_comes_back(tmp_path):
 def test_the_newest_are_kept_and_latest_names_the_last(tmp_path):
     save(tmp_path, 8, 9, 10, 11, keep=3)
     assert [found.step for found in checkpoint.all_in(tmp_path)] == [9, 10, 11]
-    assert (tmp_path / "latest").read_text().strip() == checkpoint.find(tmp_path).folder.name == "step_00000011"
-    assert {entry.name for entry in tmp_path.iterdir()} == {"latest", "step_00000009", "step_00000010", "step_00000011"}
+    assert (
+        (tmp_path / "latest").read_text().strip()
+        == checkpoint.find(tmp_path).folder.name
+        == "step_00000011"
+    )
+    assert {entry.name for entry in tmp_path.iterdir()} == {
+        "latest",
+        "step_00000009",
+        "step_00000010",
+        "step_00000011",
+    }
 
 
 def test_the_same_step_can_be_saved_again(tmp_path):
@@ -67,7 +93,9 @@ def test_files_have_the_permissions_that_the_umask_gives(tmp_path):
     finally:
         os.umask(before)
     files = [tmp_path / "checkpoints" / "latest", *saved.folder.iterdir()]
-    assert {file.name: oct(stat.S_IMODE(file.stat().st_mode)) for file in files} == {file.name: oct(0o640) for file in files}
+    assert {file.name: oct(stat.S_IMODE(file.stat().st_mode)) for file in files} == {
+        file.name: oct(0o640) for file in files
+    }
     assert stat.S_IMODE(saved.folder.stat().st_mode) == 0o750
 
 

@@ -20,7 +20,12 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, train):
     """How a run of 6 steps ended, with intervals that 6 is no multiple of."""
-    return train(tmp_path_factory.mktemp("outputs"), "runtime.checkpoint_every=4", "runtime.log_every=4", "runtime.sample_every=100")
+    return train(
+        tmp_path_factory.mktemp("outputs"),
+        "runtime.checkpoint_every=4",
+        "runtime.log_every=4",
+        "runtime.sample_every=100",
+    )
 
 
 def metrics(run: Path) -> list[dict]:
@@ -45,7 +50,11 @@ def test_a_run_leaves_what_a_user_was_promised(finished):
     assert (run / "train.log").read_text()
     assert (run / ".hydra").is_dir()
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert (config["training"]["steps"], config["model"]["base_channels"], config["data"]["name"]) == (6, 8, "digits")
+    assert (
+        config["training"]["steps"],
+        config["model"]["base_channels"],
+        config["data"]["name"],
+    ) == (6, 8, "digits")
 
 
 def test_run_json_tells_how_the_run_stands_and_what_it_was_made_with(finished):
@@ -89,8 +98,17 @@ def test_parts_of_a_batch_train_as_the_whole_batch_does(finished, train, tmp_pat
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(train, tmp_path):
     """Bit for bit, with everything on that has a state or draws at random."""
     settings = [
-        *("runtime.checkpoint_every=3", "runtime.log_every=2", "runtime.device_batch=3", "model.dropout=0.1", "training.conditional=true"),
-        *("objective.timestep_sampling=loss_second_moment", "schedule.num_timesteps=2"),  # few, so that the learned timesteps come into play
+        *(
+            "runtime.checkpoint_every=3",
+            "runtime.log_every=2",
+            "runtime.device_batch=3",
+            "model.dropout=0.1",
+            "training.conditional=true",
+        ),
+        *(
+            "objective.timestep_sampling=loss_second_moment",
+            "schedule.num_timesteps=2",
+        ),  # few, so that the learned timesteps come into play
     ]
     whole = train(tmp_path / "whole", *settings).run
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -98,7 +116,9 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(train, tmp_path):
     shutil.rmtree(cut / "checkpoints" / "step_00000006")
     (cut / "checkpoints" / "step_00000006").mkdir()
     (cut / "checkpoints" / "latest").write_text("step_00000003\n")
-    (cut / "run.json").write_text(json.dumps({**json.loads((cut / "run.json").read_text()), "status": "running", "step": 3}))
+    (cut / "run.json").write_text(
+        json.dumps({**json.loads((cut / "run.json").read_text()), "status": "running", "step": 3})
+    )
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "tra')
 
@@ -110,7 +130,9 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(train, tmp_path):
         assert (found.folder / name).read_bytes() == (expected.folder / name).read_bytes()
     torch.testing.assert_close(found.state(), expected.state(), rtol=0, atol=0)
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    assert (cut / "samples" / "step_00000006.png").read_bytes() == (whole / "samples" / "step_00000006.png").read_bytes()
+    assert (cut / "samples" / "step_00000006.png").read_bytes() == (
+        whole / "samples" / "step_00000006.png"
+    ).read_bytes()
     assert json.loads((cut / "run.json").read_text())["status"] == "complete"
 
 
@@ -118,14 +140,29 @@ def test_the_average_and_the_weights_both_move(finished):
     first, last = (found.folder for found in checkpoint.all_in(finished.run / "checkpoints"))
     for name in ("model.safetensors", "ema.safetensors"):
         before, after = load_file(first / name), load_file(last / name)
-        assert not any(torch.equal(before[key], after[key]) for key in ("conv_in.weight", "conv_out.weight"))
+        assert not any(
+            torch.equal(before[key], after[key]) for key in ("conv_in.weight", "conv_out.weight")
+        )
 
 
 def test_an_image_is_the_same_whatever_it_is_drawn_with(finished, ddpm, tmp_path):
-    for name, overrides in (("alone", ["num_samples=3", "batch_size=1"]), ("together", ["num_samples=8", "batch_size=7"])):
-        done = ddpm("sample", f"run={finished.run}", f"to={tmp_path / name}", "sampler.num_steps=5", *overrides)
+    for name, overrides in (
+        ("alone", ["num_samples=3", "batch_size=1"]),
+        ("together", ["num_samples=8", "batch_size=7"]),
+    ):
+        done = ddpm(
+            "sample",
+            f"run={finished.run}",
+            f"to={tmp_path / name}",
+            "sampler.num_steps=5",
+            *overrides,
+        )
         assert done.code == 0, done.err
-    assert sorted(file.name for file in (tmp_path / "together").iterdir()) == [*(f"{index:05d}.png" for index in range(8)), "grid.png", "protocol.json"]
+    assert sorted(file.name for file in (tmp_path / "together").iterdir()) == [
+        *(f"{index:05d}.png" for index in range(8)),
+        "grid.png",
+        "protocol.json",
+    ]
     together = [pixels(tmp_path / "together" / f"{index:05d}.png") for index in range(8)]
     assert {image.shape for image in together} == {(16, 16)}
     for index in range(3):
@@ -136,11 +173,24 @@ def test_an_image_is_the_same_whatever_it_is_drawn_with(finished, ddpm, tmp_path
 @pytest.fixture(scope="module")
 def draw(tmp_path_factory, train, ddpm):
     """Draw 4 images from a run with classes that moved far in its 6 steps."""
-    settings = ["training.conditional=true", "optimizer.lr=0.01", "lr_schedule=constant", "lr_schedule.warmup_steps=0", "runtime.checkpoint_every=3"]
+    settings = [
+        "training.conditional=true",
+        "optimizer.lr=0.01",
+        "lr_schedule=constant",
+        "lr_schedule.warmup_steps=0",
+        "runtime.checkpoint_every=3",
+    ]
     run = train(tmp_path_factory.mktemp("outputs"), *settings).run
 
     def call(*overrides: str) -> np.ndarray:
-        done = ddpm("sample", f"run={run}", "num_samples=4", "sampler=ddim", "sampler.num_steps=4", *overrides)
+        done = ddpm(
+            "sample",
+            f"run={run}",
+            "num_samples=4",
+            "sampler=ddim",
+            "sampler.num_steps=4",
+            *overrides,
+        )
         assert done.code == 0, done.err
         grid = Path(done.out.splitlines()[-1].removeprefix("samples "))
         assert grid.is_relative_to(run / "samples")
@@ -154,7 +204,9 @@ def plain_draw(draw):
     return draw("classes=[5]")
 
 
-@pytest.mark.parametrize("override", ["weights=raw", "step=3", "seed=1", "classes=[3]", "sampler.guidance_scale=3"])
+@pytest.mark.parametrize(
+    "override", ["weights=raw", "step=3", "seed=1", "classes=[3]", "sampler.guidance_scale=3"]
+)
 def test_what_is_asked_for_changes_the_images(draw, plain_draw, override):
     asked = ["classes=[5]"] * (not override.startswith("classes"))
     assert np.abs(draw(override, *asked) - plain_draw).max() > 1
@@ -166,7 +218,11 @@ def test_a_picture_that_does_not_decode_is_left_out_of_training(train, pictures,
     own = ["data=folder", f"data.path={folder}", "training.steps=2"]
     run = train(tmp_path / "outputs", *own).run
     record = json.loads((run / "run.json").read_text())
-    assert (record["status"], record["data"]["images"], record["data"]["unreadable"]) == ("complete", 12, ["broken.jpg"])
+    assert (record["status"], record["data"]["images"], record["data"]["unreadable"]) == (
+        "complete",
+        12,
+        ["broken.jpg"],
+    )
 
 
 def test_a_run_is_not_carried_on_with_other_pictures(train, ddpm, tiny, pictures, tmp_path):

@@ -14,7 +14,15 @@ from ddpm.runs import results
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.results import At, Measurement, windowed
 
-PROTOCOL = {"count": 1000, "split": "train", "extractor": "efficientnet_lite0", "sampler": "ddim50", "weights": "ema", "data": "abc", "seed": 0}
+PROTOCOL = {
+    "count": 1000,
+    "split": "train",
+    "extractor": "efficientnet_lite0",
+    "sampler": "ddim50",
+    "weights": "ema",
+    "data": "abc",
+    "seed": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,26 +32,50 @@ def outputs(tmp_path_factory, typed, tiny):
     settings = [*tiny, f"outputs={outputs}", "runtime.log_every=2"]
     assert typed("train", "-m", *settings, "seed=0,1").code == 0
     assert typed("train", *settings, "training.steps=4").code == 0
-    assert typed("train", *settings, "optimizer.lr=1e30", "lr_schedule=constant", "lr_schedule.warmup_steps=0").code == 1
+    assert (
+        typed(
+            "train",
+            *settings,
+            "optimizer.lr=1e30",
+            "lr_schedule=constant",
+            "lr_schedule.warmup_steps=0",
+        ).code
+        == 1
+    )
     for seed, values in ((0, (9.0, 8.0)), (1, (7.0, 7.5))):
         for step, value in zip((4, 6), values, strict=True):
-            results.record(path(outputs, seed=seed, steps=6) / "evaluation.json", [Measurement("fd_efficientnet_lite0", value, {**PROTOCOL, "step": step})])
+            results.record(
+                path(outputs, seed=seed, steps=6) / "evaluation.json",
+                [Measurement("fd_efficientnet_lite0", value, {**PROTOCOL, "step": step})],
+            )
     other = {**PROTOCOL, "seed": 5, "step": 6}
-    results.record(path(outputs, seed=0, steps=6) / "evaluation.json", [Measurement("fd_efficientnet_lite0", 50.0, other), Measurement("recall", 0.5, other)])
+    results.record(
+        path(outputs, seed=0, steps=6) / "evaluation.json",
+        [Measurement("fd_efficientnet_lite0", 50.0, other), Measurement("recall", 0.5, other)],
+    )
     return outputs
 
 
 def path(outputs, seed, steps, lr=1e-3):
     for file in outputs.glob("*/*/config.yaml"):
         config = yaml.safe_load(file.read_text())
-        if (config["seed"], config["training"]["steps"], config["optimizer"]["lr"]) == (seed, steps, lr):
+        if (config["seed"], config["training"]["steps"], config["optimizer"]["lr"]) == (
+            seed,
+            steps,
+            lr,
+        ):
             return file.parent
     raise LookupError
 
 
 @pytest.fixture(scope="module")
 def compared(outputs):
-    wanted = [path(outputs, 0, 6), path(outputs, 1, 6), path(outputs, 0, 4), path(outputs, 0, 6, 1e30)]
+    wanted = [
+        path(outputs, 0, 6),
+        path(outputs, 1, 6),
+        path(outputs, 0, 4),
+        path(outputs, 0, 6, 1e30),
+    ]
     return [results.read(RunFolder(folder)) for folder in wanted]
 
 
@@ -56,17 +88,36 @@ def test_only_what_differs_has_a_column(compared):
 
 def test_runs_stand_as_they_ended_with_their_steps_speed_and_hours(compared):
     table = tables.rows(compared)
-    assert [(row["status"], row["steps"]) for row in table] == [("complete", "6"), ("complete", "6"), ("complete", "4"), ("failed", "0/6")]
+    assert [(row["status"], row["steps"]) for row in table] == [
+        ("complete", "6"),
+        ("complete", "6"),
+        ("complete", "4"),
+        ("failed", "0/6"),
+    ]
     assert all(row["images/s"] > 0 and row["hours"] > 0 for row in table[:3])
     assert table[3]["images/s"] is table[3]["hours"] is None
 
 
-def test_a_protocol_has_a_column_of_its_own_and_a_run_that_was_not_measured_has_none_in_it(compared):
+def test_a_protocol_has_a_column_of_its_own_and_a_run_that_was_not_measured_has_none_in_it(
+    compared,
+):
     table = tables.rows(compared)
-    first, second = (column for column in table[0] if column.startswith("fd_") and not column.endswith(" best"))
+    first, second = (
+        column for column in table[0] if column.startswith("fd_") and not column.endswith(" best")
+    )
     assert {first.split()[-1], second.split()[-1]} == {"seed=0", "seed=5"}
-    assert [[row[first], row[second]] for row in table] == [[8.0, 50.0], [7.5, None], [None, None], [None, None]]
-    assert [row[f"{first} best"] for row in table] == [None, At(7.0, 4), None, None]  # None: the final one is the best
+    assert [[row[first], row[second]] for row in table] == [
+        [8.0, 50.0],
+        [7.5, None],
+        [None, None],
+        [None, None],
+    ]
+    assert [row[f"{first} best"] for row in table] == [
+        None,
+        At(7.0, 4),
+        None,
+        None,
+    ]  # None: the final one is the best
 
 
 def test_a_loss_of_another_objective_is_not_in_the_same_column(compared):
@@ -75,17 +126,30 @@ def test_a_loss_of_another_objective_is_not_in_the_same_column(compared):
         {**compared[1].settings, "objective.prediction": "v"},
         compared[1].choices,
         compared[1].record,
-        [tables.Result("loss", {**compared[1].results[0].protocol, "objective.prediction": "v"}, (0.5, 6), (0.5, 6))],
+        [
+            tables.Result(
+                "loss",
+                {**compared[1].results[0].protocol, "objective.prediction": "v"},
+                (0.5, 6),
+                (0.5, 6),
+            )
+        ],
         "complete",
     )
     table = tables.rows([compared[0], other])
-    assert [(row["loss prediction=epsilon"] is None, row["loss prediction=v"]) for row in table] == [(False, None), (True, 0.5)]
+    assert [
+        (row["loss prediction=epsilon"] is None, row["loss prediction=v"]) for row in table
+    ] == [(False, None), (True, 0.5)]
 
 
-def test_seeds_give_mean_and_deviation_and_only_of_complete_runs_that_are_otherwise_the_same(compared):
+def test_seeds_give_mean_and_deviation_and_only_of_complete_runs_that_are_otherwise_the_same(
+    compared,
+):
     (row,) = tables.over_seeds(compared)
     assert row["seeds"] == "0 1"
-    column = next(name for name in row if name.startswith("fd_") and "seed=0" in name).removesuffix(" mean")
+    column = next(name for name in row if name.startswith("fd_") and "seed=0" in name).removesuffix(
+        " mean"
+    )
     assert row[f"{column} mean"] == pytest.approx(7.75)
     assert row[f"{column} deviation"] == pytest.approx(np.std([8.0, 7.5], ddof=1))
     assert tables.over_seeds([compared[0], compared[2], compared[3]]) == []
@@ -93,7 +157,10 @@ def test_seeds_give_mean_and_deviation_and_only_of_complete_runs_that_are_otherw
 
 def test_runs_are_in_the_order_of_what_differs(compared):
     for numbers in ([2, 0, 1], [1, 2, 0]):
-        assert [one.settings["training.steps"] * 10 + one.settings["seed"] for one in tables.ordered([compared[index] for index in numbers])] == [
+        assert [
+            one.settings["training.steps"] * 10 + one.settings["seed"]
+            for one in tables.ordered([compared[index] for index in numbers])
+        ] == [
             40,
             60,
             61,
@@ -102,7 +169,10 @@ def test_runs_are_in_the_order_of_what_differs(compared):
 
 def test_a_loss_is_averaged_over_the_same_share_of_steps_whatever_the_log_interval():
     loss = np.random.default_rng(0).normal(size=200)
-    every_5, every_10 = ([(step, float(loss[step - every : step].mean())) for step in range(every, 201, every)] for every in (5, 10))
+    every_5, every_10 = (
+        [(step, float(loss[step - every : step].mean())) for step in range(every, 201, every)]
+        for every in (5, 10)
+    )
     assert windowed(every_5)[-1] == (200, pytest.approx(loss[-20:].mean()))
     assert windowed(every_10)[-1] == (200, pytest.approx(loss[-20:].mean()))
     assert windowed([(3, 1.0), (200, 2.0)]) == [(3, 1.0), (200, 2.0)]
@@ -110,14 +180,27 @@ def test_a_loss_is_averaged_over_the_same_share_of_steps_whatever_the_log_interv
 
 
 def test_the_command_writes_the_table_in_whole_digits_and_the_pictures(outputs, typed, tmp_path):
-    done = typed("compare", f"runs={outputs}", f"to={tmp_path}", "plot=true", "grid=true", "num_samples=3", "sampler=ddim", "sampler.num_steps=2")
+    done = typed(
+        "compare",
+        f"runs={outputs}",
+        f"to={tmp_path}",
+        "plot=true",
+        "grid=true",
+        "num_samples=3",
+        "sampler=ddim",
+        "sampler.num_steps=2",
+    )
     assert done.code == 0, done.err
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert sorted(row["status"] for row in rows) == ["complete", "complete", "complete", "failed"]
     entries = {entry["run"]: entry for entry in json.loads((tmp_path / "table.json").read_text())}
     assert entries.keys() == {row["run"] for row in rows}
     measured = entries[str(path(outputs, 0, 6))]["figures"]
-    assert (measured[-1]["metric"], measured[-1]["final"], measured[-1]["protocol"]["seed"]) == ("recall", [0.5, 6], 5)
+    assert (measured[-1]["metric"], measured[-1]["final"], measured[-1]["protocol"]["seed"]) == (
+        "recall",
+        [0.5, 6],
+        5,
+    )
     assert "gradient norm" in done.out  # why the failed one failed
     assert done.err.count("has no row in the grid") == 1
     assert Image.open(tmp_path / "loss.png").size[0] > 500
@@ -127,7 +210,16 @@ def test_the_grid_has_the_same_noise_in_each_column_and_a_row_a_run(outputs, typ
     """A copy of a run gives its very images; another seed's network others."""
     shutil.copytree(path(outputs, 0, 6), tmp_path / "copy")
     runs = f"[{path(outputs, 0, 6)},{tmp_path / 'copy'},{path(outputs, 1, 6)}]"
-    done = typed("compare", f"runs={runs}", f"to={tmp_path}", "grid=true", "num_samples=3", "sampler=ddim", "sampler.num_steps=2", "weights=raw")
+    done = typed(
+        "compare",
+        f"runs={runs}",
+        f"to={tmp_path}",
+        "grid=true",
+        "num_samples=3",
+        "sampler=ddim",
+        "sampler.num_steps=2",
+        "weights=raw",
+    )
     assert done.code == 0, done.err
     sheet = np.asarray(Image.open(tmp_path / "grid.png"), dtype=int)[18:, 110:]
     rows = np.split(sheet, 3)
@@ -154,15 +246,25 @@ def test_folders_that_are_no_runs_or_damaged_spoil_nothing(outputs, typed, tmp_p
         ("odd", "evaluation.json", "[3]"),
         ("cut", "metrics.jsonl", '{"step": 2, "tr'),
     ):
-        shutil.copytree(path(outputs, 0, 6), tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
+        shutil.copytree(
+            path(outputs, 0, 6), tmp_path / name, ignore=shutil.ignore_patterns("checkpoints")
+        )
         (tmp_path / name / file).write_text(content)
     running = tmp_path / "killed"
     shutil.copytree(path(outputs, 1, 6), running)
-    (running / "run.json").write_text((running / "run.json").read_text().replace('"complete"', '"running"'))
+    (running / "run.json").write_text(
+        (running / "run.json").read_text().replace('"complete"', '"running"')
+    )
     good = path(outputs, 1, 6)
-    done = typed("compare", f"runs=[{good},{tmp_path}/[a-z]*,{tmp_path / 'empty'},/nowhere]".replace("[a-z]", "?"))
+    done = typed(
+        "compare",
+        f"runs=[{good},{tmp_path}/[a-z]*,{tmp_path / 'empty'},/nowhere]".replace("[a-z]", "?"),
+    )
     assert done.code == 0, done.err
-    assert done.err.splitlines() == [f"warning: {tmp_path / 'empty'}: no run there", "warning: /nowhere: no run there"]
+    assert done.err.splitlines() == [
+        f"warning: {tmp_path / 'empty'}: no run there",
+        "warning: /nowhere: no run there",
+    ]
     for name, said in (
         ("half", "unreadable"),
         ("no_yaml", "unreadable"),
@@ -178,7 +280,10 @@ def test_folders_that_are_no_runs_or_damaged_spoil_nothing(outputs, typed, tmp_p
 def test_no_run_at_all_is_one_line(typed, tmp_path):
     done = typed("compare", f"runs={tmp_path}")
     assert (done.code, done.out) == (1, "")
-    assert done.err == f"error: runs={tmp_path}: no run there; give a folder that ddpm.train made, one above such, a list of them, or a quoted glob\n"
+    assert (
+        done.err
+        == f"error: runs={tmp_path}: no run there; give a folder that ddpm.train made, one above such, a list of them, or a quoted glob\n"
+    )
 
 
 def test_a_table_too_wide_for_the_terminal_is_turned(compared):

@@ -22,7 +22,10 @@ from ddpm.sample import __main__ as sample
         ("trainig.steps=3", "trainig.*did you mean training"),
         ("training.step=3", r"training\.step: .*did you mean steps"),
         ("model.dropuot=0.1", r"model\.dropuot: .*did you mean dropout"),
-        ("optimizer=adamw optimizer.weight_deacy=0", r"optimizer\.weight_deacy: .*did you mean weight_decay"),
+        (
+            "optimizer=adamw optimizer.weight_deacy=0",
+            r"optimizer\.weight_deacy: .*did you mean weight_decay",
+        ),
         ("+training.step=3", r"training\.step: .*did you mean steps"),
         ("+model.num_haeds=4", r"model\.num_haeds"),
         ("+sampler.function.eat=0.5 sampler=ddim", r"sampler\.function\.eat: .*did you mean eta"),
@@ -72,21 +75,36 @@ from ddpm.sample import __main__ as sample
         ),
         ("model._target_=UNet", r"model\._target_=UNet"),
         ("schedule=cosine,linear", "schedule.*-m"),
-        ("schedule.num_timesteps=1000000000", r"schedule\.num_timesteps=1000000000 .*2 and 1000000"),
+        (
+            "schedule.num_timesteps=1000000000",
+            r"schedule\.num_timesteps=1000000000 .*2 and 1000000",
+        ),
         ("schedule.beta_start=0", r"schedule\.beta_start=0"),
         ("schedule=cosine schedule.beta_end=0.02", r"schedule\.beta_end: .*max_beta"),
         ("schedule=sigmoid schedule.start=4", r"schedule\.start=4 .*end=3"),
         ("schedule.zero_terminal_snr=true", r"objective\.prediction=epsilon .*use v"),
-        ("objective=hybrid objective.variance=fixed_small", r"objective\.loss=hybrid .*learned_range"),
-        ("objective.timestep_sampling=importance", r"objective\.timestep_sampling=importance .*'uniform'"),
+        (
+            "objective=hybrid objective.variance=fixed_small",
+            r"objective\.loss=hybrid .*learned_range",
+        ),
+        (
+            "objective.timestep_sampling=importance",
+            r"objective\.timestep_sampling=importance .*'uniform'",
+        ),
         ("sampler=ddim sampler.function.eta=1.5", r"sampler\.function\.eta=1\.5 .*1"),
         ("sampler=ddim sampler.function.eta=-1", r"sampler\.function\.eta=-1 .*0"),
         ("sampler.num_steps=0", r"sampler\.num_steps=0"),
         ("sampler.function=null", r"sampler\.function=null"),
         ("sampler=dimm", "sampler=dimm: .*did you mean ddim"),
         ("sampler.guidance_scale=2", r"sampler\.guidance_scale=2 .*training\.conditional=true"),
-        ("sampler.guidance_scale=2 training.conditional=true training.label_dropout=0", r"sampler\.guidance_scale=2 .*training\.label_dropout"),
-        ("training.conditional=true data=butterflies", r"training\.conditional=true .*data=butterflies"),
+        (
+            "sampler.guidance_scale=2 training.conditional=true training.label_dropout=0",
+            r"sampler\.guidance_scale=2 .*training\.label_dropout",
+        ),
+        (
+            "training.conditional=true data=butterflies",
+            r"training\.conditional=true .*data=butterflies",
+        ),
         ("training.label_dropout=1", r"training\.label_dropout=1"),
         ("training.steps=", r"training\.steps= "),
         ("training.steps=99999999999999999999999999", r"training\.steps=9+ "),
@@ -106,9 +124,15 @@ from ddpm.sample import __main__ as sample
         ("data=emoji model.in_channels=1", r"model\.in_channels=1 and data\.channels=3"),
         ("model.resolution=[16]", r"data\.resolution=\[16\]"),
         ("model.num_res_blocks=0", r"model\.num_res_blocks=0"),
-        ("data=cifar10 data.num_classes=null training.conditional=true", r"training\.conditional=true .*data\.num_classes=null"),
+        (
+            "data=cifar10 data.num_classes=null training.conditional=true",
+            r"training\.conditional=true .*data\.num_classes=null",
+        ),
         ("data.flip=maybe", r"data\.flip=maybe .*boolean"),
-        ("data.path=pictures", r"data\.path=pictures: data=digits has pictures of its own; .*data=folder"),
+        (
+            "data.path=pictures",
+            r"data\.path=pictures: data=digits has pictures of its own; .*data=folder",
+        ),
         ("data.path=3", r"data\.path=3"),
         ("data=folder data.path=", r"data\.path= should not be empty"),
         ("data.holdout=1", r"data\.holdout=1"),
@@ -125,8 +149,14 @@ from ddpm.sample import __main__ as sample
         ("+recipe.source=x", r"recipe\.expect is missing"),
         ("experiment=cifar10 recipe.expect.parameters=many", r"recipe\.expect\.parameters=many"),
         ("evaluation.metrics=[fid]", r"evaluation\.metrics\.0=fid .*'fd'"),
-        ("runtime.evaluate_every=10 evaluation.split=heldout", r"evaluation\.split=heldout .*data\.holdout"),
-        ("runtime.evaluate_every=10 evaluation.bound_split=test", r"evaluation\.bound_split=test: .*data=digits"),
+        (
+            "runtime.evaluate_every=10 evaluation.split=heldout",
+            r"evaluation\.split=heldout .*data\.holdout",
+        ),
+        (
+            "runtime.evaluate_every=10 evaluation.bound_split=test",
+            r"evaluation\.bound_split=test: .*data=digits",
+        ),
         ("runtime.workers=-1", r"runtime\.workers=-1"),
         ("model=", "model=: no such option of model; there are .*unet32"),
         ("model=unet32.yaml", r"model=unet32\.yaml: .*did you mean unet32"),
@@ -165,7 +195,11 @@ def test_a_bad_value_is_refused_in_one_line_that_names_its_key(complaint, overri
         (sample.main, "run={run} weights=emma", "weights=emma .*'ema' or 'raw'"),
         (sample.main, "run={run} format=[jpg]", r"format\.0=jpg .*'png'"),
         (sample.main, "run={run} format=[]", r"format=\[\] should have at least 1"),
-        (sample.main, "run={run} figure=interpolate pictures=[0]", r"pictures=\[0\] should have at least 2"),
+        (
+            sample.main,
+            "run={run} figure=interpolate pictures=[0]",
+            r"pictures=\[0\] should have at least 2",
+        ),
         (sample.main, "run={run} figure=mosaic", "figure=mosaic .*'progressive'"),
         (sample.main, "run={run} classes=[1]", r"classes=\[1\]: .*training\.conditional=true"),
         (sample.main, "run={run} sampler.num_steps=2000", r"sampler\.num_steps=2000 .*1000"),
@@ -175,10 +209,22 @@ def test_a_bad_value_is_refused_in_one_line_that_names_its_key(complaint, overri
         (sample.main, "run={run} model=unet32", "model: no such key"),
         (sample.main, "from=/nowhere", "from=/nowhere is not here"),
         (sample.main, "from={run}", "from=.* is a run's folder"),
-        (evaluate.main, "run={run} evaluation.metric=[fd]", r"evaluation\.metric: .*did you mean metrics"),
+        (
+            evaluate.main,
+            "run={run} evaluation.metric=[fd]",
+            r"evaluation\.metric: .*did you mean metrics",
+        ),
         (evaluate.main, "run={run} step=0", "step=0"),
-        (evaluate.main, "run={run} evaluation.metrics=[losses] evaluation.bound_split=heldout", r"data\.holdout"),
-        (evaluate.main, "run={run} evaluation.metrics=[losses] evaluation.bound_split=test", "no test split"),
+        (
+            evaluate.main,
+            "run={run} evaluation.metrics=[losses] evaluation.bound_split=heldout",
+            r"data\.holdout",
+        ),
+        (
+            evaluate.main,
+            "run={run} evaluation.metrics=[losses] evaluation.bound_split=test",
+            "no test split",
+        ),
         (export.main, "run={run}", "to is missing"),
         (export.main, "run={run} to={run}", "to=.* is already there"),
         (export.main, "run={run} to=x step=3", "step=3 .*there are 6"),
@@ -203,7 +249,9 @@ def test_the_other_commands_refuse_in_one_line_too(refusal, run_folder, main, ov
         ({"run.json": "{}"}, "no run.json that tells of its data"),
     ],
 )
-def test_a_run_folder_with_a_damaged_file_is_refused_by_its_name(refusal, run_folder, tmp_path, changed, message):
+def test_a_run_folder_with_a_damaged_file_is_refused_by_its_name(
+    refusal, run_folder, tmp_path, changed, message
+):
     damaged = shutil.copytree(run_folder, tmp_path / "run")
     for name, text in changed.items():
         (damaged / name).write_text(text)
@@ -216,9 +264,15 @@ def test_a_run_folder_with_a_damaged_file_is_refused_by_its_name(refusal, run_fo
         ("training: {steps: 3\n", "experiment=trial: trial.yaml cannot be used: .*line 2"),
         ("- 1\n", "trial.yaml cannot be used: it is no table"),
         ("seed: ${\n", "trial.yaml|seed"),
-        ("defaults: [override /modle: unet32]\n", "override /modle: there is no such group; did you mean model"),
+        (
+            "defaults: [override /modle: unet32]\n",
+            "override /modle: there is no such group; did you mean model",
+        ),
         ("defaults: [override /model: unet23]\n", "model=unet23: .*did you mean unet32"),
-        ("defaults: [override /model: [unet32, unet64]]\n", "trial.yaml cannot be used: its defaults have .*unet32"),
+        (
+            "defaults: [override /model: [unet32, unet64]]\n",
+            "trial.yaml cannot be used: its defaults have .*unet32",
+        ),
         ("defaults: 3\n", "defaults=3 is no list"),
         ("training: {step: 3}\n", "training.*step.*did you mean steps"),
         ("trainig: {steps: 3}\n", "trainig: no such key; did you mean training"),
@@ -243,8 +297,19 @@ def composed(*overrides: str):
 
 
 def test_a_value_on_the_command_line_wins_over_every_file():
-    config = composed("experiment=cifar10", "model.dropout=0.3", "optimizer.lr=1e-3", "training.batch_size=64", "lr_schedule.warmup_steps=7")
-    found = (config.model["dropout"], config.optimizer["lr"], config.training.batch_size, config.lr_schedule["warmup_steps"])
+    config = composed(
+        "experiment=cifar10",
+        "model.dropout=0.3",
+        "optimizer.lr=1e-3",
+        "training.batch_size=64",
+        "lr_schedule.warmup_steps=7",
+    )
+    found = (
+        config.model["dropout"],
+        config.optimizer["lr"],
+        config.training.batch_size,
+        config.lr_schedule["warmup_steps"],
+    )
     assert found == (0.3, 1e-3, 64, 7)
 
 
@@ -257,7 +322,9 @@ def test_a_group_on_the_command_line_wins_over_the_experiments():
     assert composed("experiment=butterflies128", "model=unet64").data.resolution == 64
 
 
-@pytest.mark.parametrize(("given", "expected"), [("training.steps=10", (10, None)), ("training.epochs=2", (None, 2))])
+@pytest.mark.parametrize(
+    ("given", "expected"), [("training.steps=10", (10, None)), ("training.epochs=2", (None, 2))]
+)
 @pytest.mark.parametrize("data", ["butterflies", "digits"])  # published in epochs, in steps
 def test_a_duration_on_the_command_line_takes_the_place_of_the_recipes(data, given, expected):
     training = composed(f"data={data}", given).training
@@ -265,7 +332,11 @@ def test_a_duration_on_the_command_line_takes_the_place_of_the_recipes(data, giv
 
 
 def test_the_resolution_of_the_data_follows_the_models():
-    config = composed("model.resolution=[16,24]", "model.attention_resolutions=[6]", "model.channel_multipliers=[1,2,2]")
+    config = composed(
+        "model.resolution=[16,24]",
+        "model.attention_resolutions=[6]",
+        "model.channel_multipliers=[1,2,2]",
+    )
     assert config.data.resolution == (16, 24)
 
 
@@ -297,9 +368,15 @@ def test_what_is_not_trusted_is_refused_without_being_imported(module, complaint
 
 
 def test_what_the_user_trusts_is_taken_and_its_arguments_are_checked(module, complaint):
-    trusting = ["lr_schedule=constant", "lr_schedule._target_=stranger.schedule", "runtime.trusted_modules=[stranger]"]
+    trusting = [
+        "lr_schedule=constant",
+        "lr_schedule._target_=stranger.schedule",
+        "runtime.trusted_modules=[stranger]",
+    ]
     assert composed("data=folder", *trusting).lr_schedule["_target_"] == "stranger.schedule"
-    assert "lr_schedule.warmup_steps=long" in complaint("data=folder", *trusting, "lr_schedule.warmup_steps=long")
+    assert "lr_schedule.warmup_steps=long" in complaint(
+        "data=folder", *trusting, "lr_schedule.warmup_steps=long"
+    )
 
 
 def test_what_is_composed_holds_the_choices_and_the_overrides():
@@ -316,7 +393,9 @@ def test_what_is_composed_holds_the_choices_and_the_overrides():
 
 def test_a_key_of_ones_own_network_is_suggested(typed, tmp_path):
     (tmp_path / "my" / "model").mkdir(parents=True)
-    (tmp_path / "my" / "model" / "net.yaml").write_text('# @package _global_\nmodel: {_target_: mylib.Net, in_channels: "${data.channels}", width: 64}\n')
+    (tmp_path / "my" / "model" / "net.yaml").write_text(
+        '# @package _global_\nmodel: {_target_: mylib.Net, in_channels: "${data.channels}", width: 64}\n'
+    )
     done = typed("train", "--config-dir", str(tmp_path / "my"), "model=net", "model.widht=3")
     assert done.code == 1
     assert "model.widht: no such key in model; did you mean width" in done.err

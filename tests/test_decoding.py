@@ -10,7 +10,9 @@ from ddpm.data import sources
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import image_set
 
-COLOUR = Decoding(10, 12, 3, "center", "white")  # the size of the pictures that are made: nothing is resized
+COLOUR = Decoding(
+    10, 12, 3, "center", "white"
+)  # the size of the pictures that are made: nothing is resized
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -47,7 +49,9 @@ def test_16_bits_of_grey_are_scaled_down_to_8(form):
     assert np.abs(COLOUR(encoded(Image.fromarray(deep), form))[0] - deep / 257).max() <= 0.5
 
 
-@pytest.mark.parametrize(("background", "colour"), [("white", (255, 255, 255)), ("#ff0080", (255, 0, 128))])
+@pytest.mark.parametrize(
+    ("background", "colour"), [("white", (255, 255, 255)), ("#ff0080", (255, 0, 128))]
+)
 def test_transparent_pixels_show_the_background_through(background, colour):
     rgba = pixels(10, 12, 4)
     share = rgba[..., 3:] / 255
@@ -61,7 +65,9 @@ def test_a_palette_is_looked_up_and_its_transparent_entry_shows_the_background()
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.putpixel((0, 0), 0)
     for transparency, corner in ((None, [10, 20, 30]), (0, [255, 255, 255])):
-        found = COLOUR(encoded(image, **({} if transparency is None else {"transparency": transparency})))
+        found = COLOUR(
+            encoded(image, **({} if transparency is None else {"transparency": transparency}))
+        )
         assert found[:, 0, 0].tolist() == corner
         assert found[:, 9, 11].tolist() == [200, 100, 50]
 
@@ -108,7 +114,10 @@ def test_a_background_that_is_no_colour_is_refused():
 def test_a_folder_becomes_one_array_with_labels(tmp_path, pictures):
     folder = pictures("set", ["cat/1.png", "cat/2.png", "dog/3.png"])
     found = decode(folder, tmp_path / "cache")
-    expected = [np.asarray(Image.open(folder / name)).transpose(2, 0, 1) for name in ("cat/1.png", "cat/2.png", "dog/3.png")]
+    expected = [
+        np.asarray(Image.open(folder / name)).transpose(2, 0, 1)
+        for name in ("cat/1.png", "cat/2.png", "dog/3.png")
+    ]
     assert np.array_equal(found.images, np.stack(expected))
     assert found.labels.tolist() == [0, 0, 1]
     assert found.classes == ["cat", "dog"]
@@ -164,7 +173,12 @@ def test_pictures_are_decoded_once(tmp_path, pictures):
 def test_another_resolution_is_decoded_anew(tmp_path, pictures):
     folder = pictures("set", ["1.png", "2.png"])
     assert decode(folder, tmp_path / "cache").images.shape == (2, 3, 10, 12)
-    assert decode(folder, tmp_path / "cache", Decoding(6, 4, 1, "none", "white")).images.shape == (2, 1, 6, 4)
+    assert decode(folder, tmp_path / "cache", Decoding(6, 4, 1, "none", "white")).images.shape == (
+        2,
+        1,
+        6,
+        4,
+    )
 
 
 def test_the_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path, pictures):
@@ -177,8 +191,20 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path, pictur
 
 
 def test_the_fingerprint_is_of_the_labels_too(tmp_path, pictures):
-    sets = {"a": ["x/1.png", "y/2.png", "y/3.png"], "b": ["x/1.png", "x/2.png", "y/3.png"], "c": ["x/1.png", "z/2.png", "z/3.png"]}
-    assert len({decode(pictures(name, files), tmp_path / "cache").fingerprint for name, files in sets.items()}) == 3
+    sets = {
+        "a": ["x/1.png", "y/2.png", "y/3.png"],
+        "b": ["x/1.png", "x/2.png", "y/3.png"],
+        "c": ["x/1.png", "z/2.png", "z/3.png"],
+    }
+    assert (
+        len(
+            {
+                decode(pictures(name, files), tmp_path / "cache").fingerprint
+                for name, files in sets.items()
+            }
+        )
+        == 3
+    )
 
 
 def test_several_workers_give_the_array_that_one_gives(tmp_path, pictures):

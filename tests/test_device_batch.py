@@ -18,7 +18,9 @@ def attempt(limit, tried):
     return call
 
 
-@pytest.mark.parametrize(("share", "limit", "expected"), [(6, 100, [6]), (64, 20, [64, 32, 16]), (7, 1, [7, 4, 2, 1])])
+@pytest.mark.parametrize(
+    ("share", "limit", "expected"), [(6, 100, [6]), (64, 20, [64, 32, 16]), (7, 1, [7, 4, 2, 1])]
+)
 def test_the_batch_is_halved_until_it_fits(share, limit, expected):
     tried = []
     assert halved_until_it_fits(share, attempt(limit, tried), lambda fits: fits) == expected[-1]
@@ -38,7 +40,13 @@ def test_not_even_one_image_is_one_line():
 
 
 MODELS = {
-    "unet": ["model.base_channels=8", "model.norm_groups=4", "model.channel_multipliers=[1,2,2]", "model.attention_resolutions=[8]", "model.dropout=0.2"],
+    "unet": [
+        "model.base_channels=8",
+        "model.norm_groups=4",
+        "model.channel_multipliers=[1,2,2]",
+        "model.attention_resolutions=[8]",
+        "model.dropout=0.2",
+    ],
     "readme": ["model=unet_readme", "model.resolution=32"],
 }
 
@@ -54,7 +62,9 @@ def kept_and_gradients(*overrides):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    x = torch.randn(2, 1, *build.image_size(config.data), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        2, 1, *build.image_size(config.data), generator=torch.Generator().manual_seed(0)
+    )
     torch.manual_seed(1)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         out = network(x, torch.tensor([3, 900]))

@@ -26,8 +26,23 @@ from ddpm.weights.diffusers import unseen
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # networks as small as these are slower on two
 GOOGLE = {  # google/ddpm-cifar10-32, but a quarter as wide
-    **{"act_fn": "silu", "attention_head_dim": None, "center_input_sample": False, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1},
-    **{"in_channels": 3, "out_channels": 3, "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-6, "norm_num_groups": 32, "sample_size": 32},
+    **{
+        "act_fn": "silu",
+        "attention_head_dim": None,
+        "center_input_sample": False,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+    },
+    **{
+        "in_channels": 3,
+        "out_channels": 3,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-6,
+        "norm_num_groups": 32,
+        "sample_size": 32,
+    },
     **{"time_embedding_type": "positional", "block_out_channels": (32, 64, 64, 64)},
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
@@ -42,7 +57,11 @@ OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_
         {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
         {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 300},
         {"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 3},
-        {"beta_schedule": "linear", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        {
+            "beta_schedule": "linear",
+            "rescale_betas_zero_snr": True,
+            "prediction_type": "v_prediction",
+        },
     ],
     ids=str,
 )
@@ -55,7 +74,9 @@ def test_the_sigmoid_schedule_of_diffusers_is_read(saved, tmp_path):
     assert_schedule_is_read(DDPMScheduler(beta_schedule="sigmoid"), saved, tmp_path)
 
 
-def assert_schedule_is_read(scheduler: DDPMScheduler | DDIMScheduler, saved: Path, folder: Path) -> None:
+def assert_schedule_is_read(
+    scheduler: DDPMScheduler | DDIMScheduler, saved: Path, folder: Path
+) -> None:
     scheduler.save_pretrained(folder / "scheduler")
     (folder / "unet").symlink_to(saved)
     alphas_cumprod = chain_of(folder).diffusion.alphas_cumprod
@@ -89,13 +110,19 @@ def rename(weights: dict[str, Tensor], convolutions: bool) -> dict[str, Tensor]:
         parts = re.fullmatch(r"(.*\.attentions\.\d+\.)(to_q|to_k|to_v|to_out\.0)(\..*)", name)
         if parts:
             name = parts[1] + OLD_NAMES[parts[2]] + parts[3]
-            tensor = tensor[:, :, None, None].contiguous() if convolutions and tensor.ndim == 2 else tensor
+            tensor = (
+                tensor[:, :, None, None].contiguous()
+                if convolutions and tensor.ndim == 2
+                else tensor
+            )
         renamed[name] = tensor
     assert any("proj_attn" in name for name in renamed)
     return renamed
 
 
-@pytest.mark.parametrize("form", ["now", "old names", "old names and convolutions", "bin", "half precision"])
+@pytest.mark.parametrize(
+    "form", ["now", "old names", "old names and convolutions", "bin", "half precision"]
+)
 def test_the_layout_of_googles_weights_is_read(tmp_path, form):
     folder = google(tmp_path, "fixed_large")
     network, file = theirs(folder), folder / "diffusion_pytorch_model.safetensors"
@@ -111,19 +138,42 @@ def test_the_layout_of_googles_weights_is_read(tmp_path, form):
         network = network.half().float()
     assert_same(ours(folder), network)
     diffusion = chain_of(folder).diffusion
-    assert (diffusion.variance, diffusion.prediction, diffusion.num_timesteps) == ("fixed_large", "epsilon", 1000)
-    assert (diffusion.betas[0].item(), diffusion.betas[-1].item()) == (pytest.approx(1e-4), pytest.approx(0.02))
+    assert (diffusion.variance, diffusion.prediction, diffusion.num_timesteps) == (
+        "fixed_large",
+        "epsilon",
+        1000,
+    )
+    assert (diffusion.betas[0].item(), diffusion.betas[-1].item()) == (
+        pytest.approx(1e-4),
+        pytest.approx(0.02),
+    )
 
 
 @pytest.mark.parametrize(
     "changed",
     [
-        {"downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5, "attention_head_dim": 8},
+        {
+            "downsample_padding": 1,
+            "flip_sin_to_cos": True,
+            "freq_shift": 0,
+            "norm_eps": 1e-5,
+            "attention_head_dim": 8,
+        },
         {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 32},
         {"downsample_type": "resnet", "upsample_type": "resnet"}
         | {
-            "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "ResnetUpsampleBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            "down_block_types": (
+                "ResnetDownsampleBlock2D",
+                "AttnDownBlock2D",
+                "ResnetDownsampleBlock2D",
+                "DownBlock2D",
+            ),
+            "up_block_types": (
+                "UpBlock2D",
+                "ResnetUpsampleBlock2D",
+                "AttnUpBlock2D",
+                "ResnetUpsampleBlock2D",
+            ),
         },
         {"sample_size": (16, 32)},
         {"in_channels": 1, "out_channels": 2},
@@ -131,8 +181,15 @@ def test_the_layout_of_googles_weights_is_read(tmp_path, form):
     ids=lambda changed: next(iter(changed)),
 )
 def test_other_networks_that_diffusers_saved_are_read(tmp_path, changed):
-    if "resnet" in changed.values():  # only then does the last level on the way up have something to resample with
-        changed["up_block_types"] = ("ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    if (
+        "resnet" in changed.values()
+    ):  # only then does the last level on the way up have something to resample with
+        changed["up_block_types"] = (
+            "ResnetUpsampleBlock2D",
+            "ResnetUpsampleBlock2D",
+            "AttnUpBlock2D",
+            "UpBlock2D",
+        )
     folder = google(tmp_path, **changed)
     assert_same(ours(folder), theirs(folder))
 
@@ -153,17 +210,29 @@ def edit(file: Path, **changed: object) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    return google(tmp_path_factory.mktemp("google"), "fixed_large", block_out_channels=(32, 32), **levels("", "Attn"))
+    return google(
+        tmp_path_factory.mktemp("google"),
+        "fixed_large",
+        block_out_channels=(32, 32),
+        **levels("", "Attn"),
+    )
 
 
 def levels(*kinds: str) -> dict[str, tuple[str, ...]]:
-    return {"down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds), "up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(kinds))}
+    return {
+        "down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds),
+        "up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+    }
 
 
 @pytest.mark.parametrize(
     ("file", "changed", "reason"),
     [
-        ("config.json", {"_class_name": "UNet2DConditionModel"}, "_class_name=UNet2DConditionModel must be UNet2DModel"),
+        (
+            "config.json",
+            {"_class_name": "UNet2DConditionModel"},
+            "_class_name=UNet2DConditionModel must be UNet2DModel",
+        ),
         ("config.json", {"act_fn": "mish"}, "act_fn=mish must be silu"),
         ("config.json", {"mid_block_type": None}, "mid_block_type=None"),
         ("config.json", {"add_attention": False}, "add_attention=False"),
@@ -173,8 +242,16 @@ def levels(*kinds: str) -> dict[str, tuple[str, ...]]:
         ("config.json", {"mid_block_scale_factor": 1.4}, r"mid_block_scale_factor=1\.4"),
         ("config.json", {"freq_shift": 0}, r"flip_sin_to_cos and freq_shift=\(False, 0\)"),
         ("config.json", {"downsample_padding": 2}, "downsample_padding=2"),
-        ("config.json", {"down_block_types": ["SkipDownBlock2D", "AttnDownBlock2D"]}, "block type SkipDownBlock2D"),
-        ("config.json", {"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, "attention on the way down and on the way up"),
+        (
+            "config.json",
+            {"down_block_types": ["SkipDownBlock2D", "AttnDownBlock2D"]},
+            "block type SkipDownBlock2D",
+        ),
+        (
+            "config.json",
+            {"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]},
+            "attention on the way down and on the way up",
+        ),
         ("config.json", {"down_block_types": ["DownBlock2D"]}, "one length"),
         ("config.json", {"upsample_type": "resnet"}, "resampled in one way"),
         ("config.json", {"block_out_channels": [64, 96]}, r"block_out_channels=\[64, 96\]"),
@@ -188,33 +265,61 @@ def levels(*kinds: str) -> dict[str, tuple[str, ...]]:
         ("config.json", {"sample_size": "large"}, "config.json"),
         ("config.json", {"block_out_channels": 5}, "config.json is not as expected"),
         ("config.json", {"quantization_config": {"bits": 4}}, "quantization_config=.* unknown"),
-        ("scheduler_config.json", {"_class_name": "EulerDiscreteScheduler"}, "_class_name=EulerDiscreteScheduler"),
+        (
+            "scheduler_config.json",
+            {"_class_name": "EulerDiscreteScheduler"},
+            "_class_name=EulerDiscreteScheduler",
+        ),
         ("scheduler_config.json", {"thresholding": True}, "thresholding=True"),
         ("scheduler_config.json", {"variance_type": "learned"}, "variance_type=learned"),
-        ("scheduler_config.json", {"variance_type": "learned_range"}, "variance_type=learned_range does not fit .* 3 out"),
+        (
+            "scheduler_config.json",
+            {"variance_type": "learned_range"},
+            "variance_type=learned_range does not fit .* 3 out",
+        ),
         ("scheduler_config.json", {"clip_sample_range": 2.0}, r"clip_sample_range=2\.0"),
         ("scheduler_config.json", {"prediction_type": "flow"}, "prediction_type=flow"),
         ("scheduler_config.json", {"beta_schedule": "laplace"}, "beta_schedule=laplace"),
-        ("scheduler_config.json", {"trained_betas": [0.1, 0.2]}, "trained_betas must be num_train_timesteps=1000"),
+        (
+            "scheduler_config.json",
+            {"trained_betas": [0.1, 0.2]},
+            "trained_betas must be num_train_timesteps=1000",
+        ),
         ("scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero terminal SNR"),
         ("scheduler_config.json", {"predict_epsilon": False}, "predict_epsilon=False"),
         ("scheduler_config.json", {"sigma_data": 0.5}, r"sigma_data=0\.5 is unknown"),
         ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, "vae="),
         ("model_index.json", {"unet": ["my_code", "UNet"]}, "unet=.*my_code"),
-        ("model_index.json", {"_class_name": ["pipeline", "MyPipeline"]}, "_class_name=.*MyPipeline"),
+        (
+            "model_index.json",
+            {"_class_name": ["pipeline", "MyPipeline"]},
+            "_class_name=.*MyPipeline",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value),
 )
-def test_what_cannot_be_expressed_here_is_refused_with_the_reason(tmp_path, saved, file, changed, reason):
+def test_what_cannot_be_expressed_here_is_refused_with_the_reason(
+    tmp_path, saved, file, changed, reason
+):
     (tmp_path / "model_index.json").write_text(
-        json.dumps({"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]})
+        json.dumps(
+            {
+                "_class_name": "DDPMPipeline",
+                "unet": ["diffusers", "UNet2DModel"],
+                "scheduler": ["diffusers", "DDPMScheduler"],
+            }
+        )
     )
     for name in ("config.json", "scheduler_config.json"):
         (tmp_path / name).write_text((saved / name).read_text())
-    (tmp_path / "diffusion_pytorch_model.safetensors").symlink_to(saved / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "diffusion_pytorch_model.safetensors").symlink_to(
+        saved / "diffusion_pytorch_model.safetensors"
+    )
     assert chain_of(tmp_path).diffusion.variance == "fixed_large"
     edit(tmp_path / file, **changed)
-    with pytest.raises(ValueError, match=rf"^from={re.escape(str(tmp_path))}: .*{reason}") as refused:
+    with pytest.raises(
+        ValueError, match=rf"^from={re.escape(str(tmp_path))}: .*{reason}"
+    ) as refused:
         chain_of(tmp_path)
     assert "\n" not in str(refused.value)
 
@@ -222,7 +327,10 @@ def test_what_cannot_be_expressed_here_is_refused_with_the_reason(tmp_path, save
 def test_weights_that_are_not_of_the_config_beside_them_are_refused(tmp_path):
     folder = google(tmp_path, "fixed_large", block_out_channels=(32, 32), **levels("", "Attn"))
     edit(folder / "config.json", layers_per_block=1)
-    with pytest.raises(ValueError, match=r"^from=.* has down_blocks\.0\.resnets\.1\.\S+, which the network of its config\.json has not"):
+    with pytest.raises(
+        ValueError,
+        match=r"^from=.* has down_blocks\.0\.resnets\.1\.\S+, which the network of its config\.json has not",
+    ):
         ours(folder)
 
 
@@ -239,7 +347,9 @@ class Payload:
 def test_a_pickle_that_would_run_code_is_refused_unread(tmp_path):
     folder = google(tmp_path / "folder", "fixed_large")
     (folder / "diffusion_pytorch_model.safetensors").unlink()
-    (folder / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"conv_in.weight": Payload(tmp_path / "trace")}, protocol=2))
+    (folder / "diffusion_pytorch_model.bin").write_bytes(
+        pickle.dumps({"conv_in.weight": Payload(tmp_path / "trace")}, protocol=2)
+    )
     with pytest.raises(ValueError, match="from=.*cannot be read as tensors alone"):
         folders.find(str(folder), "from").weights()
     assert not (tmp_path / "trace").exists()
@@ -280,13 +390,22 @@ def test_a_folder_gives_the_images_that_its_run_gives(tmp_path):
     assert all(np.array_equal(one, other) for one, other in zip(of_run, of_folder, strict=True))
 
 
-@pytest.mark.parametrize(("overrides", "clips"), [([], False), (["sampler.clip=true"], True), (["sampler=ddim", "sampler.clip=true"], True)])
-def test_a_scheduler_that_does_not_clip_is_heard_unless_the_command_line_says_otherwise(saved, tmp_path, overrides, clips):
-    DDPMScheduler(clip_sample=False, variance_type="fixed_large").save_pretrained(tmp_path / "scheduler")
+@pytest.mark.parametrize(
+    ("overrides", "clips"),
+    [([], False), (["sampler.clip=true"], True), (["sampler=ddim", "sampler.clip=true"], True)],
+)
+def test_a_scheduler_that_does_not_clip_is_heard_unless_the_command_line_says_otherwise(
+    saved, tmp_path, overrides, clips
+):
+    DDPMScheduler(clip_sample=False, variance_type="fixed_large").save_pretrained(
+        tmp_path / "scheduler"
+    )
     (tmp_path / "unet").symlink_to(saved)
     settings = settings_of(compose([f"from={tmp_path}", *overrides], "sample"))
     assert settings.sampler["clip"] is clips
-    sampler = build.sampler_settings(settings.sampler, folders.find(str(tmp_path), "from").chain().diffusion)
+    sampler = build.sampler_settings(
+        settings.sampler, folders.find(str(tmp_path), "from").chain().diffusion
+    )
     assert sampler["function"].get("variance", "fixed_large") == "fixed_large"
 
 

@@ -13,7 +13,9 @@ COSINE = schedules.cosine(1000, 0.008, 0.999)
 DATA_STD = 0.5
 
 
-def diffusion(prediction="epsilon", variance="fixed_small", loss="simple", betas=LINEAR, **settings):
+def diffusion(
+    prediction="epsilon", variance="fixed_small", loss="simple", betas=LINEAR, **settings
+):
     return GaussianDiffusion(betas, prediction=prediction, variance=variance, loss=loss, **settings)
 
 
@@ -23,7 +25,9 @@ def at(t, batch=1):
 
 def pictures(batch=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(batch, 3, 4, 4, generator=generator, dtype=torch.float64) * 2 - 1, torch.randn(batch, 3, 4, 4, generator=generator, dtype=torch.float64)
+    return torch.rand(
+        batch, 3, 4, 4, generator=generator, dtype=torch.float64
+    ) * 2 - 1, torch.randn(batch, 3, 4, 4, generator=generator, dtype=torch.float64)
 
 
 def gaussian_model(process, std=DATA_STD):
@@ -33,7 +37,11 @@ def gaussian_model(process, std=DATA_STD):
         abar = process.alphas_cumprod[t].reshape(-1, 1, 1, 1)
         x0 = abar.sqrt() * std**2 / (abar * std**2 + 1 - abar) * x_t
         noise = (x_t - abar.sqrt() * x0) / (1 - abar).sqrt()
-        return process.target(x0, x_t, t, noise) if process.prediction != "mean" else process.posterior_mean(x0, x_t, t)
+        return (
+            process.target(x0, x_t, t, noise)
+            if process.prediction != "mean"
+            else process.posterior_mean(x0, x_t, t)
+        )
 
     return model
 
@@ -53,9 +61,17 @@ def test_forward_and_posterior_have_the_golden_values(betas, t, abar, beta_tilde
     (LINEAR, 0, 1, 0), (LINEAR, 1, 0.545291, 0.454708), (LINEAR, 100, 0.0188955, 0.981076), (LINEAR, 999, 0.000128351, 0.989949), (COSINE, 999, 0.00155689, 0.0316227),
 ])  # fmt: skip
 def test_posterior_mean_has_the_golden_coefficients(betas, t, of_x0, of_x_t):
-    process, one, zero = diffusion(betas=betas), torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    assert process.posterior_mean(one, zero, at(t)).item() == pytest.approx(of_x0, rel=5e-6, abs=1e-15)
-    assert process.posterior_mean(zero, one, at(t)).item() == pytest.approx(of_x_t, rel=5e-6, abs=1e-15)
+    process, one, zero = (
+        diffusion(betas=betas),
+        torch.ones(1, 1, 1, 1, dtype=torch.float64),
+        torch.zeros(1, 1, 1, 1, dtype=torch.float64),
+    )
+    assert process.posterior_mean(one, zero, at(t)).item() == pytest.approx(
+        of_x0, rel=5e-6, abs=1e-15
+    )
+    assert process.posterior_mean(zero, one, at(t)).item() == pytest.approx(
+        of_x_t, rel=5e-6, abs=1e-15
+    )
 
 
 @pytest.mark.parametrize("t", [1, 10, 500, 999])
@@ -64,7 +80,12 @@ def test_posterior_mean_from_x0_equals_the_one_from_the_noise(t):
     process, (x0, noise) = diffusion(), pictures()
     x_t = process.q_sample(x0, at(t, 2), noise)
     beta, abar = LINEAR[t], process.alphas_cumprod[t]
-    torch.testing.assert_close(process.posterior_mean(x0, x_t, at(t, 2)), (x_t - beta / (1 - abar).sqrt() * noise) / (1 - beta).sqrt(), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        process.posterior_mean(x0, x_t, at(t, 2)),
+        (x_t - beta / (1 - abar).sqrt() * noise) / (1 - beta).sqrt(),
+        rtol=1e-12,
+        atol=1e-13,
+    )
 
 
 @pytest.mark.parametrize("t", [0, 500, 999])
@@ -72,7 +93,9 @@ def test_posterior_mean_from_x0_equals_the_one_from_the_noise(t):
 def test_every_prediction_says_the_same_of_image_and_noise(prediction, t):
     process, (x0, noise) = diffusion(prediction), pictures()
     x_t = process.q_sample(x0, at(t, 2), noise)
-    x0_hat, eps_hat, variance_output = process.denoised(process.target(x0, x_t, at(t, 2), noise), x_t, at(t, 2))
+    x0_hat, eps_hat, variance_output = process.denoised(
+        process.target(x0, x_t, at(t, 2), noise), x_t, at(t, 2)
+    )
     torch.testing.assert_close(x0_hat, x0, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(eps_hat, noise, rtol=1e-9, atol=1e-10)
     assert variance_output is None
@@ -96,7 +119,9 @@ def test_variances_have_the_golden_values(variance, output, t, expected):
     process = diffusion(variance=variance, loss="bound")
     like = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     words = None if output is None else like + output
-    assert process.log_variance(words, at(t), like).exp().item() == pytest.approx(expected, rel=1e-7)
+    assert process.log_variance(words, at(t), like).exp().item() == pytest.approx(
+        expected, rel=1e-7
+    )
 
 
 @pytest.mark.parametrize("t", [0, 100, 500, 999])
@@ -110,9 +135,16 @@ def test_squared_error_on_gaussian_data_has_its_closed_form(prediction, t):
     abar, s2 = process.alphas_cumprod[t].item(), DATA_STD**2
     x0_error = s2 * (1 - abar) / (abar * s2 + 1 - abar)
     before = process.alphas_cumprod[t - 1].item() if t else 1.0
-    of_x0 = {"x0": 1, "epsilon": abar / (1 - abar), "v": 1 / (1 - abar), "mean": before * (LINEAR[t].item() / (1 - abar)) ** 2}[prediction]
+    of_x0 = {
+        "x0": 1,
+        "epsilon": abar / (1 - abar),
+        "v": 1 / (1 - abar),
+        "mean": before * (LINEAR[t].item() / (1 - abar)) ** 2,
+    }[prediction]
     measured = process.losses(gaussian_model(process), x0, at(t, 64), noise).mean().item()
-    assert measured == pytest.approx(of_x0 * x0_error, rel=0.01)  # 262,144 draws: a relative spread of 0.3%
+    assert measured == pytest.approx(
+        of_x0 * x0_error, rel=0.01
+    )  # 262,144 draws: a relative spread of 0.3%
 
 
 @pytest.mark.parametrize(("variance", "t", "weight"), [
@@ -120,7 +152,10 @@ def test_squared_error_on_gaussian_data_has_its_closed_form(prediction, t):
 ])  # fmt: skip
 def test_bound_weighs_the_noise_error_as_equation_12(variance, t, weight):
     """Two networks whose noise differs by a known amount: the bound's terms differ by Eq. 12's weight times the difference of squares."""
-    process, (x0, noise) = diffusion(variance=variance, loss="bound", vlb_weight=1 / 1000), pictures(1)
+    process, (x0, noise) = (
+        diffusion(variance=variance, loss="bound", vlb_weight=1 / 1000),
+        pictures(1),
+    )
     exact = process.losses(lambda x, s: noise, x0, at(t), noise)
     off = process.losses(lambda x, s: noise + 0.1, x0, at(t), noise)
     assert ((off - exact) * math.log(2)).item() == pytest.approx(weight * 0.1**2, rel=1e-4)
@@ -131,7 +166,10 @@ def test_a_perfect_network_leaves_only_the_gap_of_the_fixed_variance():
     x0, noise = pictures(1)
     for variance, total, first in (("fixed_small", 0.0, 0.0), ("fixed_large", 0.486419, 0.175125)):
         process = diffusion(variance=variance)
-        terms = [process.bound_term(noise, x0, process.q_sample(x0, at(t), noise), at(t)).item() for t in range(1, 1000)]
+        terms = [
+            process.bound_term(noise, x0, process.q_sample(x0, at(t), noise), at(t)).item()
+            for t in range(1, 1000)
+        ]
         assert sum(terms) == pytest.approx(total, rel=1e-5, abs=1e-9)
         assert terms[0] == pytest.approx(first, rel=1e-5, abs=1e-9)
 
@@ -143,19 +181,28 @@ def test_decoder_has_the_golden_code_lengths(betas, level, offset, bits):
     process = diffusion(betas=betas)
     x0 = torch.full((1, 1, 1, 1), level, dtype=torch.float64)
     log_variance = process.log_variance(None, at(0), x0)
-    assert -discretized_log_likelihood(x0, x0 + offset, log_variance).item() / math.log(2) == pytest.approx(bits, rel=1e-5)
+    assert -discretized_log_likelihood(x0, x0 + offset, log_variance).item() / math.log(
+        2
+    ) == pytest.approx(bits, rel=1e-5)
 
 
 def test_decoder_probabilities_of_all_levels_add_up_to_one():
     levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     for mean, deviation in ((0.1, 0.01), (-1.0, 0.3), (0.98, 0.007)):
-        log_p = discretized_log_likelihood(levels, torch.full_like(levels, mean), torch.full_like(levels, 2 * math.log(deviation)))
+        log_p = discretized_log_likelihood(
+            levels, torch.full_like(levels, mean), torch.full_like(levels, 2 * math.log(deviation))
+        )
         assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-9)
 
 
-@pytest.mark.parametrize(("square", "bits"), [(0.0, 5.87478e-10), (0.25, 7.27868e-6), (1 / 3, 9.70471e-6), (1.0, 2.91129e-5)])
+@pytest.mark.parametrize(
+    ("square", "bits"),
+    [(0.0, 5.87478e-10), (0.25, 7.27868e-6), (1 / 3, 9.70471e-6), (1.0, 2.91129e-5)],
+)
 def test_prior_term_has_the_golden_values(square, bits):
-    assert diffusion().prior_term(torch.full((1, 1, 2, 2), square**0.5, dtype=torch.float64)).item() == pytest.approx(bits, rel=1e-5)
+    assert diffusion().prior_term(
+        torch.full((1, 1, 2, 2), square**0.5, dtype=torch.float64)
+    ).item() == pytest.approx(bits, rel=1e-5)
 
 
 @pytest.mark.parametrize(("prediction", "t", "weight"), [
@@ -163,10 +210,15 @@ def test_prior_term_has_the_golden_values(square, bits):
 ])  # fmt: skip
 def test_min_snr_weights_have_the_golden_values(prediction, t, weight):
     process, (x0, noise) = diffusion(prediction, loss="min_snr"), pictures()
-    assert min_snr_weights(process.alphas_cumprod, 5.0, prediction)[t].item() == pytest.approx(weight, rel=2e-6)
+    assert min_snr_weights(process.alphas_cumprod, 5.0, prediction)[t].item() == pytest.approx(
+        weight, rel=2e-6
+    )
     plain = diffusion(prediction).losses(lambda x, s: torch.zeros_like(x), x0, at(t, 2), noise)
     torch.testing.assert_close(
-        process.losses(lambda x, s: torch.zeros_like(x), x0, at(t, 2), noise) / plain, torch.full((2,), weight, dtype=torch.float64), rtol=2e-6, atol=0
+        process.losses(lambda x, s: torch.zeros_like(x), x0, at(t, 2), noise) / plain,
+        torch.full((2,), weight, dtype=torch.float64),
+        rtol=2e-6,
+        atol=0,
     )
 
 
@@ -194,11 +246,23 @@ def test_a_variance_learned_on_gaussian_data_converges_to_the_true_one():
     optimizer = torch.optim.Adam([log_variance], lr=0.05)
     for _ in range(300):
         optimizer.zero_grad()
-        process.losses(lambda x, s: torch.cat([best(x, s), log_variance.expand_as(x)], dim=1), x0, at(t, 16), noise).mean().backward()
+        process.losses(
+            lambda x, s: torch.cat([best(x, s), log_variance.expand_as(x)], dim=1),
+            x0,
+            at(t, 16),
+            noise,
+        ).mean().backward()
         optimizer.step()
-    abar, before, s2 = process.alphas_cumprod[t].item(), process.alphas_cumprod[t - 1].item(), DATA_STD**2
+    abar, before, s2 = (
+        process.alphas_cumprod[t].item(),
+        process.alphas_cumprod[t - 1].item(),
+        DATA_STD**2,
+    )
     of_x0 = s2 * (1 - abar) / (abar * s2 + 1 - abar)
-    true = process.posterior_variance()[t].item() + before * (LINEAR[t].item() / (1 - abar)) ** 2 * of_x0
+    true = (
+        process.posterior_variance()[t].item()
+        + before * (LINEAR[t].item() / (1 - abar)) ** 2 * of_x0
+    )
     assert log_variance.exp().item() == pytest.approx(true, rel=0.01)
 
 
@@ -214,7 +278,12 @@ def test_zero_terminal_snr_leaves_no_signal_and_finite_losses():
     x0, noise = pictures()
     torch.testing.assert_close(process.q_sample(x0, at(999, 2), noise), noise, rtol=0, atol=0)
     assert process.losses(lambda x, t: torch.zeros_like(x), x0, at(999, 2), noise).isfinite().all()
-    torch.testing.assert_close(process.denoised(process.target(x0, noise, at(999, 2), noise), noise, at(999, 2)).x0_hat, x0, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        process.denoised(process.target(x0, noise, at(999, 2), noise), noise, at(999, 2)).x0_hat,
+        x0,
+        rtol=1e-12,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize(("settings", "reason"), [

@@ -42,12 +42,16 @@ def test_warm_up_forgets_the_first_weights_as_one_over_n_plus_9_choose_9():
     nn.init.ones_(module.weight)
     for n in range(1, 30):
         ema.update()
-        assert ema.state_dict()["weight"].item() == pytest.approx(1 - 1 / math.comb(n + 9, 9), abs=1e-6)
+        assert ema.state_dict()["weight"].item() == pytest.approx(
+            1 - 1 / math.comb(n + 9, 9), abs=1e-6
+        )
 
 
 def test_warm_up_ends_at_the_decay_asked_for():
     ema = EMA(nn.Linear(1, 1), decay=0.5, warmup=True)
-    assert [ema.decay_at(update) for update in (0, 7, 8, 1000)] == pytest.approx([1 / 10, 8 / 17, 0.5, 0.5])
+    assert [ema.decay_at(update) for update in (0, 7, 8, 1000)] == pytest.approx(
+        [1 / 10, 8 / 17, 0.5, 0.5]
+    )
 
 
 def test_the_average_starts_as_a_copy_that_does_not_follow_the_module():

@@ -15,31 +15,58 @@ from ddpm.evaluate.run import lines
 from ddpm.runs import results
 from ddpm.runs.results import Measurement
 
-PROTOCOL = {"count": 50_000, "split": "train", "extractor": "inception", "sampler": "ancestral1000", "weights": "ema", "step": 800_000, "seed": 0}
+PROTOCOL = {
+    "count": 50_000,
+    "split": "train",
+    "extractor": "inception",
+    "sampler": "ancestral1000",
+    "weights": "ema",
+    "step": 800_000,
+    "seed": 0,
+}
 
 
 def test_a_figures_id_says_its_protocol():
-    assert Measurement("fid", 3.17, PROTOCOL).id == "fid@50k:train:inception:ancestral1000:ema:step800000"
-    assert Measurement("bits_per_dim", 3.7, {"count": 256, "split": "test", "weights": "raw", "step": 5}).id == "bits_per_dim@256:test:raw:step5"
+    assert (
+        Measurement("fid", 3.17, PROTOCOL).id
+        == "fid@50k:train:inception:ancestral1000:ema:step800000"
+    )
+    assert (
+        Measurement(
+            "bits_per_dim", 3.7, {"count": 256, "split": "test", "weights": "raw", "step": 5}
+        ).id
+        == "bits_per_dim@256:test:raw:step5"
+    )
 
 
 def test_a_figure_takes_the_place_of_the_same_one_and_no_other(tmp_path):
     file = tmp_path / "evaluation.json"
-    results.record(file, [Measurement("fid", 9.0, PROTOCOL), Measurement("precision", 0.5, PROTOCOL)])
-    results.record(file, [Measurement("fid", 8.0, PROTOCOL), Measurement("fid", 7.0, {**PROTOCOL, "seed": 1})])
+    results.record(
+        file, [Measurement("fid", 9.0, PROTOCOL), Measurement("precision", 0.5, PROTOCOL)]
+    )
+    results.record(
+        file, [Measurement("fid", 8.0, PROTOCOL), Measurement("fid", 7.0, {**PROTOCOL, "seed": 1})]
+    )
     assert [(entry["metric"], entry["value"], entry["protocol"]["seed"]) for entry in results.recorded(file)] == [
         ("fid", 8.0, 0), ("precision", 0.5, 0), ("fid", 7.0, 1),
     ]  # fmt: skip
 
 
 def test_which_of_two_values_is_the_better_is_known_where_one_is():
-    assert [results.better(name) for name in ("fid", "kd_efficientnet_lite0", "bits_per_dim")] == [min] * 3
-    assert [results.better(name) for name in ("inception_score", "precision", "recall")] == [max] * 3
+    assert [results.better(name) for name in ("fid", "kd_efficientnet_lite0", "bits_per_dim")] == [
+        min
+    ] * 3
+    assert [results.better(name) for name in ("inception_score", "precision", "recall")] == [
+        max
+    ] * 3
     assert results.better("nearest_ratio") is results.better("channel_0_mean_gap") is None
 
 
 def test_the_table_shows_what_was_published_beside_what_was_measured():
-    shown = lines([Measurement("fid", 3.4, PROTOCOL, floor=1.5)], [Metric(name="fid", value=3.17, tolerance=0.2, protocol="50k samples")])
+    shown = lines(
+        [Measurement("fid", 3.4, PROTOCOL, floor=1.5)],
+        [Metric(name="fid", value=3.17, tolerance=0.2, protocol="50k samples")],
+    )
     assert "3.4000" in shown
     assert "floor 1.5000" in shown
     assert "published 3.17 +- 0.2 (50k samples)" in shown
@@ -60,9 +87,13 @@ def test_colour_gaps_are_those_of_the_channels_and_a_tint_is_warned_of():
 def test_copies_of_training_pictures_are_found_and_come_first():
     reference = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     drawn = torch.cat([reference[7:8] + 3.0, reference[20:21], reference[8:9] - 3.0])
-    figure, pairs = distances.nearest_pairs(Features(drawn, None), Features(reference, None), PROTOCOL)
+    figure, pairs = distances.nearest_pairs(
+        Features(drawn, None), Features(reference, None), PROTOCOL
+    )
     assert pairs[0] == (1, 20)
-    copies, _ = distances.nearest_pairs(Features(reference, None), Features(reference, None), PROTOCOL)
+    copies, _ = distances.nearest_pairs(
+        Features(reference, None), Features(reference, None), PROTOCOL
+    )
     assert copies.value == 0
     assert figure.value > 0
 
@@ -72,10 +103,15 @@ def test_reference_features_come_from_the_cache_the_second_time(tmp_path):
 
     def extractor(pictures):
         calls.append(pictures.shape)
-        return Features(torch.from_numpy(pictures.reshape(len(pictures), -1).astype(np.float32)), None)
+        return Features(
+            torch.from_numpy(pictures.reshape(len(pictures), -1).astype(np.float32)), None
+        )
 
     pictures = np.random.default_rng(0).integers(0, 256, (4, 3, 2, 2), dtype=np.uint8)
-    first, again = (distances.reference_features(pictures, extractor, tmp_path / "cache" / "f.npz") for _ in range(2))
+    first, again = (
+        distances.reference_features(pictures, extractor, tmp_path / "cache" / "f.npz")
+        for _ in range(2)
+    )
     torch.testing.assert_close(first.features, again.features, rtol=0, atol=0)
     assert calls == [(4, 2, 2, 3)]
 
@@ -85,45 +121,90 @@ def few(tmp_path_factory):
     """Settings that train on 60 small pictures: their features cost little."""
     folder = tmp_path_factory.mktemp("pictures")
     for seed in range(60):
-        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16), dtype=np.uint8)).save(folder / f"{seed:02d}.png")
-    return ["data=folder", f"data.path={folder}", f"data.cache={folder.parent / 'cache'}", "data.channels=1"]
+        Image.fromarray(
+            np.random.default_rng(seed).integers(0, 256, (16, 16), dtype=np.uint8)
+        ).save(folder / f"{seed:02d}.png")
+    return [
+        "data=folder",
+        f"data.path={folder}",
+        f"data.cache={folder.parent / 'cache'}",
+        "data.channels=1",
+    ]
 
 
 @pytest.fixture(scope="module")
 def run(ddpm, tiny, few, tmp_path_factory):
-    done = ddpm("train", f"outputs={tmp_path_factory.mktemp('outputs')}", *tiny, *few, "data.holdout=0.2")
+    done = ddpm(
+        "train", f"outputs={tmp_path_factory.mktemp('outputs')}", *tiny, *few, "data.holdout=0.2"
+    )
     assert done.code == 0, done.err
     return done.run
 
 
 def measured(run):
-    return {entry["id"]: entry["value"] for entry in json.loads((run / "evaluation.json").read_text())}
+    return {
+        entry["id"]: entry["value"] for entry in json.loads((run / "evaluation.json").read_text())
+    }
 
 
-SETTINGS = ["sampler=ddim", "sampler.num_steps=2", "evaluation.num_samples=12", "evaluation.num_images=6", "device=cpu", "evaluation.split=heldout"]
+SETTINGS = [
+    "sampler=ddim",
+    "sampler.num_steps=2",
+    "evaluation.num_samples=12",
+    "evaluation.num_images=6",
+    "device=cpu",
+    "evaluation.split=heldout",
+]
 
 
 @pytest.mark.slow
 def test_figures_do_not_depend_on_batches_or_processes_and_are_kept(ddpm, run):
     metrics = "evaluation.metrics=[kd,nearest,colour,losses,bits_per_dim]"
-    done = ddpm("evaluate", f"run={run}", *SETTINGS, metrics, "evaluation.batch_size=4", "evaluation.bound_split=heldout")
+    done = ddpm(
+        "evaluate",
+        f"run={run}",
+        *SETTINGS,
+        metrics,
+        "evaluation.batch_size=4",
+        "evaluation.bound_split=heldout",
+    )
     assert done.code == 0, done.err
     first = measured(run)
-    assert {"kd_efficientnet_lite0@12:heldout:efficientnet_lite0:ddim2:ema:step6", "bits_per_dim@6:heldout:ema:step6"} <= first.keys()
-    assert first["bits_per_dim_rate@6:heldout:ema:step6"] + first["bits_per_dim_distortion@6:heldout:ema:step6"] == pytest.approx(
-        first["bits_per_dim@6:heldout:ema:step6"]
-    )
-    board = EventAccumulator(str(run)).Reload()  # beside the curves of training, under a name that tells the protocol
+    assert {
+        "kd_efficientnet_lite0@12:heldout:efficientnet_lite0:ddim2:ema:step6",
+        "bits_per_dim@6:heldout:ema:step6",
+    } <= first.keys()
+    assert first["bits_per_dim_rate@6:heldout:ema:step6"] + first[
+        "bits_per_dim_distortion@6:heldout:ema:step6"
+    ] == pytest.approx(first["bits_per_dim@6:heldout:ema:step6"])
+    board = EventAccumulator(
+        str(run)
+    ).Reload()  # beside the curves of training, under a name that tells the protocol
     tag = "eval/kd_efficientnet_lite0@12:heldout:efficientnet_lite0:ddim2:ema"
     assert board.Scalars(f"{tag}_final")[0].value == pytest.approx(board.Scalars(tag)[0].value)
-    two = ddpm("evaluate", f"run={run}", *SETTINGS, metrics, "evaluation.batch_size=3", "evaluation.bound_split=heldout", processes=2)
+    two = ddpm(
+        "evaluate",
+        f"run={run}",
+        *SETTINGS,
+        metrics,
+        "evaluation.batch_size=3",
+        "evaluation.bound_split=heldout",
+        processes=2,
+    )
     assert two.code == 0, two.err
     assert measured(run) == pytest.approx(first, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.slow
 def test_what_cannot_be_had_is_said_in_one_line_and_the_rest_is_measured(ddpm, run):
-    done = ddpm("evaluate", f"run={run}", *SETTINGS, "evaluation.metrics=[fd,losses]", "evaluation.extractor=inception", "evaluation.num_images=5")
+    done = ddpm(
+        "evaluate",
+        f"run={run}",
+        *SETTINGS,
+        "evaluation.metrics=[fd,losses]",
+        "evaluation.extractor=inception",
+        "evaluation.num_images=5",
+    )
     assert done.code == 1
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -149,7 +230,13 @@ def test_in_training_the_best_checkpoint_is_kept(ddpm, tiny, few, tmp_path):
     )  # fmt: skip
     assert done.code == 0, done.err
     best = json.loads((done.run / "run.json").read_text())["best"]
-    by_step = {entry["protocol"]["step"]: entry["value"] for entry in json.loads((done.run / "evaluation.json").read_text())}
+    by_step = {
+        entry["protocol"]["step"]: entry["value"]
+        for entry in json.loads((done.run / "evaluation.json").read_text())
+    }
     assert by_step.keys() == {2, 4, 6}
     assert best["step"] == min(by_step, key=by_step.get)
-    assert {int(folder.name[-8:]) for folder in (done.run / "checkpoints").glob("step_*")} == {best["step"], 6}
+    assert {int(folder.name[-8:]) for folder in (done.run / "checkpoints").glob("step_*")} == {
+        best["step"],
+        6,
+    }

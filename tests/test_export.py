@@ -28,13 +28,39 @@ NARROW = ["model.base_channels=32", "model.norm_groups=8"]
     [
         pytest.param(["model=unet32", "model.dropout=0.1"], id="unet32 itself"),
         pytest.param(["model=unet32", *NARROW], id="unet32"),
-        pytest.param(["model=unet128", *NARROW, "model.resolution=64", "model.attention_resolutions=[8]"], id="unet128"),
-        pytest.param(["model=unet256", *NARROW, "model.resolution=64", "model.attention_resolutions=[4]"], id="unet256"),
+        pytest.param(
+            ["model=unet128", *NARROW, "model.resolution=64", "model.attention_resolutions=[8]"],
+            id="unet128",
+        ),
+        pytest.param(
+            ["model=unet256", *NARROW, "model.resolution=64", "model.attention_resolutions=[4]"],
+            id="unet256",
+        ),
         pytest.param(["model=quickstart", "data=digits"], id="quickstart"),
         pytest.param(["model=improved_unet32", *NARROW, "objective=hybrid"], id="improved_unet32"),
-        pytest.param(["model=improved_unet64_large", *NARROW, "model.num_heads=1", "model.num_res_blocks=1"], id="improved_unet64, one head"),
-        pytest.param(["model=adm64", *NARROW, "model.head_channels=16", "model.num_res_blocks=1", "objective=hybrid"], id="adm64"),
-        pytest.param(["model=unet32", *NARROW, "model.resolution=[16,32]", "model.attention_resolutions=[8]"], id="not square"),
+        pytest.param(
+            ["model=improved_unet64_large", *NARROW, "model.num_heads=1", "model.num_res_blocks=1"],
+            id="improved_unet64, one head",
+        ),
+        pytest.param(
+            [
+                "model=adm64",
+                *NARROW,
+                "model.head_channels=16",
+                "model.num_res_blocks=1",
+                "objective=hybrid",
+            ],
+            id="adm64",
+        ),
+        pytest.param(
+            [
+                "model=unet32",
+                *NARROW,
+                "model.resolution=[16,32]",
+                "model.attention_resolutions=[8]",
+            ],
+            id="not square",
+        ),
     ],
 )
 def test_diffusers_loads_what_is_exported_and_computes_what_we_do(tmp_path, overrides):
@@ -57,7 +83,14 @@ def test_the_weights_as_trained_are_exported_where_asked(small, tmp_path, capsys
     assert capsys.readouterr().out.splitlines()[-1] == f"exported {folder}"
 
 
-@pytest.mark.parametrize("settings", [["objective=epsilon"], ["objective=hybrid", "schedule=cosine"], ["objective=v", "schedule.zero_terminal_snr=true"]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["objective=epsilon"],
+        ["objective=hybrid", "schedule=cosine"],
+        ["objective=v", "schedule.zero_terminal_snr=true"],
+    ],
+)
 def test_the_pipeline_loads_without_a_complaint_and_draws(tmp_path, caplog, settings):
     logging.getLogger("diffusers").addHandler(caplog.handler)
     try:
@@ -74,9 +107,14 @@ def test_the_pipeline_loads_without_a_complaint_and_draws(tmp_path, caplog, sett
 def written(folder: Path, *settings: str) -> tuple[Path, GaussianDiffusion, dict[str, Tensor]]:
     """A folder for a small network with random weights and that diffusion."""
     config = training_config(compose([*SMALL, *settings]))
-    diffusion, network = build.diffusion(config), randomized(build.network(config, torch.device("cpu"), 10))
+    diffusion, network = (
+        build.diffusion(config),
+        randomized(build.network(config, torch.device("cpu"), 10)),
+    )
     out_channels = 2 if diffusion.learns_variance else 1
-    folders.write(folder, {**config.model, "out_channels": out_channels}, network.state_dict(), diffusion)
+    folders.write(
+        folder, {**config.model, "out_channels": out_channels}, network.state_dict(), diffusion
+    )
     return folder, diffusion, network.state_dict()
 
 
@@ -93,7 +131,10 @@ CHAINS = [
 @pytest.mark.parametrize("settings", CHAINS)
 def test_the_exported_scheduler_walks_our_ancestral_chain(tmp_path, settings):
     folder, diffusion, _ = written(tmp_path / "exported", *settings)
-    network, scheduler = theirs(folder / "unet"), DDPMScheduler.from_pretrained(folder / "scheduler")
+    network, scheduler = (
+        theirs(folder / "unet"),
+        DDPMScheduler.from_pretrained(folder / "scheduler"),
+    )
     shape = (2, 1, 16, 16)
     start = torch.randn(shape, generator=torch.Generator().manual_seed(7))
 
@@ -110,7 +151,12 @@ def test_the_exported_scheduler_walks_our_ancestral_chain(tmp_path, settings):
             x = scheduler.step(network(x, t).sample, t, x, generator=generator(t)).prev_sample
         timesteps = spaced_timesteps(diffusion.alphas_cumprod, 5, "respaced")
         found = ancestral(
-            diffusion.denoiser(ours), start, diffusion.alphas_cumprod, timesteps, lambda t: torch.randn(shape, generator=generator(t)), diffusion.variance
+            diffusion.denoiser(ours),
+            start,
+            diffusion.alphas_cumprod,
+            timesteps,
+            lambda t: torch.randn(shape, generator=generator(t)),
+            diffusion.variance,
         )
     assert scheduler.timesteps.tolist() == timesteps
     assert (found - x).abs().max() < 2e-3
@@ -122,7 +168,11 @@ def test_what_was_exported_is_read_back_as_it_was(tmp_path, settings):
     found = folders.find(str(folder), "from")
     chain = found.chain()
     assert torch.allclose(chain.diffusion.betas, diffusion.betas, rtol=1e-12, atol=0)
-    assert (chain.diffusion.prediction, chain.diffusion.variance, chain.clip) == (diffusion.prediction, diffusion.variance, True)
+    assert (chain.diffusion.prediction, chain.diffusion.variance, chain.clip) == (
+        diffusion.prediction,
+        diffusion.variance,
+        True,
+    )
     weights = found.fitting(found.network(), found.model)
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
@@ -130,12 +180,21 @@ def test_what_was_exported_is_read_back_as_it_was(tmp_path, settings):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (["model=unet_readme", "data=cifar10", "model.resolution=32"], r"model\._target_=ddpm\.models\.ReadmeUNet"),
+        (
+            ["model=unet_readme", "data=cifar10", "model.resolution=32"],
+            r"model\._target_=ddpm\.models\.ReadmeUNet",
+        ),
         ([*SMALL, "model.channel_multipliers=[2,2]"], r"model\.channel_multipliers starts with 2"),
-        ([*SMALL, "+model.num_heads=2", "model.attention_resolutions=[16,8]"], r"model\.num_heads=2 on widths 8, 16"),
+        (
+            [*SMALL, "+model.num_heads=2", "model.attention_resolutions=[16,8]"],
+            r"model\.num_heads=2 on widths 8, 16",
+        ),
         ([*SMALL, "objective=mean"], r"objective\.prediction=mean"),
         ([*SMALL, "objective=epsilon_bound_learned"], r"objective\.variance=learned"),
-        ([*SMALL, "objective=hybrid", "schedule=linear_rescaled"], r"objective\.rescale_timesteps=true .*num_timesteps=4000"),
+        (
+            [*SMALL, "objective=hybrid", "schedule=linear_rescaled"],
+            r"objective\.rescale_timesteps=true .*num_timesteps=4000",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else value[-1],
 )
@@ -167,8 +226,17 @@ def test_an_export_without_its_folders_says_which_is_missing(missing):
 def test_the_commands_say_where_they_wrote(small, tmp_path, ddpm):
     wrote = ddpm("export", f"run={small.path}", f"to={tmp_path / 'exported'}")
     assert (wrote.code, wrote.out.splitlines()[-1]) == (0, f"exported {tmp_path / 'exported'}")
-    drew = ddpm("sample", f"from={tmp_path / 'exported'}", f"to={tmp_path / 'images'}", "num_samples=2", "sampler.num_steps=2")
-    assert (drew.code, drew.out.splitlines()[-1]) == (0, f"samples {tmp_path / 'images' / 'grid.png'}")
+    drew = ddpm(
+        "sample",
+        f"from={tmp_path / 'exported'}",
+        f"to={tmp_path / 'images'}",
+        "num_samples=2",
+        "sampler.num_steps=2",
+    )
+    assert (drew.code, drew.out.splitlines()[-1]) == (
+        0,
+        f"samples {tmp_path / 'images' / 'grid.png'}",
+    )
     refused = ddpm("sample", "from=owner/nothing")
     assert refused.code == 1
     assert refused.err.count("\n") == 1

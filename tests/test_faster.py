@@ -13,7 +13,12 @@ from ddpm.models.layers import Dropout, Upsample
 from ddpm.system.devices import compile_in_place, decide
 
 CPU = torch.device("cpu")
-SMALL = ["model.base_channels=8", "model.norm_groups=4", "model.channel_multipliers=[1,2]", "model.attention_resolutions=[8]"]
+SMALL = [
+    "model.base_channels=8",
+    "model.norm_groups=4",
+    "model.channel_multipliers=[1,2]",
+    "model.attention_resolutions=[8]",
+]
 
 
 def network(*overrides):
@@ -34,7 +39,9 @@ def loss_and_gradients(net, x, t):
 
 def test_the_layout_of_weights_and_images_changes_nothing_but_rounding():
     x, t = inputs()
-    loss, gradients = loss_and_gradients(network(), x.contiguous(memory_format=torch.channels_last), t)
+    loss, gradients = loss_and_gradients(
+        network(), x.contiguous(memory_format=torch.channels_last), t
+    )
     plain = network().to(memory_format=torch.contiguous_format)
     expected_loss, expected = loss_and_gradients(plain, x, t)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
@@ -45,7 +52,12 @@ def test_the_layout_of_weights_and_images_changes_nothing_but_rounding():
 def test_upsampling_with_fewer_products_is_the_convolution_of_the_enlarged_image(size):
     layer = Upsample(6, "torch").double()
     x = torch.randn(2, 6, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), layer.conv.weight, layer.conv.bias, padding=1)
+    expected = F.conv2d(
+        F.interpolate(x, scale_factor=2.0, mode="nearest"),
+        layer.conv.weight,
+        layer.conv.bias,
+        padding=1,
+    )
     torch.testing.assert_close(layer(x, torch.empty(0)), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -73,15 +85,27 @@ class LayoutCopies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if len({x.stride(1) == 1 for x in tree_leaves((args, out)) if self.is_image(x)}) > 1 and not func.is_view:
+        if (
+            len({x.stride(1) == 1 for x in tree_leaves((args, out)) if self.is_image(x)}) > 1
+            and not func.is_view
+        ):
             self.found.append(str(func))
         return out
 
     def is_image(self, x):
-        return isinstance(x, torch.Tensor) and x.dim() == 4 and len(x) == self.batch and x.shape[1] > 1 and x.shape[2:] != (1, 1)
+        return (
+            isinstance(x, torch.Tensor)
+            and x.dim() == 4
+            and len(x) == self.batch
+            and x.shape[1] > 1
+            and x.shape[2:] != (1, 1)
+        )
 
 
-@pytest.mark.parametrize("settings", [["model.dropout=0.1"], ["+model.scale_shift_norm=true"], ["+model.resample=resblock"]])
+@pytest.mark.parametrize(
+    "settings",
+    [["model.dropout=0.1"], ["+model.scale_shift_norm=true"], ["+model.resample=resblock"]],
+)
 def test_a_training_step_copies_nothing_inside_the_network_into_another_layout(settings):
     config = training_config(compose(["data=digits", *SMALL, *settings]))
     net, diffusion = network(*settings), build.diffusion(config)
@@ -109,7 +133,13 @@ def test_the_compiler_sees_the_whole_network_at_once():
 def test_a_compiled_network_computes_the_same_and_its_weights_keep_their_names():
     x, t = inputs(2)
     plain, compiled = (
-        network("model.channel_multipliers=[1]", "model.attention_resolutions=[]", "model.num_res_blocks=1", "model.dropout=0.3") for _ in range(2)
+        network(
+            "model.channel_multipliers=[1]",
+            "model.attention_resolutions=[]",
+            "model.num_res_blocks=1",
+            "model.dropout=0.3",
+        )
+        for _ in range(2)
     )
     compile_in_place(compiled)
     torch.manual_seed(0)
@@ -123,14 +153,22 @@ def test_a_compiled_network_computes_the_same_and_its_weights_keep_their_names()
 
 def test_networks_of_several_resolutions_are_compiled_in_one_process():
     for resolution in (16, 32):
-        net = network(f"model.resolution={resolution}", "model.channel_multipliers=[1]", "model.num_res_blocks=1", "model.attention_resolutions=[]")
+        net = network(
+            f"model.resolution={resolution}",
+            "model.channel_multipliers=[1]",
+            "model.num_res_blocks=1",
+            "model.attention_resolutions=[]",
+        )
         compile_in_place(net)
         x = torch.randn(2, 1, resolution, resolution)
         assert net(x, torch.zeros(2, dtype=torch.int64)).shape == x.shape
 
 
 def test_whether_to_compile_is_decided_by_what_was_measured_and_said():
-    assert decide("auto", CPU) == (False, "runtime.compile=auto: measured to save 0% of a step on cpu")
+    assert decide("auto", CPU) == (
+        False,
+        "runtime.compile=auto: measured to save 0% of a step on cpu",
+    )
     assert decide("auto", torch.device("cuda"))[0] is False
     assert "not been measured" in decide("auto", torch.device("cuda"))[1]
     assert decide(True, CPU)[0] is True

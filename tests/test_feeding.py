@@ -29,15 +29,31 @@ def ready(folder, cache, later, **more):
 
 def test_all_ways_give_the_same_batches(folder, tmp_path):
     (folder / "a" / "broken.png").write_bytes(b"no picture")
-    file, later = (ready(folder, tmp_path / "cache", decode_later) for decode_later in (False, True))
+    file, later = (
+        ready(folder, tmp_path / "cache", decode_later) for decode_later in (False, True)
+    )
     assert isinstance(later.stored, Packed)
-    assert (later.fingerprint, later.classes, later.unreadable) == (file.fingerprint, file.classes, file.unreadable)
+    assert (later.fingerprint, later.classes, later.unreadable) == (
+        file.fingerprint,
+        file.classes,
+        file.unreadable,
+    )
     assert np.array_equal(later.images, file.images)
     assert np.array_equal(later.labels, file.labels)
 
     def fed(data, on_device):
         train, _ = data.split(0.2)
-        return Batches(train.stored, 4, 0, CPU, False, True, labels=train.labels, rows=train.rows, on_device=on_device)
+        return Batches(
+            train.stored,
+            4,
+            0,
+            CPU,
+            False,
+            True,
+            labels=train.labels,
+            rows=train.rows,
+            on_device=on_device,
+        )
 
     ways = [fed(file, False), fed(file, True), fed(later, False)]
     for step in range(7):  # over the end of an epoch, whose last batch is short
@@ -67,14 +83,23 @@ def test_a_picture_that_does_not_decode_after_all_stops_with_its_number(folder, 
 
 def test_what_is_not_encoded_in_its_source_is_packed_without_loss(tmp_path):
     grey = Decoding(8, 8, 1, "center", "white")
-    file, later = (image_set(sources.digits(), grey, tmp_path, 1, 0.0, decode_later) for decode_later in (False, True))
+    file, later = (
+        image_set(sources.digits(), grey, tmp_path, 1, 0.0, decode_later)
+        for decode_later in (False, True)
+    )
     assert later.fingerprint == file.fingerprint
     assert np.array_equal(later.stored[[3, 1700]], file.stored[[3, 1700]])
 
 
-@pytest.mark.parametrize(("free", "later"), [(14 * 3 * 64 * 2 + 2, False), (14 * 3 * 64 * 2 - 2, True)])
-def test_by_itself_a_set_is_decoded_where_that_takes_half_of_the_disk_at_most(folder, tmp_path, monkeypatch, free, later):
-    monkeypatch.setattr(shutil, "disk_usage", lambda where: SimpleNamespace(free=free) if where.exists() else None)
+@pytest.mark.parametrize(
+    ("free", "later"), [(14 * 3 * 64 * 2 + 2, False), (14 * 3 * 64 * 2 - 2, True)]
+)
+def test_by_itself_a_set_is_decoded_where_that_takes_half_of_the_disk_at_most(
+    folder, tmp_path, monkeypatch, free, later
+):
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda where: SimpleNamespace(free=free) if where.exists() else None
+    )
     source, cache = sources.folder(str(folder)), tmp_path / "not" / "yet"
     assert decodes_later("auto", source, DECODING, cache) == later
     assert decodes_later("decode", source, DECODING, cache)
@@ -85,6 +110,11 @@ def test_by_itself_a_set_is_decoded_where_that_takes_half_of_the_disk_at_most(fo
 
 
 def test_only_what_is_decoded_can_go_on_the_device(folder, tmp_path):
-    file, later = (ready(folder, tmp_path / "cache", decode_later) for decode_later in (False, True))
+    file, later = (
+        ready(folder, tmp_path / "cache", decode_later) for decode_later in (False, True)
+    )
     assert goes_on_device("device", file, CPU)
-    assert not any(goes_on_device(feed, data, CPU) for feed, data in (("auto", file), ("file", file), ("device", later), ("decode", later)))
+    assert not any(
+        goes_on_device(feed, data, CPU)
+        for feed, data in (("auto", file), ("file", file), ("device", later), ("decode", later))
+    )

@@ -42,7 +42,9 @@ def pair():
 def test_progressive_shows_20_frames_of_which_the_last_is_the_sample(drawing):
     figure = figures.progressive(drawing, 3, None)
     assert figure.arrays["x0_hat"].shape == (3, 20, *SHAPE)
-    assert figure.arrays["timesteps"].tolist() == list(range(190, -1, -10))  # of each window of ten steps the last
+    assert figure.arrays["timesteps"].tolist() == list(
+        range(190, -1, -10)
+    )  # of each window of ten steps the last
     np.testing.assert_array_equal(figure.arrays["x0_hat"][:, -1], drawing.images(range(3)).numpy())
 
 
@@ -70,14 +72,21 @@ def test_interpolation_ends_at_the_two_reconstructions(drawing, pair):
 def test_coarse_interpolation_goes_from_pixels_to_noise(drawing, pair):
     figure = figures.interpolate_coarse(drawing, pair, None)
     assert figure.arrays["steps"].tolist() == [200, 175, 150, 125, 100, 75, 50, 25, 0]
-    np.testing.assert_allclose(figure.arrays["decoded"][-1][5], pair.numpy().mean(axis=0), atol=1e-6)
-    assert np.abs(figure.arrays["decoded"][-2][0] - pair[0].numpy()).max() < np.abs(figure.arrays["decoded"][0][0] - pair[0].numpy()).max()
+    np.testing.assert_allclose(
+        figure.arrays["decoded"][-1][5], pair.numpy().mean(axis=0), atol=1e-6
+    )
+    assert (
+        np.abs(figure.arrays["decoded"][-2][0] - pair[0].numpy()).max()
+        < np.abs(figure.arrays["decoded"][0][0] - pair[0].numpy()).max()
+    )
 
 
 def test_a_gif_has_the_frames_and_the_time_it_was_asked_for(drawing, tmp_path):
     frames = figures.denoising(drawing, 4, None, frames=11)
     assert len(frames) == 11
-    np.testing.assert_array_equal(frames[-1], images.grid(images.to_uint8(drawing.images(range(4))), least_width=256))
+    np.testing.assert_array_equal(
+        frames[-1], images.grid(images.to_uint8(drawing.images(range(4))), least_width=256)
+    )
     figures.save_gif(tmp_path / "a.gif", frames, seconds=2.2, hold=1.0)
     with Image.open(tmp_path / "a.gif") as gif:
         durations = []
@@ -96,7 +105,9 @@ def test_a_figure_is_a_labelled_picture_with_its_arrays_beside_it(drawing, tmp_p
     bare = images.grid(figure.rows[0], columns=20, least_width=64 * 20)
     assert sheet.shape[0] > 2 * bare.shape[0]
     assert sheet.shape[1] > bare.shape[1]
-    np.testing.assert_array_equal(np.load(tmp_path / "f.npz")["timesteps"], figure.arrays["timesteps"])
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "f.npz")["timesteps"], figure.arrays["timesteps"]
+    )
 
 
 def test_training_progress_takes_previews_from_the_first_to_the_last(tmp_path):

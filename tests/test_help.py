@@ -16,7 +16,10 @@ def test_help_is_one_screen_with_every_group_option_and_key(name, capsys, monkey
     assert max(map(len, shown.splitlines())) <= 160
     assert shown.count(f"python -m ddpm.{name}") == 3
     wanted = [file.stem for file in EXPERIMENTS.glob("*.yaml")] if name in ("train", "plan") else []
-    groups = {"train": ["model", "data", "schedule", "objective", "optimizer", "lr_schedule", "sampler"], "sample": ["sampler"]}.get(name, [])
+    groups = {
+        "train": ["model", "data", "schedule", "objective", "optimizer", "lr_schedule", "sampler"],
+        "sample": ["sampler"],
+    }.get(name, [])
     wanted += [file.stem for group in groups for file in (CONF / group).glob("*.yaml")]
     words = shown.replace("*", " ").replace("=", " ").split()
     assert [option for option in wanted if option not in words] == []

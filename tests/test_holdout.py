@@ -21,7 +21,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    return image_set(sources.digits(), Decoding(8, 8, 1, "center", "white"), tmp_path_factory.mktemp("cache"), workers=1, max_unreadable=0.0)
+    return image_set(
+        sources.digits(),
+        Decoding(8, 8, 1, "center", "white"),
+        tmp_path_factory.mktemp("cache"),
+        workers=1,
+        max_unreadable=0.0,
+    )
 
 
 @pytest.fixture
@@ -30,7 +36,13 @@ def many(pictures):
 
 
 def decode(folder, size=(10, 12)):
-    return image_set(sources.folder(str(folder)), Decoding(*size, 3, "center", "white"), folder.parent / "cache", workers=1, max_unreadable=0.0)
+    return image_set(
+        sources.folder(str(folder)),
+        Decoding(*size, 3, "center", "white"),
+        folder.parent / "cache",
+        workers=1,
+        max_unreadable=0.0,
+    )
 
 
 def contents(images) -> set[bytes]:
@@ -40,7 +52,9 @@ def contents(images) -> set[bytes]:
 @pytest.mark.parametrize("holdout", [0.05, 0.2, 0.7])
 def test_about_the_share_is_held_out_and_each_picture_is_on_one_side(digits, holdout):
     trained_on, held_out = digits.split(holdout)
-    assert len(held_out) == pytest.approx(holdout * 1797, abs=4 * math.sqrt(1797 * holdout * (1 - holdout)))
+    assert len(held_out) == pytest.approx(
+        holdout * 1797, abs=4 * math.sqrt(1797 * holdout * (1 - holdout))
+    )
     assert sorted([*trained_on.rows, *held_out.rows]) == list(range(1797))
     for part in (trained_on, held_out):
         assert np.array_equal(part.images, digits.images[part.rows])
@@ -58,11 +72,24 @@ def test_nothing_is_held_out_unless_asked_for(digits):
     assert len(held_out) == 0
     assert np.array_equal(trained_on.rows, np.arange(1797))
     plain = Batches(digits.images, 32, 0, CPU, drop_last=False, flip=True, labels=digits.labels)
-    found = Batches(trained_on.stored, 32, 0, CPU, drop_last=False, flip=True, labels=trained_on.labels, rows=trained_on.rows)
+    found = Batches(
+        trained_on.stored,
+        32,
+        0,
+        CPU,
+        drop_last=False,
+        flip=True,
+        labels=trained_on.labels,
+        rows=trained_on.rows,
+    )
     assert found.steps_per_epoch == plain.steps_per_epoch
     for step in (0, 56, 57):
-        assert torch.equal(found.images(step, 0, plain.size(step)), plain.images(step, 0, plain.size(step)))
-        assert torch.equal(found.classes(step, 0, plain.size(step)), plain.classes(step, 0, plain.size(step)))
+        assert torch.equal(
+            found.images(step, 0, plain.size(step)), plain.images(step, 0, plain.size(step))
+        )
+        assert torch.equal(
+            found.classes(step, 0, plain.size(step)), plain.classes(step, 0, plain.size(step))
+        )
 
 
 def test_a_pictures_side_does_not_follow_its_name_its_class_or_its_place(many, tmp_path):
@@ -81,11 +108,15 @@ def test_pictures_that_are_added_do_not_move_those_there_were(many, tmp_path):
         file.unlink()
     fewer = decode(tmp_path / "fewer")
     assert len(fewer) == 80
-    assert contents(fewer.split(0.3)[1].images) == contents(fewer.images) & contents(decode(many).split(0.3)[1].images)
+    assert contents(fewer.split(0.3)[1].images) == contents(fewer.images) & contents(
+        decode(many).split(0.3)[1].images
+    )
 
 
 def test_the_same_pictures_are_held_out_at_every_resolution(many):
-    assert np.array_equal(decode(many, size=(5, 6)).split(0.3)[1].rows, decode(many).split(0.3)[1].rows)
+    assert np.array_equal(
+        decode(many, size=(5, 6)).split(0.3)[1].rows, decode(many).split(0.3)[1].rows
+    )
 
 
 def test_equal_pictures_are_on_the_same_side(many):
@@ -100,20 +131,41 @@ def test_the_side_is_kept_in_the_cache_and_not_upset_by_a_file_that_does_not_dec
     held_out = contents(decode(many).split(0.3)[1].images)
     assert contents(decode(many).split(0.3)[1].images) == held_out
     (many / "0" / "000 broken.png").write_bytes(b"no picture")
-    found = image_set(sources.folder(str(many)), Decoding(10, 12, 3, "center", "white"), many.parent / "cache", workers=1, max_unreadable=0.1)
+    found = image_set(
+        sources.folder(str(many)),
+        Decoding(10, 12, 3, "center", "white"),
+        many.parent / "cache",
+        workers=1,
+        max_unreadable=0.1,
+    )
     assert found.unreadable == ["0/000 broken.png"]
     assert contents(found.split(0.3)[1].images) == held_out
 
 
 def test_batches_show_every_picture_trained_on_and_none_held_out(digits):
     trained_on, _ = digits.split(0.4)
-    found = Batches(trained_on.stored, 50, 0, CPU, drop_last=False, flip=False, labels=trained_on.labels, rows=trained_on.rows)
+    found = Batches(
+        trained_on.stored,
+        50,
+        0,
+        CPU,
+        drop_last=False,
+        flip=False,
+        labels=trained_on.labels,
+        rows=trained_on.rows,
+    )
     assert found.num_images == len(trained_on)
-    shown = [(found.images(step, 0, found.size(step)), found.classes(step, 0, found.size(step))) for step in range(found.steps_per_epoch)]
+    shown = [
+        (found.images(step, 0, found.size(step)), found.classes(step, 0, found.size(step)))
+        for step in range(found.steps_per_epoch)
+    ]
     seen = torch.cat([images for images, _ in shown]).add(1).mul(127.5).round().byte().numpy()
     labels = torch.cat([classes for _, classes in shown]).tolist()
     pairs = sorted((image.tobytes(), label) for image, label in zip(seen, labels, strict=True))
-    assert pairs == sorted((image.tobytes(), label) for image, label in zip(trained_on.images, trained_on.labels.tolist(), strict=True))
+    assert pairs == sorted(
+        (image.tobytes(), label)
+        for image, label in zip(trained_on.images, trained_on.labels.tolist(), strict=True)
+    )
 
 
 def test_a_share_that_leaves_one_side_empty_is_refused(pictures):

@@ -23,13 +23,17 @@ def test_channels_come_last():
 
 
 def test_a_grid_shows_every_image_row_by_row_and_small_ones_magnified():
-    batch = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((5, 16, 16, 3), dtype=np.uint8)
+    batch = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones(
+        (5, 16, 16, 3), dtype=np.uint8
+    )
     sheet = images.grid(batch)  # 3 columns of 16 pixels fit 10 times in 512
     assert sheet.shape == (2 + 2 * (160 + 2), 2 + 3 * (160 + 2), 3)
     for index in range(5):
         top, left = 2 + index // 3 * 162, 2 + index % 3 * 162
         assert (sheet[top : top + 160, left : left + 160] == index).all()
-    assert (sheet == 255).sum() == 3 * (326 * 488 - 5 * 160 * 160)  # gaps and the empty place are white
+    assert (sheet == 255).sum() == 3 * (
+        326 * 488 - 5 * 160 * 160
+    )  # gaps and the empty place are white
 
 
 def test_a_grid_of_large_images_keeps_their_pixels_and_the_columns_asked_for():

@@ -20,7 +20,16 @@ ORDER = [
     ["compare", "plan", "export", "recipes"],
     ["benchmark"],
 ]
-COMPUTING = ["models", "diffusion", "evaluate/bound", "evaluate/metrics", "train/loop", "train/meter", "train/state", "train/lr_schedules"]
+COMPUTING = [
+    "models",
+    "diffusion",
+    "evaluate/bound",
+    "evaluate/metrics",
+    "train/loop",
+    "train/meter",
+    "train/state",
+    "train/lr_schedules",
+]
 CONFIGURING = {"hydra", "omegaconf", "pydantic", "ddpm.config"}
 
 
@@ -43,13 +52,18 @@ def imports(*below: str) -> dict[str, set[str]]:
 
 def test_each_room_imports_only_from_those_before_it():
     place = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
-    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path.is_dir() and any(path.glob("*.py")))}
+    rooms = {
+        path.stem
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or (path.is_dir() and any(path.glob("*.py")))
+    }
     assert rooms - {"__init__"} == place.keys()
     against = [
         f"{file} imports {name}"
         for file, names in imports().items()
         for name in names
-        if (room := file.removesuffix(".py").partition("/")[0]) in place and name.startswith("ddpm.")
+        if (room := file.removesuffix(".py").partition("/")[0]) in place
+        and name.startswith("ddpm.")
         if (other := name.split(".")[1]) in place and other != room and place[other] >= place[room]
     ]
     assert against == []
@@ -58,9 +72,17 @@ def test_each_room_imports_only_from_those_before_it():
 def test_what_is_computed_knows_nothing_of_how_it_is_configured():
     found = imports(*COMPUTING)
     assert len(found) >= len(COMPUTING)
-    assert {file: [name for name in names if name.startswith(tuple(CONFIGURING))] for file, names in found.items()} == {file: [] for file in found}
+    assert {
+        file: [name for name in names if name.startswith(tuple(CONFIGURING))]
+        for file, names in found.items()
+    } == {file: [] for file in found}
 
 
 def test_the_command_line_answers_before_torch_is_imported():
     code = "import sys, ddpm.train.__main__, ddpm.sample.__main__; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, env=os.environ, timeout=60).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=PACKAGE.parent, env=os.environ, timeout=60
+        ).returncode
+        == 0
+    )

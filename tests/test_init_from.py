@@ -22,10 +22,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # networks as small as these
 
 
 @pytest.mark.parametrize("kind", ["diffusers", "run"])
-def test_training_starts_from_weights_and_only_at_its_first_step(small, small_exported, tmp_path, tiny, capsys, kind):
+def test_training_starts_from_weights_and_only_at_its_first_step(
+    small, small_exported, tmp_path, tiny, capsys, kind
+):
     source = small_exported if kind == "diffusers" else small.path
     given = checkpoint.find(small.checkpoints).weights("ema")
-    overrides = [*tiny, f"outputs={tmp_path / 'outputs'}", f"init_from={source}", "optimizer.lr=1e-3", "runtime.checkpoint_every=1", "training.steps=2"]
+    overrides = [
+        *tiny,
+        f"outputs={tmp_path / 'outputs'}",
+        f"init_from={source}",
+        "optimizer.lr=1e-3",
+        "runtime.checkpoint_every=1",
+        "training.steps=2",
+    ]
     capsys.readouterr()
     train(compose(overrides))
     run = RunFolder(Path(capsys.readouterr().out.splitlines()[0].removeprefix("run ")))
@@ -34,7 +43,9 @@ def test_training_starts_from_weights_and_only_at_its_first_step(small, small_ex
     first, second = (checkpoint.find(run.checkpoints, step) for step in (1, 2))
     for kind_of_weights in ("raw", "ema"):
         found = first.weights(kind_of_weights)
-        assert all((found[name] - tensor).abs().max() < 2e-3 for name, tensor in given.items())  # Adam moves by lr at most
+        assert all(
+            (found[name] - tensor).abs().max() < 2e-3 for name, tensor in given.items()
+        )  # Adam moves by lr at most
 
     expected = second.weights("raw")
     for file in second.folder.iterdir():
@@ -46,9 +57,17 @@ def test_training_starts_from_weights_and_only_at_its_first_step(small, small_ex
     assert all(torch.equal(carried_on[name], tensor) for name, tensor in expected.items())
 
 
-def test_the_content_of_the_first_weights_is_part_of_the_run_and_their_place_is_not(small_exported, tmp_path):
+def test_the_content_of_the_first_weights_is_part_of_the_run_and_their_place_is_not(
+    small_exported, tmp_path
+):
     def half(source: Path | None) -> dict:
-        return identity(folders.with_initial_weights(training_config(compose([*SMALL, *([] if source is None else [f"init_from={source}"])]))))
+        return identity(
+            folders.with_initial_weights(
+                training_config(
+                    compose([*SMALL, *([] if source is None else [f"init_from={source}"])])
+                )
+            )
+        )
 
     source = small_exported
     here = half(source)
@@ -65,9 +84,15 @@ def test_the_content_of_the_first_weights_is_part_of_the_run_and_their_place_is_
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["model.base_channels=16"], r"has time_embedding\.linear_1\.weight of shape \(32, 8\), the network of model\.\* \(64, 16\)"),
+        (
+            ["model.base_channels=16"],
+            r"has time_embedding\.linear_1\.weight of shape \(32, 8\), the network of model\.\* \(64, 16\)",
+        ),
         (["model.num_res_blocks=2"], r"has no down_blocks\.0\.resnets\.1\.norm1\.weight"),
-        (["model.attention_resolutions=[]"], r"has down_blocks\.1\.attentions\.0\.\S+, which the network of model\.\* has not"),
+        (
+            ["model.attention_resolutions=[]"],
+            r"has down_blocks\.1\.attentions\.0\.\S+, which the network of model\.\* has not",
+        ),
         (["training.conditional=true", "data.num_classes=10"], r"has no class_embedding\.weight"),
         (["+model.norm_eps=1e-5"], r"norm_eps=1e-06, but model\.norm_eps=1e-05"),
         (["model.norm_groups=8"], r"norm_groups=4, but model\.norm_groups=8"),
@@ -77,7 +102,9 @@ def test_the_content_of_the_first_weights_is_part_of_the_run_and_their_place_is_
     ],
 )
 @pytest.mark.parametrize("kind", ["diffusers", "run"])
-def test_weights_of_another_network_are_refused_before_data_is_read(small, small_exported, tmp_path, overrides, reason, kind):
+def test_weights_of_another_network_are_refused_before_data_is_read(
+    small, small_exported, tmp_path, overrides, reason, kind
+):
     source = small_exported if kind == "diffusers" else small.path
     with pytest.raises(ValueError, match=f"^init_from={re.escape(str(source))} .*{reason}"):
         train(
@@ -97,6 +124,13 @@ def test_weights_of_another_network_are_refused_before_data_is_read(small, small
 
 
 def test_weights_start_a_network_at_another_resolution_and_with_other_dropout(small_exported):
-    config = training_config(compose([*SMALL, "model.resolution=32", "model.attention_resolutions=[16]", "model.dropout=0.2"]))
+    config = training_config(
+        compose(
+            [*SMALL, "model.resolution=32", "model.attention_resolutions=[16]", "model.dropout=0.2"]
+        )
+    )
     found = folders.find(str(small_exported), "init_from")
-    assert found.fitting(build.network(config, torch.device("meta"), 10), config.model).keys() == found.weights().keys()
+    assert (
+        found.fitting(build.network(config, torch.device("meta"), 10), config.model).keys()
+        == found.weights().keys()
+    )

@@ -3,15 +3,27 @@ import pytest
 import scipy.linalg
 import torch
 
-from ddpm.evaluate.metrics import Moments, frechet_distance, inception_score, kernel_distance, moments, nearest, precision_recall
+from ddpm.evaluate.metrics import (
+    Moments,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    moments,
+    nearest,
+    precision_recall,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def drawn(count: int, dimensions: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
+def drawn(
+    count: int, dimensions: int, seed: int, scale: float = 1.0, shift: float = 0.0
+) -> torch.Tensor:
     """Correlated features, whose variances span three orders of magnitude."""
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(dimensions, dimensions, generator=generator) * torch.logspace(0, -1.5, dimensions)
+    mixing = torch.randn(dimensions, dimensions, generator=generator) * torch.logspace(
+        0, -1.5, dimensions
+    )
     return torch.randn(count, dimensions, generator=generator) @ mixing * scale + shift
 
 
@@ -24,28 +36,45 @@ def test_moments_are_the_mean_and_numpys_covariance():
     features = drawn(50, 6, seed=0, shift=3.0)
     found = moments(features)
     np.testing.assert_allclose(found.mean, features.double().numpy().mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(found.covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        found.covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-10, atol=1e-12
+    )
     assert found.count == 50
 
 
 def test_the_frechet_distance_is_that_of_the_matrix_square_root():
     a, b = moments(drawn(400, 48, seed=0)), moments(drawn(300, 48, seed=1, scale=1.3, shift=0.2))
     root = scipy.linalg.sqrtm(a.covariance.numpy() @ b.covariance.numpy())
-    expected = float((a.mean - b.mean).square().sum()) + np.trace(a.covariance.numpy() + b.covariance.numpy() - 2 * root.real)
+    expected = float((a.mean - b.mean).square().sum()) + np.trace(
+        a.covariance.numpy() + b.covariance.numpy() - 2 * root.real
+    )
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
     assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_frechet_distance_is_that_of_torchmetrics():
-    theirs = pytest.importorskip("torchmetrics.image.fid", exc_type=ImportError)  # with torch-fidelity installed, it needs torchvision too
+    theirs = pytest.importorskip(
+        "torchmetrics.image.fid", exc_type=ImportError
+    )  # with torch-fidelity installed, it needs torchvision too
     a, b = moments(drawn(400, 48, seed=0)), moments(drawn(300, 48, seed=1, scale=1.3, shift=0.2))
-    assert frechet_distance(a, b) == pytest.approx(float(theirs._compute_fid(*a[:2], *b[:2])), rel=1e-6)
+    assert frechet_distance(a, b) == pytest.approx(
+        float(theirs._compute_fid(*a[:2], *b[:2])), rel=1e-6
+    )
 
 
 def test_the_frechet_distance_of_diagonal_covariances_has_a_closed_form():
     generator = torch.Generator().manual_seed(0)
-    a, b = (Moments(torch.randn(5, generator=generator).double(), torch.rand(5, generator=generator).double().diag(), 9) for _ in range(2))
-    expected = (a.mean - b.mean).square().sum() + (a.covariance.diag().sqrt() - b.covariance.diag().sqrt()).square().sum()
+    a, b = (
+        Moments(
+            torch.randn(5, generator=generator).double(),
+            torch.rand(5, generator=generator).double().diag(),
+            9,
+        )
+        for _ in range(2)
+    )
+    expected = (a.mean - b.mean).square().sum() + (
+        a.covariance.diag().sqrt() - b.covariance.diag().sqrt()
+    ).square().sum()
     assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-12)
 
 
@@ -54,7 +83,11 @@ def test_the_frechet_distance_stays_accurate_with_fewer_images_than_features():
     a, b = drawn(20, 100, seed=0).double(), drawn(30, 100, seed=1).double()
     centred = [(x - x.mean(dim=0)) / (len(x) - 1) ** 0.5 for x in (a, b)]
     trace = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
-    expected = (a.mean(dim=0) - b.mean(dim=0)).square().sum() + sum(x.square().sum() for x in centred) - 2 * trace
+    expected = (
+        (a.mean(dim=0) - b.mean(dim=0)).square().sum()
+        + sum(x.square().sum() for x in centred)
+        - 2 * trace
+    )
     assert frechet_distance(moments(a), moments(b)) == pytest.approx(float(expected), rel=1e-9)
     assert frechet_distance(moments(a), moments(a)) == pytest.approx(0, abs=1e-9)
 
@@ -65,7 +98,9 @@ def test_the_kernel_distance_of_whole_sets_is_the_direct_double_sum():
     def kernel(x, y):
         return (x @ y / 4 + 1) ** 3
 
-    within = sum(kernel(s[i], s[j]) for s in (a, b) for i in range(7) for j in range(7) if i != j) / (7 * 6)
+    within = sum(
+        kernel(s[i], s[j]) for s in (a, b) for i in range(7) for j in range(7) if i != j
+    ) / (7 * 6)
     between = sum(kernel(x, y) for x in a for y in b) / 49
     assert kernel_distance(a, b, seed=0) == (pytest.approx(within - 2 * between, rel=1e-10), 0)
 
@@ -83,18 +118,31 @@ def test_the_kernel_distance_over_subsets_scatters_about_that_of_the_whole():
 def test_the_kernel_distance_of_sets_of_one_distribution_is_zero_on_average():
     """Unbiased: many pairs of small sets average to 0, within four of their standard errors."""
     features = drawn(4000, 4, seed=0).split(20)
-    found = np.array([kernel_distance(a, b, seed=0)[0] for a, b in zip(features[::2], features[1::2], strict=True)])
+    found = np.array(
+        [
+            kernel_distance(a, b, seed=0)[0]
+            for a, b in zip(features[::2], features[1::2], strict=True)
+        ]
+    )
     assert abs(found.mean()) < 4 * found.std() / len(found) ** 0.5
 
 
 def test_subsets_are_no_larger_than_the_smaller_set():
-    mean, deviation = kernel_distance(drawn(30, 4, seed=0), drawn(5, 4, seed=1), seed=0, num_subsets=10)
+    mean, deviation = kernel_distance(
+        drawn(30, 4, seed=0), drawn(5, 4, seed=1), seed=0, num_subsets=10
+    )
     assert np.isfinite(mean)
     assert deviation > 0  # the smaller set whole, and each time others of the larger
 
 
 def test_the_inception_score_is_its_definition():
-    p = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).mul(2).softmax(dim=1).numpy().astype(np.float64)
+    p = (
+        torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+        .mul(2)
+        .softmax(dim=1)
+        .numpy()
+        .astype(np.float64)
+    )
     expected = np.exp(np.mean(np.sum(p * (np.log(p) - np.log(p.mean(axis=0))), axis=1)))
     assert inception_score(p, num_splits=1) == (pytest.approx(expected, rel=1e-9), 0)
 
@@ -112,19 +160,32 @@ def test_images_in_the_order_of_their_classes_score_as_any_other(labels):
     assert 0 < deviation < 0.5
 
 
-@pytest.mark.parametrize(("real", "generated", "neighbours"), [(40, 30, 3), (40, 30, 1), (4200, 4100, 3)])
+@pytest.mark.parametrize(
+    ("real", "generated", "neighbours"), [(40, 30, 3), (40, 30, 1), (4200, 4100, 3)]
+)
 def test_precision_and_recall_are_those_of_brute_force_neighbours(real, generated, neighbours):
     a, b = drawn(real, 3, seed=0), drawn(generated, 3, seed=0, scale=1.5, shift=0.3)
     between = distances(a, b)
-    radii_a, radii_b = (np.sort(distances(x, x), axis=1)[:, neighbours] for x in (a, b))  # the first is the image itself
-    expected = ((between <= radii_a[:, None]).any(axis=0).mean(), (between <= radii_b).any(axis=1).mean())
+    radii_a, radii_b = (
+        np.sort(distances(x, x), axis=1)[:, neighbours] for x in (a, b)
+    )  # the first is the image itself
+    expected = (
+        (between <= radii_a[:, None]).any(axis=0).mean(),
+        (between <= radii_b).any(axis=1).mean(),
+    )
     assert 0 < expected[0] < 1 or real > 1000
-    assert precision_recall(a, b, neighbours) == (pytest.approx(expected[0], abs=1e-12), pytest.approx(expected[1], abs=1e-12))
+    assert precision_recall(a, b, neighbours) == (
+        pytest.approx(expected[0], abs=1e-12),
+        pytest.approx(expected[1], abs=1e-12),
+    )
 
 
 def test_precision_and_recall_tell_missing_modes_from_bad_images():
     modes = torch.cat([drawn(50, 4, seed=0), drawn(50, 4, seed=1, shift=100)])
-    assert precision_recall(modes, modes[:50]) == (1, 0.5)  # every image is good, half of the real ones are missed
+    assert precision_recall(modes, modes[:50]) == (
+        1,
+        0.5,
+    )  # every image is good, half of the real ones are missed
     assert precision_recall(modes[:50], modes) == (0.5, 1)
     assert precision_recall(modes, modes + 1000) == (0, 0)
 
@@ -174,7 +235,10 @@ def test_identical_images_have_finite_figures(value):
 def test_arrays_and_tensors_of_any_float_give_the_same_figures():
     a, b = drawn(30, 4, seed=0), drawn(30, 4, seed=1)
     kinds = [(a, b), (a.double(), b.numpy()), (a.clone().requires_grad_(), b)]
-    found = [(frechet_distance(moments(x), moments(y)), kernel_distance(x, y, 0), precision_recall(x, y)) for x, y in kinds]
+    found = [
+        (frechet_distance(moments(x), moments(y)), kernel_distance(x, y, 0), precision_recall(x, y))
+        for x, y in kinds
+    ]
     assert found[0] == found[1] == found[2]
 
 
@@ -200,7 +264,12 @@ def test_features_that_make_no_sense_are_refused():
     a = drawn(5, 4, seed=0)
     broken = a.clone()
     broken[2, 1] = torch.nan
-    for call in (lambda: moments(broken), lambda: kernel_distance(a, broken, 0), lambda: precision_recall(broken, a), lambda: nearest(a, broken)):
+    for call in (
+        lambda: moments(broken),
+        lambda: kernel_distance(a, broken, 0),
+        lambda: precision_recall(broken, a),
+        lambda: nearest(a, broken),
+    ):
         with pytest.raises(ValueError, match="finite"):
             call()
     for call in (

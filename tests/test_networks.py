@@ -15,10 +15,22 @@ from ddpm.models.layers import Downsample
 from ddpm.models.unet import UNet
 from ddpm.models.unet_readme import ReadmeUNet, TimeMlp
 
-PAPER = {"base_channels": 16, "channel_multipliers": [1, 2], "attention_resolutions": [8], "num_res_blocks": 1, "norm_groups": 4}
+PAPER = {
+    "base_channels": 16,
+    "channel_multipliers": [1, 2],
+    "attention_resolutions": [8],
+    "num_res_blocks": 1,
+    "norm_groups": 4,
+}
 IMPROVED = {
     **PAPER,
-    **{"norm_eps": 1e-5, "scale_shift_norm": True, "time_embedding": "cos_sin", "downsample_padding": "symmetric", "init": "torch"},
+    **{
+        "norm_eps": 1e-5,
+        "scale_shift_norm": True,
+        "time_embedding": "cos_sin",
+        "downsample_padding": "symmetric",
+        "init": "torch",
+    },
 }
 ADM = {**IMPROVED, "head_channels": 8, "resample": "resblock"}
 
@@ -35,13 +47,22 @@ def unet(settings: dict, **changed: object) -> UNet:
 def theirs(settings: dict, head_width: int | None) -> UNet2DModel:
     """diffusers' network with the same structure."""
     sides = [16 >> level for level in range(len(settings["channel_multipliers"]))]
-    plain, attends = ("Resnet{}sampleBlock2D" if "resample" in settings else "{}Block2D"), [side in settings["attention_resolutions"] for side in sides]
+    plain, attends = (
+        ("Resnet{}sampleBlock2D" if "resample" in settings else "{}Block2D"),
+        [side in settings["attention_resolutions"] for side in sides],
+    )
     improved = "scale_shift_norm" in settings
     return UNet2DModel(
         sample_size=16,
-        block_out_channels=[settings["base_channels"] * multiplier for multiplier in settings["channel_multipliers"]],
-        down_block_types=["AttnDownBlock2D" if attention else plain.format("Down") for attention in attends],
-        up_block_types=["AttnUpBlock2D" if attention else plain.format("Up") for attention in reversed(attends)],
+        block_out_channels=[
+            settings["base_channels"] * multiplier for multiplier in settings["channel_multipliers"]
+        ],
+        down_block_types=[
+            "AttnDownBlock2D" if attention else plain.format("Down") for attention in attends
+        ],
+        up_block_types=[
+            "AttnUpBlock2D" if attention else plain.format("Up") for attention in reversed(attends)
+        ],
         layers_per_block=settings["num_res_blocks"],
         norm_num_groups=settings["norm_groups"],
         attn_norm_num_groups=settings["norm_groups"],
@@ -94,15 +115,23 @@ def num_parameters(option: str, **arguments: object) -> int:
     [
         pytest.param(PAPER, None, id="paper"),
         pytest.param({**IMPROVED, "num_heads": 4, "channel_multipliers": [1, 1]}, 4, id="improved"),
-        pytest.param({**IMPROVED, "head_channels": 8, "num_classes": 10}, 8, id="improved with classes"),
+        pytest.param(
+            {**IMPROVED, "head_channels": 8, "num_classes": 10}, 8, id="improved with classes"
+        ),
         pytest.param({**ADM, "channel_multipliers": [1, 2, 3]}, 8, id="adm"),
     ],
 )
 def test_the_network_has_the_names_of_diffusers_and_computes_what_it_does(settings, head_width):
-    reference, network = randomized(theirs(settings, head_width), scale=0.05).eval(), unet(settings).eval()
+    reference, network = (
+        randomized(theirs(settings, head_width), scale=0.05).eval(),
+        unet(settings).eval(),
+    )
     assert network.state_dict().keys() == reference.state_dict().keys()
     network.load_state_dict(reference.state_dict())
-    x_t, t = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 731, 999])
+    x_t, t = (
+        torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([0, 731, 999]),
+    )
     classes = torch.tensor([0, 9, 9]) if "num_classes" in settings else None
     with torch.inference_mode():
         expected, output = reference(x_t, t, class_labels=classes).sample, network(x_t, t, classes)
@@ -141,7 +170,11 @@ def test_the_images_layout_lasts_through_the_network(family):
     lasted: list[bool] = []
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            module.register_forward_pre_hook(lambda _, inputs: lasted.append(inputs[0].is_contiguous(memory_format=torch.channels_last)))
+            module.register_forward_pre_hook(
+                lambda _, inputs: lasted.append(
+                    inputs[0].is_contiguous(memory_format=torch.channels_last)
+                )
+            )
     with torch.inference_mode():
         network(x_t.to(memory_format=torch.channels_last), *rest)
     assert len(lasted) > 10
@@ -152,7 +185,11 @@ def test_the_images_layout_lasts_through_the_network(family):
 def test_torch_initialisation_starts_from_exact_zeros(settings):
     """Nichol & Dhariwal's code zeroes what ends each residual branch, and the output."""
     network = unet(settings)
-    outputs = [parameter for name, parameter in network.named_parameters() if ".conv2." in name or ".to_out." in name or name.startswith("conv_out.")]
+    outputs = [
+        parameter
+        for name, parameter in network.named_parameters()
+        if ".conv2." in name or ".to_out." in name or name.startswith("conv_out.")
+    ]
     assert len(outputs) > 10
     assert not any(parameter.any() for parameter in outputs)
     assert not network(torch.randn(2, 3, 16, 16), torch.tensor([0, 999])).any()
@@ -165,13 +202,17 @@ def test_cosines_come_first_where_asked_and_a_rescaled_timestep_may_be_a_fractio
     sinusoid = unet(IMPROVED).time_embedding.sinusoid(torch.tensor([0.25, 999.0]))
     frequencies = [10000 ** (-k / 8) for k in range(8)]
     for row, t in enumerate((0.25, 999.0)):
-        expected = [math.cos(t * frequency) for frequency in frequencies] + [math.sin(t * frequency) for frequency in frequencies]
+        expected = [math.cos(t * frequency) for frequency in frequencies] + [
+            math.sin(t * frequency) for frequency in frequencies
+        ]
         assert sinusoid[row].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_readmes_timestep_is_sines_and_cosines_in_turn():
     sinusoid = TimeMlp(128, 512).sinusoid(torch.tensor([0, 37]))
-    expected = [turn(37 / 10000 ** (2 * i / 128)) for i in range(64) for turn in (math.sin, math.cos)]
+    expected = [
+        turn(37 / 10000 ** (2 * i / 128)) for i in range(64) for turn in (math.sin, math.cos)
+    ]
     assert sinusoid[0].tolist() == [0.0, 1.0] * 64
     assert sinusoid[1].tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -184,7 +225,10 @@ def test_the_class_moves_the_output_as_the_timestep_does():
     with torch.no_grad():
         early, late = network.time_embedding(torch.tensor([5, 800]))
         network.class_embedding.weight.copy_(torch.stack([torch.zeros_like(early), early - late]))
-        of_early, of_late = network(x_t, torch.tensor([5]), torch.tensor([0])), network(x_t, torch.tensor([800]), torch.tensor([0]))
+        of_early, of_late = (
+            network(x_t, torch.tensor([5]), torch.tensor([0])),
+            network(x_t, torch.tensor([800]), torch.tensor([0])),
+        )
         undone = network(x_t, torch.tensor([800]), torch.tensor([1]))
     assert not torch.allclose(of_early, of_late, atol=1e-3)
     assert torch.allclose(of_early, undone, atol=1e-5)
@@ -206,9 +250,17 @@ def test_downsampling_pads_where_it_says(padding):
 def test_a_resampling_block_starts_as_the_plain_resampling(resample):
     """Its branch ends in zeros, so at first only the resampled input is left."""
     network = unet(ADM)
-    block = network.down_blocks[0].downsamplers[0] if resample == "down" else network.up_blocks[0].upsamplers[0]
+    block = (
+        network.down_blocks[0].downsamplers[0]
+        if resample == "down"
+        else network.up_blocks[0].upsamplers[0]
+    )
     x = torch.randn(2, block.conv1.in_channels, 8, 8)
-    expected = x.unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean(dim=(3, 5)) if resample == "down" else x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    expected = (
+        x.unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean(dim=(3, 5))
+        if resample == "down"
+        else x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    )
     assert torch.allclose(block(x, torch.randn(2, 64)), expected, atol=1e-6)
 
 
@@ -244,10 +296,19 @@ def test_values_that_do_not_fit_together_are_refused_by_the_argument_to_change(c
 )
 def test_classes_are_asked_for_exactly_where_the_network_has_them(num_classes, classes, message):
     with pytest.raises(ValueError, match=message):
-        unet(PAPER, num_classes=num_classes)(torch.zeros(2, 3, 16, 16), torch.tensor([0, 1]), classes)
+        unet(PAPER, num_classes=num_classes)(
+            torch.zeros(2, 3, 16, 16), torch.tensor([0, 1]), classes
+        )
 
 
-@pytest.mark.parametrize(("arguments", "message"), [((48, 3, 3), "resolution=48"), (((64, 16), 3, 3), "resolution="), ((64, 0, 3), "in_channels=0")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((48, 3, 3), "resolution=48"),
+        (((64, 16), 3, 3), "resolution="),
+        ((64, 0, 3), "in_channels=0"),
+    ],
+)
 def test_the_readmes_network_refuses_what_its_five_levels_cannot_take(arguments, message):
     with pytest.raises(ValueError, match=message):
         ReadmeUNet(*arguments)

@@ -41,7 +41,13 @@ def trained(ddpm, settings, tmp_path_factory):
 
     def call(number, *more):
         if (number, more) not in kept:
-            done = ddpm("train", f"outputs={tmp_path_factory.mktemp('outputs')}", *settings, *more, processes=number)
+            done = ddpm(
+                "train",
+                f"outputs={tmp_path_factory.mktemp('outputs')}",
+                *settings,
+                *more,
+                processes=number,
+            )
             assert done.code == 0, done.err
             kept[number, more] = done.run
         return kept[number, more]
@@ -59,7 +65,9 @@ def weights(run):
 
 def assert_nearly_same(run, expected):
     found = metrics(run)
-    assert [record["train/lr"] for record in found] == [record["train/lr"] for record in metrics(expected)]
+    assert [record["train/lr"] for record in found] == [
+        record["train/lr"] for record in metrics(expected)
+    ]
     for record, other in zip(found, metrics(expected), strict=True):
         assert record["train/loss"] == pytest.approx(other["train/loss"], rel=1e-6)
     torch.testing.assert_close(weights(run), weights(expected), rtol=0, atol=1e-5)
@@ -68,11 +76,15 @@ def assert_nearly_same(run, expected):
 def assert_same(run, expected):
     assert (run / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
     for name in ("model.safetensors", "ema.safetensors"):
-        files = (checkpoint.find(folder / "checkpoints").folder / name for folder in (run, expected))
+        files = (
+            checkpoint.find(folder / "checkpoints").folder / name for folder in (run, expected)
+        )
         assert len({file.read_bytes() for file in files}) == 1
 
 
-@pytest.mark.parametrize(("number", "parts"), [(1, ["runtime.device_batch=2"]), (2, ["runtime.device_batch=2"]), (2, [])])
+@pytest.mark.parametrize(
+    ("number", "parts"), [(1, ["runtime.device_batch=2"]), (2, ["runtime.device_batch=2"]), (2, [])]
+)
 def test_the_global_batch_cut_up_gives_the_same_losses_and_learning_rates(trained, number, parts):
     assert_nearly_same(trained(number, *parts), trained(1))
 
@@ -83,9 +95,13 @@ def test_with_dropout_equal_parts_give_the_same_run(trained):
 
 
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
-def test_a_run_carries_on_with_another_number_of_processes(trained, ddpm, settings, tmp_path, first, then):
+def test_a_run_carries_on_with_another_number_of_processes(
+    trained, ddpm, settings, tmp_path, first, then
+):
     whole = trained(first)
-    run = shutil.copytree(whole.parent.parent, tmp_path / "outputs") / whole.parent.name / whole.name
+    run = (
+        shutil.copytree(whole.parent.parent, tmp_path / "outputs") / whole.parent.name / whole.name
+    )
     for step in (15, 20, 25, 30):
         shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
     (run / "run.json").write_text((run / "run.json").read_text().replace('"complete"', '"running"'))
@@ -97,8 +113,23 @@ def test_a_run_carries_on_with_another_number_of_processes(trained, ddpm, settin
 
 def start(settings, outputs):
     """Two processes of one run, under torchrun."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddpm.train"]
-    return subprocess.Popen([*words, f"outputs={outputs}", *settings], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "ddpm.train",
+    ]
+    return subprocess.Popen(
+        [*words, f"outputs={outputs}", *settings],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def until_checkpoint(outputs):
@@ -109,10 +140,16 @@ def until_checkpoint(outputs):
     return next(outputs.glob("*/*/run.json")).parent
 
 
-def test_when_one_of_two_dies_the_other_ends_and_the_same_command_carries_on_to_the_same_bytes(ddpm, settings, trained, tmp_path):
+def test_when_one_of_two_dies_the_other_ends_and_the_same_command_carries_on_to_the_same_bytes(
+    ddpm, settings, trained, tmp_path
+):
     agent = start(settings, tmp_path)
     run = until_checkpoint(tmp_path)
-    second = next(process for process in psutil.Process(agent.pid).children() if process.environ().get("RANK") == "1")
+    second = next(
+        process
+        for process in psutil.Process(agent.pid).children()
+        if process.environ().get("RANK") == "1"
+    )
     os.kill(second.pid, signal.SIGKILL)
     agent.communicate(timeout=100)
     assert agent.returncode != 0
@@ -125,7 +162,11 @@ def test_when_one_of_two_dies_the_other_ends_and_the_same_command_carries_on_to_
 def test_a_signal_to_one_of_two_stops_both_after_the_same_step(ddpm, settings, trained, tmp_path):
     agent = start(settings, tmp_path)
     run = until_checkpoint(tmp_path)
-    second = next(process for process in psutil.Process(agent.pid).children() if process.environ().get("RANK") == "1")
+    second = next(
+        process
+        for process in psutil.Process(agent.pid).children()
+        if process.environ().get("RANK") == "1"
+    )
     os.kill(second.pid, signal.SIGUSR1)
     printed, _ = agent.communicate(timeout=100)
     record = json.loads((run / "run.json").read_text())

@@ -5,9 +5,23 @@ import pytest
 import torch
 
 from ddpm.system import randomness
-from ddpm.system.randomness import coin, host_key, integers, normal, random_bits, stream_keys, uniform
+from ddpm.system.randomness import (
+    coin,
+    host_key,
+    integers,
+    normal,
+    random_bits,
+    stream_keys,
+    uniform,
+)
 
-PURPOSES = [randomness.TRAIN_NOISE, randomness.TRAIN_TIMESTEP, randomness.TRAIN_FLIP, randomness.SAMPLE_LATENT, randomness.SAMPLE_STEP]
+PURPOSES = [
+    randomness.TRAIN_NOISE,
+    randomness.TRAIN_TIMESTEP,
+    randomness.TRAIN_FLIP,
+    randomness.SAMPLE_LATENT,
+    randomness.SAMPLE_STEP,
+]
 KEYS = stream_keys(randomness.TRAIN_NOISE, 0, 0, torch.arange(20_000))
 
 
@@ -21,7 +35,11 @@ def chi_square(counts: torch.Tensor) -> float:
 def test_a_stream_is_splitmix64():
     """The published outputs for seed 1234567."""
     bits = random_bits(torch.tensor([1234567]), 3)[0].tolist()
-    assert [value % 2**64 for value in bits] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [value % 2**64 for value in bits] == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]
 
 
 def test_a_number_does_not_depend_on_what_it_is_drawn_with():
@@ -31,7 +49,10 @@ def test_a_number_does_not_depend_on_what_it_is_drawn_with():
 
 
 def test_every_purpose_seed_step_and_position_has_a_stream_of_its_own():
-    streams = [stream_keys(*keys, torch.arange(20)) for keys in itertools.product(PURPOSES, [0, 1, 2**62], [0, 1, 2])]
+    streams = [
+        stream_keys(*keys, torch.arange(20))
+        for keys in itertools.product(PURPOSES, [0, 1, 2**62], [0, 1, 2])
+    ]
     bits = random_bits(torch.cat(streams), 2).flatten().tolist()
     assert len(set(bits)) == len(bits)
 
@@ -45,9 +66,20 @@ def test_a_host_key_is_a_63_bit_number_that_the_order_of_its_keys_decides():
 def test_normal_numbers_have_the_moments_of_the_standard_normal_and_no_correlation():
     x = normal(KEYS, (50,)).double()  # a million
     assert x.shape == (20_000, 50)
-    for power, moment, spread in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):  # spread: variance of x ** power
-        assert (x**power).mean().item() == pytest.approx(moment, abs=5 * math.sqrt(spread / x.numel()))
-    for left, right in ((x[:, :25], x[:, 25:]), (x[:-1], x[1:]), (x[:, :-1], x[:, 1:])):  # the two of a Box-Muller pair; neighbours
+    for power, moment, spread in (
+        (1, 0, 1),
+        (2, 1, 2),
+        (3, 0, 15),
+        (4, 3, 96),
+    ):  # spread: variance of x ** power
+        assert (x**power).mean().item() == pytest.approx(
+            moment, abs=5 * math.sqrt(spread / x.numel())
+        )
+    for left, right in (
+        (x[:, :25], x[:, 25:]),
+        (x[:-1], x[1:]),
+        (x[:, :-1], x[:, 1:]),
+    ):  # the two of a Box-Muller pair; neighbours
         assert (left * right).mean().item() == pytest.approx(0, abs=5 / math.sqrt(left.numel()))
 
 
@@ -70,4 +102,6 @@ def test_integers_are_evenly_spread_below_their_bound():
 
 
 def test_coins_are_fair():
-    assert coin(KEYS).double().mean().item() == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(len(KEYS)))
+    assert coin(KEYS).double().mean().item() == pytest.approx(
+        0.5, abs=5 * 0.5 / math.sqrt(len(KEYS))
+    )

@@ -31,15 +31,30 @@ def commands():
         if "--config-dir" in words:
             continue
         started = next(index for index, word in enumerate(words) if word.startswith("ddpm."))
-        ends = next((index for index, word in enumerate(words) if index > started and word == "&"), len(words))
-        yield words[started].removeprefix("ddpm."), [word for word in words[started + 1 : ends] if word != "-m"]
+        ends = next(
+            (index for index, word in enumerate(words) if index > started and word == "&"),
+            len(words),
+        )
+        yield (
+            words[started].removeprefix("ddpm."),
+            [word for word in words[started + 1 : ends] if word != "-m"],
+        )
 
 
 def typed_here():
     """(module, words) of each that needs no network and no second device."""
     for words in lines():
-        python = next((index for index, word in enumerate(words) if word == "python" and words[index + 1] == "-m"), None)
-        if python is not None and not any(re.match("data=(?!folder)|from=", word) for word in words):
+        python = next(
+            (
+                index
+                for index, word in enumerate(words)
+                if word == "python" and words[index + 1] == "-m"
+            ),
+            None,
+        )
+        if python is not None and not any(
+            re.match("data=(?!folder)|from=", word) for word in words
+        ):
             module, rest = words[python + 2].removeprefix("ddpm."), words[python + 3 :]
             if not (module == "train" and any(word.startswith("experiment=") for word in rest)):
                 yield module, rest
@@ -48,13 +63,23 @@ def typed_here():
 def jobs(overrides):
     """The overrides of each job of a sweep."""
     lists = [[]]
-    for override in OverridesParser.create().parse_overrides([override.replace("=~/", "=/home/") for override in overrides]):
-        values = [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()] if override.is_sweep_override() else [override.input_line]
+    for override in OverridesParser.create().parse_overrides(
+        [override.replace("=~/", "=/home/") for override in overrides]
+    ):
+        values = (
+            [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+            if override.is_sweep_override()
+            else [override.input_line]
+        )
         lists = [[*before, value] for before in lists for value in values]
     return lists
 
 
-@pytest.mark.parametrize(("module", "overrides"), list(commands()), ids=lambda value: value if isinstance(value, str) else " ".join(value))
+@pytest.mark.parametrize(
+    ("module", "overrides"),
+    list(commands()),
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
 def test_a_command_of_the_readme_composes(module, overrides):
     for job in jobs(overrides):
         composed = compose(job, "config" if module == "train" else module)
@@ -63,9 +88,19 @@ def test_a_command_of_the_readme_composes(module, overrides):
 
 
 SHORT = {  # appended to what the README says, to try in seconds what takes minutes or days
-    "train": ["training.steps=2", "training.batch_size=2", "runtime.num_previews=1", "sampler.num_steps=2"],
+    "train": [
+        "training.steps=2",
+        "training.batch_size=2",
+        "runtime.num_previews=1",
+        "sampler.num_steps=2",
+    ],
     "sample": ["num_samples=2", "sampler.num_steps=2"],
-    "evaluate": ["evaluation.num_samples=4", "evaluation.num_images=2", "evaluation.metrics=[losses,bits_per_dim]", "sampler.num_steps=2"],
+    "evaluate": [
+        "evaluation.num_samples=4",
+        "evaluation.num_images=2",
+        "evaluation.metrics=[losses,bits_per_dim]",
+        "sampler.num_steps=2",
+    ],
     "compare": ["num_samples=1", "sampler.num_steps=2"],
     "plan": ["probe=0"],
 }
@@ -97,19 +132,33 @@ def test_the_commands_of_the_readme_run_as_they_are_written(typed, pictures, tmp
     monkeypatch.syspath_prepend(tmp_path)
     run, ran = None, set()
     for module, words in typed_here():
-        words = [re.sub(r"=(\.\.\.|outputs/quickstart-digits/recipe-\w+|outputs/\.\.\.)$", f"={run}", word) for word in words]
-        done = typed(module, *words, *SHORT.get(module, []), *(["training.steps=4"] if any(word.startswith("resume=") for word in words) else []))
+        words = [
+            re.sub(
+                r"=(\.\.\.|outputs/quickstart-digits/recipe-\w+|outputs/\.\.\.)$", f"={run}", word
+            )
+            for word in words
+        ]
+        done = typed(
+            module,
+            *words,
+            *SHORT.get(module, []),
+            *(["training.steps=4"] if any(word.startswith("resume=") for word in words) else []),
+        )
         assert done.code == 0, (module, words, done.err)
         run = run or done.run
         ran.add(module)
     assert ran == {"train", "compare", "plan", "sample", "evaluate", "export"}
 
 
-@pytest.mark.parametrize("file", ["README.md", "ddpm/sample/__main__.py", "ddpm/evaluate/__main__.py"])
+@pytest.mark.parametrize(
+    "file", ["README.md", "ddpm/sample/__main__.py", "ddpm/evaluate/__main__.py"]
+)
 def test_the_example_of_a_run_is_the_quick_starts(file):
     quickstart = compose([])
     run = locate(training_config(quickstart), quickstart)
-    assert set(re.findall(r"run=(outputs/[\w/-]+)", (ROOT / file).read_text(encoding="utf-8"))) == {run.path.as_posix()}
+    assert set(re.findall(r"run=(outputs/[\w/-]+)", (ROOT / file).read_text(encoding="utf-8"))) == {
+        run.path.as_posix()
+    }
 
 
 def test_the_readme_has_two_commands_to_set_up():
@@ -118,10 +167,17 @@ def test_the_readme_has_two_commands_to_set_up():
 
 def test_the_readmes_table_names_every_option_of_every_group():
     rows = dict(re.findall(r"^\| `(\w+)` \|([^|]*)\|", README, flags=re.M))
-    groups = [folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "hydra"]
-    assert {group: [file.stem for file in (CONF / group).glob("*.yaml") if f"`{file.stem}`" not in rows.get(group, "")] for group in groups} == {
-        group: [] for group in groups
-    }
+    groups = [
+        folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "hydra"
+    ]
+    assert {
+        group: [
+            file.stem
+            for file in (CONF / group).glob("*.yaml")
+            if f"`{file.stem}`" not in rows.get(group, "")
+        ]
+        for group in groups
+    } == {group: [] for group in groups}
 
 
 def test_what_the_readme_points_at_is_there():

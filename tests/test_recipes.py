@@ -62,13 +62,24 @@ def test_a_recipe_can_be_built_and_comes_to_what_it_says(name):
     config = configured(f"experiment={name}")
     build.check(config)
     network = build.network(config, torch.device("meta"), config.data.num_classes or 1)
-    schedule, rate, abar = build.lr_schedule(config), config.optimizer["lr"], build.diffusion(config).alphas_cumprod
+    schedule, rate, abar = (
+        build.lr_schedule(config),
+        config.optimizer["lr"],
+        build.diffusion(config).alphas_cumprod,
+    )
     expect = config.recipe.expect
-    found = {"parameters": sum(parameter.numel() for parameter in network.parameters()), "steps_per_epoch": steps_per_epoch(config)}
+    found = {
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "steps_per_epoch": steps_per_epoch(config),
+    }
     found["last_step"] = num_steps(config) - 1
     assert {key: getattr(expect, key) for key in found} == found
-    assert {step: schedule(step, num_steps(config), rate) for step in expect.lr} == pytest.approx(expect.lr, rel=1e-6)
-    assert {t: abar[t].item() for t in expect.alphas_cumprod} == pytest.approx(expect.alphas_cumprod, rel=1e-6, abs=0)
+    assert {step: schedule(step, num_steps(config), rate) for step in expect.lr} == pytest.approx(
+        expect.lr, rel=1e-6
+    )
+    assert {t: abar[t].item() for t in expect.alphas_cumprod} == pytest.approx(
+        expect.alphas_cumprod, rel=1e-6, abs=0
+    )
     assert {0, len(abar) - 1} <= expect.alphas_cumprod.keys()
     assert 0 in expect.lr
     assert max(expect.lr) < num_steps(config)
@@ -88,7 +99,10 @@ def test_a_recipe_opens_with_its_command_and_prints_each_figure_once(name):
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_plain_command_is_the_recipes_run(name):
-    paths = {locate(configured(*overrides), composed(*overrides)).path for overrides in ([f"experiment={name}"], PLAIN[name].split())}
+    paths = {
+        locate(configured(*overrides), composed(*overrides)).path
+        for overrides in ([f"experiment={name}"], PLAIN[name].split())
+    }
     assert len(paths) == 1
 
 
@@ -98,14 +112,34 @@ def test_two_recipes_are_never_one_run():
 
 @pytest.mark.parametrize(
     ("data", "steps", "flip"),
-    [("celebahq256", 500_000, True), ("lsun_bedroom256", 2_400_000, False), ("lsun_church256", 1_200_000, True), ("lsun_cat256", 1_800_000, True)],
+    [
+        ("celebahq256", 500_000, True),
+        ("lsun_bedroom256", 2_400_000, False),
+        ("lsun_church256", 1_200_000, True),
+        ("lsun_cat256", 1_800_000, True),
+    ],
 )
 def test_the_papers_runs_at_256_are_those_of_its_appendix_b(data, steps, flip):
     config = configured("model=unet256", f"data={data}")
     training = config.training
-    assert (training.steps, training.batch_size, training.ema_decay, training.ema_warmup, training.grad_clip) == (steps, 64, 0.9999, False, 1.0)
-    assert (config.optimizer["lr"], config.model["dropout"], config.data.flip, config.data.resolution) == (2e-5, 0.0, flip, 256)
-    assert (config.objective["prediction"], config.objective["loss"], config.objective["variance"]) == ("epsilon", "simple", "fixed_small")
+    assert (
+        training.steps,
+        training.batch_size,
+        training.ema_decay,
+        training.ema_warmup,
+        training.grad_clip,
+    ) == (steps, 64, 0.9999, False, 1.0)
+    assert (
+        config.optimizer["lr"],
+        config.model["dropout"],
+        config.data.flip,
+        config.data.resolution,
+    ) == (2e-5, 0.0, flip, 256)
+    assert (
+        config.objective["prediction"],
+        config.objective["loss"],
+        config.objective["variance"],
+    ) == ("epsilon", "simple", "fixed_small")
 
 
 IMPROVED = [
@@ -126,20 +160,39 @@ def test_improved_ddpm_trains_without_warm_up_clipping_or_decay(name):
     optimizer = build.optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.defaults["weight_decay"] == 0
-    assert (config.training.grad_clip, config.training.ema_decay, config.training.ema_warmup, config.data.flip) == (None, 0.9999, False, False)
+    assert (
+        config.training.grad_clip,
+        config.training.ema_decay,
+        config.training.ema_warmup,
+        config.data.flip,
+    ) == (None, 0.9999, False, False)
     assert config.lr_schedule == {"_target_": "ddpm.train.lr_schedules.Constant", "warmup_steps": 0}
     diffusion = build.diffusion(config)
     rescales = name in IMPROVED[:4]
     assert diffusion.variance == "learned_range"
     assert diffusion.rescale_timesteps == rescales
     if name.endswith("vlb"):
-        assert (diffusion.loss, diffusion.vlb_weight, diffusion.timestep_sampling) == ("bound", 1.0, "loss_second_moment")
+        assert (diffusion.loss, diffusion.vlb_weight, diffusion.timestep_sampling) == (
+            "bound",
+            1.0,
+            "loss_second_moment",
+        )
     else:
         assert (diffusion.loss, diffusion.timestep_sampling) == ("hybrid", "uniform")
-        assert diffusion.vlb_weight == pytest.approx(0.001 if rescales else 1 / diffusion.num_timesteps)
+        assert diffusion.vlb_weight == pytest.approx(
+            0.001 if rescales else 1 / diffusion.num_timesteps
+        )
 
 
-@pytest.mark.parametrize(("data", "path"), [("lsun_bedroom256", None), ("lsun_cat256", None), ("celebahq256", "nowhere"), ("imagenet64", "nowhere")])
+@pytest.mark.parametrize(
+    ("data", "path"),
+    [
+        ("lsun_bedroom256", None),
+        ("lsun_cat256", None),
+        ("celebahq256", "nowhere"),
+        ("imagenet64", "nowhere"),
+    ],
+)
 def test_data_that_is_not_there_is_asked_for_by_data_path(data, path):
     with pytest.raises(ValueError, match=r"data\.path"):
         build.source(configured(f"data={data}", *([f"data.path={path}"] if path else [])))
@@ -151,7 +204,10 @@ def commands() -> list[list[str]]:
     for line in re.sub(r"\\\n\s*", "", recipes.INTRO).splitlines():
         if line.startswith("python -m ddpm.train "):
             choices = [
-                [f"{key}={value}" for value in values.split(",")] for key, _, values in (word.partition("=") for word in line.split()[3:] if word != "-m")
+                [f"{key}={value}" for value in values.split(",")]
+                for key, _, values in (
+                    word.partition("=") for word in line.split()[3:] if word != "-m"
+                )
             ]
             found += [list(job) for job in itertools.product(*choices)]
     return found
@@ -162,12 +218,23 @@ def test_the_pages_sweeps_are_the_rows_of_the_papers_tables():
     for job in jobs:
         build.check(configured(*job))
     runs = [run(*job) for job in jobs]
-    rows = ["cifar10", "cifar10_epsilon_bound", "cifar10_epsilon_bound_learned", "cifar10_mean", "cifar10_mean_bound", "cifar10_mean_bound_learned"]
+    rows = [
+        "cifar10",
+        "cifar10_epsilon_bound",
+        "cifar10_epsilon_bound_learned",
+        "cifar10_mean",
+        "cifar10_mean_bound",
+        "cifar10_mean_bound_learned",
+    ]
     assert runs[:6] == [run(f"experiment={name}") for name in rows]
     assert len(set(runs)) == len(runs) == 12
     assert {run("experiment=cifar10_hybrid"), run("experiment=cifar10_vlb")} <= set(runs[6:])
     noise = {
-        (job[1:].count("schedule=linear"), len(diffusion.betas), f"{diffusion.alphas_cumprod[-1]:.6g}")
+        (
+            job[1:].count("schedule=linear"),
+            len(diffusion.betas),
+            f"{diffusion.alphas_cumprod[-1]:.6g}",
+        )
         for job in jobs[6:]
         for diffusion in [build.diffusion(configured(*job))]
     }
@@ -185,14 +252,27 @@ def test_the_page_has_a_row_for_each_recipe_with_its_figures():
     assert list(rows) == [f"[{name}]({name}.yaml)" for name in NAMES]
     assert all(row.count(" | ") == 6 for row in rows.values())
     cifar10 = rows["[cifar10](cifar10.yaml)"]
-    assert "`unet32`, `cifar10` | 35,746,307 | 800,000 | FID 3.17 (50k samples, train split" in cifar10
+    assert (
+        "`unet32`, `cifar10` | 35,746,307 | 800,000 | FID 3.17 (50k samples, train split" in cifar10
+    )
     assert "50,100 (300 epochs)" in rows["[butterflies128](butterflies128.yaml)"]
 
 
 def test_what_was_measured_is_read_from_what_was_stored(tmp_path):
     assert recipes.measured("cifar10", tmp_path) == "not measured"
     (tmp_path / "cifar10").mkdir()
-    (tmp_path / "cifar10" / "run.json").write_text('{"step": 800000, "device": "1 x cuda", "git": {"commit": "0123456789"}}')
+    (tmp_path / "cifar10" / "run.json").write_text(
+        '{"step": 800000, "device": "1 x cuda", "git": {"commit": "0123456789"}}'
+    )
     protocol = {"count": 50_000, "split": "train", "weights": "ema", "step": 800_000}
-    results.record(tmp_path / "cifar10" / "evaluation.json", [Measurement("fid", 3.2, protocol, floor=1.5), Measurement("loss_t0000_0099", 0.1, protocol)])
-    assert recipes.measured("cifar10", tmp_path) == "`fid@50k:train:ema:step800000 3.2 (floor 1.5)`<br>800,000 steps, 1 x cuda, commit 0123456"
+    results.record(
+        tmp_path / "cifar10" / "evaluation.json",
+        [
+            Measurement("fid", 3.2, protocol, floor=1.5),
+            Measurement("loss_t0000_0099", 0.1, protocol),
+        ],
+    )
+    assert (
+        recipes.measured("cifar10", tmp_path)
+        == "`fid@50k:train:ema:step800000 3.2 (floor 1.5)`<br>800,000 steps, 1 x cuda, commit 0123456"
+    )

@@ -16,7 +16,9 @@ def record(folder, first_step, *steps):
 
 
 def written(folder):
-    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def shown(folder):
@@ -51,10 +53,16 @@ def test_values_come_back_from_both_files(tmp_path):
     recorder.picture(3, "samples", np.zeros((4, 6, 3), dtype=np.uint8))
     recorder.text("config", "seed: 0")
     recorder.close()
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "train/loss": 0.25, "train/lr": 1e-4}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 3,
+        "train/loss": 0.25,
+        "train/lr": 1e-4,
+    }
     board = EventAccumulator(str(tmp_path)).Reload()
     shown = {tag: board.Scalars(tag)[0].value for tag in board.Tags()["scalars"]}
-    assert shown == pytest.approx({"train/loss": 0.25, "train/lr": 1e-4, "train/images_per_second": 100.0})
+    assert shown == pytest.approx(
+        {"train/loss": 0.25, "train/lr": 1e-4, "train/images_per_second": 100.0}
+    )
     assert (board.Images("samples")[0].height, board.Images("samples")[0].width) == (4, 6)
     assert any(tag.startswith("config") for tag in board.Tags()["tensors"])
 
@@ -83,10 +91,20 @@ def test_a_run_that_goes_on_has_not_ended(tmp_path):
     record(tmp_path, 0, 2)
     conclude(tmp_path, "failed", 2, {})
     recorder = Recorder(tmp_path, 2)
-    recorder.settings({"optimizer.lr": 1e-3, "model": "unet", "training.grad_clip": None, "data.flip": True})
+    recorder.settings(
+        {"optimizer.lr": 1e-3, "model": "unet", "training.grad_clip": None, "data.flip": True}
+    )
     recorder.close()
     board = EventAccumulator(str(tmp_path)).Reload()
     assert metadata.SESSION_END_INFO_TAG not in board.Tags()["tensors"]
-    start = metadata.parse_session_start_info_plugin_data(board.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content)
-    assert (start.hparams["optimizer.lr"].number_value, start.hparams["data.flip"].number_value) == (1e-3, 1)
-    assert (start.hparams["model"].string_value, start.hparams["training.grad_clip"].string_value) == ("unet", "none")
+    start = metadata.parse_session_start_info_plugin_data(
+        board.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    )
+    assert (
+        start.hparams["optimizer.lr"].number_value,
+        start.hparams["data.flip"].number_value,
+    ) == (1e-3, 1)
+    assert (
+        start.hparams["model"].string_value,
+        start.hparams["training.grad_clip"].string_value,
+    ) == ("unet", "none")

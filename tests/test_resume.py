@@ -7,7 +7,12 @@ import torch
 from ddpm import run
 from ddpm.runs import checkpoint, recording
 
-SMALL = ["model.base_channels=32", "model.resolution=32", "model.channel_multipliers=[1,2]", "model.attention_resolutions=[16]"]
+SMALL = [
+    "model.base_channels=32",
+    "model.resolution=32",
+    "model.channel_multipliers=[1,2]",
+    "model.attention_resolutions=[16]",
+]
 FAMILIES = {
     "ddpm": ["model=unet32", *SMALL],
     "improved": ["model=improved_unet32", *SMALL, "objective=hybrid", "training.conditional=true"],
@@ -23,7 +28,13 @@ def trained(*overrides):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cut_off_and_carried_on_is_the_same_run(tmp_path, family, precision):
-    settings = [f"outputs={tmp_path}", *FAMILIES[family], f"training.precision={precision}", "runtime.device_batch=3", "model.dropout=0.1"]
+    settings = [
+        f"outputs={tmp_path}",
+        *FAMILIES[family],
+        f"training.precision={precision}",
+        "runtime.device_batch=3",
+        "model.dropout=0.1",
+    ]
     run = trained(*settings)
     last = run.checkpoints / "step_00000004"
     whole = last.rename(tmp_path / "whole")
@@ -34,10 +45,18 @@ def test_cut_off_and_carried_on_is_the_same_run(tmp_path, family, precision):
 
     for name in ("model.safetensors", "ema.safetensors"):
         assert (last / name).read_bytes() == (whole / name).read_bytes()
-    torch.testing.assert_close(checkpoint.Checkpoint(last, 4).state(), checkpoint.Checkpoint(whole, 4).state(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        checkpoint.Checkpoint(last, 4).state(),
+        checkpoint.Checkpoint(whole, 4).state(),
+        rtol=0,
+        atol=0,
+    )
     assert (run.path / "metrics.jsonl").read_bytes() == metrics
     first = checkpoint.find(run.checkpoints, 2).weights("raw")
-    assert any(not torch.equal(tensor, first[name]) for name, tensor in checkpoint.find(run.checkpoints, 4).weights("raw").items())
+    assert any(
+        not torch.equal(tensor, first[name])
+        for name, tensor in checkpoint.find(run.checkpoints, 4).weights("raw").items()
+    )
 
 
 def test_a_training_process_takes_no_more_memory_as_it_goes_on(tmp_path, monkeypatch):
@@ -49,6 +68,17 @@ def test_a_training_process_takes_no_more_memory_as_it_goes_on(tmp_path, monkeyp
         really(self, step, values)
 
     monkeypatch.setattr(recording.Recorder, "scalars", scalars)
-    narrow = ["model.base_channels=8", "model.norm_groups=4", "model.channel_multipliers=[1,2]", "model.attention_resolutions=[8]"]
-    trained(f"outputs={tmp_path}", *narrow, "training.steps=250", "runtime.log_every=50", "runtime.checkpoint_every=50")
+    narrow = [
+        "model.base_channels=8",
+        "model.norm_groups=4",
+        "model.channel_multipliers=[1,2]",
+        "model.attention_resolutions=[8]",
+    ]
+    trained(
+        f"outputs={tmp_path}",
+        *narrow,
+        "training.steps=250",
+        "runtime.log_every=50",
+        "runtime.checkpoint_every=50",
+    )
     assert held[250] - held[100] < 8 * 2**20

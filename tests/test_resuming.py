@@ -25,7 +25,9 @@ def test_more_steps_go_on_in_the_same_folder_and_what_changed_is_kept(command, t
     assert command(f"resume={run}", "training.steps=9", "optimizer.lr=5e-4") == run
     record = json.loads((run / "run.json").read_text())
     assert (record["status"], record["step"]) == ("complete", 9)
-    assert record["changes"] == [{"step": 6, "changed": {"optimizer.lr": [0.001, 0.0005], "training.steps": [6, 9]}}]
+    assert record["changes"] == [
+        {"step": 6, "changed": {"optimizer.lr": [0.001, 0.0005], "training.steps": [6, 9]}}
+    ]
     assert (run / "metrics.jsonl").read_text().startswith(first)
     assert checkpoint.find(run / "checkpoints").step == 9
     assert len(list(tmp_path.glob("*/*/run.json"))) == 1
@@ -41,12 +43,24 @@ def test_resumed_with_nothing_new_a_complete_run_stays_as_it_is(command, capsys)
     assert (run / "run.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("override", ["model=unet32", "trainig.steps=9", "training.steps=few", "~seed", "model.base_channels=16", "training.steps=2"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model=unet32",
+        "trainig.steps=9",
+        "training.steps=few",
+        "~seed",
+        "model.base_channels=16",
+        "training.steps=2",
+    ],
+)
 def test_what_cannot_be_changed_is_refused_in_one_line(command, override):
     run = command()
     before = (run / "config.yaml").read_bytes(), (run / "run.json").read_bytes()
     typed = replace(compose([f"resume={run}"]), overrides=[f"resume={run}", override])
-    with pytest.raises(ValueError, match=override.partition(".steps=9")[0].removesuffix("=16")) as refused:
+    with pytest.raises(
+        ValueError, match=override.partition(".steps=9")[0].removesuffix("=16")
+    ) as refused:
         train(typed)
     assert "\n" not in str(refused.value)
     assert ((run / "config.yaml").read_bytes(), (run / "run.json").read_bytes()) == before

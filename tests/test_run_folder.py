@@ -19,7 +19,13 @@ def folder(*overrides: str) -> RunFolder:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["runtime.device=cpu", "runtime.device_batch=3", "runtime.workers=2", "runtime.log_every=7", "runtime.num_previews=9"],
+        [
+            "runtime.device=cpu",
+            "runtime.device_batch=3",
+            "runtime.workers=2",
+            "runtime.log_every=7",
+            "runtime.num_previews=9",
+        ],
         ["sampler=ddim", "sampler.num_steps=10"],
         ["data.path=/somewhere/else", "data.cache=/tmp/cache", "data.max_unreadable=0.5"],
         ["seed=0", "model=unet32"],
@@ -27,7 +33,10 @@ def folder(*overrides: str) -> RunFolder:
     ids=lambda overrides: overrides[0],
 )
 def test_how_a_run_is_carried_out_never_changes_its_folder(overrides):
-    assert folder("model=unet32", "data=cifar10", *overrides).path == folder("model=unet32", "data=cifar10").path
+    assert (
+        folder("model=unet32", "data=cifar10", *overrides).path
+        == folder("model=unet32", "data=cifar10").path
+    )
 
 
 def test_outputs_moves_the_folder_and_keeps_its_name(tmp_path):
@@ -62,7 +71,14 @@ def test_the_order_of_typing_does_not_matter():
 
 
 def test_runs_whose_difference_is_too_long_to_spell_are_still_told_apart():
-    long = ["model.base_channels=64", "model.num_res_blocks=3", "model.channel_multipliers=[1,2,4]", "optimizer.lr=3e-4", "training.batch_size=8", "seed=1"]
+    long = [
+        "model.base_channels=64",
+        "model.num_res_blocks=3",
+        "model.channel_multipliers=[1,2,4]",
+        "optimizer.lr=3e-4",
+        "training.batch_size=8",
+        "seed=1",
+    ]
     paths = {folder(*long, f"training.ema_decay={decay}").path for decay in (0.1, 0.2)}
     assert len(paths) == 2
     assert all(len(path.name) < 150 for path in paths)
@@ -72,15 +88,25 @@ def test_runs_whose_difference_is_too_long_to_spell_are_still_told_apart():
 def test_a_folder_of_ones_own_gives_its_name_and_the_run_can_be_typed(tmp_path, name):
     pictures = tmp_path / name
     quoted = str(pictures).replace("'", r"\'")
-    found = folder("data=folder", f"data.path='{quoted}'", "optimizer.betas=[0.5,0.9]", "optimizer=adamw").path
+    found = folder(
+        "data=folder", f"data.path='{quoted}'", "optimizer.betas=[0.5,0.9]", "optimizer=adamw"
+    ).path
     relative = found.relative_to("outputs").as_posix()
     assert re.fullmatch(r"[A-Za-z0-9._+/-]+", relative)
     assert compose([f"run={found}"], "sample").cfg.run == str(found)
-    assert found == folder("data=folder", f"data.path='{quoted}/'", "optimizer.betas=[0.5,0.9]", "optimizer=adamw").path
+    assert (
+        found
+        == folder(
+            "data=folder", f"data.path='{quoted}/'", "optimizer.betas=[0.5,0.9]", "optimizer=adamw"
+        ).path
+    )
 
 
 def test_a_folder_of_ones_own_is_named_after_its_last_part():
-    assert folder("data=folder", "data.path=/one/cards").path == folder("data=folder", "data.path=/another/cards").path
+    assert (
+        folder("data=folder", "data.path=/one/cards").path
+        == folder("data=folder", "data.path=/another/cards").path
+    )
     assert folder("data=folder", "data.path=/one/cards").path.parent.name == "quickstart-cards"
 
 
@@ -98,18 +124,26 @@ def test_a_folder_that_was_started_tells_its_configuration_and_how_it_stands(tmp
     assert run.record() == record
 
 
-def test_the_classes_of_a_run_are_checked_against_what_the_caller_trusts_and_not_the_folder(tmp_path):
+def test_the_classes_of_a_run_are_checked_against_what_the_caller_trusts_and_not_the_folder(
+    tmp_path,
+):
     composed = compose([f"outputs={tmp_path}"])
     config = training_config(composed)
     run = locate(config, composed)
     run.start(config, composed)
     file = run.path / "config.yaml"
-    file.write_text(file.read_text().replace("ddpm.models.UNet", "stranger.UNet").replace("trusted_modules: []", "trusted_modules: [stranger]"))
+    file.write_text(
+        file.read_text()
+        .replace("ddpm.models.UNet", "stranger.UNet")
+        .replace("trusted_modules: []", "trusted_modules: [stranger]")
+    )
     with pytest.raises(ValueError, match=r"model\._target_=stranger\.UNet is not trusted"):
         run.config([])
 
 
-@pytest.mark.parametrize("content", [None, "", "model: other\n"], ids=["no file", "empty", "another program's"])
+@pytest.mark.parametrize(
+    "content", [None, "", "model: other\n"], ids=["no file", "empty", "another program's"]
+)
 def test_a_folder_that_is_no_run_is_refused_by_its_path(tmp_path, content):
     if content is not None:
         (tmp_path / "config.yaml").write_text(content)
@@ -121,7 +155,11 @@ def test_whoever_only_looks_whether_a_run_is_alive_does_not_keep_it_from_startin
     looking = FileLock(tmp_path / ".lock", thread_local=False)
     looking.acquire()
     threading.Timer(0.1, looking.release).start()
-    with RunFolder(tmp_path).lock(), pytest.raises(ValueError, match="is being trained by process"), RunFolder(tmp_path).lock():
+    with (
+        RunFolder(tmp_path).lock(),
+        pytest.raises(ValueError, match="is being trained by process"),
+        RunFolder(tmp_path).lock(),
+    ):
         pass
 
 
@@ -132,9 +170,19 @@ def test_options_of_the_users_own_folder_name_a_run_like_any_other(tmp_path, mon
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "conf" / "model").mkdir(parents=True)
     (tmp_path / "conf" / "schedule").mkdir()
-    (tmp_path / "conf" / "model" / "wide.yaml").write_text("# @package _global_\ndefaults:\n  - quickstart\nmodel:\n  base_channels: 64\n")
-    (tmp_path / "conf" / "schedule" / "flat.yaml").write_text("_target_: theirs.betas\nnum_timesteps: 10\n")
-    words = ["model=wide", "schedule=flat", "sampler.num_steps=5", "runtime.trusted_modules=[theirs]", f"outputs={tmp_path}"]
+    (tmp_path / "conf" / "model" / "wide.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - quickstart\nmodel:\n  base_channels: 64\n"
+    )
+    (tmp_path / "conf" / "schedule" / "flat.yaml").write_text(
+        "_target_: theirs.betas\nnum_timesteps: 10\n"
+    )
+    words = [
+        "model=wide",
+        "schedule=flat",
+        "sampler.num_steps=5",
+        "runtime.trusted_modules=[theirs]",
+        f"outputs={tmp_path}",
+    ]
     composed = compose(words, config_dir=str(tmp_path / "conf"))
     config = training_config(composed)
     assert config.model["base_channels"] == 64

@@ -27,7 +27,9 @@ def pngs(folder):
 
 
 @pytest.mark.slow
-def test_images_are_the_same_bytes_from_one_process_and_two_and_nearly_so_from_other_batches(ddpm, run, tmp_path):
+def test_images_are_the_same_bytes_from_one_process_and_two_and_nearly_so_from_other_batches(
+    ddpm, run, tmp_path
+):
     settings = (f"run={run}", "num_samples=7", "sampler=ddim", "sampler.num_steps=4", "device=cpu")
     for to, batch in (("three", 3), ("one", 1), ("seven", 7)):
         assert ddpm("sample", *settings, f"batch_size={batch}", f"to={tmp_path / to}").code == 0
@@ -36,16 +38,28 @@ def test_images_are_the_same_bytes_from_one_process_and_two_and_nearly_so_from_o
     assert len(pngs(tmp_path / "three")) == 7
     assert pngs(tmp_path / "two") == pngs(tmp_path / "three")
     for other in ("one", "seven"):
-        difference = read_samples(tmp_path / other, 7).astype(int) - read_samples(tmp_path / "three", 7)
+        difference = read_samples(tmp_path / other, 7).astype(int) - read_samples(
+            tmp_path / "three", 7
+        )
         assert np.abs(difference).max() <= 1
 
 
 @pytest.mark.slow
 def test_killed_and_typed_again_it_makes_only_what_is_missing(ddpm, run, tmp_path):
-    settings = (f"run={run}", "num_samples=12", "batch_size=2", "sampler.num_steps=250", "device=cpu")
+    settings = (
+        f"run={run}",
+        "num_samples=12",
+        "batch_size=2",
+        "sampler.num_steps=250",
+        "device=cpu",
+    )
     assert ddpm("sample", *settings, f"to={tmp_path / 'whole'}").code == 0
     cut = tmp_path / "cut"
-    process = subprocess.Popen([sys.executable, "-m", "ddpm.sample", *settings, f"to={cut}"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ddpm.sample", *settings, f"to={cut}"],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         until = time.monotonic() + 100
         while not sample_file(cut, 3).is_file() and time.monotonic() < until:

@@ -24,14 +24,23 @@ class Net(nn.Module):
 
 
 def drawing(room):
-    net, diffusion = Net(room), GaussianDiffusion(linear(1000, 1e-4, 0.02), prediction="epsilon", variance="fixed_small", loss="simple")
-    return Drawing(net, dict(net.state_dict()), diffusion, Sampler(ddim, num_steps=3), (1, 4, 4), seed=0)
+    net, diffusion = (
+        Net(room),
+        GaussianDiffusion(
+            linear(1000, 1e-4, 0.02), prediction="epsilon", variance="fixed_small", loss="simple"
+        ),
+    )
+    return Drawing(
+        net, dict(net.state_dict()), diffusion, Sampler(ddim, num_steps=3), (1, 4, 4), seed=0
+    )
 
 
 @torch.no_grad()
 def test_images_that_do_not_fit_the_memory_together_are_drawn_in_parts():
     indices, classes = range(2, 13), list(range(11))
-    assert torch.equal(drawing(room=3).images(indices, classes), drawing(room=11).images(indices, classes))
+    assert torch.equal(
+        drawing(room=3).images(indices, classes), drawing(room=11).images(indices, classes)
+    )
 
 
 def test_one_image_too_many_is_an_error():

@@ -24,7 +24,11 @@ COSINE = {
 }
 
 
-@pytest.mark.parametrize(("betas", "golden"), [(linear(1000, **PAPER), LINEAR), (cosine(1000, **IMPROVED), COSINE)], ids=["linear", "cosine"])
+@pytest.mark.parametrize(
+    ("betas", "golden"),
+    [(linear(1000, **PAPER), LINEAR), (cosine(1000, **IMPROVED), COSINE)],
+    ids=["linear", "cosine"],
+)
 def test_betas_and_what_is_left_of_the_image_are_the_published_ones(betas, golden):
     assert betas.dtype == torch.float64
     assert betas.shape == (1000,)
@@ -34,14 +38,20 @@ def test_betas_and_what_is_left_of_the_image_are_the_published_ones(betas, golde
         assert alphas_cumprod[t].item() == pytest.approx(abar, rel=1e-7)
 
 
-@pytest.mark.parametrize(("betas", "last"), [(linear(4000, 2.5e-5, 5e-3), 4.24665e-05), (cosine(4000, **IMPROVED), 1.51798e-10)], ids=["linear", "cosine"])
+@pytest.mark.parametrize(
+    ("betas", "last"),
+    [(linear(4000, 2.5e-5, 5e-3), 4.24665e-05), (cosine(4000, **IMPROVED), 1.51798e-10)],
+    ids=["linear", "cosine"],
+)
 def test_four_thousand_timesteps_end_where_the_published_ones_do(betas, last):
     assert torch.prod(1 - betas).item() == pytest.approx(last, rel=1e-5)
 
 
 @pytest.mark.parametrize("num_timesteps", [1000, 4000])
 def test_only_the_last_cosine_beta_reaches_its_cap(num_timesteps):
-    assert (cosine(num_timesteps, **IMPROVED) == 0.999).nonzero().flatten().tolist() == [num_timesteps - 1]
+    assert (cosine(num_timesteps, **IMPROVED) == 0.999).nonzero().flatten().tolist() == [
+        num_timesteps - 1
+    ]
 
 
 @pytest.mark.parametrize(

@@ -34,18 +34,52 @@ from ddpm.train import __main__ as train
 from ddpm.weights import folders
 
 TARGETS = [
-    *("os.system", "builtins.exec", "pandas.eval", "torch.hub.load", "torch.load", "subprocess.run", "stranger.leave_trace"),
-    *("ddpm..os.system", ".os.system", "ddpm.models..unet.UNet", "ddpm.models.unet.__builtins__.exec"),  # no dotted names
+    *(
+        "os.system",
+        "builtins.exec",
+        "pandas.eval",
+        "torch.hub.load",
+        "torch.load",
+        "subprocess.run",
+        "stranger.leave_trace",
+    ),
+    *(
+        "ddpm..os.system",
+        ".os.system",
+        "ddpm.models..unet.UNet",
+        "ddpm.models.unet.__builtins__.exec",
+    ),  # no dotted names
     *(
         "ddpm.config.build.torch.hub.load",
         "ddpm.config.cli.os.system",
         "ddpm.models.unet.torch.hub.load",
         "torch.optim.adam.torch.hub.load",
     ),  # only passing through
-    *("ddpm.data.sources.partial", "ddpm.diffusion.Tensor", "ddpm.diffusion.schedules.math", "ddpm.data.sources._reachable"),  # imported there, or private
-    *("ddpm.config.build.instantiate", "ddpm.system.files.write_whole", "ddpm.evaluate.features._fetch"),  # our own, but no part of a run
-    *("ddpm.train.run.run", "ddpm.sample.run.run", "ddpm.run", "ddpm.export.__main__.main", "ddpm.train.loop.train", "ddpm.train.state.EMA"),
-    *("ddpm.models.layers.ResBlock", "ddpm.models.unet.level_sizes", "ddpm.diffusion.samplers.latents", "ddpm.diffusion.process.normal_kl"),
+    *(
+        "ddpm.data.sources.partial",
+        "ddpm.diffusion.Tensor",
+        "ddpm.diffusion.schedules.math",
+        "ddpm.data.sources._reachable",
+    ),  # imported there, or private
+    *(
+        "ddpm.config.build.instantiate",
+        "ddpm.system.files.write_whole",
+        "ddpm.evaluate.features._fetch",
+    ),  # our own, but no part of a run
+    *(
+        "ddpm.train.run.run",
+        "ddpm.sample.run.run",
+        "ddpm.run",
+        "ddpm.export.__main__.main",
+        "ddpm.train.loop.train",
+        "ddpm.train.state.EMA",
+    ),
+    *(
+        "ddpm.models.layers.ResBlock",
+        "ddpm.models.unet.level_sizes",
+        "ddpm.diffusion.samplers.latents",
+        "ddpm.diffusion.process.normal_kl",
+    ),
 ]
 REFUSED = "is not trusted|is not the dotted name|cannot be imported"
 
@@ -88,7 +122,11 @@ class Payload:
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_run_folder_names_nothing_that_would_be_called(copy, stranger, target):
     before = set(sys.modules)
-    for key, value in (("model._target_", target), ("sampler.function._target_", target), ("model.init", [{"deep": {"_target_": target}}])):
+    for key, value in (
+        ("model._target_", target),
+        ("sampler.function._target_", target),
+        ("model.init", [{"deep": {"_target_": target}}]),
+    ):
         shutil.copyfile(copy.path / "config.yaml", copy.path / "kept.yaml")
         tamper(copy, key, value)
         with pytest.raises(ValueError, match=REFUSED) as refused:
@@ -96,13 +134,23 @@ def test_a_run_folder_names_nothing_that_would_be_called(copy, stranger, target)
         assert "\n" not in str(refused.value)
         shutil.copyfile(copy.path / "kept.yaml", copy.path / "config.yaml")
     assert not stranger.exists()
-    assert not {name.partition(".")[0] for name in set(sys.modules) - before} & {target.partition(".")[0], "pandas", "stranger"} - {"ddpm", "torch"}
+    assert not {name.partition(".")[0] for name in set(sys.modules) - before} & {
+        target.partition(".")[0],
+        "pandas",
+        "stranger",
+    } - {"ddpm", "torch"}
 
 
-@pytest.mark.parametrize("main", [sample.main, evaluate.main, functools.partial(export.main)], ids=["sample", "evaluate", "export"])
+@pytest.mark.parametrize(
+    "main",
+    [sample.main, evaluate.main, functools.partial(export.main)],
+    ids=["sample", "evaluate", "export"],
+)
 def test_every_command_that_reads_a_run_folder_refuses_it(copy, stranger, refusal, main):
     tamper(copy, "model._target_", "stranger.leave_trace")
-    assert "model._target_=stranger.leave_trace is not trusted" in refusal(main, f"run={copy.path}", *(["to=x"] if isinstance(main, functools.partial) else []))
+    assert "model._target_=stranger.leave_trace is not trusted" in refusal(
+        main, f"run={copy.path}", *(["to=x"] if isinstance(main, functools.partial) else [])
+    )
     assert not stranger.exists()
 
 
@@ -130,10 +178,18 @@ def test_a_recipe_does_not_reach_for_hydra_or_other_files(complaint, recipe, str
     assert not stranger.exists()
 
 
-@pytest.mark.parametrize("group", ["experiment", "model", "data", "+experiment@here", "hydra/callbacks"])
+@pytest.mark.parametrize(
+    "group", ["experiment", "model", "data", "+experiment@here", "hydra/callbacks"]
+)
 def test_an_option_is_no_path(complaint, stranger, tmp_path, group):
-    (tmp_path / "evil.yaml").write_text("# @package _global_\nhydra: {callbacks: {mine: {_target_: stranger.Callback}}}\n")
-    for path in (tmp_path / "evil", os.path.relpath(tmp_path / "evil", PACKAGE.parent / "conf" / "model"), "../../x"):
+    (tmp_path / "evil.yaml").write_text(
+        "# @package _global_\nhydra: {callbacks: {mine: {_target_: stranger.Callback}}}\n"
+    )
+    for path in (
+        tmp_path / "evil",
+        os.path.relpath(tmp_path / "evil", PACKAGE.parent / "conf" / "model"),
+        "../../x",
+    ):
         assert "no such option" in complaint(f"{group}={path}")
         with pytest.raises(ValueError, match="no such option"):
             compose([f"{group}={path}"])
@@ -141,7 +197,9 @@ def test_an_option_is_no_path(complaint, stranger, tmp_path, group):
 
 
 def test_a_python_object_in_a_run_folders_yaml_is_not_made(copy, stranger, refusal):
-    (copy.path / "config.yaml").write_text("runtime: !!python/object/apply:stranger.leave_trace []\n")
+    (copy.path / "config.yaml").write_text(
+        "runtime: !!python/object/apply:stranger.leave_trace []\n"
+    )
     assert "config.yaml cannot be read" in refusal(sample.main, f"run={copy.path}")
     assert not stranger.exists()
 
@@ -157,11 +215,17 @@ def test_a_run_folder_cannot_ask_for_the_environment(copy, key):
 def test_a_pickle_in_place_of_a_checkpoints_file_is_left_unread(copy, tmp_path, name):
     """Checksums and all."""
     found = checkpoint.find(copy.checkpoints)
-    (found.folder / name).write_bytes(pickle.dumps({"conv_in.weight": Payload(tmp_path / "trace")}, protocol=2))
+    (found.folder / name).write_bytes(
+        pickle.dumps({"conv_in.weight": Payload(tmp_path / "trace")}, protocol=2)
+    )
     meta = json.loads((found.folder / "meta.json").read_text())
     meta["sha256"][name] = hashlib.sha256((found.folder / name).read_bytes()).hexdigest()
     (found.folder / "meta.json").write_text(json.dumps(meta))
-    read = {"state.pt": found.state, "model.safetensors": lambda: found.weights("raw"), "ema.safetensors": lambda: found.weights("ema")}[name]
+    read = {
+        "state.pt": found.state,
+        "model.safetensors": lambda: found.weights("raw"),
+        "ema.safetensors": lambda: found.weights("ema"),
+    }[name]
     with pytest.raises(ValueError, match=rf"{re.escape(name)} holds .* left unread") as refused:
         read()
     assert "\n" not in str(refused.value)
@@ -184,7 +248,11 @@ def test_a_zipped_pickle_that_torch_wrote_is_left_unread_too(copy, tmp_path):
         ("model_index.json", {"safety_checker": ["stranger", "Checker"]}, "safety_checker"),
         ("unet/config.json", {"auto_map": {"AutoModel": "stranger.UNet"}}, "auto_map"),
         ("unet/config.json", {"_class_name": "stranger.UNet"}, "_class_name=stranger.UNet"),
-        ("scheduler/scheduler_config.json", {"_class_name": "stranger.Scheduler"}, "_class_name=stranger.Scheduler"),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "stranger.Scheduler"},
+            "_class_name=stranger.Scheduler",
+        ),
         ("unet/diffusion_pytorch_model.bin", None, "cannot be read as tensors alone"),
     ],
 )
@@ -196,7 +264,9 @@ def test_a_diffusers_folder_brings_no_code(artefacts, stranger, tmp_path, file, 
         (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
         (folder / file).write_bytes(pickle.dumps({"conv_in.weight": Payload(stranger)}, protocol=2))
     else:
-        (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **changed}))
+        (folder / file).write_text(
+            json.dumps({**json.loads((folder / file).read_text()), **changed})
+        )
 
     def read():
         found = folders.find(str(folder), "from")
@@ -211,9 +281,18 @@ def test_a_diffusers_folder_brings_no_code(artefacts, stranger, tmp_path, file, 
 def test_a_data_sets_rows_name_no_file_outside_of_it(tmp_path, path):
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
     (tmp_path / "set").mkdir()
-    pq.write_table(pa.table({"image": [{"bytes": None, "path": path.format(tmp=tmp_path)}]}), tmp_path / "set" / "train.parquet")
+    pq.write_table(
+        pa.table({"image": [{"bytes": None, "path": path.format(tmp=tmp_path)}]}),
+        tmp_path / "set" / "train.parquet",
+    )
     with pytest.raises(ValueError, match="outside of the data set"):
-        image_set(sources.folder(str(tmp_path / "set")), Decoding(4, 4, 3, "none", "white"), tmp_path / "cache", 1, 0.5)
+        image_set(
+            sources.folder(str(tmp_path / "set")),
+            Decoding(4, 4, 3, "none", "white"),
+            tmp_path / "cache",
+            1,
+            0.5,
+        )
 
 
 @pytest.mark.parametrize("repo", ["../x", "/etc", "a/../b", "./x", "a/b/c"])
@@ -237,7 +316,15 @@ def artefacts(tmp_path_factory, tiny):
         try:
             run(patch, train.main, *tiny, "training.steps=2", f"outputs={root / 'outputs'}")
             folder = next((root / "outputs").glob("*/*/run.json")).parent
-            run(patch, sample.main, f"run={folder}", "sampler=ddim", "sampler.num_steps=2", "num_samples=2", "format=[png,npz]")
+            run(
+                patch,
+                sample.main,
+                f"run={folder}",
+                "sampler=ddim",
+                "sampler.num_steps=2",
+                "num_samples=2",
+                "format=[png,npz]",
+            )
             run(patch, export.main, f"run={folder}", f"to={root / 'exported'}")
         finally:
             os.umask(before)
@@ -255,29 +342,76 @@ def test_nothing_listens_while_a_run_is_made(artefacts):
 
 
 def test_no_code_of_the_package_listens():
-    names = {"bind", "listen", "serve_forever", "start_server", "create_server", "HTTPServer", "TCPServer", "launch_tensorboard"}
-    modules = {"http", "socketserver", "xmlrpc", "asyncio", "multiprocessing.managers", "wsgiref", "flask", "gradio"}
+    names = {
+        "bind",
+        "listen",
+        "serve_forever",
+        "start_server",
+        "create_server",
+        "HTTPServer",
+        "TCPServer",
+        "launch_tensorboard",
+    }
+    modules = {
+        "http",
+        "socketserver",
+        "xmlrpc",
+        "asyncio",
+        "multiprocessing.managers",
+        "wsgiref",
+        "flask",
+        "gradio",
+    }
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
                 assert node.attr not in names, f"{file}:{node.lineno}"
             if isinstance(node, ast.Import | ast.ImportFrom):
-                imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
-                assert not modules & {name.partition(".")[0] for name in imported} | modules & set(imported), f"{file}:{node.lineno}"
+                imported = (
+                    [alias.name for alias in node.names]
+                    if isinstance(node, ast.Import)
+                    else [str(node.module)]
+                )
+                assert not modules & {name.partition(".")[0] for name in imported} | modules & set(
+                    imported
+                ), f"{file}:{node.lineno}"
 
 
 def test_all_that_is_written_has_the_permissions_that_the_umask_gives(artefacts):
-    found = {path.relative_to(artefacts): stat.S_IMODE(path.stat().st_mode) for path in artefacts.rglob("*")}
+    found = {
+        path.relative_to(artefacts): stat.S_IMODE(path.stat().st_mode)
+        for path in artefacts.rglob("*")
+    }
     kinds = {path.suffix for path in found}
-    assert kinds >= {".safetensors", ".pt", ".json", ".jsonl", ".png", ".npy", ".npz", ".yaml", ".log"}
-    assert {str(path): oct(mode) for path, mode in found.items() if mode != (0o750 if (artefacts / path).is_dir() else 0o640)} == {}
+    assert kinds >= {
+        ".safetensors",
+        ".pt",
+        ".json",
+        ".jsonl",
+        ".png",
+        ".npy",
+        ".npz",
+        ".yaml",
+        ".log",
+    }
+    assert {
+        str(path): oct(mode)
+        for path, mode in found.items()
+        if mode != (0o750 if (artefacts / path).is_dir() else 0o640)
+    } == {}
 
 
 def test_numbers_that_are_pickled_in_a_cache_are_left_unread(tmp_path, pictures):
     folder = pictures("set", ["a/1.png", "b/2.png"])
 
     def decode():
-        return image_set(sources.folder(str(folder)), Decoding(4, 4, 3, "none", "white"), tmp_path / "cache", 1, 0.5)
+        return image_set(
+            sources.folder(str(folder)),
+            Decoding(4, 4, 3, "none", "white"),
+            tmp_path / "cache",
+            1,
+            0.5,
+        )
 
     expected = decode()
     cached = next((tmp_path / "cache").glob("*/labels.npy"))

@@ -24,7 +24,9 @@ def write_parquet(path, columns, **features):
     """A parquet file as the hub serves it, in row groups of 3; features: what the hub notes of a column."""
     table = pa.table(columns)
     if features:
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        table = table.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})}
+        )
     pq.write_table(table, path, row_group_size=3)
 
 
@@ -37,17 +39,32 @@ def read(source):
     found = [list(source.read(shard)) for shard in range(len(source.counts))]
     assert [len(items) for items in found] == source.counts
     images = [
-        (item.content if isinstance(item.content, Image.Image) else Image.open(io.BytesIO(item.content)), item.label) for items in found for item in items
+        (
+            item.content
+            if isinstance(item.content, Image.Image)
+            else Image.open(io.BytesIO(item.content)),
+            item.label,
+        )
+        for items in found
+        for item in items
     ]
     return [(np.asarray(image).flat[0], label) for image, label in images]
 
 
 def decode(source, folder):
-    return image_set(source, Decoding(4, 4, 1, "none", "white"), folder / "cache", workers=1, max_unreadable=0.0)
+    return image_set(
+        source, Decoding(4, 4, 1, "none", "white"), folder / "cache", workers=1, max_unreadable=0.0
+    )
 
 
 def test_image_files_below_sub_folders_are_of_their_class(tmp_path):
-    for name, value in (("cat/1.png", 10), ("cat/more/2.PNG", 20), ("dog/3.png", 30), ("dog/notes.txt", 0), (".hidden/4.png", 40)):
+    for name, value in (
+        ("cat/1.png", 10),
+        ("cat/more/2.PNG", 20),
+        ("dog/3.png", 30),
+        ("dog/notes.txt", 0),
+        (".hidden/4.png", 40),
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(encoded(value))
     source = sources.folder(str(tmp_path))
@@ -73,7 +90,10 @@ def test_many_files_are_cut_into_shards_that_hold_each_once(tmp_path):
 
 
 def test_parquet_files_of_the_hub_are_read_by_their_columns(tmp_path):
-    write_parquet(tmp_path / "train-00000-of-00002.parquet", {"img": hub_images([1, 2, 3, 4]), "label": [0, 2, 1, 0]})
+    write_parquet(
+        tmp_path / "train-00000-of-00002.parquet",
+        {"img": hub_images([1, 2, 3, 4]), "label": [0, 2, 1, 0]},
+    )
     write_parquet(tmp_path / "train-00001-of-00002.parquet", {"img": hub_images([5]), "label": [2]})
     source = sources.hub("some/set", image_column="img", label_column="label", path=str(tmp_path))
     assert source.classes == ["0", "1", "2"]
@@ -88,28 +108,41 @@ def test_parquet_files_of_a_split_are_told_by_their_own_names(tmp_path, folder, 
         file = root / layout.format(split)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_parquet(file, {"image": hub_images([value])})
-    found = {split: read(sources.hub("some/set", split, path=str(root))) for split in ("train", "test")}
+    found = {
+        split: read(sources.hub("some/set", split, path=str(root))) for split in ("train", "test")
+    }
     assert found == {"train": [(1, None)], "test": [(9, None)]}
 
 
 def test_a_parquet_file_that_names_its_columns_needs_no_settings(tmp_path):
     columns = {"id": [7, 8], "photo": hub_images([1, 2]), "kind": [1, 0]}
-    write_parquet(tmp_path / "any.parquet", columns, photo={"_type": "Image"}, kind={"_type": "ClassLabel", "names": ["cat", "dog"]})
+    write_parquet(
+        tmp_path / "any.parquet",
+        columns,
+        photo={"_type": "Image"},
+        kind={"_type": "ClassLabel", "names": ["cat", "dog"]},
+    )
     source = sources.folder(str(tmp_path))
     assert source.classes == ["cat", "dog"]
     assert read(source) == [(1, 1), (2, 0)]
 
 
 def test_labels_that_are_words_are_numbered_in_their_order(tmp_path):
-    write_parquet(tmp_path / "any.parquet", {"image": hub_images([1, 2, 3]), "label": ["dog", "cat", "dog"]})
+    write_parquet(
+        tmp_path / "any.parquet", {"image": hub_images([1, 2, 3]), "label": ["dog", "cat", "dog"]}
+    )
     source = sources.folder(str(tmp_path))
     assert source.classes == ["cat", "dog"]
     assert read(source) == [(1, 1), (2, 0), (3, 1)]
 
 
 def saved_dataset(values, labels):
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
-    return datasets.Dataset.from_dict({"image": hub_images(values), "label": labels}, features=features)
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    return datasets.Dataset.from_dict(
+        {"image": hub_images(values), "label": labels}, features=features
+    )
 
 
 def test_a_folder_that_datasets_saved_is_read_with_its_labels(tmp_path):
@@ -120,10 +153,18 @@ def test_a_folder_that_datasets_saved_is_read_with_its_labels(tmp_path):
 
 
 def test_the_splits_of_a_saved_folder_are_told_apart(tmp_path):
-    saved = datasets.DatasetDict({"train": saved_dataset([1, 2], [0, 1]), "test": saved_dataset([8, 9], [1, 1])})
+    saved = datasets.DatasetDict(
+        {"train": saved_dataset([1, 2], [0, 1]), "test": saved_dataset([8, 9], [1, 1])}
+    )
     saved.save_to_disk(str(tmp_path / "saved"))
-    found = {split: sources.hub("some/set", split, path=str(tmp_path / "saved")) for split in ("train", "test")}
-    assert {split: read(source) for split, source in found.items()} == {"train": [(1, None), (2, None)], "test": [(8, None), (9, None)]}
+    found = {
+        split: sources.hub("some/set", split, path=str(tmp_path / "saved"))
+        for split in ("train", "test")
+    }
+    assert {split: read(source) for split, source in found.items()} == {
+        "train": [(1, None), (2, None)],
+        "test": [(8, None), (9, None)],
+    }
     assert decode(found["train"], tmp_path).images[:, 0, 0, 0].tolist() == [1, 2]
     assert decode(found["test"], tmp_path).images[:, 0, 0, 0].tolist() == [8, 9]
     with pytest.raises(ValueError, match="no split validation; it has train, test"):
@@ -131,22 +172,34 @@ def test_the_splits_of_a_saved_folder_are_told_apart(tmp_path):
 
 
 def test_decoded_pictures_of_one_column_are_not_taken_for_those_of_another(tmp_path):
-    write_parquet(tmp_path / "any.parquet", {"image": hub_images([1]), "masked": hub_images([2]), "label": [0]})
+    write_parquet(
+        tmp_path / "any.parquet",
+        {"image": hub_images([1]), "masked": hub_images([2]), "label": [0]},
+    )
     found = []
     for image, label in (("image", None), ("masked", None), ("image", "label")):
-        data = decode(sources.hub("some/set", image_column=image, label_column=label, path=str(tmp_path)), tmp_path)
-        found.append((data.images[0, 0, 0, 0], None if data.labels is None else data.labels.tolist()))
+        data = decode(
+            sources.hub("some/set", image_column=image, label_column=label, path=str(tmp_path)),
+            tmp_path,
+        )
+        found.append(
+            (data.images[0, 0, 0, 0], None if data.labels is None else data.labels.tolist())
+        )
     assert found == [(1, None), (2, None), (1, [0])]
 
 
 def test_emoji_are_pictures_of_their_own_most_of_them_coloured():
     source = sources.emoji()
     assert len(source) > 1000
-    pictures = [np.asarray(item.content) for shard in (5, 10, 15, 20) for item in source.read(shard)]
+    pictures = [
+        np.asarray(item.content) for shard in (5, 10, 15, 20) for item in source.read(shard)
+    ]
     assert all(picture.shape == (256, 256, 3) for picture in pictures)
     assert len({picture.tobytes() for picture in pictures}) > 0.99 * len(pictures)
     assert min((picture < 255).any(axis=2).mean() for picture in pictures) > 0.01  # none is blank
-    assert np.mean([(picture.max(axis=2) != picture.min(axis=2)).any() for picture in pictures]) > 0.8  # signs are black
+    assert (
+        np.mean([(picture.max(axis=2) != picture.min(axis=2)).any() for picture in pictures]) > 0.8
+    )  # signs are black
 
 
 def test_digits_are_the_1797_of_scikit_learn_with_their_values():
@@ -154,11 +207,18 @@ def test_digits_are_the_1797_of_scikit_learn_with_their_values():
     items = list(source.read(0))
     assert len(source) == len(items) == 1797
     assert [item.label for item in items[:3]] == [0, 1, 2]
-    assert (np.asarray(items[0].content)[0] == [0, 0, 80, 207, 143, 16, 0, 0]).all()  # its 0, 0, 5, 13, 9, 1, 0, 0 of 16
+    assert (
+        np.asarray(items[0].content)[0] == [0, 0, 80, 207, 143, 16, 0, 0]
+    ).all()  # its 0, 0, 5, 13, 9, 1, 0, 0 of 16
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [(None, "data.path is missing"), ("nowhere", "data.path=.*nowhere does not exist"), (".", "data.path=.* has no images")]
+    ("path", "message"),
+    [
+        (None, "data.path is missing"),
+        ("nowhere", "data.path=.*nowhere does not exist"),
+        (".", "data.path=.* has no images"),
+    ],
 )
 def test_a_folder_with_nothing_to_read_is_refused_by_its_key(tmp_path, path, message):
     with pytest.raises(ValueError, match=message):
@@ -166,7 +226,9 @@ def test_a_folder_with_nothing_to_read_is_refused_by_its_key(tmp_path, path, mes
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
-def test_a_column_that_is_not_there_is_refused_with_the_path_and_the_columns_there_are(tmp_path, kind):
+def test_a_column_that_is_not_there_is_refused_with_the_path_and_the_columns_there_are(
+    tmp_path, kind
+):
     if kind == "parquet":
         write_parquet(tmp_path / "any.parquet", {"photo": hub_images([1]), "label": [0]})
         there = "photo, label"

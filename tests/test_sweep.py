@@ -55,7 +55,10 @@ command("train", task, "Ask.", [], config_name="config")()
 
 def runs_of(outputs):
     """Run folder by seed."""
-    return {yaml.safe_load((file.parent / "config.yaml").read_text())["seed"]: file.parent for file in outputs.glob("*/*/run.json")}
+    return {
+        yaml.safe_load((file.parent / "config.yaml").read_text())["seed"]: file.parent
+        for file in outputs.glob("*/*/run.json")
+    }
 
 
 def state(folder):
@@ -63,7 +66,9 @@ def state(folder):
 
 
 @pytest.mark.slow
-def test_killed_in_the_second_of_four_jobs_a_sweep_typed_again_does_what_is_missing_and_no_more(typed, tiny, tmp_path):
+def test_killed_in_the_second_of_four_jobs_a_sweep_typed_again_does_what_is_missing_and_no_more(
+    typed, tiny, tmp_path
+):
     four = ["-m", *tiny, "runtime.checkpoint_every=3", "runtime.log_every=2", "seed=0,1,2,3"]
     words = [sys.executable, "-c", DYING, "3", *four, f"outputs={tmp_path / 'cut'}"]
     killed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
@@ -78,22 +83,40 @@ def test_killed_in_the_second_of_four_jobs_a_sweep_typed_again_does_what_is_miss
     assert state(runs[0]) == first
     assert again.out.count("carrying on from step 3") == 1
     runs = runs_of(tmp_path / "cut")
-    assert {seed: json.loads((run / "run.json").read_text())["status"] for seed, run in runs.items()} == dict.fromkeys(range(4), "complete")
-    whole = typed("train", *tiny, "runtime.checkpoint_every=3", "runtime.log_every=2", "seed=1", f"outputs={tmp_path / 'whole'}").run
+    assert {
+        seed: json.loads((run / "run.json").read_text())["status"] for seed, run in runs.items()
+    } == dict.fromkeys(range(4), "complete")
+    whole = typed(
+        "train",
+        *tiny,
+        "runtime.checkpoint_every=3",
+        "runtime.log_every=2",
+        "seed=1",
+        f"outputs={tmp_path / 'whole'}",
+    ).run
     for name in ("model.safetensors", "ema.safetensors"):
-        ours, expected = (checkpoint.find(run / "checkpoints", 6).folder / name for run in (runs[1], whole))
+        ours, expected = (
+            checkpoint.find(run / "checkpoints", 6).folder / name for run in (runs[1], whole)
+        )
         assert ours.read_bytes() == expected.read_bytes()
     assert (runs[1] / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
 def test_a_job_that_fails_stops_no_other_and_the_table_tells_of_all(typed, tiny, tmp_path):
-    done = typed("train", "-m", *tiny, f"outputs={tmp_path}", "seed=0,1", "training.batch_size=5000,8")
+    done = typed(
+        "train", "-m", *tiny, f"outputs={tmp_path}", "seed=0,1", "training.batch_size=5000,8"
+    )
     assert done.code == 1
     assert done.err.count("error: training.batch_size=5000") == 2
     runs = {str(file.parent) for file in tmp_path.glob("*/*/run.json")}
     head, *rows = done.out.split("\n\n")[-1].splitlines()
     assert head.split()[:3] == ["job", "what", "differs"]
-    assert [("failed" in row, "complete" in row) for row in rows] == [(True, False), (True, False), (False, True), (False, True)]
+    assert [("failed" in row, "complete" in row) for row in rows] == [
+        (True, False),
+        (True, False),
+        (False, True),
+        (False, True),
+    ]
     assert {row.split()[-1] for row in rows[2:]} == runs
     assert "training.batch_size=8 seed=1" in rows[3]
     assert "training.steps" not in rows[3].replace(rows[3].split()[-1], "")
@@ -104,21 +127,43 @@ def test_nothing_leaks_from_one_job_of_a_sweep_to_the_next(typed, tiny, tmp_path
 
     def kept():
         gc.collect()
-        tensors = sum(one.numel() for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
-        signals = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)]
+        tensors = sum(
+            one.numel() for one in gc.get_objects() if issubclass(type(one), torch.Tensor)
+        )
+        signals = [
+            signal.getsignal(number)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+        ]
         states = [dict(AcceleratorState._shared_state), dict(GradientState._shared_state)]
-        return tensors, signals, states, threading.active_count(), list(logging.getLogger("ddpm").handlers), torch.get_default_dtype()
+        return (
+            tensors,
+            signals,
+            states,
+            threading.active_count(),
+            list(logging.getLogger("ddpm").handlers),
+            torch.get_default_dtype(),
+        )
 
-    typed("train", *tiny, f"outputs={tmp_path}", "seed=7")  # what the first use of anything loads for good
+    typed(
+        "train", *tiny, f"outputs={tmp_path}", "seed=7"
+    )  # what the first use of anything loads for good
     before = kept()
-    sweep = ["training.precision=fp32,bf16", "model=quickstart,improved_unet32", "model.resolution=16"]
+    sweep = [
+        "training.precision=fp32,bf16",
+        "model=quickstart,improved_unet32",
+        "model.resolution=16",
+    ]
     done = typed("train", "-m", *tiny, f"outputs={tmp_path}", *sweep)
     assert done.code == 0, done.err
     assert len(list(tmp_path.glob("*/*/run.json"))) == 5
     assert kept() == before
 
 
-@pytest.mark.parametrize("asked", [["-m", "seed=0,1"], ["--multirun", "seed=0,1"], ["hydra.mode=MULTIRUN", "seed=0,1"]], ids=lambda asked: asked[0])
+@pytest.mark.parametrize(
+    "asked",
+    [["-m", "seed=0,1"], ["--multirun", "seed=0,1"], ["hydra.mode=MULTIRUN", "seed=0,1"]],
+    ids=lambda asked: asked[0],
+)
 def test_no_sweep_starts_inside_a_process_group(complaint, monkeypatch, asked):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "torchrun" in complaint(*asked)
@@ -127,9 +172,24 @@ def test_no_sweep_starts_inside_a_process_group(complaint, monkeypatch, asked):
 @pytest.mark.slow
 def test_jobs_at_once_have_a_device_each_and_how_they_end_is_known(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    words = [sys.executable, "-c", ASKING, "-m", "seed=0,1,2", f"outputs={tmp_path}", "hydra/launcher=joblib"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "3,GPU-b", "HYDRA_FULL_ERROR": "0", "TMPDIR": str(tmp_path)}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    words = [
+        sys.executable,
+        "-c",
+        ASKING,
+        "-m",
+        "seed=0,1,2",
+        f"outputs={tmp_path}",
+        "hydra/launcher=joblib",
+    ]
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "3,GPU-b",
+        "HYDRA_FULL_ERROR": "0",
+        "TMPDIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
     devices = [(tmp_path / f"device_{seed}").read_text() for seed in range(3)]
     assert set(devices[:2]) == {"3", "GPU-b"}
     assert devices[2] in devices[:2]

@@ -20,12 +20,25 @@ RATES = {0.001, 0.002, 0.004}
 def board(tmp_path_factory, typed, tiny):
     """Ask TensorBoard's server on a folder with a sweep of three learning rates, and with the same sweep as it was when one of the three had failed."""
     folder = tmp_path_factory.mktemp("board")
-    sweep = ["-m", *tiny, f"outputs={folder / 'whole'}", "optimizer.lr=0.001,0.002,0.004", "runtime.checkpoint_every=4", "runtime.log_every=2"]
+    sweep = [
+        "-m",
+        *tiny,
+        f"outputs={folder / 'whole'}",
+        "optimizer.lr=0.001,0.002,0.004",
+        "runtime.checkpoint_every=4",
+        "runtime.log_every=2",
+    ]
     unhindered = typed("train", *sweep)
     assert unhindered.code == 0, unhindered.err
-    second = next(file.parent for file in folder.glob("whole/*/*/config.yaml") if yaml.safe_load(file.read_text())["optimizer"]["lr"] == 0.002)
+    second = next(
+        file.parent
+        for file in folder.glob("whole/*/*/config.yaml")
+        if yaml.safe_load(file.read_text())["optimizer"]["lr"] == 0.002
+    )
     shutil.rmtree(second)
-    (second / "samples" / ".step_00000006.png").mkdir(parents=True)  # where the last step's picture is to be written
+    (second / "samples" / ".step_00000006.png").mkdir(
+        parents=True
+    )  # where the last step's picture is to be written
     assert typed("train", *sweep).code == 1
     shutil.copytree(folder / "whole", folder / "failed")
     (second / "samples" / ".step_00000006.png").rmdir()
@@ -33,19 +46,37 @@ def board(tmp_path_factory, typed, tiny):
     assert again.code == 0, again.err
     assert again.out.count("carrying on from step 4") == 1
 
-    words = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host", "127.0.0.1", "--port", "0"]
+    words = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(folder),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+    ]
     server = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     try:
-        address = next(found[0] for line in server.stderr if (found := re.search(r"http://[\d.:]+", line)))
+        address = next(
+            found[0] for line in server.stderr if (found := re.search(r"http://[\d.:]+", line))
+        )
 
         def ask(path, body=None, **query):
             url = f"{address}/data/{path}?{urlencode(query)}"
-            request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), {"Content-Type": "application/json"})
+            request = urllib.request.Request(
+                url,
+                None if body is None else json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return json.loads(answer.read())
 
         until = time.monotonic() + 100
-        while len(rows(ask, "")) < 6 and time.monotonic() < until:  # the server reads the files after it has started
+        while (
+            len(rows(ask, "")) < 6 and time.monotonic() < until
+        ):  # the server reads the files after it has started
             time.sleep(0.2)
         yield ask
     finally:
@@ -55,8 +86,18 @@ def board(tmp_path_factory, typed, tiny):
 
 def rows(ask, folder):
     statuses = ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"]
-    body = {"experimentName": "", "allowedStatuses": statuses, "colParams": [], "startIndex": 0, "sliceSize": 100}
-    return [row for row in ask("plugin/hparams/session_groups", body).get("sessionGroups", []) if row["name"].startswith(folder)]
+    body = {
+        "experimentName": "",
+        "allowedStatuses": statuses,
+        "colParams": [],
+        "startIndex": 0,
+        "sliceSize": 100,
+    }
+    return [
+        row
+        for row in ask("plugin/hparams/session_groups", body).get("sessionGroups", [])
+        if row["name"].startswith(folder)
+    ]
 
 
 def values(row):
@@ -68,7 +109,14 @@ def test_there_is_one_run_a_job_and_each_scalar_once_a_step(board):
     assert len(runs) == 3
     tags = {run: shown for run, shown in board("plugin/scalars/tags").items() if run in runs}
     assert len(tags) == 3
-    wanted = {"train/loss", "train/lr", "train/grad_norm", "train/images_per_second", "train/loss_q0", "train/loss_q3"}
+    wanted = {
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "train/images_per_second",
+        "train/loss_q0",
+        "train/loss_q3",
+    }
     for run, shown in tags.items():
         assert shown.keys() >= wanted
         for tag in shown:
@@ -83,24 +131,46 @@ def test_each_run_is_one_row_with_its_settings_final_loss_and_status(board):
     for row in found:
         assert len(row["sessions"]) == 1
         assert row["sessions"][0]["status"] == "STATUS_SUCCESS"
-        assert values(row)["train/loss_final"] == pytest.approx(values(row)["train/loss"])  # the last report is more than a tenth of 6 steps
+        assert values(row)["train/loss_final"] == pytest.approx(
+            values(row)["train/loss"]
+        )  # the last report is more than a tenth of 6 steps
         assert values(row)["train/loss_best"] <= values(row)["train/loss_final"]
 
 
 def test_a_failed_run_is_a_row_too_and_says_so(board):
     found = {row["hparams"]["optimizer.lr"]: row for row in rows(board, "failed/")}
-    assert {rate: row["sessions"][0]["status"] for rate, row in found.items()} == {0.001: "STATUS_SUCCESS", 0.002: "STATUS_FAILURE", 0.004: "STATUS_SUCCESS"}
+    assert {rate: row["sessions"][0]["status"] for rate, row in found.items()} == {
+        0.001: "STATUS_SUCCESS",
+        0.002: "STATUS_FAILURE",
+        0.004: "STATUS_SUCCESS",
+    }
     assert "train/loss_final" in values(found[0.002])
 
 
 def test_samples_configuration_command_and_the_charts_are_there(board):
-    assert sum("samples" in tags for run, tags in board("plugin/images/tags").items() if run.startswith("whole/")) == 3
-    texts = {run: tags for run, tags in board("plugin/text/tags").items() if run.startswith("whole/")}
+    assert (
+        sum(
+            "samples" in tags
+            for run, tags in board("plugin/images/tags").items()
+            if run.startswith("whole/")
+        )
+        == 3
+    )
+    texts = {
+        run: tags for run, tags in board("plugin/text/tags").items() if run.startswith("whole/")
+    }
     assert len(texts) == 3
     for run, tags in texts.items():
         assert {tag.partition("/")[0] for tag in tags} == {"config", "command"}
         command = next(tag for tag in tags if tag.startswith("command"))
-        assert "optimizer.lr=0.001,0.002,0.004" in board("plugin/text/text", run=run, tag=command)[0]["text"]
-    charts = [chart["title"] for category in board("plugin/custom_scalars/layout")["category"] for chart in category["chart"]]
+        assert (
+            "optimizer.lr=0.001,0.002,0.004"
+            in board("plugin/text/text", run=run, tag=command)[0]["text"]
+        )
+    charts = [
+        chart["title"]
+        for category in board("plugin/custom_scalars/layout")["category"]
+        for chart in category["chart"]
+    ]
     assert "loss" in charts
     assert len(charts) == len(set(charts))

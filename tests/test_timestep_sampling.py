@@ -24,7 +24,9 @@ def test_uniform_until_every_timestep_has_a_full_history():
     sampler = LossSecondMoment(T, torch.device("cpu"), history=HISTORY)
     for _ in range(HISTORY):
         torch.testing.assert_close(sampler.probabilities(), torch.full((T,), 1 / T))
-        sampler.update(torch.arange(T - 1), torch.arange(T - 1) + 1.0)  # the last timestep is never seen
+        sampler.update(
+            torch.arange(T - 1), torch.arange(T - 1) + 1.0
+        )  # the last timestep is never seen
     torch.testing.assert_close(sampler.probabilities(), torch.full((T,), 1 / T))
 
 
@@ -36,7 +38,10 @@ def test_probabilities_follow_the_root_mean_square_of_the_losses():
 
 def test_only_the_last_losses_count_even_if_one_batch_brings_more():
     sampler = warmed(lambda t: torch.ones(T))
-    sampler.update(torch.full((HISTORY + 3,), 2), torch.cat([torch.full((3,), 1e6), torch.full((HISTORY,), 3.0)]))
+    sampler.update(
+        torch.full((HISTORY + 3,), 2),
+        torch.cat([torch.full((3,), 1e6), torch.full((HISTORY,), 3.0)]),
+    )
     share = torch.where(torch.arange(T) == 2, 3.0, 1.0)
     torch.testing.assert_close(sampler.probabilities(), share / share.sum() * 0.999 + 0.001 / T)
 
@@ -50,7 +55,10 @@ def test_weighted_losses_estimate_the_uniform_mean():
 
 
 def test_state_moves_to_another_sampler():
-    sampler, other = warmed(lambda t: t + 1.0), LossSecondMoment(T, torch.device("cpu"), history=HISTORY)
+    sampler, other = (
+        warmed(lambda t: t + 1.0),
+        LossSecondMoment(T, torch.device("cpu"), history=HISTORY),
+    )
     other.load_state_dict(sampler.state_dict())
     torch.testing.assert_close(other.draw(keys(100)), sampler.draw(keys(100)))
 

@@ -54,15 +54,29 @@ def settings(tiny):
 @pytest.fixture(scope="module")
 def whole(ddpm, settings, tmp_path_factory):
     """The run that nothing happened to."""
-    done = ddpm("train", f"outputs={tmp_path_factory.mktemp('whole')}", *settings, "runtime.checkpoint_every=5")
+    done = ddpm(
+        "train",
+        f"outputs={tmp_path_factory.mktemp('whole')}",
+        *settings,
+        "runtime.checkpoint_every=5",
+    )
     assert done.code == 0, done.err
     return done.run
 
 
 def start(settings, outputs, *more, program=("-m", "ddpm.train")):
     environment = {**os.environ, "HYDRA_FULL_ERROR": "0"}
-    words = [sys.executable, *program, f"outputs={outputs}", *settings, "runtime.checkpoint_every=5", *more]
-    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = [
+        sys.executable,
+        *program,
+        f"outputs={outputs}",
+        *settings,
+        "runtime.checkpoint_every=5",
+        *more,
+    ]
+    return subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def run_of(outputs):
@@ -79,7 +93,9 @@ def assert_same(run, whole):
     assert json.loads((run / "run.json").read_text())["status"] == "complete"
 
 
-def test_killed_at_many_instants_a_run_ends_with_the_same_bytes_and_never_loses_a_checkpoint(settings, whole, tmp_path):
+def test_killed_at_many_instants_a_run_ends_with_the_same_bytes_and_never_loses_a_checkpoint(
+    settings, whole, tmp_path
+):
     chance = random.Random(0)
     newest = 0
     for turn in range(KILLS):
@@ -90,7 +106,11 @@ def test_killed_at_many_instants_a_run_ends_with_the_same_bytes_and_never_loses_
         else:
             process = start(settings, tmp_path, program=("-c", DYING, str(chance.randrange(2, 45))))
         process.communicate(timeout=120)
-        found = checkpoint.newest_whole(run_of(tmp_path) / "checkpoints") if list(tmp_path.glob("*/*/checkpoints")) else None
+        found = (
+            checkpoint.newest_whole(run_of(tmp_path) / "checkpoints")
+            if list(tmp_path.glob("*/*/checkpoints"))
+            else None
+        )
         step = found.step if found else 0
         assert step >= newest
         newest = step
@@ -130,7 +150,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(settings, whole,
     file = run / "checkpoints" / "step_00000040" / "state.pt"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
-    {"cut": lambda: file.write_bytes(content[: len(content) // 2]), "flipped": lambda: file.write_bytes(content), "gone": file.unlink}[hurt]()
+    {
+        "cut": lambda: file.write_bytes(content[: len(content) // 2]),
+        "flipped": lambda: file.write_bytes(content),
+        "gone": file.unlink,
+    }[hurt]()
     process = start(settings, tmp_path)
     out, error = process.communicate(timeout=200)
     assert process.returncode == 0, error
@@ -157,12 +181,20 @@ def test_a_folder_that_cannot_be_written_is_one_line(settings, tmp_path):
     process = start(settings, tmp_path / "file" / "outputs")
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert [line for line in error.splitlines() if line.startswith("error: ")] == error.splitlines()[-1:]
+    assert [
+        line for line in error.splitlines() if line.startswith("error: ")
+    ] == error.splitlines()[-1:]
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(settings, tmp_path):
     process = start(
-        [*settings, "optimizer.lr=1e30", "lr_schedule=constant", "lr_schedule.warmup_steps=0", "runtime.log_every=1000"],
+        [
+            *settings,
+            "optimizer.lr=1e30",
+            "lr_schedule=constant",
+            "lr_schedule.warmup_steps=0",
+            "runtime.log_every=1000",
+        ],
         tmp_path,
         "runtime.checkpoint_every=1000",
     )
@@ -170,7 +202,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(sett
     assert process.returncode == 1
     run = run_of(tmp_path)
     kept = torch.load(next(run.glob("trouble_step_*.pt")), weights_only=True)
-    assert f"step {kept['update'] + 1}: " in error.splitlines()[-1]  # noticed at the last step, the first bad update named
+    assert (
+        f"step {kept['update'] + 1}: " in error.splitlines()[-1]
+    )  # noticed at the last step, the first bad update named
     assert kept["update"] < 39
     assert kept["images"].shape == (8, 1, 16, 16)
     assert len(kept["indices"]) == 8

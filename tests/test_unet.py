@@ -10,7 +10,13 @@ from ddpm.config.schema import training_config
 from ddpm.models.layers import TimestepEmbedding, conv3x3
 from ddpm.models.unet import UNet
 
-SMALL = {"base_channels": 8, "channel_multipliers": [1, 2], "attention_resolutions": [8], "num_res_blocks": 1, "norm_groups": 4}
+SMALL = {
+    "base_channels": 8,
+    "channel_multipliers": [1, 2],
+    "attention_resolutions": [8],
+    "num_res_blocks": 1,
+    "norm_groups": 4,
+}
 
 
 def of_option(name: str) -> tuple[dict, torch.nn.Module]:
@@ -21,13 +27,21 @@ def of_option(name: str) -> tuple[dict, torch.nn.Module]:
 
 def published(settings: dict) -> UNet2DModel:
     """diffusers' network with the options of the published google/ddpm-* weights."""
-    sides = [settings["resolution"] >> level for level in range(len(settings["channel_multipliers"]))]
+    sides = [
+        settings["resolution"] >> level for level in range(len(settings["channel_multipliers"]))
+    ]
     attends = [side in settings["attention_resolutions"] for side in sides]
     return UNet2DModel(
         sample_size=settings["resolution"],
-        block_out_channels=[settings["base_channels"] * multiplier for multiplier in settings["channel_multipliers"]],
-        down_block_types=["AttnDownBlock2D" if attention else "DownBlock2D" for attention in attends],
-        up_block_types=["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)],
+        block_out_channels=[
+            settings["base_channels"] * multiplier for multiplier in settings["channel_multipliers"]
+        ],
+        down_block_types=[
+            "AttnDownBlock2D" if attention else "DownBlock2D" for attention in attends
+        ],
+        up_block_types=[
+            "AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)
+        ],
         layers_per_block=settings["num_res_blocks"],
         norm_num_groups=settings["norm_groups"],
         act_fn="silu",
@@ -39,20 +53,34 @@ def published(settings: dict) -> UNet2DModel:
     )
 
 
-@pytest.mark.parametrize(("option", "count"), [("unet32", 35_746_307), ("unet128", 71_436_803), ("unet256", 113_673_219), ("unet256_large", 255_677_955)])
+@pytest.mark.parametrize(
+    ("option", "count"),
+    [
+        ("unet32", 35_746_307),
+        ("unet128", 71_436_803),
+        ("unet256", 113_673_219),
+        ("unet256_large", 255_677_955),
+    ],
+)
 def test_the_papers_networks_have_their_number_of_parameters(option, count):
     assert sum(parameter.numel() for parameter in of_option(option)[1].parameters()) == count
 
 
-@pytest.mark.parametrize("option", ["quickstart", "unet32", "unet64", "unet128", "unet256", "unet256_large"])
+@pytest.mark.parametrize(
+    "option", ["quickstart", "unet32", "unet64", "unet128", "unet256", "unet256_large"]
+)
 def test_each_of_them_has_the_parameters_that_diffusers_gives_it_by_its_names(option):
     settings, network = of_option(option)
     with torch.device("meta"):
         theirs = published(settings)
-    assert {name: tensor.shape for name, tensor in network.state_dict().items()} == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in network.state_dict().items()} == {
+        name: tensor.shape for name, tensor in theirs.state_dict().items()
+    }
 
 
-@pytest.mark.parametrize(("option", "side"), [("unet32", 32), ("unet256", 64)])  # convolutions take any size: 256 pixels would only be slower
+@pytest.mark.parametrize(
+    ("option", "side"), [("unet32", 32), ("unet256", 64)]
+)  # convolutions take any size: 256 pixels would only be slower
 def test_the_network_computes_what_diffusers_does_with_the_same_weights(option, side):
     settings, _ = of_option(option)
     generator = torch.Generator().manual_seed(0)
@@ -71,10 +99,14 @@ def test_the_network_computes_what_diffusers_does_with_the_same_weights(option, 
 @pytest.mark.parametrize(("resolution", "channels"), [(16, 3), ((16, 24), 1), ((24, 16), 3)])
 def test_the_output_has_the_shape_of_the_input(resolution, channels):
     side = resolution if isinstance(resolution, int) else max(resolution)
-    network = UNet(resolution, channels, channels, **{**SMALL, "attention_resolutions": [side // 2]})
+    network = UNet(
+        resolution, channels, channels, **{**SMALL, "attention_resolutions": [side // 2]}
+    )
     x_t = torch.zeros(2, channels, *((side, side) if isinstance(resolution, int) else resolution))
     assert network(x_t, torch.tensor([0, 999])).shape == x_t.shape
-    assert any(name.startswith("down_blocks.1.attentions.") for name in network.state_dict())  # the longer side tells
+    assert any(
+        name.startswith("down_blocks.1.attentions.") for name in network.state_dict()
+    )  # the longer side tells
 
 
 def test_a_fresh_network_predicts_nearly_nothing():
@@ -98,7 +130,9 @@ def test_the_timestep_is_sines_then_cosines_of_the_published_frequencies():
     first = {0: 0.841471, 1: 0.760439, 63: 1e-4, 64: 0.540302}
     assert {index: sinusoid[0, index].item() for index in first} == pytest.approx(first, abs=1e-6)
     angle = 999 * 0.86398845
-    assert sinusoid[1, [1, 65]].tolist() == pytest.approx([math.sin(angle), math.cos(angle)], abs=1e-4)
+    assert sinusoid[1, [1, 65]].tolist() == pytest.approx(
+        [math.sin(angle), math.cos(angle)], abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(

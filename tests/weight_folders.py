@@ -16,7 +16,13 @@ from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import locate
 
 CPU = torch.device("cpu")
-SMALL = ["data=digits", "model.base_channels=8", "model.norm_groups=4", "model.channel_multipliers=[1,2]", "model.attention_resolutions=[8]"]
+SMALL = [
+    "data=digits",
+    "model.base_channels=8",
+    "model.norm_groups=4",
+    "model.channel_multipliers=[1,2]",
+    "model.attention_resolutions=[8]",
+]
 
 
 def randomized(network: nn.Module, seed: int = 0, scale: float = 0.02) -> nn.Module:
@@ -34,9 +40,15 @@ def finished(outputs: Path, *overrides: str) -> RunFolder:
     run = locate(config, composed)
     run.start(config, composed)
     classes = [f"class {number}" for number in range(config.data.num_classes or 0)]
-    run.update(status="complete", step=3, data={"classes": classes, "fingerprint": "", "images": 1, "unreadable": []})
+    run.update(
+        status="complete",
+        step=3,
+        data={"classes": classes, "fingerprint": "", "images": 1, "unreadable": []},
+    )
     raw, ema = (randomized(build.network(config, CPU, len(classes)), seed) for seed in (1, 2))
-    checkpoint.save(run.checkpoints, {"step": 3, "model": raw.state_dict(), "ema": ema.state_dict()}, keep=1)
+    checkpoint.save(
+        run.checkpoints, {"step": 3, "model": raw.state_dict(), "ema": ema.state_dict()}, keep=1
+    )
     return run
 
 

@@ -67,7 +67,9 @@ def run(composed: Composed) -> dict[str, Any]:
         size = 2048 if device.type == "cpu" else 8192
         products = matrix_products(device, DTYPES[precision], size)
         peaks = {name: speed / 1e9 for name, speed in products.items()}
-        report["matrix_products_gflop_per_second"] = {name: round(peak, 1) for name, peak in peaks.items()}
+        report["matrix_products_gflop_per_second"] = {
+            name: round(peak, 1) for name, peak in peaks.items()
+        }
         _show("machine", ", ".join(str(value) for value in report["machine"].values()))
         _show("peak", ", ".join(f"{name} {peak:,.0f} GFLOP/s" for name, peak in peaks.items()))
         _show("compiled", f"{'yes' if compiles else 'no'} ({why})")
@@ -154,7 +156,9 @@ def _time_sampling(
     return {"sampling": sampling}
 
 
-def timed(run: Callable[[int], None], images: int, settings: Settings, at_most: int | None = None) -> tuple[dict[str, float], float]:
+def timed(
+    run: Callable[[int], None], images: int, settings: Settings, at_most: int | None = None
+) -> tuple[dict[str, float], float]:
     """Images/s of some work over the rounds, and the seconds that all rounds took.
 
     Args:

@@ -17,7 +17,11 @@ def plot(path: Path, compared: Sequence[Compared]) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("plot=true draws with matplotlib: pip install -e '.[plots]'") from error
-    columns = [(name, protocol) for name, protocol in _metric_columns(compared).items() if protocol[0] == "loss"]
+    columns = [
+        (name, protocol)
+        for name, protocol in _metric_columns(compared).items()
+        if protocol[0] == "loss"
+    ]
     if not columns:
         raise ValueError("plot=true: none of these runs has reported a loss yet")
     labels = [label(settings) for settings in differences(compared)]
@@ -28,9 +32,20 @@ def plot(path: Path, compared: Sequence[Compared]) -> None:
             if any(_protocol(found) == protocol for found in one.results):
                 records = losses(one.run.path)
                 colour = f"C{index % 10}"
-                axes.plot(*zip(*records, strict=True), color=colour, alpha=0.2, linewidth=0.8, marker="." if len(records) == 1 else None)
+                axes.plot(
+                    *zip(*records, strict=True),
+                    color=colour,
+                    alpha=0.2,
+                    linewidth=0.8,
+                    marker="." if len(records) == 1 else None,
+                )
                 smooth = windowed(records, share=0.05)
-                axes.plot(*zip(*smooth, strict=True), color=colour, label=labels[index], linestyle=("-", "--", ":")[index // 10 % 3])
+                axes.plot(
+                    *zip(*smooth, strict=True),
+                    color=colour,
+                    label=labels[index],
+                    linestyle=("-", "--", ":")[index // 10 % 3],
+                )
         axes.set(xlabel="step (optimizer updates)", ylabel=name, yscale="log")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="small")

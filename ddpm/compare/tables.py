@@ -12,7 +12,16 @@ from typing import Any
 from ddpm.config.sweeps import aligned
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import flat
-from ddpm.runs.results import At, Compared, Result, _shown, _steps, hours, images_per_second, summary
+from ddpm.runs.results import (
+    At,
+    Compared,
+    Result,
+    _shown,
+    _steps,
+    hours,
+    images_per_second,
+    summary,
+)
 
 Row = dict[str, Any]  # by column, in its order; None where a run has no such thing
 CHOICES = ("model", "data", "schedule", "objective", "optimizer", "lr_schedule")
@@ -28,15 +37,26 @@ def find(runs: str | Sequence[str] | None, outputs: str) -> tuple[list[RunFolder
     empty = []
     for pattern in [runs] if isinstance(runs, str) else runs if runs is not None else [outputs]:
         path = Path(pattern).expanduser()
-        matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path)))]  # noqa: PTH207  # Path.glob takes no absolute pattern
-        inside = [[match] if (match / "config.yaml").is_file() else sorted(file.parent for file in match.glob("**/config.yaml")) for match in matches]
-        here = [folder for folders in inside for folder in folders if (folder / "run.json").is_file()]
+        matches = (
+            [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path)))]
+        )  # noqa: PTH207  # Path.glob takes no absolute pattern
+        inside = [
+            [match]
+            if (match / "config.yaml").is_file()
+            else sorted(file.parent for file in match.glob("**/config.yaml"))
+            for match in matches
+        ]
+        here = [
+            folder for folders in inside for folder in folders if (folder / "run.json").is_file()
+        ]
         found.update(dict.fromkeys(here))
         if not here:
             empty.append(pattern)
     if not found:
         asked = f"outputs={outputs}" if runs is None else f"runs={runs}"
-        raise ValueError(f"{asked}: no run there; give a folder that ddpm.train made, one above such, a list of them, or a quoted glob")
+        raise ValueError(
+            f"{asked}: no run there; give a folder that ddpm.train made, one above such, a list of them, or a quoted glob"
+        )
     folders = list(found)
     if runs is None:
         folders.sort(key=lambda folder: (folder / "run.json").stat().st_mtime, reverse=True)
@@ -45,7 +65,14 @@ def find(runs: str | Sequence[str] | None, outputs: str) -> tuple[list[RunFolder
 
 def listing(compared: Sequence[Compared]) -> list[Row]:
     """A row a run, whatever their settings: when it last wrote, and how it stands."""
-    return [{"updated": str(one.record.get("updated", "-"))[:16], "hours": hours(one.record), **summary(one)} for one in compared]
+    return [
+        {
+            "updated": str(one.record.get("updated", "-"))[:16],
+            "hours": hours(one.record),
+            **summary(one),
+        }
+        for one in compared
+    ]
 
 
 def rows(compared: Sequence[Compared]) -> list[Row]:
@@ -61,8 +88,14 @@ def rows(compared: Sequence[Compared]) -> list[Row]:
         rate, spent = images_per_second(one.record), hours(one.record)
         row |= {"images/s": rate, "hours": spent, "run": str(one.run.path)}
         table.append(row)
-    empty = [column for column in table[0] if all(row[column] is None for row in table)] if table else []
-    return [{column: value for column, value in row.items() if column not in empty} for row in table]
+    empty = (
+        [column for column in table[0] if all(row[column] is None for row in table)]
+        if table
+        else []
+    )
+    return [
+        {column: value for column, value in row.items() if column not in empty} for row in table
+    ]
 
 
 def over_seeds(compared: Sequence[Compared]) -> list[Row]:
@@ -71,7 +104,13 @@ def over_seeds(compared: Sequence[Compared]) -> list[Row]:
     groups: dict[str, list[int]] = {}
     for index, one in enumerate(compared):
         if one.status == "complete":
-            groups.setdefault(json.dumps({key: value for key, value in one.settings.items() if key != "seed"}, sort_keys=True), []).append(index)
+            groups.setdefault(
+                json.dumps(
+                    {key: value for key, value in one.settings.items() if key != "seed"},
+                    sort_keys=True,
+                ),
+                [],
+            ).append(index)
     differing = differences(compared)
     table = []
     for members in groups.values():
@@ -87,7 +126,10 @@ def over_seeds(compared: Sequence[Compared]) -> list[Row]:
                 if _protocol(found) == protocol and found.final[1] == compared[index].steps
             ]
             if len(values) > 1:
-                row |= {f"{column} mean": statistics.mean(values), f"{column} deviation": statistics.stdev(values)}
+                row |= {
+                    f"{column} mean": statistics.mean(values),
+                    f"{column} deviation": statistics.stdev(values),
+                }
                 if len(values) < len(members):
                     row[f"{column} runs"] = len(values)
         table.append(row)
@@ -98,18 +140,30 @@ def differences(compared: Sequence[Compared]) -> list[Row]:
     """For each run the settings that are not the same in all of them; a group whose option differs is named by its option alone, where that says it all."""
     readable = [one for one in compared if one.settings]
     keys = list(dict.fromkeys(key for one in readable for key in one.settings))
-    differing = [key for key in keys if len({json.dumps(one.settings.get(key), sort_keys=True) for one in readable}) > 1]
+    differing = [
+        key
+        for key in keys
+        if len({json.dumps(one.settings.get(key), sort_keys=True) for one in readable}) > 1
+    ]
     columns: list[str] = []
     for group in CHOICES:
         options = {one.choices.get(group) for one in readable}
         inside = [key for key in differing if key.startswith(f"{group}.")]
         if len(options) > 1 and inside:
             columns.append(group)
-            by_option = [{json.dumps([one.settings.get(key) for key in inside]) for one in readable if one.choices.get(group) == option} for option in options]
+            by_option = [
+                {
+                    json.dumps([one.settings.get(key) for key in inside])
+                    for one in readable
+                    if one.choices.get(group) == option
+                }
+                for option in options
+            ]
             if all(len(settings) == 1 for settings in by_option):
                 differing = [key for key in differing if key not in inside]
     return [
-        {column: one.choices.get(column) for column in columns} | {key: _plain(one.settings.get(key)) for key in differing if not key.endswith("._target_")}
+        {column: one.choices.get(column) for column in columns}
+        | {key: _plain(one.settings.get(key)) for key in differing if not key.endswith("._target_")}
         for one in compared
     ]
 
@@ -118,14 +172,29 @@ def ordered(compared: Sequence[Compared]) -> list[Compared]:
     """The runs by what differs between them, numbers by their value."""
 
     def place(settings: Row) -> list[tuple[bool, float, str]]:
-        return [(False, value, "") if isinstance(value, int | float) else (True, 0.0, str(value)) for value in settings.values()]
+        return [
+            (False, value, "") if isinstance(value, int | float) else (True, 0.0, str(value))
+            for value in settings.values()
+        ]
 
-    return [one for one, _ in sorted(zip(compared, differences(compared), strict=True), key=lambda pair: place(pair[1]))]
+    return [
+        one
+        for one, _ in sorted(
+            zip(compared, differences(compared), strict=True), key=lambda pair: place(pair[1])
+        )
+    ]
 
 
 def label(settings: Row) -> str:
     """What differs, in one line."""
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items() if value is not None) or "-"
+    return (
+        ", ".join(
+            f"{key.rpartition('.')[2]} {value}"
+            for key, value in settings.items()
+            if value is not None
+        )
+        or "-"
+    )
 
 
 def text(table: Sequence[Row], width: int) -> str:
@@ -146,7 +215,11 @@ def as_csv(table: Sequence[Row]) -> str:
         {
             name: part
             for column, value in row.items()
-            for name, part in ({column: value.value, f"{column} step": value.step} if isinstance(value, At) else {column: value}).items()
+            for name, part in (
+                {column: value.value, f"{column} step": value.step}
+                if isinstance(value, At)
+                else {column: value}
+            ).items()
         }
         for row in table
     ]
@@ -162,12 +235,26 @@ def as_json(compared: Sequence[Compared]) -> str:
     entries = []
     for one, settings in zip(compared, differences(compared), strict=True):
         figures = [
-            {"metric": found.metric, "protocol": found.protocol, "final": found.final, "best": found.best, "deviation": found.deviation}
+            {
+                "metric": found.metric,
+                "protocol": found.protocol,
+                "final": found.final,
+                "best": found.best,
+                "deviation": found.deviation,
+            }
             for found in one.results
         ]
-        about = {"run": str(one.run.path), "status": one.status, "error": one.record.get("error"), "step": one.steps, "num_steps": one.record.get("num_steps")}
+        about = {
+            "run": str(one.run.path),
+            "status": one.status,
+            "error": one.record.get("error"),
+            "step": one.steps,
+            "num_steps": one.record.get("num_steps"),
+        }
         speed = {"images_per_second": images_per_second(one.record), "hours": hours(one.record)}
-        entries.append({**about, **speed, "differs": settings, "settings": one.settings, "figures": figures})
+        entries.append(
+            {**about, **speed, "differs": settings, "settings": one.settings, "figures": figures}
+        )
     return json.dumps(entries, indent=1) + "\n"
 
 
@@ -175,7 +262,12 @@ def _values(column: str, result: Result | None, steps: int) -> Row:
     if result is None:
         return {column: None, f"{column} best": None}
     final = result.final[0] if result.final[1] == steps else At(*result.final)
-    return {column: final, f"{column} best": At(*result.best) if result.best is not None and result.best != result.final else None}
+    return {
+        column: final,
+        f"{column} best": At(*result.best)
+        if result.best is not None and result.best != result.final
+        else None,
+    }
 
 
 def _protocol(result: Result) -> tuple[str, str]:
@@ -191,9 +283,16 @@ def _metric_columns(compared: Sequence[Compared]) -> dict[str, tuple[str, str]]:
     columns: dict[str, tuple[str, str]] = {}
     for name, protocols in by_name.items():
         details = [flat(found[protocol].protocol) for protocol in protocols]
-        differing = [key for key in dict.fromkeys(key for detail in details for key in detail) if len({json.dumps(detail.get(key)) for detail in details}) > 1]
+        differing = [
+            key
+            for key in dict.fromkeys(key for detail in details for key in detail)
+            if len({json.dumps(detail.get(key)) for detail in details}) > 1
+        ]
         for protocol, detail in zip(protocols, details, strict=True):
-            said = " ".join(f"{key.removesuffix('._target_').rpartition('.')[2]}={_short(detail.get(key))}" for key in differing)
+            said = " ".join(
+                f"{key.removesuffix('._target_').rpartition('.')[2]}={_short(detail.get(key))}"
+                for key in differing
+            )
             columns[f"{name} {said}".strip()] = protocol
     return columns
 

@@ -23,7 +23,9 @@ from ddpm.diffusion.timesteps import LossSecondMoment, Uniform
 from ddpm.system import randomness
 from ddpm.system.devices import to_device
 
-LrSchedule = Callable[[int, int, float], float]  # (step, num_steps, lr) -> learning rate of that update
+LrSchedule = Callable[
+    [int, int, float], float
+]  # (step, num_steps, lr) -> learning rate of that update
 
 
 def network(config: Config, device: torch.device, num_classes: int) -> nn.Module:
@@ -39,14 +41,18 @@ def network(config: Config, device: torch.device, num_classes: int) -> nn.Module
         with _naming("runtime"):
             recompute = getattr(built, "recompute", None)
             if not callable(recompute):
-                raise ValueError(f"recompute={config.runtime.recompute}: {config.model['_target_']} has no method recompute(levels)")
+                raise ValueError(
+                    f"recompute={config.runtime.recompute}: {config.model['_target_']} has no method recompute(levels)"
+                )
             recompute(config.runtime.recompute)
     return to_device(built, device)
 
 
 def network_arguments(config: Config, num_classes: int) -> dict[str, int]:
     """What a network is built with besides config.model: twice the channels out for a learned variance; one class more, "any", where labels are dropped."""
-    arguments = {"out_channels": config.data.channels * (2 if diffusion(config).learns_variance else 1)}
+    arguments = {
+        "out_channels": config.data.channels * (2 if diffusion(config).learns_variance else 1)
+    }
     if config.training.conditional:
         arguments["num_classes"] = num_classes + (any_class(config, num_classes) is not None)
     return arguments
@@ -54,7 +60,9 @@ def network_arguments(config: Config, num_classes: int) -> dict[str, int]:
 
 def any_class(config: Config, num_classes: int) -> int | None:
     """The class number that stands for "any", None where the network has not learned one."""
-    return num_classes if config.training.conditional and config.training.label_dropout > 0 else None
+    return (
+        num_classes if config.training.conditional and config.training.label_dropout > 0 else None
+    )
 
 
 def diffusion(config: Config) -> GaussianDiffusion:
@@ -90,7 +98,9 @@ def sampler(node: Mapping[str, Any], process: GaussianDiffusion) -> Sampler:
     return built
 
 
-def timestep_sampler(process: GaussianDiffusion, device: torch.device) -> Uniform | LossSecondMoment:
+def timestep_sampler(
+    process: GaussianDiffusion, device: torch.device
+) -> Uniform | LossSecondMoment:
     """How training picks timesteps for this diffusion."""
     if process.timestep_sampling == "loss_second_moment":
         return LossSecondMoment(process.num_timesteps, device)
@@ -121,7 +131,9 @@ def pictures(config: Config, wanted: list[int | str]) -> torch.Tensor:
             try:
                 found.append(_decoding(config.data)(Path(name).expanduser().read_bytes()))
             except (OSError, SyntaxError) as error:
-                raise ValueError(f"pictures has {name}, which is no picture that can be read: {error}") from error
+                raise ValueError(
+                    f"pictures has {name}, which is no picture that can be read: {error}"
+                ) from error
             continue
         decoded_set = images(config, source(config), workers=1)
         if not 0 <= name < len(decoded_set):
@@ -147,7 +159,9 @@ def check(config: Config) -> None:
 
 def image_size(data: Data) -> tuple[int, int]:
     """(height, width) of the run's images, in pixels."""
-    return (data.resolution, data.resolution) if isinstance(data.resolution, int) else data.resolution
+    return (
+        (data.resolution, data.resolution) if isinstance(data.resolution, int) else data.resolution
+    )
 
 
 def _decoding(data: Data) -> Decoding:
@@ -162,5 +176,11 @@ def _naming(group: str) -> Iterator[None]:
     except (ValueError, TypeError, InstantiationException) as error:
         complaint = str(error.__cause__ or error)  # Hydra wraps what a constructor raised
         starts_with_key = re.match(r"[a-z_]+(=| has )", complaint) is not None
-        named = complaint if f"{group}." in complaint else f"{group}.{complaint}" if starts_with_key else f"{group}: {complaint}"
+        named = (
+            complaint
+            if f"{group}." in complaint
+            else f"{group}.{complaint}"
+            if starts_with_key
+            else f"{group}: {complaint}"
+        )
         raise ValueError(named) from error

@@ -16,7 +16,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ddpm.config import sweeps
-from ddpm.config.compose import BROKEN, CONF, EXPERIMENTS, Composed, at_home, compose, from_hydra, nearest, refuse_paths, register_experiments
+from ddpm.config.compose import (
+    BROKEN,
+    CONF,
+    EXPERIMENTS,
+    Composed,
+    at_home,
+    compose,
+    from_hydra,
+    nearest,
+    refuse_paths,
+    register_experiments,
+)
 from ddpm.system import signals
 from ddpm.system.internals import hydra_parser, returns_of_sweeps
 
@@ -34,7 +45,14 @@ def lazily(name: str) -> Callable[[Composed], Any]:
     return call
 
 
-def command(name: str, run: Run, what: str, examples: Sequence[str], config_name: str | None = None, facts: Facts = lambda composed: {}) -> Callable[[], None]:
+def command(
+    name: str,
+    run: Run,
+    what: str,
+    examples: Sequence[str],
+    config_name: str | None = None,
+    facts: Facts = lambda composed: {},
+) -> Callable[[], None]:
     """The main function of `python -m ddpm.<name>`: compose its YAML with the command line, then run; in a sweep, once a job.
 
     An error is one line on standard error, and exit code 1; Ctrl-C another, and 130; HYDRA_FULL_ERROR=1 brings the traceback of either. A failing job
@@ -85,23 +103,31 @@ def command(name: str, run: Run, what: str, examples: Sequence[str], config_name
                 shown = facts(composed)
             except (OSError, ValueError):  # a configuration that is none has no run
                 shown = {}
-            return sweeps.Outcome(composed.overrides, code, {**ended, **shown, **(ended if code else {})})
+            return sweeps.Outcome(
+                composed.overrides, code, {**ended, **shown, **(ended if code else {})}
+            )
 
         job.__module__ = f"ddpm.{name}"  # Hydra's job name is its last part
         register_experiments()
         sweeps.set_defaults(typed)
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise rather than print its own several lines
+        os.environ["HYDRA_FULL_ERROR"] = (
+            "1"  # have Hydra raise rather than print its own several lines
+        )
         try:
             refuse_paths(_overrides_in(typed))
             sweeps.refuse_in_process_group(typed)
             with returns_of_sweeps(outcomes):
-                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(
+                    job
+                )()
         except KeyboardInterrupt:
             if wants_traceback:
                 raise
             print("interrupted", file=sys.stderr, flush=True)
             sys.exit(130)
-        except Exception as error:  # what a job raises is caught above: this is a composition that failed
+        except (
+            Exception
+        ) as error:  # what a job raises is caught above: this is a composition that failed
             if wants_traceback:
                 raise
             sys.exit(f"error: {_explain_composition(error, typed, config_name)}")
@@ -117,7 +143,11 @@ def command(name: str, run: Run, what: str, examples: Sequence[str], config_name
 def explain(error: Exception) -> str:
     """An error in one line: the message alone where it is meant for the user, with its type where it is a surprise."""
     message = " ".join(str(error).split())
-    return message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"
+    return (
+        message
+        if isinstance(error, ValueError) and message
+        else f"{type(error).__name__}: {message}"
+    )
 
 
 def _overrides_in(arguments: Sequence[str]) -> list[str]:
@@ -125,7 +155,14 @@ def _overrides_in(arguments: Sequence[str]) -> list[str]:
 
     def refuse(message: str) -> NoReturn:
         wrong = next((word for word in arguments if re.match("-+[a-z_.]+=", word)), None)
-        sys.exit(f"error: {message}" + (f"; settings are given without dashes, as {wrong.lstrip('-')}" if wrong else "; see --help"))
+        sys.exit(
+            f"error: {message}"
+            + (
+                f"; settings are given without dashes, as {wrong.lstrip('-')}"
+                if wrong
+                else "; see --help"
+            )
+        )
 
     return hydra_parser(refuse).parse_args(arguments).overrides
 
@@ -136,7 +173,11 @@ def _explain_composition(error: Exception, arguments: Sequence[str], config_name
         key, equals, _ = error.override.partition("=")
         what = f"{error.override} cannot be read" if equals else f"{key} is no setting"
         return f"{what}: settings are key=value; spaces, brackets and other signs in a value need quotes: 'key=\"value\"'"
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+    if (
+        isinstance(error, MissingConfigException)
+        and error.missing_cfg_file
+        and error.options is not None
+    ):
         group, _, option = error.missing_cfg_file.rpartition("/")
         if group == "experiment" and option in BROKEN:
             return BROKEN[option]
@@ -155,7 +196,11 @@ def _explain_composition(error: Exception, arguments: Sequence[str], config_name
     if unknown is None:
         return message
     key = unknown[1].partition("@")[0]
-    choices = [argument for argument in arguments if re.fullmatch(r"[\w/]+=[\w-]+", argument) and not argument.startswith(f"{key}=")]
+    choices = [
+        argument
+        for argument in arguments
+        if re.fullmatch(r"[\w/]+=[\w-]+", argument) and not argument.startswith(f"{key}=")
+    ]
     own = hydra_parser().parse_args(arguments).config_dir
     try:
         cfg = compose(choices, config_name, own and str(Path(own).resolve())).cfg
@@ -165,8 +210,14 @@ def _explain_composition(error: Exception, arguments: Sequence[str], config_name
     while parent and not isinstance(OmegaConf.select(cfg, parent), DictConfig):
         parent, _, name = parent.rpartition(".")
     section = OmegaConf.select(cfg, parent) if parent else cfg
-    names = [str(found) for found in section if not str(found).startswith("_")] + (["experiment"] if not parent else [])
-    groups = {str(group): inner for group, inner in cfg.items_ex(resolve=False) if isinstance(inner, DictConfig)}
+    names = [str(found) for found in section if not str(found).startswith("_")] + (
+        ["experiment"] if not parent else []
+    )
+    groups = {
+        str(group): inner
+        for group, inner in cfg.items_ex(resolve=False)
+        if isinstance(inner, DictConfig)
+    }
     deeper = [f"{group}.{name}" for group, inner in groups.items() if not parent and name in inner]
     if deeper:
         return f"{key}: no such key{nearest('', names)}; did you mean {' or '.join(deeper)}?"
@@ -177,7 +228,9 @@ DEFAULT = re.compile(r"  - (?P<group>\w+): (?P<option>\w+) *(?:# (?P<remark>.*))
 KEY = re.compile(r"(?P<key>\w+): (?P<value>[^#]*?) *(?:# (?P<remark>.*))?")
 
 
-def help_text(conf: Path, experiments: Path, config_name: str, what: str, examples: Sequence[str]) -> str:
+def help_text(
+    conf: Path, experiments: Path, config_name: str, what: str, examples: Sequence[str]
+) -> str:
     """The help of the command that composes conf/<config_name>.yaml.    what: a line on what it does.    examples: command lines."""
     names = [config_name]
     if "\n  - config\n" in (conf / f"{config_name}.yaml").read_text(encoding="utf-8"):
@@ -190,14 +243,38 @@ def help_text(conf: Path, experiments: Path, config_name: str, what: str, exampl
             folder = experiments if found["group"] == "experiment" else conf / found["group"]
             options = sorted(file.stem for file in folder.glob("*.yaml"))
             if found["group"] != "hydra":
-                groups += _group(found["group"], [f"{option}*" if option == found["option"] else option for option in options], found["remark"])
+                groups += _group(
+                    found["group"],
+                    [f"{option}*" if option == found["option"] else option for option in options],
+                    found["remark"],
+                )
         for found in filter(None, map(KEY.fullmatch, lines)):
             if found["key"] != "defaults":
-                keys.append(f"  {found['key'] + '=' + found['value']:<22} {found['remark'] or ''}".rstrip())
+                keys.append(
+                    f"  {found['key'] + '=' + found['value']:<22} {found['remark'] or ''}".rstrip()
+                )
     if groups:
-        groups = ["Groups, to be chosen by group=option (* the one chosen if you say nothing):", *groups, ""]
-    help_lines = [what, "", *(f"  {example}" for example in examples), "", *groups, "Other keys, and what they are if you say nothing:", *keys, ""]
-    return "\n".join([*help_lines, "--cfg job prints every key; -m sweeps over key=a,b; HYDRA_FULL_ERROR=1 brings tracebacks; --hydra-help has the rest."])
+        groups = [
+            "Groups, to be chosen by group=option (* the one chosen if you say nothing):",
+            *groups,
+            "",
+        ]
+    help_lines = [
+        what,
+        "",
+        *(f"  {example}" for example in examples),
+        "",
+        *groups,
+        "Other keys, and what they are if you say nothing:",
+        *keys,
+        "",
+    ]
+    return "\n".join(
+        [
+            *help_lines,
+            "--cfg job prints every key; -m sweeps over key=a,b; HYDRA_FULL_ERROR=1 brings tracebacks; --hydra-help has the rest.",
+        ]
+    )
 
 
 def _group(group: str, options: list[str], remark: str | None) -> list[str]:

@@ -17,7 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 PACKAGE = Path(__file__).resolve().parent.parent
-ROOT = PACKAGE / "_bundled" if (PACKAGE / "_bundled" / "conf").is_dir() else PACKAGE.parent  # an installed wheel, else a checkout
+ROOT = (
+    PACKAGE / "_bundled" if (PACKAGE / "_bundled" / "conf").is_dir() else PACKAGE.parent
+)  # an installed wheel, else a checkout
 CONF = ROOT / "conf"
 EXPERIMENTS = ROOT / "experiments"
 BROKEN: dict[str, str] = {}  # files of experiments/ that cannot be options: name -> what is wrong
@@ -36,7 +38,9 @@ class Composed:
     config_dir: str | None = None
 
 
-def compose(overrides: Sequence[str], config_name: str = "config", config_dir: str | None = None) -> Composed:
+def compose(
+    overrides: Sequence[str], config_name: str = "config", config_dir: str | None = None
+) -> Composed:
     """What the command line `overrides` would compose to.    config_dir: of the user's own options, as --config-dir has it.
 
     Raises Hydra's errors, as the command itself does, and ValueError for a path as an option.
@@ -48,7 +52,9 @@ def compose(overrides: Sequence[str], config_name: str = "config", config_dir: s
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             own = [f"hydra.searchpath=['file://{config_dir}']"] if config_dir else []
-            cfg = hydra.compose(config_name, overrides=[*map(at_home, overrides), *own], return_hydra_config=True)
+            cfg = hydra.compose(
+                config_name, overrides=[*map(at_home, overrides), *own], return_hydra_config=True
+            )
     finally:
         GlobalHydra.instance().hydra = running
     return from_hydra(cfg, cfg.hydra)
@@ -65,9 +71,17 @@ def register_experiments(folder: Path = EXPERIMENTS) -> None:
             node = OmegaConf.load(file)
             _check_recipe(node)
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-            BROKEN[file.stem] = f"experiment={file.stem}: {file.name} cannot be used: {' '.join(str(error).split())}"
+            BROKEN[file.stem] = (
+                f"experiment={file.stem}: {file.name} cannot be used: {' '.join(str(error).split())}"
+            )
         else:
-            ConfigStore.instance().store(group="experiment", name=file.stem, node=node, package="_global_", provider=f"experiments/{file.name}")
+            ConfigStore.instance().store(
+                group="experiment",
+                name=file.stem,
+                node=node,
+                package="_global_",
+                provider=f"experiments/{file.name}",
+            )
 
 
 def _check_recipe(node: Any) -> None:
@@ -83,9 +97,13 @@ def _check_recipe(node: Any) -> None:
         for key, option in entry.items() if isinstance(entry, dict) else [(str(entry), None)]:
             group = key.removeprefix("override ").strip("/ ")
             if "@" in key or not re.fullmatch(r"_self_=None|[\w/]+=[\w-]+", f"{group}={option}"):
-                raise ValueError(f"its defaults have {key}: {option}, which is no group with one of its options")
+                raise ValueError(
+                    f"its defaults have {key}: {option}, which is no group with one of its options"
+                )
             if group != "_self_" and not group.startswith("hydra/") and not (CONF / group).is_dir():
-                raise ValueError(f"its defaults have {key}: there is no such group{nearest(group, _groups())}")
+                raise ValueError(
+                    f"its defaults have {key}: there is no such group{nearest(group, _groups())}"
+                )
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
@@ -100,15 +118,35 @@ def from_hydra(cfg: DictConfig, hydra_cfg: Any) -> Composed:
     task_cfg = copy.deepcopy(cfg)
     OmegaConf.set_struct(task_cfg, False)
     task_cfg.pop("hydra", None)
-    choices = {group: str(option) for group, option in hydra_cfg.runtime.choices.items() if not group.startswith("hydra/")}
-    own = next((source.path for source in hydra_cfg.runtime.config_sources if source.provider.endswith("command-line")), None)
-    return Composed(task_cfg, choices, cast(list[str], OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False)), own)
+    choices = {
+        group: str(option)
+        for group, option in hydra_cfg.runtime.choices.items()
+        if not group.startswith("hydra/")
+    }
+    own = next(
+        (
+            source.path
+            for source in hydra_cfg.runtime.config_sources
+            if source.provider.endswith("command-line")
+        ),
+        None,
+    )
+    return Composed(
+        task_cfg,
+        choices,
+        cast(list[str], OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False)),
+        own,
+    )
 
 
 def at_home(override: str) -> str:
     """key=~/path as a shell would have it, which leaves it alone since the key has a dot, and Hydra cannot read it."""
     key, equals, value = override.partition("=")
-    return key + equals + str(Path(value).expanduser()) if value == "~" or value.startswith("~/") else override
+    return (
+        key + equals + str(Path(value).expanduser())
+        if value == "~" or value.startswith("~/")
+        else override
+    )
 
 
 def _groups() -> list[str]:
@@ -123,5 +161,11 @@ def refuse_paths(overrides: Sequence[str]) -> None:
         group = re.split("[/@:]", key)[0]
         if not key:
             raise ValueError(f"{override}: settings are key=value")
-        if group in groups and "." not in key.partition("@")[0] and re.search(r"[/\\[]|\.\.|\.ya?ml|^(null|true|false|[\d.]+)$", option):
-            raise ValueError(f"{key}={option}: no such option of {group}{nearest(option, [file.stem for file in groups[group].glob('*.yaml')])}")
+        if (
+            group in groups
+            and "." not in key.partition("@")[0]
+            and re.search(r"[/\\[]|\.\.|\.ya?ml|^(null|true|false|[\d.]+)$", option)
+        ):
+            raise ValueError(
+                f"{key}={option}: no such option of {group}{nearest(option, [file.stem for file in groups[group].glob('*.yaml')])}"
+            )

@@ -13,7 +13,17 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
 from ddpm.config.compose import Composed
-from ddpm.config.validation import Count, Node, PositiveFloat, S, Section, Share, Text, check_node, validated
+from ddpm.config.validation import (
+    Count,
+    Node,
+    PositiveFloat,
+    S,
+    Section,
+    Share,
+    Text,
+    check_node,
+    validated,
+)
 
 
 class Data(Section):
@@ -74,7 +84,18 @@ Split = Literal["train", "heldout", "test"]
 class EvaluationSettings(Section):
     """Which metrics, by which protocol. See conf/evaluation/default.yaml for each key."""
 
-    metrics: list[Literal["fd", "kd", "inception_score", "precision_recall", "nearest", "colour", "bits_per_dim", "losses"]]
+    metrics: list[
+        Literal[
+            "fd",
+            "kd",
+            "inception_score",
+            "precision_recall",
+            "nearest",
+            "colour",
+            "bits_per_dim",
+            "losses",
+        ]
+    ]
     extractor: Literal["inception", "efficientnet_lite0"]
     weights_path: str | None
     download: bool
@@ -160,7 +181,9 @@ def resolve_duration(plain: dict[str, Any], overrides: list[str]) -> Config:
     _settle_duration(plain["training"], overrides)
     config = read_config(plain)
     if (config.training.steps is None) == (config.training.epochs is None):
-        raise ValueError(f"training.steps={config.training.steps} and training.epochs={config.training.epochs}: give one of them")
+        raise ValueError(
+            f"training.steps={config.training.steps} and training.epochs={config.training.epochs}: give one of them"
+        )
     lr = config.optimizer.get("lr")
     if lr is None:
         raise ValueError("optimizer.lr is missing: the learning rate schedule starts from it")
@@ -169,9 +192,17 @@ def resolve_duration(plain: dict[str, Any], overrides: list[str]) -> Config:
     _check_shapes(config)
     _check_splits(config)
     if config.data.path is not None and "path" not in config.data.source:
-        raise ValueError(f"data.path={config.data.path}: data={config.data.name} has pictures of its own; yours are data=folder data.path=...")
-    if config.training.conditional and config.data.num_classes is None and config.data.name != "folder":
-        raise ValueError(f"training.conditional=true needs labels, and data={config.data.name} has none (data.num_classes=null)")
+        raise ValueError(
+            f"data.path={config.data.path}: data={config.data.name} has pictures of its own; yours are data=folder data.path=..."
+        )
+    if (
+        config.training.conditional
+        and config.data.num_classes is None
+        and config.data.name != "folder"
+    ):
+        raise ValueError(
+            f"training.conditional=true needs labels, and data={config.data.name} has none (data.num_classes=null)"
+        )
     return config
 
 
@@ -191,7 +222,10 @@ def read_config(plain: Mapping[str, Any]) -> Config:
 def plain_config(composed: Composed) -> dict[str, Any]:
     """The composed configuration as plain values.    Raises ValueError, one line, for a value that is missing or refers to nothing."""
     try:
-        return typing.cast(dict[str, Any], OmegaConf.to_container(composed.cfg, resolve=True, throw_on_missing=True))
+        return typing.cast(
+            dict[str, Any],
+            OmegaConf.to_container(composed.cfg, resolve=True, throw_on_missing=True),
+        )
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
@@ -199,33 +233,62 @@ def plain_config(composed: Composed) -> dict[str, Any]:
 
 def _check_resolved(key: str, value: Any) -> None:
     if isinstance(value, str) and "${" in value:
-        raise ValueError(f"{key}={value} is an interpolation, which a composed configuration has no more")
-    inside = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+        raise ValueError(
+            f"{key}={value} is an interpolation, which a composed configuration has no more"
+        )
+    inside = (
+        value.items()
+        if isinstance(value, Mapping)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for name, inner in inside:
         _check_resolved(f"{key}.{name}".removeprefix("."), inner)
 
 
 def _check_shapes(config: Config) -> None:
     """The network must be made for the pictures, where its arguments tell."""
-    resolution = config.data.resolution if isinstance(config.data.resolution, int) else list(config.data.resolution)
-    for key, theirs, wanted in (("in_channels", "channels", config.data.channels), ("resolution", "resolution", resolution)):
+    resolution = (
+        config.data.resolution
+        if isinstance(config.data.resolution, int)
+        else list(config.data.resolution)
+    )
+    for key, theirs, wanted in (
+        ("in_channels", "channels", config.data.channels),
+        ("resolution", "resolution", resolution),
+    ):
         if config.model.get(key, wanted) != wanted:
-            raise ValueError(f"model.{key}={config.model[key]} and data.{theirs}={wanted} must be the same")
+            raise ValueError(
+                f"model.{key}={config.model[key]} and data.{theirs}={wanted} must be the same"
+            )
 
 
 def _check_splits(config: Config) -> None:
     """What is measured in training must be there; better known before a run than in the middle of it."""
     if config.runtime.evaluate_every is None:
         return
-    for key, split in (("split", config.evaluation.split), ("bound_split", config.evaluation.bound_split)):
+    for key, split in (
+        ("split", config.evaluation.split),
+        ("bound_split", config.evaluation.bound_split),
+    ):
         if split == "heldout" and config.data.holdout == 0:
-            raise ValueError(f"evaluation.{key}=heldout needs pictures that are kept from training, and data.holdout=0.0; give data.holdout=0.1, say")
+            raise ValueError(
+                f"evaluation.{key}=heldout needs pictures that are kept from training, and data.holdout=0.0; give data.holdout=0.1, say"
+            )
         if split == "test" and "split" not in config.data.source:
-            raise ValueError(f"evaluation.{key}=test: data={config.data.name} has no test split; use heldout, with data.holdout=0.1")
+            raise ValueError(
+                f"evaluation.{key}=test: data={config.data.name} has no test split; use heldout, with data.holdout=0.1"
+            )
 
 
 def _settle_duration(training: dict[str, Any], overrides: list[str]) -> None:
     """A duration on the command line takes the place of the recipe's, whichever unit that is in."""
-    given = {key for override in overrides for key in ("steps", "epochs") if override.lstrip("+").startswith(f"training.{key}=")}
+    given = {
+        key
+        for override in overrides
+        for key in ("steps", "epochs")
+        if override.lstrip("+").startswith(f"training.{key}=")
+    }
     if len(given) == 1:
         training["epochs" if given == {"steps"} else "steps"] = None

@@ -27,9 +27,16 @@ class Outcome:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """The jobs in lines: number, what differs between them, and their facts."""
-    everywhere = set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if outcomes else set()
+    everywhere = (
+        set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if outcomes else set()
+    )
     rows = [
-        {"job": str(number), "what differs": " ".join(one for one in outcome.overrides if one not in everywhere) or "-", **outcome.facts}
+        {
+            "job": str(number),
+            "what differs": " ".join(one for one in outcome.overrides if one not in everywhere)
+            or "-",
+            **outcome.facts,
+        }
         for number, outcome in enumerate(outcomes)
     ]
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -39,7 +46,10 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Lines of as many cells each as text in columns."""
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def refuse_in_process_group(arguments: Sequence[str]) -> None:
@@ -87,12 +97,19 @@ def set_defaults(arguments: Sequence[str]) -> None:
     """Have the launchers that are installed (extra sweep) run a job for each device, and queue a Slurm job again as often as its time runs out."""
     if not any(argument.startswith("hydra/launcher=") for argument in arguments):
         return
-    OmegaConf.register_new_resolver("num_devices", lambda: max(1, len(visible_devices())), replace=True)
+    OmegaConf.register_new_resolver(
+        "num_devices", lambda: max(1, len(visible_devices())), replace=True
+    )
     Plugins.instance()  # which puts their options into the store
     store = ConfigStore.instance()
     for name, settings in LAUNCHERS.items():
         with suppress(ConfigLoadError):  # not installed
-            store.store(group="hydra/launcher", name=name, node=OmegaConf.merge(store.load(f"hydra/launcher/{name}.yaml").node, settings), provider="ddpm")
+            store.store(
+                group="hydra/launcher",
+                name=name,
+                node=OmegaConf.merge(store.load(f"hydra/launcher/{name}.yaml").node, settings),
+                provider="ddpm",
+            )
 
 
 def visible_devices() -> list[str]:

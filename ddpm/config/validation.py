@@ -49,23 +49,38 @@ def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
     """
     if node.get("_target_") is None:
         raise ValueError(f"{key}._target_ is missing: it names what to call")
-    prefixes = (*TRUSTED, *(f"{name.rstrip('.')}." for name in trusted if name.split(".")[0] != "ddpm"))
+    prefixes = (
+        *TRUSTED,
+        *(f"{name.rstrip('.')}." for name in trusted if name.split(".")[0] != "ddpm"),
+    )
     targets = dict(_targets(key, node))
     for place, target in targets.items():
-        if not (isinstance(target, str) and (target in public_names() or target.startswith(prefixes))):
+        if not (
+            isinstance(target, str) and (target in public_names() or target.startswith(prefixes))
+        ):
             raise ValueError(f"{place}={target} is not trusted{_instead(target, prefixes)}")
     found = {place: _imported(place, target, prefixes) for place, target in targets.items()}
     function = found[f"{key}._target_"]
     signature = inspect.signature(function)
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
-    arguments = {name: value for name, value in node.items() if name not in ("_target_", "_partial_")}
+    hints = typing.get_type_hints(
+        function.__init__ if inspect.isclass(function) else function, include_extras=True
+    )
+    arguments = {
+        name: value for name, value in node.items() if name not in ("_target_", "_partial_")
+    }
     fields: dict[str, Any] = {}
     for name in signature.parameters:
         nested = isinstance(arguments.get(name), Mapping) and "_target_" in arguments[name]
         if nested:
             check_node(f"{key}.{name}", arguments[name], trusted)
         fields[name] = (Any if nested else hints.get(name, Any), None)
-    settings = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False, protected_namespaces=())
+    settings = ConfigDict(
+        extra="forbid",
+        strict=True,
+        arbitrary_types_allowed=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
     schema = create_model("Arguments", __config__=settings, **fields)
     try:
         schema.model_validate_json(json.dumps(arguments))
@@ -76,7 +91,9 @@ def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
 @functools.cache
 def public_names() -> tuple[str, ...]:
     """Every name of ours that YAML and loaded files may name."""
-    return tuple(f"{module}.{name}" for module in PUBLIC for name in importlib.import_module(module).__all__)
+    return tuple(
+        f"{module}.{name}" for module in PUBLIC for name in importlib.import_module(module).__all__
+    )
 
 
 def _instead(target: Any, prefixes: tuple[str, ...]) -> str:
@@ -86,13 +103,21 @@ def _instead(target: Any, prefixes: tuple[str, ...]) -> str:
     if str(target).startswith("ddpm.") and same:
         return f": it is called {' or '.join(same)}"
     close = difflib.get_close_matches(str(target), public_names(), n=1, cutoff=0.7)
-    more = "runtime.trusted_modules adds to these, in other commands than ddpm.train trusted_modules"
+    more = (
+        "runtime.trusted_modules adds to these, in other commands than ddpm.train trusted_modules"
+    )
     return f"{f'; did you mean {close[0]}?' if close else ':'} it must be a public name of ddpm, or start with {', '.join(prefixes)} ({more})"
 
 
 def _targets(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     """(key, value) of every `_target_` there is, however deep: Hydra would call each."""
-    inside = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    inside = (
+        value.items()
+        if isinstance(value, Mapping)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for name, inner in inside:
         if name == "_target_":
             yield f"{key}._target_", inner
@@ -111,17 +136,27 @@ def _imported(key: str, target: str, prefixes: tuple[str, ...]) -> Callable[...,
         return found
     home = getattr(found, "__module__", None)
     if not callable(found) or not f"{home}.".startswith(prefixes):
-        raise ValueError(f"{key}={target} is not trusted: that is {f'of {home}' if callable(found) else 'nothing to call'}, only passed on by {module_name}")
+        raise ValueError(
+            f"{key}={target} is not trusted: that is {f'of {home}' if callable(found) else 'nothing to call'}, only passed on by {module_name}"
+        )
     return found
 
 
-def _first(error: ValidationError, plain: Mapping[str, Any], schema: type[BaseModel], prefix: str = "") -> str:
+def _first(
+    error: ValidationError, plain: Mapping[str, Any], schema: type[BaseModel], prefix: str = ""
+) -> str:
     """The first of pydantic's complaints in one line."""
     complaint = error.errors()[0]
     path: list[str] = []
     value: Any = plain
-    for part in complaint["loc"]:  # loc also names the branch of a union: stop where the value has no such part
-        inside = part in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(part, int) and part < len(value)
+    for part in complaint[
+        "loc"
+    ]:  # loc also names the branch of a union: stop where the value has no such part
+        inside = (
+            part in value
+            if isinstance(value, Mapping)
+            else isinstance(value, list) and isinstance(part, int) and part < len(value)
+        )
         if inside or complaint["type"] == "missing":
             path.append(str(part))
         if not inside:
@@ -133,7 +168,12 @@ def _first(error: ValidationError, plain: Mapping[str, Any], schema: type[BaseMo
         return f"{key}: no such key{nearest(path[-1], names)}"
     if complaint["type"] == "missing":
         return f"{key} is missing"
-    here = [wrong for wrong in error.errors() if wrong["loc"][: len(path)] == complaint["loc"][: len(path)] and wrong["type"] != "needs_python_object"]
+    here = [
+        wrong
+        for wrong in error.errors()
+        if wrong["loc"][: len(path)] == complaint["loc"][: len(path)]
+        and wrong["type"] != "needs_python_object"
+    ]
     wanted = " or ".join(dict.fromkeys(_wanted(wrong) for wrong in here))
     return f"{key}={value if isinstance(value, str) else json.dumps(value)} should {wanted}"
 
@@ -155,5 +195,7 @@ def _fields_at(schema: type[BaseModel], path: list[str]) -> dict[str, Any]:
     fields: dict[str, Any] = schema.model_fields
     for part in path:
         inner = fields[part].annotation
-        fields = inner.model_fields if inspect.isclass(inner) and issubclass(inner, BaseModel) else {}
+        fields = (
+            inner.model_fields if inspect.isclass(inner) and issubclass(inner, BaseModel) else {}
+        )
     return fields

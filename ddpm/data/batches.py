@@ -77,12 +77,16 @@ class Batches:
         self.device = device
         self.flip = flip
         self.on_device = on_device
-        self.steps_per_epoch = self.num_images // batch_size if drop_last else -(-self.num_images // batch_size)
+        self.steps_per_epoch = (
+            self.num_images // batch_size if drop_last else -(-self.num_images // batch_size)
+        )
         self._images: torch.Tensor | _Ahead
         if isinstance(images, Packed):
             self._images = _Ahead(images)
         else:
-            self._images = torch.from_numpy(images).to(device) if on_device else torch.from_numpy(images)
+            self._images = (
+                torch.from_numpy(images).to(device) if on_device else torch.from_numpy(images)
+            )
         home = device if on_device else torch.device("cpu")
         self._rows = torch.from_numpy(rows).to(home)
         self._labels = torch.from_numpy(labels).to(home) if labels is not None else None
@@ -99,21 +103,35 @@ class Batches:
         """Which images stand at positions start to stop of this step's batch: (stop - start,) int64, each image once an epoch."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if epoch not in self._orders:
-            generator = torch.Generator().manual_seed(randomness.host_key(randomness.DATA_ORDER, self.seed, epoch))
-            self._orders = {other: order for other, order in self._orders.items() if other == epoch - 1}  # what is decoded ahead crosses the border
-            self._orders[epoch] = torch.randperm(self.num_images, generator=generator).to(self._rows.device)
-        return self._orders[epoch][within * self.batch_size + start : within * self.batch_size + stop]
+            generator = torch.Generator().manual_seed(
+                randomness.host_key(randomness.DATA_ORDER, self.seed, epoch)
+            )
+            self._orders = {
+                other: order for other, order in self._orders.items() if other == epoch - 1
+            }  # what is decoded ahead crosses the border
+            self._orders[epoch] = torch.randperm(self.num_images, generator=generator).to(
+                self._rows.device
+            )
+        return self._orders[epoch][
+            within * self.batch_size + start : within * self.batch_size + stop
+        ]
 
     def images(self, step: int, start: int, stop: int) -> Tensor:
         """The images at positions start to stop of this step's batch: (stop - start, C, H, W) float32 in [-1, 1], channels_last, on the device."""
         chosen = self._chosen(step, start, stop)
         if chosen.device != self.device:
-            chosen = (chosen.pin_memory() if self.device.type == "cuda" else chosen).to(self.device, non_blocking=True)
+            chosen = (chosen.pin_memory() if self.device.type == "cuda" else chosen).to(
+                self.device, non_blocking=True
+            )
         if self.flip:  # while it is bytes
             positions = torch.arange(start, stop, device=self.device)
-            mirrored = randomness.coin(randomness.stream_keys(randomness.TRAIN_FLIP, self.seed, step, positions))
+            mirrored = randomness.coin(
+                randomness.stream_keys(randomness.TRAIN_FLIP, self.seed, step, positions)
+            )
             all_bits = mirrored.to(torch.uint8).neg()[:, None, None, None]
-            chosen = chosen ^ ((chosen ^ chosen.flip(-1)) & all_bits)  # torch.where takes bytes one by one
+            chosen = chosen ^ (
+                (chosen ^ chosen.flip(-1)) & all_bits
+            )  # torch.where takes bytes one by one
         return to_floats(chosen)
 
     def _chosen(self, step: int, start: int, stop: int) -> Tensor:
@@ -132,5 +150,9 @@ class Batches:
         labels = self._labels[self.indices(step, start, stop)].to(self.device, non_blocking=True)
         if not self._label_dropout:
             return labels
-        keys = randomness.stream_keys(randomness.TRAIN_LABEL, self.seed, step, torch.arange(start, stop, device=self.device))
-        return torch.where(randomness.uniform(keys, 1)[:, 0] < self._label_dropout, self._any_class, labels)
+        keys = randomness.stream_keys(
+            randomness.TRAIN_LABEL, self.seed, step, torch.arange(start, stop, device=self.device)
+        )
+        return torch.where(
+            randomness.uniform(keys, 1)[:, 0] < self._label_dropout, self._any_class, labels
+        )

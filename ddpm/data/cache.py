@@ -48,7 +48,9 @@ def naming_cache(cache: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"data.cache={cache}: pictures cannot be kept there ({error.strerror}); give another data.cache") from error
+        raise ValueError(
+            f"data.cache={cache}: pictures cannot be kept there ({error.strerror}); give another data.cache"
+        ) from error
 
 
 def reserve(handle: int, size: int) -> None:
@@ -62,7 +64,11 @@ def reserve(handle: int, size: int) -> None:
 def save_rows(path: Path, array: np.ndarray, chosen: np.ndarray) -> None:
     """The chosen rows of an array as a .npy file, a part at a time."""
     with path.open("wb") as out:
-        header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": (int(chosen.sum()), *array.shape[1:])}
+        header = {
+            "descr": np.lib.format.dtype_to_descr(array.dtype),
+            "fortran_order": False,
+            "shape": (int(chosen.sum()), *array.shape[1:]),
+        }
         np.lib.format.write_array_header_2_0(out, header)
         for start in range(0, len(array), PART):
             out.write(array[start : start + PART][chosen[start : start + PART]].tobytes())
@@ -98,7 +104,11 @@ class Survey:
     def fingerprint(self, classes: list[str]) -> str:
         """Of content, labels and order of what decodes, 16 hex digits."""
         whole = hashlib.sha256(json.dumps(classes).encode())
-        whole.update(np.concatenate([self.digests, self.labels.astype("<i8")[:, None].view(np.uint8)], axis=1)[self.good].tobytes())
+        whole.update(
+            np.concatenate(
+                [self.digests, self.labels.astype("<i8")[:, None].view(np.uint8)], axis=1
+            )[self.good].tobytes()
+        )
         return whole.hexdigest()[:16]
 
 

@@ -9,7 +9,13 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
 FILTER = Image.Resampling.BICUBIC
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)  # what a picture that does not decode raises
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)  # what a picture that does not decode raises
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,9 @@ class Decoding:
         try:
             ImageColor.getrgb(self.background)
         except ValueError:
-            raise ValueError(f"background={self.background} is no colour: give a name such as white, or #rrggbb") from None
+            raise ValueError(
+                f"background={self.background} is no colour: give a name such as white, or #rrggbb"
+            ) from None
 
     def __call__(self, content: bytes | Image.Image) -> np.ndarray:
         """The picture as (C, H, W) uint8, turned as its EXIF says, resized with an antialiasing bicubic filter; of a moving one the first.
@@ -40,7 +48,11 @@ class Decoding:
             image.load()
         image = self._flat(ImageOps.exif_transpose(image))
         size = (self.width, self.height)
-        image = ImageOps.fit(image, size, FILTER) if self.crop == "center" else image.resize(size, FILTER)
+        image = (
+            ImageOps.fit(image, size, FILTER)
+            if self.crop == "center"
+            else image.resize(size, FILTER)
+        )
         pixels = np.asarray(image, dtype=np.uint8)
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -58,5 +70,7 @@ class Decoding:
             image = Image.fromarray((deep / 257).round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, ImageColor.getrgb(self.background)), image)
+            image = Image.alpha_composite(
+                Image.new("RGBA", image.size, ImageColor.getrgb(self.background)), image
+            )
         return image.convert("L" if self.channels == 1 else "RGB")

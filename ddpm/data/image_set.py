@@ -47,7 +47,11 @@ class ImageSet:
     @cached_property
     def images(self) -> np.ndarray:
         """The pictures, (N, C, H, W) uint8: `stored` itself for the whole, a copy in memory for a part."""
-        return self.stored if isinstance(self.stored, np.ndarray) and len(self) == len(self.stored) else self.stored[self.rows]
+        return (
+            self.stored
+            if isinstance(self.stored, np.ndarray) and len(self) == len(self.stored)
+            else self.stored[self.rows]
+        )
 
     def split(self, holdout: float) -> tuple["ImageSet", "ImageSet"]:
         """(to train on, held out): a picture is held out if its digest, read as a number in [0, 1), lies below the share `holdout`.
@@ -57,7 +61,9 @@ class ImageSet:
         """
         held = self.digests < np.uint64(int(holdout * 2**64))
         if holdout > 0 and not 0 < held.sum() < len(self):
-            raise ValueError(f"data.holdout={holdout} holds out {held.sum()} of the {len(self)} pictures, and both sides need some; give another share")
+            raise ValueError(
+                f"data.holdout={holdout} holds out {held.sum()} of the {len(self)} pictures, and both sides need some; give another share"
+            )
         return self._part(~held), self._part(held)
 
     def _part(self, chosen: np.ndarray) -> "ImageSet":
@@ -65,7 +71,14 @@ class ImageSet:
         return replace(self, rows=self.rows[chosen], digests=self.digests[chosen], labels=labels)
 
 
-def image_set(source: Source, decoding: Decoding, cache: Path, workers: int, max_unreadable: float, decode_later: bool = False) -> ImageSet:
+def image_set(
+    source: Source,
+    decoding: Decoding,
+    cache: Path,
+    workers: int,
+    max_unreadable: float,
+    decode_later: bool = False,
+) -> ImageSet:
     """The pictures of a source, from the cache if they have been made ready this way before, else made so now by `workers` processes.
 
     decode_later: keep them encoded, and decode in `workers` threads those that are asked for.
@@ -77,7 +90,9 @@ def image_set(source: Source, decoding: Decoding, cache: Path, workers: int, max
         with naming_cache(cache):
             cache.mkdir(parents=True, exist_ok=True)
         with lock(cache / f".{folder.name}.lock"):
-            for left in cache.glob(f".{folder.name}.[0-9]*"):  # of a process that was killed: nobody else is in here
+            for left in cache.glob(
+                f".{folder.name}.[0-9]*"
+            ):  # of a process that was killed: nobody else is in here
                 remove(left)
             damage = find_damage(folder)
             if damage is not None:
@@ -86,14 +101,35 @@ def image_set(source: Source, decoding: Decoding, cache: Path, workers: int, max
                 _make(folder, source, decoding, workers, max_unreadable, decode_later)
     about = json.loads((folder / "about.json").read_text())
     labels = np.load(folder / "labels.npy") if about["classes"] else None
-    stored = Packed(folder, decoding, workers) if decode_later else np.load(folder / FILE, mmap_mode="c")
+    stored = (
+        Packed(folder, decoding, workers) if decode_later else np.load(folder / FILE, mmap_mode="c")
+    )
     if about["unreadable"]:
         names = about["unreadable"]
-        log.warning("left out %d of %d pictures that do not decode: %s", len(names), len(names) + len(stored), _some(names))
-    empty = [] if labels is None else [name for number, name in enumerate(about["classes"]) if number not in labels]
+        log.warning(
+            "left out %d of %d pictures that do not decode: %s",
+            len(names),
+            len(names) + len(stored),
+            _some(names),
+        )
+    empty = (
+        []
+        if labels is None
+        else [name for number, name in enumerate(about["classes"]) if number not in labels]
+    )
     if empty:
-        log.warning("%d of %d classes have no picture: %s", len(empty), len(about["classes"]), _some(empty))
-    return ImageSet(stored, np.arange(len(stored)), np.load(folder / "digests.npy"), labels, about["classes"], about["fingerprint"], about["unreadable"])
+        log.warning(
+            "%d of %d classes have no picture: %s", len(empty), len(about["classes"]), _some(empty)
+        )
+    return ImageSet(
+        stored,
+        np.arange(len(stored)),
+        np.load(folder / "digests.npy"),
+        labels,
+        about["classes"],
+        about["fingerprint"],
+        about["unreadable"],
+    )
 
 
 def folder_of(source: Source, decoding: Decoding, cache: Path, decode_later: bool) -> Path:
@@ -102,19 +138,39 @@ def folder_of(source: Source, decoding: Decoding, cache: Path, decode_later: boo
     return cache / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
-def _make(folder: Path, source: Source, decoding: Decoding, workers: int, max_unreadable: float, decode_later: bool) -> None:
+def _make(
+    folder: Path,
+    source: Source,
+    decoding: Decoding,
+    workers: int,
+    max_unreadable: float,
+    decode_later: bool,
+) -> None:
     with whole(folder) as scratch:
         with naming_cache(folder.parent):
             scratch.mkdir()
-        survey = pack_into(scratch, source) if decode_later else decode_into(scratch, source, decoding, workers)
+        survey = (
+            pack_into(scratch, source)
+            if decode_later
+            else decode_into(scratch, source, decoding, workers)
+        )
         bad = survey.unreadable
         if len(bad) == len(source) or len(bad) > max(1, max_unreadable * len(source)):
-            raise ValueError(f"{len(bad)} of {len(source)} pictures do not decode (data.max_unreadable={max_unreadable}): {_some(bad)}")
+            raise ValueError(
+                f"{len(bad)} of {len(source)} pictures do not decode (data.max_unreadable={max_unreadable}): {_some(bad)}"
+            )
         with naming_cache(folder.parent):
             save_rows(scratch / "digests.npy", survey.first_digests(), survey.good)
             if source.classes:
                 save_rows(scratch / "labels.npy", survey.labels, survey.good)
-            write_about(scratch, {"classes": source.classes, "fingerprint": survey.fingerprint(source.classes), "unreadable": bad})
+            write_about(
+                scratch,
+                {
+                    "classes": source.classes,
+                    "fingerprint": survey.fingerprint(source.classes),
+                    "unreadable": bad,
+                },
+            )
 
 
 def _some(names: list[str]) -> str:
@@ -126,9 +182,14 @@ Feed = Literal["auto", "device", "file", "decode"]
 
 def decodes_later(feed: Feed, source: Source, decoding: Decoding, cache: Path) -> bool:
     """Whether to keep the pictures encoded: as asked, or for "auto" where decoded ones are not there and would take more than half of the free disk."""
-    if feed != "auto" or (folder_of(source, decoding, cache, decode_later=False) / "about.json").is_file():
+    if (
+        feed != "auto"
+        or (folder_of(source, decoding, cache, decode_later=False) / "about.json").is_file()
+    ):
         return feed == "decode"
-    disk = next(folder for folder in (cache.absolute(), *cache.absolute().parents) if folder.exists())
+    disk = next(
+        folder for folder in (cache.absolute(), *cache.absolute().parents) if folder.exists()
+    )
     size = len(source) * decoding.channels * decoding.height * decoding.width
     return size > shutil.disk_usage(disk).free // 2
 
@@ -137,4 +198,7 @@ def goes_on_device(feed: Feed, data: ImageSet, device: torch.device) -> bool:
     """Whether to hold all pictures on the device: as asked, or for "auto" on a GPU where they take less than a quarter of its free memory."""
     if isinstance(data.stored, Packed) or feed in ("file", "decode"):
         return False
-    return feed == "device" or (device.type == "cuda" and math.prod(data.stored.shape) < torch.cuda.mem_get_info(device)[0] // 4)
+    return feed == "device" or (
+        device.type == "cuda"
+        and math.prod(data.stored.shape) < torch.cuda.mem_get_info(device)[0] // 4
+    )

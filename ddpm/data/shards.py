@@ -52,7 +52,9 @@ def stamp_of(root: Path, files: Sequence[Path]) -> str:
     for file in files:
         status = file.stat() if file.exists() else file.lstat()
         name = file.relative_to(root) if file != root else file.name
-        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        digest.update(
+            f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape")
+        )
     return digest.hexdigest()
 
 

@@ -5,7 +5,13 @@ import math
 import multiprocessing
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import (
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+)
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +22,9 @@ from ddpm.data.cache import Survey, digest_of, naming_cache, reserve, save_rows
 from ddpm.data.decoding import UNREADABLE, Decoding
 from ddpm.data.shards import Item, Source
 
-Found = list[tuple[str, bytes | None, int | None]]  # name, digest of the content (None: does not decode), label
+Found = list[
+    tuple[str, bytes | None, int | None]
+]  # name, digest of the content (None: does not decode), label
 
 FILE = "images.npy"
 
@@ -39,7 +47,14 @@ def decode_into(folder: Path, source: Source, decoding: Decoding, workers: int) 
     return survey
 
 
-def _each_shard(source: Source, decoding: Decoding, raw: str, shape: tuple[int, ...], starts: list[int], workers: int) -> Iterator[tuple[int, Found]]:
+def _each_shard(
+    source: Source,
+    decoding: Decoding,
+    raw: str,
+    shape: tuple[int, ...],
+    starts: list[int],
+    workers: int,
+) -> Iterator[tuple[int, Found]]:
     """(first index, what was found) of each shard, as they get done."""
     with tqdm(total=len(source), desc="decoding", unit="img", disable=None) as bar:
         if workers <= 1 or len(starts) == 1:
@@ -47,17 +62,22 @@ def _each_shard(source: Source, decoding: Decoding, raw: str, shape: tuple[int, 
                 yield start, _decode_shard(source, decoding, raw, shape, shard, start)
                 bar.update(source.counts[shard])
             return
-        executor: Executor = ProcessPoolExecutor(min(workers, len(starts)), mp_context=multiprocessing.get_context("spawn"))
+        executor: Executor = ProcessPoolExecutor(
+            min(workers, len(starts)), mp_context=multiprocessing.get_context("spawn")
+        )
         with executor:
             jobs: dict[Future[Found], int] = {
-                executor.submit(_decode_shard, source, decoding, raw, shape, shard, start): shard for shard, start in enumerate(starts)
+                executor.submit(_decode_shard, source, decoding, raw, shape, shard, start): shard
+                for shard, start in enumerate(starts)
             }
             for job in as_completed(jobs):
                 yield starts[jobs[job]], job.result()
                 bar.update(source.counts[jobs[job]])
 
 
-def _decode_shard(source: Source, decoding: Decoding, raw: str, shape: tuple[int, ...], shard: int, start: int) -> Found:
+def _decode_shard(
+    source: Source, decoding: Decoding, raw: str, shape: tuple[int, ...], shard: int, start: int
+) -> Found:
     images = np.memmap(raw, np.uint8, "r+", shape=shape)
     found: Found = []
     for offset, item in enumerate(source.read(shard)):
@@ -108,7 +128,9 @@ class Packed:
         try:
             return self._decoding(content)
         except UNREADABLE as error:
-            raise ValueError(f"picture {row} of the data set does not decode ({error}): leave it out, or use runtime.feed=file, which does") from error
+            raise ValueError(
+                f"picture {row} of the data set does not decode ({error}): leave it out, or use runtime.feed=file, which does"
+            ) from error
 
 
 def pack_into(folder: Path, source: Source) -> Survey:
@@ -119,11 +141,17 @@ def pack_into(folder: Path, source: Source) -> Survey:
     survey = Survey(len(source))
     ends = np.zeros(len(source), dtype=np.int64)
     index, end = 0, 0
-    with naming_cache(folder.parent), (folder / CONTENT).open("wb") as out, tqdm(total=len(source), desc="packing", unit="img", disable=None) as bar:
+    with (
+        naming_cache(folder.parent),
+        (folder / CONTENT).open("wb") as out,
+        tqdm(total=len(source), desc="packing", unit="img", disable=None) as bar,
+    ):
         for shard in range(len(source.counts)):
             for item in source.read(shard):
                 content = _encoded(item)
-                survey.note(index, item.name, digest_of(item) if _opens(content) else None, item.label)
+                survey.note(
+                    index, item.name, digest_of(item) if _opens(content) else None, item.label
+                )
                 if survey.good[index]:
                     out.write(content)
                     end += len(content)

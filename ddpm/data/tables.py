@@ -15,26 +15,54 @@ if TYPE_CHECKING:
 MOST_CLASSES = 100_000
 
 
-def of_parquet(root: Path, files: Sequence[Path], image_column: str | None, label_column: str | None) -> Source:
+def of_parquet(
+    root: Path, files: Sequence[Path], image_column: str | None, label_column: str | None
+) -> Source:
     """The rows of parquet files below root.    Raises ValueError, naming the file, the columns or the label, for what cannot be read so."""
     groups: list[tuple[str, int]] = []
     counts: list[int] = []
     for file in files:
         found = _opened(file)
         groups += [(str(file), group) for group in range(found.num_row_groups)]
-        counts += [found.metadata.row_group(group).num_rows for group in range(found.num_row_groups)]
+        counts += [
+            found.metadata.row_group(group).num_rows for group in range(found.num_row_groups)
+        ]
     schema = _opened(files[0]).schema_arrow
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
-    image_column, label_column = _columns(str(root), schema.names, kinds, image_column, label_column)
+    features = (
+        json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        .get("info", {})
+        .get("features", {})
+    )
+    kinds = {
+        name: feature.get("_type")
+        for name, feature in features.items()
+        if isinstance(feature, dict)
+    }
+    image_column, label_column = _columns(
+        str(root), schema.names, kinds, image_column, label_column
+    )
     classes: list[str] = []
     if label_column is not None:
-        classes = features.get(label_column, {}).get("names") or _label_names(_opened(file).read([label_column]) for file in files)
+        classes = features.get(label_column, {}).get("names") or _label_names(
+            _opened(file).read([label_column]) for file in files
+        )
     stamp = f"{image_column} {label_column} {stamp_of(root, files)}"
-    return Source(counts, partial(_read_parquet, str(root), groups, image_column, label_column, classes), classes, stamp)
+    return Source(
+        counts,
+        partial(_read_parquet, str(root), groups, image_column, label_column, classes),
+        classes,
+        stamp,
+    )
 
 
-def _read_parquet(root: str, groups: Sequence[tuple[str, int]], image_column: str, label_column: str | None, classes: list[str], shard: int) -> Iterator[Item]:
+def _read_parquet(
+    root: str,
+    groups: Sequence[tuple[str, int]],
+    image_column: str,
+    label_column: str | None,
+    classes: list[str],
+    shard: int,
+) -> Iterator[Item]:
     import pyarrow as pa
 
     file, group = groups[shard]
@@ -42,11 +70,17 @@ def _read_parquet(root: str, groups: Sequence[tuple[str, int]], image_column: st
     try:
         table = _opened(Path(file)).read_row_group(group, columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is damaged in row group {group} ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"{file} is damaged in row group {group} ({str(error).splitlines()[0]})"
+        ) from error
     for row, values in enumerate(table.to_pylist()):
         label = values[label_column] if label_column else None
         name = f"{Path(file).name} group {group} row {row}"
-        yield Item(name, _bytes_of(name, values[image_column], Path(file).parent, [root]), _label(name, label, classes))
+        yield Item(
+            name,
+            _bytes_of(name, values[image_column], Path(file).parent, [root]),
+            _label(name, label, classes),
+        )
 
 
 def _opened(file: Path) -> Any:
@@ -57,40 +91,76 @@ def _opened(file: Path) -> Any:
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is not a whole parquet file ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"{file} is not a whole parquet file ({str(error).splitlines()[0]})"
+        ) from error
 
 
-def of_arrow(data: "datasets.Dataset", image_column: str | None, label_column: str | None, folders: list[str], where: str, stamp: str) -> Source:
+def of_arrow(
+    data: "datasets.Dataset",
+    image_column: str | None,
+    label_column: str | None,
+    folders: list[str],
+    where: str,
+    stamp: str,
+) -> Source:
     """The rows of a table of datasets.    folders: where files that rows name may lie.    where: it came from, for messages.    Raises as of_parquet does."""
     import datasets
 
     kinds = {name: type(feature).__name__ for name, feature in data.features.items()}
-    image_column, label_column = _columns(where, data.column_names, kinds, image_column, label_column)
+    image_column, label_column = _columns(
+        where, data.column_names, kinds, image_column, label_column
+    )
     classes: list[str] = []
     if label_column is not None:
         feature = data.features[label_column]
-        classes = feature.names if isinstance(feature, datasets.ClassLabel) else _label_names([data.select_columns([label_column]).data.table])
+        classes = (
+            feature.names
+            if isinstance(feature, datasets.ClassLabel)
+            else _label_names([data.select_columns([label_column]).data.table])
+        )
     data = data.select_columns([image_column] + ([label_column] if label_column else []))
     data = data.cast_column(image_column, datasets.Image(decode=False))
     read = partial(_read_arrow, data, folders, image_column, label_column, classes)
     return Source(shard_counts(len(data)), read, classes, f"{image_column} {label_column} {stamp}")
 
 
-def _read_arrow(data: "datasets.Dataset", folders: list[str], image_column: str, label_column: str | None, classes: list[str], shard: int) -> Iterator[Item]:
+def _read_arrow(
+    data: "datasets.Dataset",
+    folders: list[str],
+    image_column: str,
+    label_column: str | None,
+    classes: list[str],
+    shard: int,
+) -> Iterator[Item]:
     for row in range(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, len(data))):
         values = data[row]
         label = values[label_column] if label_column else None
-        yield Item(f"row {row}", _bytes_of(f"row {row}", values[image_column], Path(folders[0]), folders), _label(f"row {row}", label, classes))
+        yield Item(
+            f"row {row}",
+            _bytes_of(f"row {row}", values[image_column], Path(folders[0]), folders),
+            _label(f"row {row}", label, classes),
+        )
 
 
-def _columns(where: str, names: Sequence[str], kinds: dict[str, Any], image: str | None, label: str | None) -> tuple[str, str | None]:
+def _columns(
+    where: str, names: Sequence[str], kinds: dict[str, Any], image: str | None, label: str | None
+) -> tuple[str, str | None]:
     """The columns of images and labels: those asked for, else the first that their kind or name gives away."""
     if image is None:
-        image = next((name for name in names if kinds.get(name) == "Image"), None) or next((name for name in ("image", "img") if name in names), "image")
-        label = label or next((name for name in names if kinds.get(name) == "ClassLabel"), None) or ("label" if "label" in names else None)
+        image = next((name for name in names if kinds.get(name) == "Image"), None) or next(
+            (name for name in ("image", "img") if name in names), "image"
+        )
+        label = (
+            label
+            or next((name for name in names if kinds.get(name) == "ClassLabel"), None)
+            or ("label" if "label" in names else None)
+        )
     for column in (image, label):
         if column is not None and column not in names:
-            raise ValueError(f"{where} has no column {column}; it has {', '.join(names)} (data.source.image_column, data.source.label_column)")
+            raise ValueError(
+                f"{where} has no column {column}; it has {', '.join(names)} (data.source.image_column, data.source.label_column)"
+            )
     return image, label
 
 
@@ -100,8 +170,12 @@ def _label_names(tables: Any) -> list[str]:
     if all(isinstance(value, str) for value in values):
         return sorted(values)
     if not all(isinstance(value, int) and -1 <= value < MOST_CLASSES for value in values):
-        strange = next(value for value in values if not (isinstance(value, int) and -1 <= value < MOST_CLASSES))
-        raise ValueError(f"source.label_column has {strange!r}: classes are words, or numbers from 0 to {MOST_CLASSES - 1} (-1 for none)")
+        strange = next(
+            value for value in values if not (isinstance(value, int) and -1 <= value < MOST_CLASSES)
+        )
+        raise ValueError(
+            f"source.label_column has {strange!r}: classes are words, or numbers from 0 to {MOST_CLASSES - 1} (-1 for none)"
+        )
     return [str(number) for number in range(max(values) + 1)]
 
 
@@ -111,7 +185,9 @@ def _label(name: str, value: Any, classes: list[str]) -> int | None:
         return None
     number = classes.index(value) if value in classes else value
     if not isinstance(number, int) or not 0 <= number < len(classes):
-        raise ValueError(f"{name} has the label {value!r}, and the classes are {', '.join(classes[:24])}")
+        raise ValueError(
+            f"{name} has the label {value!r}, and the classes are {', '.join(classes[:24])}"
+        )
     return int(number)
 
 
@@ -123,7 +199,11 @@ def _bytes_of(name: str, value: Any, beside: Path, folders: Sequence[str]) -> by
         return value["bytes"]
     if isinstance(value, dict) and value.get("path"):
         path = Path(os.path.normpath(beside.absolute() / value["path"]))
-        if not any(path.is_relative_to(os.path.normpath(Path(folder).absolute())) for folder in folders):
-            raise ValueError(f"{name} names the file {value['path']}, which lies outside of the data set, so it is left unread")
+        if not any(
+            path.is_relative_to(os.path.normpath(Path(folder).absolute())) for folder in folders
+        ):
+            raise ValueError(
+                f"{name} names the file {value['path']}, which lies outside of the data set, so it is left unread"
+            )
         return content_of(path)
     return b""  # nothing there: counted as unreadable when it is decoded

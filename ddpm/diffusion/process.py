@@ -52,8 +52,15 @@ class GaussianDiffusion:
         rescale_timesteps: bool = False,
     ) -> None:
         betas = betas.double()
-        if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas <= 1)).all()) or bool((betas[:-1] == 1).any()):
-            raise ValueError("betas must be a list of at least 2 numbers between 0 and 1, of which only the last may be 1")
+        if (
+            betas.ndim != 1
+            or len(betas) < 2
+            or not bool(((betas > 0) & (betas <= 1)).all())
+            or bool((betas[:-1] == 1).any())
+        ):
+            raise ValueError(
+                "betas must be a list of at least 2 numbers between 0 and 1, of which only the last may be 1"
+            )
         self.prediction = prediction
         self.variance = variance
         self.loss = loss
@@ -65,7 +72,14 @@ class GaussianDiffusion:
         self.betas = betas
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
-        _check(prediction, variance, loss, vlb_weight, min_snr_gamma, terminal_snr_is_zero=bool(self.alphas_cumprod[-1] == 0))
+        _check(
+            prediction,
+            variance,
+            loss,
+            vlb_weight,
+            min_snr_gamma,
+            terminal_snr_is_zero=bool(self.alphas_cumprod[-1] == 0),
+        )
 
     @property
     def learns_variance(self) -> bool:
@@ -79,7 +93,9 @@ class GaussianDiffusion:
         Returns x_t, shape and dtype of x0.    Raises ValueError if noise or t has the wrong shape.
         """
         if noise.shape != x0.shape or t.shape != x0.shape[:1]:
-            raise ValueError(f"x0 {tuple(x0.shape)} needs noise of that shape and t ({len(x0)},), got {tuple(noise.shape)} and {tuple(t.shape)}")
+            raise ValueError(
+                f"x0 {tuple(x0.shape)} needs noise of that shape and t ({len(x0)},), got {tuple(noise.shape)} and {tuple(t.shape)}"
+            )
         return self._at("signal", t, x0) * x0 + self._at("sigma", t, x0) * noise
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -110,10 +126,14 @@ class GaussianDiffusion:
         if self.prediction == "epsilon":
             return Denoised((x_t - sigma * output) / signal, output, variance_output)
         if self.prediction == "v":
-            return Denoised(signal * x_t - sigma * output, sigma * x_t + signal * output, variance_output)
+            return Denoised(
+                signal * x_t - sigma * output, sigma * x_t + signal * output, variance_output
+            )
         x0_hat = output
         if self.prediction == "mean":
-            x0_hat = (output - self._at("mean_of_x_t", t, x_t) * x_t) / self._at("mean_of_x0", t, x_t)
+            x0_hat = (output - self._at("mean_of_x_t", t, x_t) * x_t) / self._at(
+                "mean_of_x0", t, x_t
+            )
         return Denoised(x0_hat, (x_t - signal * x0_hat) / sigma, variance_output)
 
     def denoiser(self, model: Model, clip: bool = True) -> Callable[[Tensor, Tensor], Denoised]:
@@ -130,7 +150,9 @@ class GaussianDiffusion:
 
     def run(self, model: Model, x_t: Tensor, t: Tensor) -> Tensor:
         """The model's output at x_t, in the dtype of x_t; the model sees t, rescaled if so chosen."""
-        return model(x_t, t * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t).to(x_t.dtype)
+        return model(x_t, t * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t).to(
+            x_t.dtype
+        )
 
     def log_variance(self, variance_output: Tensor | None, t: Tensor, like: Tensor) -> Tensor:
         """Log variance of the reverse step at t, broadcastable to `like`.
@@ -155,15 +177,21 @@ class GaussianDiffusion:
         if self.loss == "bound":
             return self.vlb_weight * self.num_timesteps * self.bound_term(output, x0, x_t, t)
         prediction = output[:, : x0.shape[1]]
-        squared_error = (prediction - self.target(x0, x_t, t, noise)).square().flatten(1).mean(dim=1)
+        squared_error = (
+            (prediction - self.target(x0, x_t, t, noise)).square().flatten(1).mean(dim=1)
+        )
         if self.loss == "simple":
             return squared_error
         if self.loss == "min_snr":
             return self._at("min_snr_weight", t, squared_error).flatten() * squared_error
         detached = torch.cat([prediction.detach(), output[:, x0.shape[1] :]], dim=1)
-        return squared_error + self.vlb_weight * self.num_timesteps * self.bound_term(detached, x0, x_t, t)
+        return squared_error + self.vlb_weight * self.num_timesteps * self.bound_term(
+            detached, x0, x_t, t
+        )
 
-    def bound_term(self, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip: bool = False) -> Tensor:
+    def bound_term(
+        self, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip: bool = False
+    ) -> Tensor:
         """One timestep's term of the variational bound: KL of posterior and model, at t = 0 the decoder's code length (Ho et al. 2020, Eqs. 5 and 13).
 
         output: of the model at x_t.    Shapes of q_sample.    clip: hold x0_hat in [-1, 1], as the authors' evaluation does and their training does not.
@@ -172,8 +200,16 @@ class GaussianDiffusion:
         estimate = self.denoised(output, x_t, t)
         if clip:
             estimate = self._clipped(estimate, x_t, t)
-        mean, log_variance = self.posterior_mean(estimate.x0_hat, x_t, t), self.log_variance(estimate.variance_output, t, x_t)
-        kl = normal_kl(self.posterior_mean(x0, x_t, t), self._at("log_posterior_variance", t, x_t), mean, log_variance)
+        mean, log_variance = (
+            self.posterior_mean(estimate.x0_hat, x_t, t),
+            self.log_variance(estimate.variance_output, t, x_t),
+        )
+        kl = normal_kl(
+            self.posterior_mean(x0, x_t, t),
+            self._at("log_posterior_variance", t, x_t),
+            mean,
+            log_variance,
+        )
         decoder = -discretized_log_likelihood(x0, mean, log_variance)
         first = (t == 0)[:, None, None, None]
         return torch.where(first, decoder, kl).flatten(1).mean(dim=1) / math.log(2)
@@ -186,7 +222,11 @@ class GaussianDiffusion:
 
     def _clipped(self, estimate: Denoised, x_t: Tensor, t: Tensor) -> Denoised:
         x0_hat = estimate.x0_hat.clamp(-1, 1)
-        return Denoised(x0_hat, (x_t - self._at("signal", t, x_t) * x0_hat) / self._at("sigma", t, x_t), estimate.variance_output)
+        return Denoised(
+            x0_hat,
+            (x_t - self._at("signal", t, x_t) * x0_hat) / self._at("sigma", t, x_t),
+            estimate.variance_output,
+        )
 
     def _alphas_cumprod_before(self) -> Tensor:
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
@@ -195,7 +235,9 @@ class GaussianDiffusion:
         """Row t of a table in the dtype and on the device of `like`, (B, 1, 1, 1). Tables are made once for each device and dtype."""
         key = (name, like.device, like.dtype)
         if key not in self._tables:
-            with torch.inference_mode(False):  # a table first needed by a sampler serves training too
+            with torch.inference_mode(
+                False
+            ):  # a table first needed by a sampler serves training too
                 self._tables[key] = self._table(name).to(device=like.device, dtype=like.dtype)
         return self._tables[key][t].reshape(-1, 1, 1, 1)
 
@@ -219,13 +261,20 @@ class GaussianDiffusion:
 def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction: Prediction) -> Tensor:
     """Weight of each timestep's squared error: min(SNR, gamma) on x0, as it is on the other predictions (Hang et al. 2023, section 3.4): (T,) float64."""
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return snr.clamp(max=gamma) / {"x0": torch.ones_like(snr), "epsilon": snr, "v": snr + 1}[prediction]
+    return (
+        snr.clamp(max=gamma)
+        / {"x0": torch.ones_like(snr), "epsilon": snr, "v": snr + 1}[prediction]
+    )
 
 
-def normal_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:
+def normal_kl(
+    mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor
+) -> Tensor:
     """KL(N(mean_1, variance_1) || N(mean_2, variance_2)) of each element, in nats."""
     gap = log_variance_1 - log_variance_2
-    return 0.5 * (-1 - gap + torch.exp(gap) + (mean_1 - mean_2).square() * torch.exp(-log_variance_2))
+    return 0.5 * (
+        -1 - gap + torch.exp(gap) + (mean_1 - mean_2).square() * torch.exp(-log_variance_2)
+    )
 
 
 def discretized_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -245,16 +294,27 @@ def _approximate_cdf(z: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
-def _check(prediction: str, variance: str, loss: str, vlb_weight: float, min_snr_gamma: float, terminal_snr_is_zero: bool) -> None:
+def _check(
+    prediction: str,
+    variance: str,
+    loss: str,
+    vlb_weight: float,
+    min_snr_gamma: float,
+    terminal_snr_is_zero: bool,
+) -> None:
     learned = variance in ("learned", "learned_range")
     if terminal_snr_is_zero and prediction == "epsilon":
         raise ValueError(
             "prediction=epsilon cannot work with a schedule of zero terminal SNR: its last x_t is the noise itself, which says nothing of x0; use v or x0"
         )
     if learned and loss in ("simple", "min_snr"):
-        raise ValueError(f"variance={variance} is not trained by loss={loss}, which has no term for it; use hybrid or bound")
+        raise ValueError(
+            f"variance={variance} is not trained by loss={loss}, which has no term for it; use hybrid or bound"
+        )
     if not learned and loss == "hybrid":
-        raise ValueError(f"loss=hybrid trains a learned variance, and variance={variance} is fixed; use simple, or variance=learned_range")
+        raise ValueError(
+            f"loss=hybrid trains a learned variance, and variance={variance} is fixed; use simple, or variance=learned_range"
+        )
     if loss == "min_snr" and prediction == "mean":
         raise ValueError("loss=min_snr has no weights for prediction=mean; use epsilon, x0 or v")
     for name, value in (("vlb_weight", vlb_weight), ("min_snr_gamma", min_snr_gamma)):

@@ -14,27 +14,43 @@ __all__ = ["const", "cosine", "jsd", "linear", "linear_rescaled", "quad", "sigmo
 MOST_TIMESTEPS = 1_000_000  # what memory holds, and float32 tells apart
 
 
-def linear(num_timesteps: int, beta_start: float, beta_end: float, zero_terminal_snr: bool = False) -> Tensor:
+def linear(
+    num_timesteps: int, beta_start: float, beta_end: float, zero_terminal_snr: bool = False
+) -> Tensor:
     """Betas rising linearly (Ho et al. 2020, section 4)."""
     _check(num_timesteps, beta_start=beta_start, beta_end=beta_end)
     return _finished(_linspace(beta_start, beta_end, num_timesteps), zero_terminal_snr)
 
 
-def linear_rescaled(num_timesteps: int, beta_start: float, beta_end: float, zero_terminal_snr: bool = False) -> Tensor:
+def linear_rescaled(
+    num_timesteps: int, beta_start: float, beta_end: float, zero_terminal_snr: bool = False
+) -> Tensor:
     """`linear` for another T: both ends, given for T = 1000, scaled by 1000 / T (Nichol & Dhariwal 2021's code)."""
     _check(num_timesteps, beta_start=beta_start, beta_end=beta_end)
     scale = 1000 / num_timesteps
     _check(num_timesteps, **{"beta_end * 1000 / num_timesteps": beta_end * scale})
-    return _finished(_linspace(beta_start * scale, beta_end * scale, num_timesteps), zero_terminal_snr)
+    return _finished(
+        _linspace(beta_start * scale, beta_end * scale, num_timesteps), zero_terminal_snr
+    )
 
 
-def quad(num_timesteps: int, beta_start: float, beta_end: float, zero_terminal_snr: bool = False) -> Tensor:
+def quad(
+    num_timesteps: int, beta_start: float, beta_end: float, zero_terminal_snr: bool = False
+) -> Tensor:
     """Betas whose square roots rise linearly (Ho et al. 2020's code)."""
     _check(num_timesteps, beta_start=beta_start, beta_end=beta_end)
-    return _finished(_linspace(beta_start**0.5, beta_end**0.5, num_timesteps) ** 2, zero_terminal_snr)
+    return _finished(
+        _linspace(beta_start**0.5, beta_end**0.5, num_timesteps) ** 2, zero_terminal_snr
+    )
 
 
-def warmup(num_timesteps: int, beta_start: float, beta_end: float, warmup_share: float, zero_terminal_snr: bool = False) -> Tensor:
+def warmup(
+    num_timesteps: int,
+    beta_start: float,
+    beta_end: float,
+    warmup_share: float,
+    zero_terminal_snr: bool = False,
+) -> Tensor:
     """Betas rising linearly over the first warmup_share of the timesteps, then constant (Ho et al. 2020's code: 0.1 and 0.5)."""
     _check(num_timesteps, beta_start=beta_start, beta_end=beta_end, warmup_share=warmup_share)
     betas = torch.full((num_timesteps,), beta_end, dtype=torch.float64)
@@ -55,16 +71,28 @@ def jsd(num_timesteps: int, zero_terminal_snr: bool = False) -> Tensor:
     return _finished(1 / _linspace(num_timesteps, 1, num_timesteps), zero_terminal_snr)
 
 
-def cosine(num_timesteps: int, offset: float, max_beta: float, zero_terminal_snr: bool = False) -> Tensor:
+def cosine(
+    num_timesteps: int, offset: float, max_beta: float, zero_terminal_snr: bool = False
+) -> Tensor:
     """Betas whose alphas_cumprod follows a squared cosine (Nichol & Dhariwal 2021, Eq. 17)."""
     _check(num_timesteps, max_beta=max_beta)
     if offset < 0:
         raise ValueError(f"offset={offset} must not be negative")
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
-    return _finished(_betas_of(torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2, max_beta), zero_terminal_snr)
+    return _finished(
+        _betas_of(torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2, max_beta),
+        zero_terminal_snr,
+    )
 
 
-def sigmoid(num_timesteps: int, start: float, end: float, temperature: float, max_beta: float, zero_terminal_snr: bool = False) -> Tensor:
+def sigmoid(
+    num_timesteps: int,
+    start: float,
+    end: float,
+    temperature: float,
+    max_beta: float,
+    zero_terminal_snr: bool = False,
+) -> Tensor:
     """Betas whose alphas_cumprod follows a logistic curve between start and end (Jabri et al. 2022, arXiv 2212.11972, Algorithm 1)."""
     _check(num_timesteps, max_beta=max_beta)
     if not start < end:
@@ -73,7 +101,9 @@ def sigmoid(num_timesteps: int, start: float, end: float, temperature: float, ma
         raise ValueError(f"temperature={temperature} must be positive")
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     curve = torch.sigmoid((u * (end - start) + start) / temperature)
-    return _finished(_betas_of((curve[-1] - curve) / (curve[-1] - curve[0]), max_beta), zero_terminal_snr)
+    return _finished(
+        _betas_of((curve[-1] - curve) / (curve[-1] - curve[0]), max_beta), zero_terminal_snr
+    )
 
 
 def _linspace(start: float, end: float, count: int) -> Tensor:

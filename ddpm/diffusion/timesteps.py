@@ -37,7 +37,13 @@ class LossSecondMoment:
 
     learns = True
 
-    def __init__(self, num_timesteps: int, device: torch.device, history: int = 10, uniform_share: float = 0.001) -> None:
+    def __init__(
+        self,
+        num_timesteps: int,
+        device: torch.device,
+        history: int = 10,
+        uniform_share: float = 0.001,
+    ) -> None:
         self.num_timesteps = num_timesteps
         self.history = history
         self.uniform_share = uniform_share
@@ -49,7 +55,11 @@ class LossSecondMoment:
         root = self._losses.square().mean(dim=1).sqrt()
         share = root / root.sum().clamp(min=torch.finfo(root.dtype).tiny)
         learned = share * (1 - self.uniform_share) + self.uniform_share / self.num_timesteps
-        return torch.where((self._seen >= self.history).all(), learned, torch.full_like(learned, 1 / self.num_timesteps))
+        return torch.where(
+            (self._seen >= self.history).all(),
+            learned,
+            torch.full_like(learned, 1 / self.num_timesteps),
+        )
 
     def draw(self, keys: Tensor) -> tuple[Tensor, Tensor | None]:
         """keys: (B,) int64 streams.    Returns t (B,) int64, and its loss weights 1 / (T p_t), (B,)."""
@@ -64,7 +74,9 @@ class LossSecondMoment:
         same = t[:, None] == t[None, :]
         earlier = torch.ones_like(same).tril(-1)
         order, count = (same & earlier).sum(dim=1), same.sum(dim=1)
-        slot = torch.where(order >= count - self.history, (self._seen[t] + order) % self.history, self.history)  # an overwritten one goes to a spare slot
+        slot = torch.where(
+            order >= count - self.history, (self._seen[t] + order) % self.history, self.history
+        )  # an overwritten one goes to a spare slot
         padded = torch.cat([self._losses, self._losses[:, :1]], dim=1)
         padded[t, slot] = losses.to(padded.dtype)
         self._losses.copy_(padded[:, : self.history])

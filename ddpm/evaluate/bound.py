@@ -14,7 +14,9 @@ from torch import Tensor
 from ddpm.diffusion.process import GaussianDiffusion, Model
 from ddpm.system import files, randomness
 
-Batch = tuple[Tensor, Tensor]  # (numbers of the images in their data set (B,) int64, x0 (B, C, H, W) float in [-1, 1])
+Batch = tuple[
+    Tensor, Tensor
+]  # (numbers of the images in their data set (B,) int64, x0 (B, C, H, W) float in [-1, 1])
 
 
 class Bound(NamedTuple):
@@ -62,7 +64,13 @@ class BoundSums:
         return Bound(means[0].item(), terms, 127.5 * squared_error.sqrt(), count)
 
 
-def variational_bound(model: Model, diffusion: GaussianDiffusion, batches: Iterable[Batch], seed: int, advance: Callable[[int], None] | None = None) -> Bound:
+def variational_bound(
+    model: Model,
+    diffusion: GaussianDiffusion,
+    batches: Iterable[Batch],
+    seed: int,
+    advance: Callable[[int], None] | None = None,
+) -> Bound:
     """The bound of a data set, as the authors evaluate it: every timestep of every image, one noise draw each, x0_hat held in [-1, 1].
 
     model: in evaluation mode.    batches: see Batch; the noise is a function of seed, t and the image's number, whatever it is batched with.
@@ -72,7 +80,13 @@ def variational_bound(model: Model, diffusion: GaussianDiffusion, batches: Itera
 
 
 @torch.no_grad()  # and no inference mode: the tables that the diffusion makes here serve training too
-def bound_sums(model: Model, diffusion: GaussianDiffusion, batches: Iterable[Batch], seed: int, advance: Callable[[int], None] | None = None) -> BoundSums:
+def bound_sums(
+    model: Model,
+    diffusion: GaussianDiffusion,
+    batches: Iterable[Batch],
+    seed: int,
+    advance: Callable[[int], None] | None = None,
+) -> BoundSums:
     """`variational_bound` before the mean is taken: for one process's share of the images, or for those of one class, whose model is its own."""
     num_timesteps = diffusion.num_timesteps
     totals = torch.zeros(2 + 2 * num_timesteps, dtype=torch.float64)
@@ -83,10 +97,17 @@ def bound_sums(model: Model, diffusion: GaussianDiffusion, batches: Iterable[Bat
             x_t = diffusion.q_sample(x0, t, _noise(seed, index, numbers, x0))
             output = diffusion.run(model, x_t, t)
             x0_hat = diffusion.denoised(output, x_t, t).x0_hat.clamp(-1, 1)
-            found.append((diffusion.bound_term(output, x0, x_t, t, clip=True), (x0_hat - x0).square().flatten(1).mean(dim=1)))
+            found.append(
+                (
+                    diffusion.bound_term(output, x0, x_t, t, clip=True),
+                    (x0_hat - x0).square().flatten(1).mean(dim=1),
+                )
+            )
             if advance is not None:
                 advance(len(x0))
-        terms, squared_errors = (torch.stack(of_all).cpu().double().sum(dim=1) for of_all in zip(*found, strict=True))
+        terms, squared_errors = (
+            torch.stack(of_all).cpu().double().sum(dim=1) for of_all in zip(*found, strict=True)
+        )
         prior = diffusion.prior_term(x0.cpu()).sum(dim=0, keepdim=True)
         totals += torch.cat([torch.tensor([len(x0)]), prior, terms, squared_errors])
     return BoundSums(totals)
@@ -117,10 +138,19 @@ class LossSums:
     def mean(self) -> list[Bucket]:
         """Raises ValueError if there are no images."""
         losses = _means(self.totals)[1].tolist()
-        return [Bucket(*span, loss) for span, loss in zip(_spans(self.num_timesteps, len(losses)), losses, strict=True)]
+        return [
+            Bucket(*span, loss)
+            for span, loss in zip(_spans(self.num_timesteps, len(losses)), losses, strict=True)
+        ]
 
 
-def losses_by_timestep(model: Model, diffusion: GaussianDiffusion, batches: Iterable[Batch], seed: int, num_buckets: int = 10) -> list[Bucket]:
+def losses_by_timestep(
+    model: Model,
+    diffusion: GaussianDiffusion,
+    batches: Iterable[Batch],
+    seed: int,
+    num_buckets: int = 10,
+) -> list[Bucket]:
     """The loss that training minimizes, in buckets of neighbouring timesteps: for each image and bucket, one timestep and one noise draw.
 
     model: in evaluation mode.    batches: see Batch; timestep and noise are functions of seed, bucket and the image's number.
@@ -130,17 +160,27 @@ def losses_by_timestep(model: Model, diffusion: GaussianDiffusion, batches: Iter
 
 
 @torch.no_grad()
-def loss_sums(model: Model, diffusion: GaussianDiffusion, batches: Iterable[Batch], seed: int, num_buckets: int = 10) -> LossSums:
+def loss_sums(
+    model: Model,
+    diffusion: GaussianDiffusion,
+    batches: Iterable[Batch],
+    seed: int,
+    num_buckets: int = 10,
+) -> LossSums:
     """`losses_by_timestep` before the means are taken: for one process's share of the images, or for those of one class, whose model is its own."""
     num_timesteps = diffusion.num_timesteps
     if not 1 <= num_buckets <= num_timesteps:
-        raise ValueError(f"num_buckets={num_buckets} must be from 1 to the {num_timesteps} timesteps")
+        raise ValueError(
+            f"num_buckets={num_buckets} must be from 1 to the {num_timesteps} timesteps"
+        )
     totals = torch.zeros(1 + num_buckets, dtype=torch.float64)
     for numbers, x0 in batches:
         found = []
         for bucket, (first, last) in enumerate(_spans(num_timesteps, num_buckets)):
             stream = num_timesteps + 2 * bucket  # those below are the bound's
-            keys = randomness.stream_keys(randomness.EVALUATION, seed, stream, numbers.to(x0.device))
+            keys = randomness.stream_keys(
+                randomness.EVALUATION, seed, stream, numbers.to(x0.device)
+            )
             t = first + randomness.integers(keys, last - first + 1)
             found.append(diffusion.losses(model, x0, t, _noise(seed, stream + 1, numbers, x0)))
         totals += torch.cat([torch.tensor([len(x0)]), torch.stack(found).cpu().double().sum(dim=1)])
@@ -162,7 +202,10 @@ def rate_distortion(bound: Bound) -> list[Point]:
     """
     latents = torch.cat([torch.tensor([bound.prior], dtype=torch.float64), bound.terms[1:].flip(0)])
     rates, errors = latents.cumsum(dim=0).tolist(), bound.rmse.flip(0).tolist()
-    return [Point(index + 1, rate, rmse) for index, (rate, rmse) in enumerate(zip(rates, errors, strict=True))]
+    return [
+        Point(index + 1, rate, rmse)
+        for index, (rate, rmse) in enumerate(zip(rates, errors, strict=True))
+    ]
 
 
 def table(curve: list[Point], rows: int = 10) -> list[Point]:
@@ -187,12 +230,22 @@ def save_rate_distortion(path_png: Path, path_csv: Path, bound: Bound) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("a plot of rate and distortion needs the package matplotlib: pip install -e '.[plots]'") from error
+        raise ValueError(
+            "a plot of rate and distortion needs the package matplotlib: pip install -e '.[plots]'"
+        ) from error
     times, rates, errors = zip(*curve, strict=True)
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
-    steps, rate, distortion = "reverse process steps (T - t + 1)", "rate (bits/dim)", "distortion (RMSE of 255)"
-    panels = ((times, errors, steps, distortion), (times, rates, steps, rate), (rates, errors, rate, distortion))
+    steps, rate, distortion = (
+        "reverse process steps (T - t + 1)",
+        "rate (bits/dim)",
+        "distortion (RMSE of 255)",
+    )
+    panels = (
+        (times, errors, steps, distortion),
+        (times, rates, steps, rate),
+        (rates, errors, rate, distortion),
+    )
     for axes, (x, y, x_label, y_label) in zip(figure.subplots(1, 3), panels, strict=True):
         axes.plot(x, y)
         axes.set(xlabel=x_label, ylabel=y_label)
@@ -204,7 +257,11 @@ def save_rate_distortion(path_png: Path, path_csv: Path, bound: Bound) -> None:
 
 def _noise(seed: int, stream: int, numbers: Tensor, x0: Tensor) -> Tensor:
     keys = randomness.stream_keys(randomness.EVALUATION, seed, stream, numbers.to(x0.device))
-    return randomness.normal(keys, tuple(x0.shape[1:])).to(x0.dtype).contiguous(memory_format=torch.channels_last)
+    return (
+        randomness.normal(keys, tuple(x0.shape[1:]))
+        .to(x0.dtype)
+        .contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _means(totals: Tensor) -> tuple[int, Tensor]:

@@ -19,28 +19,57 @@ def reference_features(pictures: np.ndarray, extractor: Extractor, cache: Path) 
     """Features of a data set's pictures, (N, C, H, W) uint8, from the cache if they were computed before.    cache: a file of this set and extractor."""
     if cache.is_file():
         with np.load(cache) as found:
-            return Features(torch.from_numpy(found["features"]), torch.from_numpy(found["probabilities"]) if "probabilities" in found else None)
+            return Features(
+                torch.from_numpy(found["features"]),
+                torch.from_numpy(found["probabilities"]) if "probabilities" in found else None,
+            )
     found = extractor(pictures.transpose(0, 2, 3, 1))
     cache.parent.mkdir(parents=True, exist_ok=True)
-    write_arrays(cache, features=found.features.numpy(), **({} if found.probabilities is None else {"probabilities": found.probabilities.numpy()}))
+    write_arrays(
+        cache,
+        features=found.features.numpy(),
+        **({} if found.probabilities is None else {"probabilities": found.probabilities.numpy()}),
+    )
     return found
 
 
-def distances(wanted: Sequence[str], drawn: Features, reference: Features, extractor: Extractor, protocol: dict[str, Any], seed: int) -> Iterator[Measurement]:
+def distances(
+    wanted: Sequence[str],
+    drawn: Features,
+    reference: Features,
+    extractor: Extractor,
+    protocol: dict[str, Any],
+    seed: int,
+) -> Iterator[Measurement]:
     """The distances between drawn images and the data, each with its floor, from features of both.    wanted: of fd, kd, inception_score, precision_recall."""
     half, other = _halves(reference.features, len(drawn.features), seed)
     if "fd" in wanted:
-        value = metrics.frechet_distance(metrics.moments(drawn.features), metrics.moments(reference.features))
+        value = metrics.frechet_distance(
+            metrics.moments(drawn.features), metrics.moments(reference.features)
+        )
         floor = metrics.frechet_distance(metrics.moments(half), metrics.moments(other))
         yield Measurement(extractor.distance_name, value, protocol, floor=floor)
     if "kd" in wanted:
         value, deviation = metrics.kernel_distance(drawn.features, reference.features, seed)
-        yield Measurement(extractor.kernel_name, value, protocol, deviation, metrics.kernel_distance(half, other, seed)[0])
+        yield Measurement(
+            extractor.kernel_name,
+            value,
+            protocol,
+            deviation,
+            metrics.kernel_distance(half, other, seed)[0],
+        )
     if "inception_score" in wanted:
         if drawn.probabilities is None:
-            raise ValueError(f"inception_score needs class probabilities, and evaluation.extractor={extractor.name} gives none")
+            raise ValueError(
+                f"inception_score needs class probabilities, and evaluation.extractor={extractor.name} gives none"
+            )
         value, deviation = metrics.inception_score(drawn.probabilities)
-        yield Measurement("inception_score" if extractor.name == "inception" else f"class_score_{extractor.name}", value, protocol, deviation)
+        yield Measurement(
+            "inception_score" if extractor.name == "inception" else f"class_score_{extractor.name}",
+            value,
+            protocol,
+            deviation,
+        )
     if "precision_recall" in wanted:
         precision, recall = metrics.precision_recall(reference.features, drawn.features)
         floors = metrics.precision_recall(half, other)
@@ -48,7 +77,9 @@ def distances(wanted: Sequence[str], drawn: Features, reference: Features, extra
         yield Measurement("recall", recall, protocol, floor=floors[1])
 
 
-def nearest_pairs(drawn: Features, reference: Features, protocol: dict[str, Any], pairs: int = 16) -> tuple[Measurement, list[tuple[int, int]]]:
+def nearest_pairs(
+    drawn: Features, reference: Features, protocol: dict[str, Any], pairs: int = 16
+) -> tuple[Measurement, list[tuple[int, int]]]:
     """How near drawn images are to the training pictures: the median distance to the nearest, over that of training pictures among themselves.
 
     Far below 1, the network repeats its training set. Also the closest pairs (drawn, training), nearest first.
@@ -57,17 +88,25 @@ def nearest_pairs(drawn: Features, reference: Features, protocol: dict[str, Any]
     among, _ = metrics.nearest(reference.features, reference.features, exclude_self=True)
     closest = torch.argsort(distance)[:pairs].tolist()
     ratio = float(distance.median() / among.median().clamp(min=1e-12))
-    return Measurement("nearest_ratio", ratio, protocol), [(drawn_index, int(index[drawn_index])) for drawn_index in closest]
+    return Measurement("nearest_ratio", ratio, protocol), [
+        (drawn_index, int(index[drawn_index])) for drawn_index in closest
+    ]
 
 
-def pairs_sheet(pairs: Sequence[tuple[int, int]], drawn: np.ndarray, training: np.ndarray) -> np.ndarray:
+def pairs_sheet(
+    pairs: Sequence[tuple[int, int]], drawn: np.ndarray, training: np.ndarray
+) -> np.ndarray:
     """Drawn images above their nearest training pictures: (H, W, C) uint8.    drawn: (N, H, W, C) uint8.    training: (M, C, H, W) uint8."""
     above = drawn[[pair[0] for pair in pairs]]
     below = training[[pair[1] for pair in pairs]].transpose(0, 2, 3, 1)
-    return images.grid(np.concatenate([above, below]), columns=len(pairs), least_width=64 * len(pairs))
+    return images.grid(
+        np.concatenate([above, below]), columns=len(pairs), least_width=64 * len(pairs)
+    )
 
 
-def colour(drawn: np.ndarray, training: np.ndarray, protocol: dict[str, Any]) -> tuple[list[Measurement], list[str]]:
+def colour(
+    drawn: np.ndarray, training: np.ndarray, protocol: dict[str, Any]
+) -> tuple[list[Measurement], list[str]]:
     """Mean and deviation of each channel, drawn images less the data, in levels of 0 to 255; and a warning for each that drifts by more than 5 levels.
 
     drawn: (N, H, W, C) uint8.    training: (M, C, H, W) uint8.
@@ -75,10 +114,15 @@ def colour(drawn: np.ndarray, training: np.ndarray, protocol: dict[str, Any]) ->
     figures, warnings = [], []
     for channel in range(drawn.shape[3]):
         ours, data = drawn[..., channel].astype(np.float64), training[:, channel].astype(np.float64)
-        for name, gap in (("mean", ours.mean() - data.mean()), ("deviation", ours.std() - data.std())):
+        for name, gap in (
+            ("mean", ours.mean() - data.mean()),
+            ("deviation", ours.std() - data.std()),
+        ):
             figures.append(Measurement(f"channel_{channel}_{name}_gap", float(gap), protocol))
             if abs(gap) > 5:
-                warnings.append(f"channel {channel}: the {name} of the samples is {gap:+.1f} levels off the data's: a tint, or a loss of contrast")
+                warnings.append(
+                    f"channel {channel}: the {name} of the samples is {gap:+.1f} levels off the data's: a tint, or a loss of contrast"
+                )
     return figures, warnings
 
 

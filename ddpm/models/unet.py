@@ -42,7 +42,11 @@ class Level(nn.Module):
         self.recomputes = False
 
     def block(self, index: int, h: Tensor, time: Tensor) -> Tensor:
-        return recomputed(self._block, index, h, time) if self.recomputes else self._block(index, h, time)
+        return (
+            recomputed(self._block, index, h, time)
+            if self.recomputes
+            else self._block(index, h, time)
+        )
 
     def _block(self, index: int, h: Tensor, time: Tensor) -> Tensor:
         h = self.resnets[index](h, time)
@@ -87,7 +91,12 @@ class UNet(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        _check_counts(in_channels=in_channels, out_channels=out_channels, num_res_blocks=num_res_blocks, norm_groups=norm_groups)
+        _check_counts(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_res_blocks=num_res_blocks,
+            norm_groups=norm_groups,
+        )
         _check_counts(num_heads=num_heads, head_channels=head_channels, num_classes=num_classes)
         _check_choice("time_embedding", time_embedding, get_args(TimeOrder))
         _check_choice("downsample_padding", downsample_padding, get_args(Padding))
@@ -96,7 +105,9 @@ class UNet(nn.Module):
         if not channel_multipliers:
             raise ValueError("channel_multipliers=[] must have at least one level")
         if head_channels is not None and num_heads != 1:
-            raise ValueError(f"num_heads={num_heads} and head_channels={head_channels}: give one of them")
+            raise ValueError(
+                f"num_heads={num_heads} and head_channels={head_channels}: give one of them"
+            )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} must lie in [0, 1)")
         if norm_eps <= 0:
@@ -104,15 +115,28 @@ class UNet(nn.Module):
         sizes = level_sizes(resolution, len(channel_multipliers))
         widths = _level_widths(base_channels, channel_multipliers, norm_groups)
         _check_attention(attention_resolutions, [max(size) for size in sizes])
-        style = BlockStyle(4 * base_channels, dropout, norm_groups, norm_eps, scale_shift_norm, num_heads, head_channels, init)
+        style = BlockStyle(
+            4 * base_channels,
+            dropout,
+            norm_groups,
+            norm_eps,
+            scale_shift_norm,
+            num_heads,
+            head_channels,
+            init,
+        )
         last = len(widths) - 1
 
         def attentions(level: int, count: int) -> list[nn.Module]:
             wanted = max(sizes[level]) in attention_resolutions
             return [AttentionBlock(widths[level], style) for _ in range(count)] if wanted else []
 
-        self.time_embedding = TimestepEmbedding(base_channels, style.time_width, time_embedding, init)
-        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, style.time_width)
+        self.time_embedding = TimestepEmbedding(
+            base_channels, style.time_width, time_embedding, init
+        )
+        self.class_embedding = (
+            None if num_classes is None else nn.Embedding(num_classes, style.time_width)
+        )
         self.conv_in = conv3x3(in_channels, base_channels, init)
         width, skips = base_channels, [base_channels]
 
@@ -125,11 +149,18 @@ class UNet(nn.Module):
                 skips.append(width)
             down = Level(resnets, attentions(level, num_res_blocks))
             if level < last:
-                down.downsamplers.append(Downsample(width, downsample_padding, init) if resample == "conv" else ResBlock(width, width, style, "down"))
+                down.downsamplers.append(
+                    Downsample(width, downsample_padding, init)
+                    if resample == "conv"
+                    else ResBlock(width, width, style, "down")
+                )
                 skips.append(width)
             self.down_blocks.append(down)
 
-        self.mid_block = Level([ResBlock(width, width, style), ResBlock(width, width, style)], [AttentionBlock(width, style)])
+        self.mid_block = Level(
+            [ResBlock(width, width, style), ResBlock(width, width, style)],
+            [AttentionBlock(width, style)],
+        )
 
         self.up_blocks = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
@@ -139,7 +170,11 @@ class UNet(nn.Module):
                 width = level_width
             up = Level(resnets, attentions(level, num_res_blocks + 1))
             if level > 0:
-                up.upsamplers.append(Upsample(width, init) if resample == "conv" else ResBlock(width, width, style, "up"))
+                up.upsamplers.append(
+                    Upsample(width, init)
+                    if resample == "conv"
+                    else ResBlock(width, width, style, "up")
+                )
             self.up_blocks.append(up)
 
         self.conv_norm_out = style.norm(width)
@@ -191,7 +226,9 @@ class UNet(nn.Module):
             return embedding
         if classes is None or classes.shape != t.shape:
             given = None if classes is None else tuple(classes.shape)
-            raise ValueError(f"classes must be {tuple(t.shape)}, one an image, since num_classes={self.class_embedding.num_embeddings}; got {given}")
+            raise ValueError(
+                f"classes must be {tuple(t.shape)}, one an image, since num_classes={self.class_embedding.num_embeddings}; got {given}"
+            )
         return embedding + self.class_embedding(classes)
 
 
@@ -200,7 +237,13 @@ def level_sizes(resolution: int | tuple[int, int], num_levels: int) -> list[tupl
     height, width = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
     factor = 2 ** (num_levels - 1)
     if min(height, width) < factor or height % factor or width % factor:
-        near = sorted({max(factor, side // factor * factor + step * factor) for side in (height, width) for step in (0, 1)})
+        near = sorted(
+            {
+                max(factor, side // factor * factor + step * factor)
+                for side in (height, width)
+                for step in (0, 1)
+            }
+        )
         raise ValueError(
             f"resolution={resolution} must be divisible by {factor}, since {num_levels} levels halve it {num_levels - 1} times; "
             f"near: {', '.join(map(str, near))}"
@@ -208,12 +251,18 @@ def level_sizes(resolution: int | tuple[int, int], num_levels: int) -> list[tupl
     return [(height >> level, width >> level) for level in range(num_levels)]
 
 
-def _level_widths(base_channels: int, channel_multipliers: Sequence[int], norm_groups: int) -> list[int]:
+def _level_widths(
+    base_channels: int, channel_multipliers: Sequence[int], norm_groups: int
+) -> list[int]:
     if base_channels < 4 or base_channels % 2:
-        raise ValueError(f"base_channels={base_channels} must be even and at least 4 (half sines, half cosines)")
+        raise ValueError(
+            f"base_channels={base_channels} must be even and at least 4 (half sines, half cosines)"
+        )
     for multiplier in channel_multipliers:
         if multiplier < 1 or base_channels * multiplier % norm_groups:
-            raise ValueError(f"channel_multipliers has {multiplier}: its width {base_channels * multiplier} must be divisible by norm_groups={norm_groups}")
+            raise ValueError(
+                f"channel_multipliers has {multiplier}: its width {base_channels * multiplier} must be divisible by norm_groups={norm_groups}"
+            )
     return [base_channels * multiplier for multiplier in channel_multipliers]
 
 
@@ -221,7 +270,9 @@ def _check_attention(attention_resolutions: Sequence[int], sides: list[int]) -> 
     for side in attention_resolutions:
         if side not in sides:
             levels = ", ".join(map(str, sides))
-            raise ValueError(f"attention_resolutions has {side}, which no level has; the levels have {levels}; give [{sides[-1]}], say")
+            raise ValueError(
+                f"attention_resolutions has {side}, which no level has; the levels have {levels}; give [{sides[-1]}], say"
+            )
 
 
 def _check_counts(**counts: int | None) -> None:

@@ -22,7 +22,9 @@ class TimeMlp(nn.Module):
 
     def __init__(self, width: int, out_width: int) -> None:
         super().__init__()
-        frequencies = torch.exp(-math.log(10000) * torch.arange(0, width, 2, dtype=torch.float64) / width)
+        frequencies = torch.exp(
+            -math.log(10000) * torch.arange(0, width, 2, dtype=torch.float64) / width
+        )
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
         self.linear_1 = nn.Linear(width, out_width)
         self.linear_2 = nn.Linear(out_width, out_width)
@@ -44,7 +46,11 @@ class PostNormResBlock(nn.Module):
         self.half_1 = _convolution_norm_swish(in_channels, out_channels)
         self.time_projection = nn.Linear(TIME_WIDTH, out_channels)
         self.half_2 = _convolution_norm_swish(out_channels, out_channels)
-        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = (
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1)
+        )
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x: (B, C, H, W).    time: (B, 512), after its swish."""
@@ -72,10 +78,19 @@ class PostNormAttention(nn.Module):
 class Stage(nn.Module):
     """Two residual blocks, each followed by attention where the stage has it, then a resampling."""
 
-    def __init__(self, in_channels: int, out_channels: int, resample: nn.Module, attention: bool = False) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, resample: nn.Module, attention: bool = False
+    ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList([PostNormResBlock(in_channels, out_channels), PostNormResBlock(out_channels, out_channels)])
-        self.attentions = nn.ModuleList([PostNormAttention(out_channels) if attention else nn.Identity() for _ in self.resnets])
+        self.resnets = nn.ModuleList(
+            [
+                PostNormResBlock(in_channels, out_channels),
+                PostNormResBlock(out_channels, out_channels),
+            ]
+        )
+        self.attentions = nn.ModuleList(
+            [PostNormAttention(out_channels) if attention else nn.Identity() for _ in self.resnets]
+        )
         self.resample = resample
         self.recomputes = False
 
@@ -98,7 +113,9 @@ class ReadmeUNet(nn.Module):
     resolution: pixels, an int or (height, width), divisible by 32.    Raises ValueError, naming the argument, if it is not.
     """
 
-    def __init__(self, resolution: int | tuple[int, int], in_channels: int, out_channels: int) -> None:
+    def __init__(
+        self, resolution: int | tuple[int, int], in_channels: int, out_channels: int
+    ) -> None:
         super().__init__()
         _check(resolution, in_channels, out_channels)
         self.time_mlp = TimeMlp(128, TIME_WIDTH)
@@ -147,7 +164,11 @@ class ReadmeUNet(nn.Module):
 
 
 def _convolution_norm_swish(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.GroupNorm(NORM_GROUPS, out_channels), nn.SiLU())
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        nn.GroupNorm(NORM_GROUPS, out_channels),
+        nn.SiLU(),
+    )
 
 
 def _downsample(channels: int) -> nn.Module:
@@ -155,13 +176,18 @@ def _downsample(channels: int) -> nn.Module:
 
 
 def _upsample(channels: int) -> nn.Module:
-    return nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), nn.Conv2d(channels, channels, 3, padding=1))
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+        nn.Conv2d(channels, channels, 3, padding=1),
+    )
 
 
 def _check(resolution: int | tuple[int, int], in_channels: int, out_channels: int) -> None:
     for side in (resolution,) if isinstance(resolution, int) else resolution:
         if side < 32 or side % 32:
-            raise ValueError(f"resolution={resolution} must be divisible by 32, since each of the five levels halves it")
+            raise ValueError(
+                f"resolution={resolution} must be divisible by 32, since each of the five levels halves it"
+            )
     for name, count in (("in_channels", in_channels), ("out_channels", out_channels)):
         if count < 1:
             raise ValueError(f"{name}={count} must be at least 1")

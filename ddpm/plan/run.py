@@ -95,7 +95,9 @@ def _show_sizes(config: Config, needs: Sizes, num_steps: int | None) -> None:
         "network",
         f"{needs.parameters:,} parameters, {forward:.1f} GFLOP an image forward, about 3 times that to train",
     )
-    attention = [f"{height}x{width} in {count} blocks" for (height, width), count in needs.attention.items()]
+    attention = [
+        f"{height}x{width} in {count} blocks" for (height, width), count in needs.attention.items()
+    ]
     _show("attention", ", ".join(attention) or "none")
     images = "number of images unknown until they are read"
     if data.num_images:
@@ -128,7 +130,9 @@ def _show_recipe(recipe: Recipe, verdicts: list[Verdict]) -> None:
     failed = [verdict for verdict in verdicts if verdict.passed is False]
     if failed:
         first = failed[0]
-        raise ValueError(f"recipe.expect.{first.what} expects {first.expected}, and the run has {first.found} ({len(failed)} of {len(verdicts)} fail)")
+        raise ValueError(
+            f"recipe.expect.{first.what} expects {first.expected}, and the run has {first.found} ({len(failed)} of {len(verdicts)} fail)"
+        )
 
 
 def _time(
@@ -152,7 +156,9 @@ def _time(
     return f"{together:,.4g} images/s, {hours:,.1f} hours; started now, done {_when(left)}"
 
 
-def expectations(config: Config, expect: Expect, needs: Sizes, num_steps: int | None) -> list[Verdict]:
+def expectations(
+    config: Config, expect: Expect, needs: Sizes, num_steps: int | None
+) -> list[Verdict]:
     """Each expectation of a recipe against what its configuration comes to.
 
     Published figures take a trained network, and so have no verdict.

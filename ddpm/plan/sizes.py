@@ -26,7 +26,10 @@ def sizes(config: Config) -> Sizes:
     """What the network of a run needs, found on the meta device: no memory, no arithmetic."""
     meta = torch.device("meta")
     network = build.network(config, meta, config.data.num_classes or 1).train()
-    x, t = torch.zeros(1, config.data.channels, *build.image_size(config.data), device=meta), torch.zeros(1, dtype=torch.int64, device=meta)
+    x, t = (
+        torch.zeros(1, config.data.channels, *build.image_size(config.data), device=meta),
+        torch.zeros(1, dtype=torch.int64, device=meta),
+    )
     inputs = (x, t, t) if config.training.conditional else (x, t)
     saved: dict[int, int] = {}
     own = {id(parameter) for parameter in network.parameters()}
@@ -41,7 +44,9 @@ def sizes(config: Config) -> Sizes:
     kept: list[torch.UntypedStorage] = []
     attention: Counter[tuple[int, int]] = Counter()
     hooks = [
-        module.register_forward_pre_hook(lambda module, args: attention.update([tuple(args[0].shape[2:])]))
+        module.register_forward_pre_hook(
+            lambda module, args: attention.update([tuple(args[0].shape[2:])])
+        )
         for module in network.modules()
         if isinstance(module, AttentionBlock)
     ]
@@ -57,7 +62,11 @@ def sizes(config: Config) -> Sizes:
 
 def images_at_once(config: Config) -> int:
     """Images that one device takes at once, if they fit its memory."""
-    return config.training.batch_size if config.runtime.device_batch == "auto" else min(config.runtime.device_batch, config.training.batch_size)
+    return (
+        config.training.batch_size
+        if config.runtime.device_batch == "auto"
+        else min(config.runtime.device_batch, config.training.batch_size)
+    )
 
 
 def steps_per_epoch(config: Config) -> int | None:
@@ -77,10 +86,14 @@ def number_of_steps(config: Config) -> int | None:
     return of_epoch * (config.training.epochs or 0) if of_epoch is not None else None
 
 
-BACKWARD_SHARE = 2 / 3  # of a training step: the backward pass has twice the products of the forward one
+BACKWARD_SHARE = (
+    2 / 3
+)  # of a training step: the backward pass has twice the products of the forward one
 
 
-def expected_speed(speed: float, devices: int, batch_size: int, gradient_bytes: int, bandwidth: float) -> float:
+def expected_speed(
+    speed: float, devices: int, batch_size: int, gradient_bytes: int, bandwidth: float
+) -> float:
     """Images/s of `devices` devices that share a global batch, from the images/s of one.
 
     bandwidth: bytes/s that a device sends while all do. A ring all-reduce sends 2 (n - 1) / n of the gradients from each device; what the backward pass

@@ -86,7 +86,9 @@ class SamplerStep:
         compiled: Compile the network, at the first step.
     """
 
-    def __init__(self, config: Config, device: torch.device, batch: int, compiled: bool = False) -> None:
+    def __init__(
+        self, config: Config, device: torch.device, batch: int, compiled: bool = False
+    ) -> None:
         num_classes = config.data.num_classes or 1
         network = build.network(config, device, num_classes)
         if compiled:
@@ -121,14 +123,25 @@ class TimedBatches(Batches):
 class HostWaits(TorchDispatchMode):
     """Counts, in `count`, the operations that make the host wait for the device: a number read, or a tensor copied to the host's memory."""
 
-    READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+    READS = (
+        torch.ops.aten._local_scalar_dense,
+        torch.ops.aten.equal,
+        torch.ops.aten.nonzero,
+        torch.ops.aten.masked_select,
+    )
     COPIES = (torch.ops.aten._to_copy, torch.ops.aten.copy_)
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in self.READS:
             self.count += 1
@@ -140,7 +153,9 @@ class HostWaits(TorchDispatchMode):
 
 def random_images(config: Config, count: int) -> np.ndarray:
     """Random pictures of the run's shape: (count, C, H, W) uint8."""
-    return np.random.default_rng(0).integers(0, 256, (count, config.data.channels, *build.image_size(config.data)), dtype=np.uint8)
+    return np.random.default_rng(0).integers(
+        0, 256, (count, config.data.channels, *build.image_size(config.data)), dtype=np.uint8
+    )
 
 
 def matrix_products(device: torch.device, dtype: torch.dtype, size: int) -> dict[str, float]:
@@ -149,10 +164,14 @@ def matrix_products(device: torch.device, dtype: torch.dtype, size: int) -> dict
     They may differ: on a CPU the one is MKL's, the other oneDNN's.
     """
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    rows = a.reshape(16, 1, size // 16, size).permute(0, 3, 1, 2)  # channels_last; a batch of 16, below which one thread has MKL's here too
+    rows = a.reshape(16, 1, size // 16, size).permute(
+        0, 3, 1, 2
+    )  # channels_last; a batch of 16, below which one thread has MKL's here too
     return {
         "torch.mm": 2 * size**3 / _best_of_ten(lambda: torch.mm(a, b), device),
-        "1x1 convolution": 2 * size**3 / _best_of_ten(lambda: F.conv2d(rows, b[:, :, None, None]), device),
+        "1x1 convolution": 2
+        * size**3
+        / _best_of_ten(lambda: F.conv2d(rows, b[:, :, None, None]), device),
     }
 
 

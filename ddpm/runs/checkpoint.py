@@ -36,7 +36,12 @@ class Checkpoint:
 
     def load(self) -> dict[str, Any]:
         """What `save` was given, on the CPU.    Raises ValueError if a file holds anything but tensors and plain values."""
-        return {**self.state(), "step": self.step, "model": self.weights("raw"), "ema": self.weights("ema")}
+        return {
+            **self.state(),
+            "step": self.step,
+            "model": self.weights("raw"),
+            "ema": self.weights("ema"),
+        }
 
     def state(self) -> dict[str, Any]:
         """All else that a resume needs, on the CPU: what `save` was given.    Raises ValueError if the file holds anything but tensors and plain values."""
@@ -44,7 +49,9 @@ class Checkpoint:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{file} holds more than tensors and plain values, so it is left unread ({str(error).splitlines()[0]})") from error
+            raise ValueError(
+                f"{file} holds more than tensors and plain values, so it is left unread ({str(error).splitlines()[0]})"
+            ) from error
 
     def damage(self) -> str | None:
         """What is wrong with the files, by the checksums that were written with them; None for a whole checkpoint."""
@@ -61,7 +68,9 @@ class Checkpoint:
         return None
 
 
-def save(checkpoints: Path, state: dict[str, Any], keep: int, best: int | None = None) -> Checkpoint:
+def save(
+    checkpoints: Path, state: dict[str, Any], keep: int, best: int | None = None
+) -> Checkpoint:
     """Writes a checkpoint, points `latest` at it, and drops all but the newest `keep` and that of step `best`.
 
     Args:
@@ -81,13 +90,17 @@ def save(checkpoints: Path, state: dict[str, Any], keep: int, best: int | None =
         with files.whole(folder) as scratch:
             scratch.mkdir()
             for kind, tensors in weights.items():
-                plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+                plain = {
+                    name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
+                }
                 save_file(plain, scratch / f"{kind}.safetensors")
             torch.save(rest, scratch / "state.pt")
             sums = {file.name: files.sha256(file) for file in sorted(scratch.iterdir())}
             (scratch / "meta.json").write_text(json.dumps({"step": step, "sha256": sums}))
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError is torch.save's
-        raise ValueError(f"{folder} cannot be written, and those before it stay: {error}") from error
+        raise ValueError(
+            f"{folder} cannot be written, and those before it stay: {error}"
+        ) from error
     files.write_text(checkpoints / "latest", folder.name + "\n")
     for old in all_in(checkpoints)[:-keep]:
         if old.step != best:
@@ -97,8 +110,15 @@ def save(checkpoints: Path, state: dict[str, Any], keep: int, best: int | None =
 
 def all_in(checkpoints: Path) -> list[Checkpoint]:
     """The whole checkpoints of a run, oldest first."""
-    folders = [folder for folder in checkpoints.glob(f"{_PREFIX}{'[0-9]' * 8}") if (folder / "meta.json").is_file()]
-    return sorted((Checkpoint(folder, int(folder.name.removeprefix(_PREFIX))) for folder in folders), key=lambda found: found.step)
+    folders = [
+        folder
+        for folder in checkpoints.glob(f"{_PREFIX}{'[0-9]' * 8}")
+        if (folder / "meta.json").is_file()
+    ]
+    return sorted(
+        (Checkpoint(folder, int(folder.name.removeprefix(_PREFIX))) for folder in folders),
+        key=lambda found: found.step,
+    )
 
 
 def newest_whole(checkpoints: Path) -> Checkpoint | None:
@@ -134,4 +154,6 @@ def find(checkpoints: Path, step: int | None = None) -> Checkpoint:
             if damage is not None:
                 raise ValueError(f"step={step}: {checkpoint.folder} is damaged: {damage}")
             return checkpoint
-    raise ValueError(f"step={step} has no checkpoint; there are {', '.join(str(checkpoint.step) for checkpoint in found)}")
+    raise ValueError(
+        f"step={step} has no checkpoint; there are {', '.join(str(checkpoint.step) for checkpoint in found)}"
+    )

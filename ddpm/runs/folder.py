@@ -36,16 +36,34 @@ class RunFolder:
         """
         file = self.path / "config.yaml"
         if not file.is_file():
-            below = sorted({str(found.parent) for depth in ("*", "*/*") for found in self.path.glob(f"{depth}/config.yaml")})
-            more = f"; below it are {', '.join(below[:5])}" if below else "" if self.path.is_dir() else f"; it is not there, seen from {Path.cwd()}"
+            below = sorted(
+                {
+                    str(found.parent)
+                    for depth in ("*", "*/*")
+                    for found in self.path.glob(f"{depth}/config.yaml")
+                }
+            )
+            more = (
+                f"; below it are {', '.join(below[:5])}"
+                if below
+                else ""
+                if self.path.is_dir()
+                else f"; it is not there, seen from {Path.cwd()}"
+            )
             raise ValueError(f"{key}={self.path} is no run folder: it has no config.yaml{more}")
         try:
             plain = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{key}={self.path} is no run folder: its config.yaml cannot be read ({error})") from error
+            raise ValueError(
+                f"{key}={self.path} is no run folder: its config.yaml cannot be read ({error})"
+            ) from error
         if not isinstance(plain, dict) or not isinstance(plain.get("runtime"), dict):
-            raise ValueError(f"{key}={self.path} is no run folder: its config.yaml is not one of ddpm.train")
-        return read_config({**plain, "runtime": {**plain["runtime"], "trusted_modules": trusted_modules}})
+            raise ValueError(
+                f"{key}={self.path} is no run folder: its config.yaml is not one of ddpm.train"
+            )
+        return read_config(
+            {**plain, "runtime": {**plain["runtime"], "trusted_modules": trusted_modules}}
+        )
 
     def record(self) -> dict[str, Any]:
         """run.json, empty before the first start."""
@@ -53,13 +71,17 @@ class RunFolder:
         try:
             return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         except ValueError as error:
-            raise ValueError(f"{file} cannot be read ({error}); remove it, and the run starts from its newest checkpoint") from error
+            raise ValueError(
+                f"{file} cannot be read ({error}); remove it, and the run starts from its newest checkpoint"
+            ) from error
 
     def classes(self) -> list[str]:
         """Names of the classes of the run's data.    Raises ValueError if the run was never started."""
         data = self.record().get("data")
         if not isinstance(data, dict) or "classes" not in data:
-            raise ValueError(f"run={self.path} has no run.json that tells of its data; start its training once more")
+            raise ValueError(
+                f"run={self.path} has no run.json that tells of its data; start its training once more"
+            )
         return data["classes"]
 
     def choices(self) -> dict[str, str]:
@@ -82,10 +104,18 @@ class RunFolder:
         """Make the folder if need be, and write down what is being started."""
         (self.path / ".hydra").mkdir(parents=True, exist_ok=True)
         self.samples.mkdir(exist_ok=True)
-        write_text(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        write_text(
+            self.path / "config.yaml",
+            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
+        )
         write_text(self.path / ".hydra" / "overrides.yaml", yaml.safe_dump(composed.overrides))
         write_text(self.path / ".hydra" / "choices.yaml", yaml.safe_dump(composed.choices))
-        self.update(status="running", command=[Path(sys.argv[0]).name, *sys.argv[1:]], started=_now(), **_provenance())
+        self.update(
+            status="running",
+            command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+            started=_now(),
+            **_provenance(),
+        )
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -96,12 +126,18 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / ".lock"
         try:
-            with lock(file, wait=0.5):  # `status` holds it for an instant, to see whether a run is alive
-                file.write_text(f"process {os.getpid()} on {platform.node()} since {_now()}\n", encoding="utf-8")
+            with lock(
+                file, wait=0.5
+            ):  # `status` holds it for an instant, to see whether a run is alive
+                file.write_text(
+                    f"process {os.getpid()} on {platform.node()} since {_now()}\n", encoding="utf-8"
+                )
                 yield
         except Timeout:
             holder = file.read_text(encoding="utf-8").strip() or "another process"
-            raise ValueError(f"run {self.path} is being trained by {holder}; wait for it, or stop it") from None
+            raise ValueError(
+                f"run {self.path} is being trained by {holder}; wait for it, or stop it"
+            ) from None
 
     def update(self, **values: Any) -> None:
         """Change entries of run.json."""
@@ -110,8 +146,20 @@ class RunFolder:
 
 
 def _provenance() -> dict[str, Any]:
-    packages = ("accelerate", "hydra-core", "omegaconf", "datasets", "numpy", "pillow", "safetensors")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, **{name: metadata.version(name) for name in packages}}
+    packages = (
+        "accelerate",
+        "hydra-core",
+        "omegaconf",
+        "datasets",
+        "numpy",
+        "pillow",
+        "safetensors",
+    )
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: metadata.version(name) for name in packages},
+    }
     return {"git": _git(), "versions": versions, "platform": platform.platform()}
 
 
@@ -120,10 +168,19 @@ def _git() -> dict[str, Any] | None:
 
     def ask(*words: str) -> str:
         folder = Path(__file__).resolve().parent
-        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(folder), *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
 
     try:
-        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+        return {
+            "commit": ask("rev-parse", "HEAD"),
+            "dirty": bool(ask("status", "--porcelain", "--untracked-files=no")),
+        }
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -20,7 +20,13 @@ NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no pa
     "resume": True,
     "recipe": True,
     "init_weights": True,  # stands where init_from does
-    "data": {"path": True, "cache": True, "max_unreadable": True, "num_images": True, "source": {"path": True}},
+    "data": {
+        "path": True,
+        "cache": True,
+        "max_unreadable": True,
+        "num_images": True,
+        "source": {"path": True},
+    },
 }
 
 
@@ -35,15 +41,32 @@ def locate(config: Config, composed: Composed) -> RunFolder:
         shown["init_from"] = Path(config.init_from).expanduser().resolve().name[-60:]
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:8]
     name = f"{composed.choices['model']}-{_typable(mine['data']['name'])}"
-    own = _own_settings(composed.choices["model"], composed.choices["data"], path, composed.config_dir, tuple(config.runtime.trusted_modules))
+    own = _own_settings(
+        composed.choices["model"],
+        composed.choices["data"],
+        path,
+        composed.config_dir,
+        tuple(config.runtime.trusted_modules),
+    )
     return RunFolder(Path(config.outputs) / name / f"{_difference(shown, own)}-{digest}")
 
 
 @functools.cache
-def _own_settings(model: str, data: str, path: str | None, config_dir: str | None, trusted: tuple[str, ...]) -> dict[str, Any]:
+def _own_settings(
+    model: str, data: str, path: str | None, config_dir: str | None, trusted: tuple[str, ...]
+) -> dict[str, Any]:
     """What a model and a data set are computed with if nothing else is said."""
     pair = [f"model={model}", f"data={data}", f"runtime.trusted_modules=[{','.join(trusted)}]"]
-    return flat(identity(training_config(compose([*pair, *([f"data.path={_quoted(path)}"] if path else [])], config_dir=config_dir))))
+    return flat(
+        identity(
+            training_config(
+                compose(
+                    [*pair, *([f"data.path={_quoted(path)}"] if path else [])],
+                    config_dir=config_dir,
+                )
+            )
+        )
+    )
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -54,7 +77,9 @@ def identity(config: Config) -> dict[str, Any]:
     else:
         assert config.init_weights is not None, "weights.folders.with_initial_weights comes first"
         half["init_from"] = config.init_weights
-    del half["training"]["steps" if config.training.steps is None else "epochs"]  # the unit not used
+    del half["training"][
+        "steps" if config.training.steps is None else "epochs"
+    ]  # the unit not used
     if config.data.name == "folder" and config.data.path:
         half["data"]["name"] = Path(config.data.path).expanduser().resolve().name
     return half
@@ -64,7 +89,11 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as dotted keys."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+        leaves.update(
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return leaves
 
 
@@ -74,13 +103,34 @@ def hparams(run: RunFolder, config: Config, num_steps: int) -> dict[str, float |
     chosen = run.choices()
     options = {
         group: chosen.get(group, "None").replace("None", "none")
-        for group in ("experiment", "model", "data", "schedule", "objective", "optimizer", "lr_schedule")
+        for group in (
+            "experiment",
+            "model",
+            "data",
+            "schedule",
+            "objective",
+            "optimizer",
+            "lr_schedule",
+        )
     }
     half = flat(config.model_dump(mode="json"))
-    numbers = {key: half.get(key) for key in ("optimizer.lr", "lr_schedule.warmup_steps", "data.holdout", "data.flip", "seed")}
-    numbers |= {key: value for key, value in half.items() if key.startswith("training.") and key not in ("training.steps", "training.epochs")}
+    numbers = {
+        key: half.get(key)
+        for key in ("optimizer.lr", "lr_schedule.warmup_steps", "data.holdout", "data.flip", "seed")
+    }
+    numbers |= {
+        key: value
+        for key, value in half.items()
+        if key.startswith("training.") and key not in ("training.steps", "training.epochs")
+    }
     name = run.path.name.rpartition("-")[0]
-    return {**options, **numbers, "training.steps": num_steps, "resolution": str(config.data.resolution), "differs": name}
+    return {
+        **options,
+        **numbers,
+        "training.steps": num_steps,
+        "resolution": str(config.data.resolution),
+        "differs": name,
+    }
 
 
 def _difference(mine: dict[str, Any], recipe: dict[str, Any], longest: int = 120) -> str:
@@ -88,7 +138,11 @@ def _difference(mine: dict[str, Any], recipe: dict[str, Any], longest: int = 120
     for key, value in mine.items():
         if key not in recipe or recipe[key] != value:
             short = str(value).rpartition(".")[2] if key.endswith("._target_") else value
-            parts.append(_typable(f"{key.removesuffix('._target_')}-{'x'.join(map(str, short)) if isinstance(short, list) else short}"))
+            parts.append(
+                _typable(
+                    f"{key.removesuffix('._target_')}-{'x'.join(map(str, short)) if isinstance(short, list) else short}"
+                )
+            )
     while parts and len("_".join(parts)) > longest:  # the hash still tells such runs apart
         parts.pop()
     return "_".join(parts) or "recipe"
@@ -96,7 +150,13 @@ def _difference(mine: dict[str, Any], recipe: dict[str, Any], longest: int = 120
 
 def _quoted(text: str) -> str:
     """Text as Hydra's command line takes it whatever is in it: backslashes count only before a quote or at the end."""
-    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text, count=0) + "'"
+    return (
+        "'"
+        + re.sub(
+            r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text, count=0
+        )
+        + "'"
+    )
 
 
 def _typable(text: str) -> str:

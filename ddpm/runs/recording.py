@@ -11,7 +11,11 @@ import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
+from tensorboard.plugins.hparams.plugin_data_pb2 import (
+    HParamsPluginData,
+    SessionEndInfo,
+    SessionStartInfo,
+)
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import scalar
@@ -59,7 +63,9 @@ class Recorder:
                 start.hparams[key].number_value = value
             else:
                 start.hparams[key].string_value = "none" if value is None else value
-        self._board._get_file_writer().add_summary(_hparams(metadata.SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=start)))
+        self._board._get_file_writer().add_summary(
+            _hparams(metadata.SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=start))
+        )
         self._board.add_custom_scalars(LAYOUT)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -99,12 +105,25 @@ def conclude(folder: Path, status: Status, step: int, values: Mapping[str, float
     files = sorted(folder.glob("events.out.tfevents.*"))
     if not files:
         return
-    ended = {"complete": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE, "preempted": api_pb2.STATUS_UNKNOWN}[status]
+    ended = {
+        "complete": api_pb2.STATUS_SUCCESS,
+        "failed": api_pb2.STATUS_FAILURE,
+        "preempted": api_pb2.STATUS_UNKNOWN,
+    }[status]
     end = SessionEndInfo(status=ended, end_time_secs=time.time())
     now = time.time()
     events = [Event(wall_time=now, file_version="brain.Event:2")]
-    events += [Event(wall_time=now, step=step, summary=scalar(tag, value)) for tag, value in values.items()]
-    events.append(Event(wall_time=now, summary=_hparams(metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=end))))
+    events += [
+        Event(wall_time=now, step=step, summary=scalar(tag, value)) for tag, value in values.items()
+    ]
+    events.append(
+        Event(
+            wall_time=now,
+            summary=_hparams(
+                metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=end)
+            ),
+        )
+    )
     content = io.BytesIO()
     for event in events:
         RecordWriter(content).write(event.SerializeToString())
@@ -115,7 +134,9 @@ _CONCLUSION = ".end"  # after the newest file's name: TensorBoard reads a folder
 
 
 def _forget_conclusion(folder: Path) -> None:
-    for file in folder.glob(f"*events.out.tfevents.*{_CONCLUSION}*"):  # also what a crash left half written
+    for file in folder.glob(
+        f"*events.out.tfevents.*{_CONCLUSION}*"
+    ):  # also what a crash left half written
         file.unlink()
 
 

@@ -13,7 +13,11 @@ from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import NOT_COMPUTED, flat, without
 from ddpm.system.files import write_text
 
-PARTS = ("loss_t", "channel_", "bits_per_dim_")  # one timestep bucket, one channel, one term of the bound
+PARTS = (
+    "loss_t",
+    "channel_",
+    "bits_per_dim_",
+)  # one timestep bucket, one channel, one term of the bound
 WINDOW = 0.1  # share of a run's steps that a loss is averaged over, so that runs with other log intervals compare
 
 
@@ -44,7 +48,9 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
 
 
-def windowed(records: Sequence[tuple[int, float]], share: float = WINDOW) -> list[tuple[int, float]]:
+def windowed(
+    records: Sequence[tuple[int, float]], share: float = WINDOW
+) -> list[tuple[int, float]]:
     """At each report the mean loss of the steps before it, of at least the last report and at most `share` of all steps."""
     steps = [0, *(step for step, _ in records)]
     sums = [0.0]
@@ -62,21 +68,35 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
     found = []
     means = windowed(losses(run.path))
     if means:
-        decides = {key: value for group in ("schedule", "objective") for key, value in flat({group: config.get(group) or {}}).items()}
+        decides = {
+            key: value
+            for group in ("schedule", "objective")
+            for key, value in flat({group: config.get(group) or {}}).items()
+        }
         protocol = {"data": (run.record().get("data") or {}).get("fingerprint"), **decides}
         lowest = min(means, key=lambda mean: mean[1])
         found.append(Result("loss", protocol, (means[-1][1], means[-1][0]), (lowest[1], lowest[0])))
     entries: dict[str, list[dict[str, Any]]] = {}
     for entry in recorded(run.path / "evaluation.json"):
         protocol = {key: value for key, value in entry["protocol"].items() if key != "step"}
-        entries.setdefault(json.dumps([entry["metric"], protocol], sort_keys=True), []).append(entry)
+        entries.setdefault(json.dumps([entry["metric"], protocol], sort_keys=True), []).append(
+            entry
+        )
     for same in entries.values():
         last = max(same, key=lambda entry: entry["protocol"]["step"])
         choose = better(last["metric"])
         chosen = choose(same, key=lambda entry: entry["value"]) if choose is not None else None
         best = None if chosen is None else (chosen["value"], chosen["protocol"]["step"])
         protocol = {key: value for key, value in last["protocol"].items() if key != "step"}
-        found.append(Result(last["metric"], protocol, (last["value"], last["protocol"]["step"]), best, last["deviation"]))
+        found.append(
+            Result(
+                last["metric"],
+                protocol,
+                (last["value"], last["protocol"]["step"]),
+                best,
+                last["deviation"],
+            )
+        )
     return found
 
 
@@ -124,16 +144,26 @@ class Measurement:
 
 def name(metric: str, protocol: Mapping[str, Any]) -> str:
     """A metric and its protocol, without the step, in one word."""
-    said = [str(protocol[key]) for key in ("split", "extractor", "sampler", "weights") if key in protocol]
+    said = [
+        str(protocol[key])
+        for key in ("split", "extractor", "sampler", "weights")
+        if key in protocol
+    ]
     count = protocol["count"]
-    return ":".join([f"{metric}@{count // 1000}k" if count % 1000 == 0 else f"{metric}@{count}", *said])
+    return ":".join(
+        [f"{metric}@{count // 1000}k" if count % 1000 == 0 else f"{metric}@{count}", *said]
+    )
 
 
 def better(metric: str) -> Callable[..., Any] | None:
     """min or max, whichever of two values of a metric is the better; None where neither is in itself (a colour gap, a ratio of nearest distances)."""
     if metric.startswith(("fid", "fd_", "kid", "kd_", "bits_per_dim", "loss_", "rmse")):
         return min
-    return max if metric.startswith(("inception_score", "class_score_", "precision", "recall")) else None
+    return (
+        max
+        if metric.startswith(("inception_score", "class_score_", "precision", "recall"))
+        else None
+    )
 
 
 def record(path: Path, figures: Sequence[Measurement]) -> None:
@@ -183,7 +213,14 @@ def read(run: RunFolder) -> Compared:
     try:
         plain = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
         plain = plain if isinstance(plain, dict) else {}
-        return Compared(run, flat(without(plain, NOT_COMPUTED)), run.choices(), run.record(), read_results(run, plain), run.status())
+        return Compared(
+            run,
+            flat(without(plain, NOT_COMPUTED)),
+            run.choices(),
+            run.record(),
+            read_results(run, plain),
+            run.status(),
+        )
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         return Compared(run, {}, {}, {}, [], f"unreadable ({' '.join(str(error).split())[:60]})")
 
@@ -191,7 +228,10 @@ def read(run: RunFolder) -> Compared:
 def summary(found: Compared) -> dict[str, str]:
     """How a run stands, by column, for a line of a table."""
     loss = next((result for result in found.results if result.metric == "loss"), None)
-    best = next((result for result in found.results if result.metric != "loss" and result.best is not None), None)
+    best = next(
+        (result for result in found.results if result.metric != "loss" and result.best is not None),
+        None,
+    )
     return {
         "status": found.status,
         "steps": _steps(found),

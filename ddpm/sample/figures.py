@@ -24,10 +24,19 @@ class Figure(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
-def progressive(drawing: Drawing, count: int, classes: Sequence[int] | None, frames: int = 20) -> Figure:
+def progressive(
+    drawing: Drawing, count: int, classes: Sequence[int] | None, frames: int = 20
+) -> Figure:
     """x0_hat over the reverse process (Ho et al. 2020, Fig. 6): of `frames` equal windows of steps the last each; the last frame is the sample itself."""
     visited = drawing.timesteps
-    kept = {visited[(index + 1) * len(visited) // frames - 1] for index in range(min(frames, len(visited)))} if len(visited) >= frames else set(visited)
+    kept = (
+        {
+            visited[(index + 1) * len(visited) // frames - 1]
+            for index in range(min(frames, len(visited)))
+        }
+        if len(visited) >= frames
+        else set(visited)
+    )
     found: dict[int, Tensor] = {}
 
     def watch(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
@@ -39,10 +48,20 @@ def progressive(drawing: Drawing, count: int, classes: Sequence[int] | None, fra
     order = sorted(found, reverse=True)
     stacked = torch.stack([found[t] for t in order], dim=1)  # (image, frame, C, H, W)
     arrays = {"x0_hat": stacked.cpu().numpy(), "timesteps": np.array(order)}
-    return Figure([images.to_uint8(row) for row in stacked], [f"image {index}" for index in range(count)], [f"t={t + 1}" for t in order], arrays)
+    return Figure(
+        [images.to_uint8(row) for row in stacked],
+        [f"image {index}" for index in range(count)],
+        [f"t={t + 1}" for t in order],
+        arrays,
+    )
 
 
-def shared_latents(drawing: Drawing, count: int, classes: Sequence[int] | None, shares: Sequence[float] = (1.0, 0.75, 0.5, 0.25)) -> Figure:
+def shared_latents(
+    drawing: Drawing,
+    count: int,
+    classes: Sequence[int] | None,
+    shares: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
+) -> Figure:
     """Samples that share the first part of their chain (Ho et al. 2020, Fig. 7): a row for each t where they part, x_t first, then `count` samples.
 
     shares: t as shares of T; the nearest visited timestep is taken.    classes: of the images; the first is that of all here.
@@ -60,13 +79,26 @@ def shared_latents(drawing: Drawing, count: int, classes: Sequence[int] | None, 
     branches = range(count)
     rows, samples = [], []
     for split in splits:
-        noise = step_noise(drawing.shape, branches, drawing.seed + 1, drawing.device)  # each branch its own later noise
+        noise = step_noise(
+            drawing.shape, branches, drawing.seed + 1, drawing.device
+        )  # each branch its own later noise
         x = found[split].expand(count, -1, -1, -1).contiguous(memory_format=torch.channels_last)
-        drawn = drawing.walk(x, [t for t in visited if t <= split], noise, None if one is None else [one[0]] * count)
+        drawn = drawing.walk(
+            x, [t for t in visited if t <= split], noise, None if one is None else [one[0]] * count
+        )
         samples.append(drawn.cpu().numpy())
         rows.append(images.to_uint8(torch.cat([found[split], drawn])))
-    arrays = {"x_t": np.stack([found[split].cpu().numpy()[0] for split in splits]), "samples": np.stack(samples), "timesteps": np.array(splits)}
-    return Figure(rows, [f"parted at t={split + 1}" for split in splits], ["x_t", *(f"{branch}" for branch in branches)], arrays)
+    arrays = {
+        "x_t": np.stack([found[split].cpu().numpy()[0] for split in splits]),
+        "samples": np.stack(samples),
+        "timesteps": np.array(splits),
+    }
+    return Figure(
+        rows,
+        [f"parted at t={split + 1}" for split in splits],
+        ["x_t", *(f"{branch}" for branch in branches)],
+        arrays,
+    )
 
 
 def interpolate(drawing: Drawing, pair: Tensor, classes: Sequence[int] | None, t: int) -> Figure:
@@ -77,8 +109,17 @@ def interpolate(drawing: Drawing, pair: Tensor, classes: Sequence[int] | None, t
     shares = [index / 10 for index in range(11)]
     decoded, used = _mixed(drawing, pair, classes, t, shares)
     row = torch.cat([pair[:1], decoded, pair[1:]])
-    arrays = {"sources": pair.cpu().numpy(), "decoded": decoded.cpu().numpy(), "lambdas": np.array(shares)}
-    return Figure([images.to_uint8(row)], [f"t={used}"], ["source", *(f"{share:.1f}" for share in shares), "source"], arrays)
+    arrays = {
+        "sources": pair.cpu().numpy(),
+        "decoded": decoded.cpu().numpy(),
+        "lambdas": np.array(shares),
+    }
+    return Figure(
+        [images.to_uint8(row)],
+        [f"t={used}"],
+        ["source", *(f"{share:.1f}" for share in shares), "source"],
+        arrays,
+    )
 
 
 def interpolate_coarse(drawing: Drawing, pair: Tensor, classes: Sequence[int] | None) -> Figure:
@@ -87,34 +128,62 @@ def interpolate_coarse(drawing: Drawing, pair: Tensor, classes: Sequence[int] | 
     rows, decoded, steps = [], [], []
     for part in range(8, -1, -1):
         t = part * drawing.diffusion.num_timesteps // 8
-        mixed, used = _mixed(drawing, pair, classes, t, shares) if t else (torch.cat([(1 - share) * pair[:1] + share * pair[1:] for share in shares]), 0)
+        mixed, used = (
+            _mixed(drawing, pair, classes, t, shares)
+            if t
+            else (torch.cat([(1 - share) * pair[:1] + share * pair[1:] for share in shares]), 0)
+        )
         rows.append(images.to_uint8(torch.cat([pair[:1], mixed, pair[1:]])))
         decoded.append(mixed.cpu().numpy())
         steps.append(used)
-    arrays = {"sources": pair.cpu().numpy(), "decoded": np.stack(decoded), "lambdas": np.array(shares), "steps": np.array(steps)}
-    return Figure(rows, [f"{step} steps" for step in steps], ["source", *(f"{share:.1f}" for share in shares), "source"], arrays)
+    arrays = {
+        "sources": pair.cpu().numpy(),
+        "decoded": np.stack(decoded),
+        "lambdas": np.array(shares),
+        "steps": np.array(steps),
+    }
+    return Figure(
+        rows,
+        [f"{step} steps" for step in steps],
+        ["source", *(f"{share:.1f}" for share in shares), "source"],
+        arrays,
+    )
 
 
-def _mixed(drawing: Drawing, pair: Tensor, classes: Sequence[int] | None, t: int, shares: Sequence[float]) -> tuple[Tensor, int]:
+def _mixed(
+    drawing: Drawing, pair: Tensor, classes: Sequence[int] | None, t: int, shares: Sequence[float]
+) -> tuple[Tensor, int]:
     """(images decoded from mixtures of the two at t diffusion steps, the steps of the nearest visited timestep)."""
     index = _nearest(drawing.timesteps, t - 1)
     pair = pair.to(drawing.device)
-    x_t = drawing.diffusion.q_sample(pair, torch.full((2,), index, device=drawing.device), drawing.latents(range(2)))
-    x = torch.cat([(1 - share) * x_t[:1] + share * x_t[1:] for share in shares]).contiguous(memory_format=torch.channels_last)
+    x_t = drawing.diffusion.q_sample(
+        pair, torch.full((2,), index, device=drawing.device), drawing.latents(range(2))
+    )
+    x = torch.cat([(1 - share) * x_t[:1] + share * x_t[1:] for share in shares]).contiguous(
+        memory_format=torch.channels_last
+    )
     one = step_noise(drawing.shape, [0], drawing.seed, drawing.device)
 
     def same(t: int) -> Tensor:
         return one(t).expand(len(shares), -1, -1, -1)
 
-    chosen = None if classes is None else [classes[0 if share < 0.5 else 1 % len(classes)] for share in shares]
-    return drawing.walk(x, [visited for visited in drawing.timesteps if visited <= index], same, chosen), index + 1
+    chosen = (
+        None
+        if classes is None
+        else [classes[0 if share < 0.5 else 1 % len(classes)] for share in shares]
+    )
+    return drawing.walk(
+        x, [visited for visited in drawing.timesteps if visited <= index], same, chosen
+    ), index + 1
 
 
 def _nearest(timesteps: Sequence[int], wanted: int) -> int:
     return min(timesteps, key=lambda t: abs(t - wanted))
 
 
-def denoising(drawing: Drawing, count: int, classes: Sequence[int] | None, frames: int) -> list[np.ndarray]:
+def denoising(
+    drawing: Drawing, count: int, classes: Sequence[int] | None, frames: int
+) -> list[np.ndarray]:
     """Grids of x_t at `frames` timesteps evenly spaced over the chain (or all there are), then the samples: each (H, W, C) uint8."""
     visited = drawing.timesteps
     wanted = min(frames - 1, len(visited))
@@ -128,7 +197,10 @@ def denoising(drawing: Drawing, count: int, classes: Sequence[int] | None, frame
             grids.append(images.grid(images.to_uint8(x_t), least_width=256))
 
     sample = drawing.images(range(count), classes, watch)
-    return [*grids, images.grid(images.to_uint8(sample), least_width=256)]  # smaller than a still: noise does not compress
+    return [
+        *grids,
+        images.grid(images.to_uint8(sample), least_width=256),
+    ]  # smaller than a still: noise does not compress
 
 
 def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float, hold: float) -> None:
@@ -137,7 +209,14 @@ def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float, hold: flo
     pictures = [images.to_picture(frame) for frame in frames]
     durations = [each] * (len(frames) - 1) + [each + round(1000 * hold)]
     with whole(path) as scratch:
-        pictures[0].save(scratch, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+        pictures[0].save(
+            scratch,
+            format="GIF",
+            save_all=True,
+            append_images=pictures[1:],
+            duration=durations,
+            loop=0,
+        )
 
 
 def save_figure(path: Path, figure: Figure) -> None:
@@ -150,11 +229,20 @@ def labelled(figure: Figure) -> np.ndarray:
     """The rows under one another, labels to the left, column heads above: (H, W, C) uint8."""
     sheets = [images.grid(row, columns=len(row), least_width=64 * len(row)) for row in figure.rows]
     top, (height, width, channels) = 18, sheets[0].shape
-    left = max(110, *(round(ImageFont.load_default().getlength(label)) + 12 for label in figure.labels))
-    sheet = Image.new("L" if channels == 1 else "RGB", (left + width, top + height * len(sheets)), "white")
+    left = max(
+        110, *(round(ImageFont.load_default().getlength(label)) + 12 for label in figure.labels)
+    )
+    sheet = Image.new(
+        "L" if channels == 1 else "RGB", (left + width, top + height * len(sheets)), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     for column, head in enumerate(figure.columns):
-        draw.text((left + (column + 0.5) * width / len(figure.columns), top / 2), head, fill="black", anchor="mm")
+        draw.text(
+            (left + (column + 0.5) * width / len(figure.columns), top / 2),
+            head,
+            fill="black",
+            anchor="mm",
+        )
     for row, (label, picture) in enumerate(zip(figure.labels, sheets, strict=True)):
         sheet.paste(images.to_picture(picture), (left, top + row * height))
         draw.text((left / 2, top + (row + 0.5) * height), label, fill="black", anchor="mm")
@@ -168,14 +256,25 @@ def over_training(previews: Sequence[Path], frames: int) -> tuple[list[np.ndarra
     previews: step_00000900.png and so on.    Raises ValueError if there are none.
     """
     if not previews:
-        raise ValueError("figure=grid_over_training needs the run's samples/step_*.png, and there are none")
+        raise ValueError(
+            "figure=grid_over_training needs the run's samples/step_*.png, and there are none"
+        )
     chosen = (
-        [previews[index * (len(previews) - 1) // max(frames - 1, 1)] for index in range(min(frames, len(previews)))]
+        [
+            previews[index * (len(previews) - 1) // max(frames - 1, 1)]
+            for index in range(min(frames, len(previews)))
+        ]
         if len(previews) > frames
         else list(previews)
     )
-    shown = [previews[index * (len(previews) - 1) // 3] for index in range(4)] if len(previews) > 4 else list(previews)
+    shown = (
+        [previews[index * (len(previews) - 1) // 3] for index in range(4)]
+        if len(previews) > 4
+        else list(previews)
+    )
     grids = {path: images.read_png(path) for path in {*chosen, *shown}}
     strip = np.stack([grids[path] for path in shown])
     heads = [f"step {int(path.stem.removeprefix('step_')):,}" for path in shown]
-    return [grids[path] for path in chosen], Figure([strip], ["same noise"], heads, {"grids_uint8": strip})
+    return [grids[path] for path in chosen], Figure(
+        [strip], ["same noise"], heads, {"grids_uint8": strip}
+    )

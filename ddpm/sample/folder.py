@@ -31,7 +31,9 @@ def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
     found = json.loads(about.read_text(encoding="utf-8"))
     for key in {**found, **wanted}:
         if found.get(key) != wanted.get(key):
-            raise ValueError(f"{folder} holds images of {key}={found.get(key)}, not {wanted.get(key)}: give another to=DIR")
+            raise ValueError(
+                f"{folder} holds images of {key}={found.get(key)}, not {wanted.get(key)}: give another to=DIR"
+            )
 
 
 def draw_missing(

@@ -12,7 +12,17 @@ from ddpm.system.files import whole
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """(B, C, H, W) float in [-1, 1] to (B, H, W, C) uint8, rounded to the nearest level; values outside are clipped."""
-    return images.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return (
+        images.float()
+        .add(1)
+        .mul(127.5)
+        .round()
+        .clamp(0, 255)
+        .byte()
+        .permute(0, 2, 3, 1)
+        .cpu()
+        .numpy()
+    )
 
 
 def to_picture(image: np.ndarray) -> Image.Image:
@@ -38,9 +48,14 @@ def grid(images: np.ndarray, columns: int | None = None, least_width: int = 512)
     count, height, width, channels = images.shape
     rows = math.ceil(count / columns)
     gap = 2
-    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8)
+    sheet = np.full(
+        (rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8
+    )
     for index, image in enumerate(images):
-        top, left = (gap + position * (side + gap) for position, side in zip(divmod(index, columns), (height, width), strict=True))
+        top, left = (
+            gap + position * (side + gap)
+            for position, side in zip(divmod(index, columns), (height, width), strict=True)
+        )
         sheet[top : top + height, left : left + width] = image
     return sheet
 

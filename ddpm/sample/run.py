@@ -114,7 +114,9 @@ def settings_of(composed: Composed) -> Settings:
         cfg.sampler.clip = False
     settings = validated(Settings, plain_config(composed))
     if source is not None and (settings.step is not None or settings.weights != "ema"):
-        raise ValueError(f"step={settings.step} and weights={settings.weights} choose among what a run keeps; from={source} has one set of weights")
+        raise ValueError(
+            f"step={settings.step} and weights={settings.weights} choose among what a run keeps; from={source} has one set of weights"
+        )
     check_node("sampler", settings.sampler, settings.trusted_modules)
     return settings
 
@@ -159,14 +161,18 @@ def _classes(settings: Settings, names: list[str] | None) -> list[int] | None:
     """The class number of each sample: those asked for, or all in turn."""
     if names is None:
         if settings.classes is not None:
-            raise ValueError(f"classes={settings.classes}: the network was trained without classes; training.conditional=true trains with them")
+            raise ValueError(
+                f"classes={settings.classes}: the network was trained without classes; training.conditional=true trains with them"
+            )
         return None
     chosen = []
     for wanted in settings.classes if settings.classes is not None else range(len(names)):
         named = isinstance(wanted, str) and wanted in names
         number = names.index(str(wanted)) if named else wanted
         if not isinstance(number, int) or not 0 <= number < len(names):
-            raise ValueError(f"classes has {wanted}; the run knows 0 to {len(names) - 1}: {', '.join(names[:24])}")
+            raise ValueError(
+                f"classes has {wanted}; the run knows 0 to {len(names) - 1}: {', '.join(names[:24])}"
+            )
         chosen.append(number)
     return [chosen[index % len(chosen)] for index in range(settings.num_samples)]
 
@@ -179,7 +185,9 @@ def _is_packed(folder: Path, settings: Settings) -> bool:
     return len(np.load(packed, mmap_mode="r")["arr_0"]) == settings.num_samples
 
 
-def _animate(drawing: Drawing, classes: list[int] | None, path: Path, count: int, frames: int) -> None:
+def _animate(
+    drawing: Drawing, classes: list[int] | None, path: Path, count: int, frames: int
+) -> None:
     """The chain of the first images as a GIF."""
     chosen = None if classes is None else classes[:count]
     figures.save_gif(path, figures.denoising(drawing, count, chosen, frames), seconds=4, hold=2)

@@ -77,7 +77,9 @@ class Trained:
     kind: Literal["ema", "raw"]
 
 
-def of_run(run: RunFolder, step: int | None, kind: Literal["ema", "raw"], trusted_modules: list[str]) -> Trained:
+def of_run(
+    run: RunFolder, step: int | None, kind: Literal["ema", "raw"], trusted_modules: list[str]
+) -> Trained:
     """A run's checkpoint of a step, the newest whole one for None.
 
     Raises:

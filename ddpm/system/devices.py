@@ -7,7 +7,9 @@ from torch import nn
 
 from ddpm.system.internals import keep_dropout_when_compiled
 
-GAIN = {"cpu": 0.0}  # share of a training step's time that compiling saved, where it was measured (README, Speed)
+GAIN = {
+    "cpu": 0.0
+}  # share of a training step's time that compiling saved, where it was measured (README, Speed)
 
 
 def decide(choice: bool | Literal["auto"], device: torch.device) -> tuple[bool, str]:
@@ -16,7 +18,10 @@ def decide(choice: bool | Literal["auto"], device: torch.device) -> tuple[bool, 
         return choice, f"runtime.compile={str(choice).lower()}"
     gain = GAIN.get(device.type)
     if gain is None:
-        return False, f"runtime.compile=auto: what it saves on {device.type} has not been measured; try runtime.compile=true"
+        return (
+            False,
+            f"runtime.compile=auto: what it saves on {device.type} has not been measured; try runtime.compile=true",
+        )
     return gain > 0, f"runtime.compile=auto: measured to save {gain:.0%} of a step on {device.type}"
 
 
@@ -37,7 +42,15 @@ def to_device(network: nn.Module, device: torch.device) -> nn.Module:
 
 def device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
     """The device of that name, "auto" for the fastest there is.    Raises ValueError if this machine has no such device."""
-    here = [kind for kind, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if found]
+    here = [
+        kind
+        for kind, found in (
+            ("cuda", torch.cuda.is_available()),
+            ("mps", torch.backends.mps.is_available()),
+            ("cpu", True),
+        )
+        if found
+    ]
     if name != "auto" and name not in here:
         raise ValueError(f"device={name} is not on this machine; there are {', '.join(here)}")
     return torch.device(here[0] if name == "auto" else name)

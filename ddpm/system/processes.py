@@ -26,7 +26,9 @@ def find_processes(device: Name) -> PartialState:
 
     Raises ValueError if this machine has no such device, or if several processes were started and do not find each other: each would do all the work.
     """
-    state = PartialState(cpu=devices.device(device).type == "cpu")  # else Accelerate leaves processes without a GPU alone
+    state = PartialState(
+        cpu=devices.device(device).type == "cpu"
+    )  # else Accelerate leaves processes without a GPU alone
     _check_all_here(state.num_processes)
     return state
 
@@ -37,7 +39,9 @@ def device_of(processes: PartialState, name: Name) -> torch.device:
 
 
 @contextmanager
-def accelerator_for(device: Name, precision: Literal["fp32", "bf16", "fp16"]) -> Iterator[Accelerator]:
+def accelerator_for(
+    device: Name, precision: Literal["fp32", "bf16", "fp16"]
+) -> Iterator[Accelerator]:
     """Accelerate for one run; what it keeps between runs of one process is put back before and after.    Raises ValueError like `find_processes`."""
     cpu = devices.device(device).type == "cpu"
     if cpu:
@@ -93,4 +97,6 @@ def _leave_group() -> None:
 def _check_all_here(found: int) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != found:
-        raise ValueError(f"WORLD_SIZE={started} processes were started, and {found} work together: start them with torchrun, or unset WORLD_SIZE")
+        raise ValueError(
+            f"WORLD_SIZE={started} processes were started, and {found} work together: start them with torchrun, or unset WORLD_SIZE"
+        )

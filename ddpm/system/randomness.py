@@ -13,7 +13,18 @@ import math
 import torch
 from torch import Tensor
 
-TRAIN_NOISE, TRAIN_TIMESTEP, TRAIN_FLIP, TRAIN_DROPOUT, DATA_ORDER, INITIAL_WEIGHTS, SAMPLE_LATENT, SAMPLE_STEP, TRAIN_LABEL, EVALUATION = range(1, 11)
+(
+    TRAIN_NOISE,
+    TRAIN_TIMESTEP,
+    TRAIN_FLIP,
+    TRAIN_DROPOUT,
+    DATA_ORDER,
+    INITIAL_WEIGHTS,
+    SAMPLE_LATENT,
+    SAMPLE_STEP,
+    TRAIN_LABEL,
+    EVALUATION,
+) = range(1, 11)
 
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -27,7 +38,9 @@ def _signed(value: int) -> int:
 
 
 def _shift_xor(z: Tensor, bits: int) -> Tensor:
-    return z ^ ((z >> bits) & (2 ** (64 - bits) - 1))  # >> on int64 copies the sign; the mask makes it logical
+    return z ^ (
+        (z >> bits) & (2 ** (64 - bits) - 1)
+    )  # >> on int64 copies the sign; the mask makes it logical
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -55,7 +68,9 @@ def stream_keys(purpose: int, seed: int, step: int, positions: Tensor) -> Tensor
 
 def random_bits(keys: Tensor, count: int) -> Tensor:
     """The first `count` outputs of each stream.    keys: (B,) int64.    Returns (B, count) int64, all 64 bits random."""
-    counter = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64) * _signed(_GOLDEN_GAMMA)
+    counter = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64) * _signed(
+        _GOLDEN_GAMMA
+    )
     return _mix(keys[:, None] + counter)
 
 
@@ -80,4 +95,6 @@ def normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     bits = random_bits(keys, (count + 1) // 2)
     radius = torch.sqrt(-2 * torch.log(((bits & 0xFFFFFFFF).float() + 0.5) * 2.0**-32))
     angle = ((bits >> 32) & 0xFFFFFFFF).float() * (2 * math.pi * 2.0**-32)
-    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :count].reshape(-1, *shape)
+    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[
+        :, :count
+    ].reshape(-1, *shape)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-CARRIES_ON = 75  # EX_TEMPFAIL, the exit code of a run that was told to stop: the same command carries on
+CARRIES_ON = (
+    75  # EX_TEMPFAIL, the exit code of a run that was told to stop: the same command carries on
+)
 AGREE_EVERY = 10  # steps after which several processes tell each other
 
 
@@ -34,7 +36,11 @@ class Interruption:
         if number == signal.SIGINT and self._told == "SIGINT":
             raise KeyboardInterrupt
         self._told = signal.Signals(number).name
-        print(f"{self._told}: stopping after this step, to carry on later (Ctrl-C twice leaves at once)", file=sys.stderr, flush=True)
+        print(
+            f"{self._told}: stopping after this step, to carry on later (Ctrl-C twice leaves at once)",
+            file=sys.stderr,
+            flush=True,
+        )
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -45,7 +51,11 @@ class Interruption:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        taken = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+        taken = [
+            getattr(signal, name)
+            for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+            if hasattr(signal, name)
+        ]
         before = {number: signal.signal(number, self._handle) for number in taken}
         try:
             yield

@@ -11,7 +11,9 @@ from ddpm.train.loop import backward
 from ddpm.train.state import TrainingState
 
 
-def largest_fitting(state: TrainingState, diffusion: GaussianDiffusion, batches: Batches, seed: int) -> int:
+def largest_fitting(
+    state: TrainingState, diffusion: GaussianDiffusion, batches: Batches, seed: int
+) -> int:
     """The most images that every device can take at once. All processes agree.
 
     On a GPU its share of the global batch, halved until forward and backward fit, with room for
@@ -39,7 +41,9 @@ def largest_fitting(state: TrainingState, diffusion: GaussianDiffusion, batches:
     return size
 
 
-def halved_until_it_fits(size: int, attempt: Callable[[int], None], all_agree: Callable[[bool], bool]) -> int:
+def halved_until_it_fits(
+    size: int, attempt: Callable[[int], None], all_agree: Callable[[bool], bool]
+) -> int:
     """The first of size, size/2, size/4, ... (rounded up) that runs out of memory nowhere.
 
     Raises:
@@ -57,7 +61,9 @@ def halved_until_it_fits(size: int, attempt: Callable[[int], None], all_agree: C
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if size == 1:
-            raise ValueError("one image does not fit the device's memory: choose a smaller model, or runtime.recompute=[0] to store less")
+            raise ValueError(
+                "one image does not fit the device's memory: choose a smaller model, or runtime.recompute=[0] to store less"
+            )
         size = -(-size // 2)
 
 

@@ -51,7 +51,9 @@ def updates(
         for group in state.optimizer.param_groups:
             group["lr"] = lr_at(step)
         size = batches.size(step)
-        spans = micro_batches(size, accelerator.num_processes, accelerator.process_index, device_batch)
+        spans = micro_batches(
+            size, accelerator.num_processes, accelerator.process_index, device_batch
+        )
         seen: list[tuple[Tensor, Tensor]] = []
         for span in spans:
             last = span == spans[-1]
@@ -59,7 +61,9 @@ def updates(
                 t, losses = backward(state, diffusion, batches, seed, step, *span)
             state.meter.add_losses(losses, t)
             seen.append((t, losses))
-        norm = accelerator.clip_grad_norm_(parameters, float("inf") if grad_clip is None else grad_clip)
+        norm = accelerator.clip_grad_norm_(
+            parameters, float("inf") if grad_clip is None else grad_clip
+        )
         state.meter.add_norm(step, norm, state.optimizer)
         state.optimizer.step()
         state.optimizer.zero_grad()
@@ -109,7 +113,9 @@ def is_due(step: int, every: int | None, last: int) -> bool:
     return every is not None and (step % every == 0 or step == last)
 
 
-def of_all_processes(accelerator: Accelerator, t: Tensor, losses: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def of_all_processes(
+    accelerator: Accelerator, t: Tensor, losses: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
     """Timesteps and losses of a whole global batch of that size, in the order of its positions."""
     count = accelerator.num_processes
     if count == 1:
@@ -124,7 +130,9 @@ def of_all_processes(accelerator: Accelerator, t: Tensor, losses: Tensor, size: 
     return whole[0].long(), whole[1].float()
 
 
-def micro_batches(size: int, num_processes: int, process: int, device_batch: int | None) -> list[tuple[int, int]]:
+def micro_batches(
+    size: int, num_processes: int, process: int, device_batch: int | None
+) -> list[tuple[int, int]]:
     """The positions (start, stop) of a global batch that one process takes.
 
     They come in pieces of at most device_batch.

@@ -20,7 +20,11 @@ class NotFinite(FloatingPointError):
     """
 
     def __init__(self, update: int, norm: float, means: dict[str, float]) -> None:
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in means.items() if "loss" in name or "norm" in name)
+        shown = ", ".join(
+            f"{name} {value:.4g}"
+            for name, value in means.items()
+            if "loss" in name or "norm" in name
+        )
         super().__init__(
             f"step {update + 1}: the gradient norm is {norm} (since the last report: {shown}); try a lower optimizer.lr, or training.precision=fp32"
         )
@@ -81,7 +85,11 @@ class Meter:
         """
         *parts, norm, updates = self._gathered().sum(dim=0).tolist()
         loss, count = parts[:NUM_QUARTILES], parts[NUM_QUARTILES:]
-        quartiles = {f"train/loss_q{index}": loss[index] / count[index] for index in range(NUM_QUARTILES) if count[index]}
+        quartiles = {
+            f"train/loss_q{index}": loss[index] / count[index]
+            for index in range(NUM_QUARTILES)
+            if count[index]
+        }
         means = {
             "train/loss": sum(loss) / sum(count),
             **quartiles,

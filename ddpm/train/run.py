@@ -122,7 +122,9 @@ def _train(
     subject = of_config(config, classes, lambda device: state.network, state.ema.state_dict)
     best: dict[str, Any] = folder.record().get("best") or {}  # of the evaluations so far
     recorder = _recorder(config, folder, state, batches, num_steps) if leads else None
-    speed = Speed(state.step, training.batch_size, folder.record().get("timed") if state.step else None)
+    speed = Speed(
+        state.step, training.batch_size, folder.record().get("timed") if state.step else None
+    )
     device_batch = runtime.device_batch
     if device_batch == "auto":
         device_batch = largest_fitting(state, diffusion, batches, config.seed)
@@ -132,7 +134,16 @@ def _train(
         return lr_schedule(step, num_steps, float(config.optimizer["lr"]))
 
     steps = tqdm(
-        updates(state, diffusion, batches, lr_at, config.seed, num_steps, device_batch, training.grad_clip),
+        updates(
+            state,
+            diffusion,
+            batches,
+            lr_at,
+            config.seed,
+            num_steps,
+            device_batch,
+            training.grad_clip,
+        ),
         initial=state.step,
         total=num_steps,
         unit="step",
@@ -144,7 +155,9 @@ def _train(
             signal = stop.after(step)
             logs = is_due(step, runtime.log_every, num_steps)
             evaluates = is_due(step, runtime.evaluate_every, num_steps)
-            saves = evaluates or signal is not None or is_due(step, runtime.checkpoint_every, num_steps)
+            saves = (
+                evaluates or signal is not None or is_due(step, runtime.checkpoint_every, num_steps)
+            )
 
             if logs or saves:
                 means = state.meter.means()  # raises NotFinite: nothing is saved unseen
@@ -167,7 +180,9 @@ def _train(
                 saved = state.state_dict()
                 if recorder is not None:
                     recorder.flush()
-                    checkpoint.save(folder.checkpoints, saved, runtime.keep_checkpoints, best.get("step"))
+                    checkpoint.save(
+                        folder.checkpoints, saved, runtime.keep_checkpoints, best.get("step")
+                    )
                     folder.update(step=step, best=best or None, timed=speed.timed())
                 speed.pause(step)
             if signal is not None and step < num_steps:
@@ -176,7 +191,9 @@ def _train(
         recorder.close()
 
 
-def _recorder(config: Config, folder: RunFolder, state: TrainingState, batches: Batches, num_steps: int) -> Recorder:
+def _recorder(
+    config: Config, folder: RunFolder, state: TrainingState, batches: Batches, num_steps: int
+) -> Recorder:
     """Opens the run's records, and says what is about to be done."""
     parameters = sum(parameter.numel() for parameter in state.network.parameters())
     log.info(
@@ -205,7 +222,9 @@ def _recorder(config: Config, folder: RunFolder, state: TrainingState, batches: 
     return recorder
 
 
-def _report(recorder: Recorder, bar: "tqdm[int]", speed: Speed, step: int, values: dict[str, float]) -> None:
+def _report(
+    recorder: Recorder, bar: "tqdm[int]", speed: Speed, step: int, values: dict[str, float]
+) -> None:
     """One record: to metrics.jsonl and TensorBoard, the progress bar and the log."""
     images_per_second = speed.since_last(step)
     recorder.scalars(step, values)
@@ -275,7 +294,9 @@ def _record_evaluation(
 
 
 @contextmanager
-def _conclusion(folder: RunFolder, config: Config, batches: Batches, num_steps: int) -> Iterator[None]:
+def _conclusion(
+    folder: RunFolder, config: Config, batches: Batches, num_steps: int
+) -> Iterator[None]:
     """Writes down how the run ended, also for TensorBoard, however it ends."""
 
     def conclude(status: recording.Status, error: str | None) -> None:
@@ -289,9 +310,15 @@ def _conclusion(folder: RunFolder, config: Config, batches: Batches, num_steps: 
         saved = folder.record().get("step")
         state = "has saved nothing yet"
         if saved:
-            state = f"is saved at step {saved} of {num_steps}; the same command carries on from there"
+            state = (
+                f"is saved at step {saved} of {num_steps}; the same command carries on from there"
+            )
         print(f"run {folder.path} {state}", flush=True)
-        why = stopped.why if isinstance(stopped, Preempted) else f"{type(stopped).__name__}: {stopped}"
+        why = (
+            stopped.why
+            if isinstance(stopped, Preempted)
+            else f"{type(stopped).__name__}: {stopped}"
+        )
         conclude("preempted", why)
         raise
     except BaseException as error:
@@ -318,7 +345,9 @@ def _naming_device_batch(device_batch: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"runtime.device_batch={device_batch} does not fit the device's memory: give {max(device_batch // 2, 1)}, or auto") from error
+        raise ValueError(
+            f"runtime.device_batch={device_batch} does not fit the device's memory: give {max(device_batch // 2, 1)}, or auto"
+        ) from error
 
 
 @contextmanager

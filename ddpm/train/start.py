@@ -72,7 +72,9 @@ def load_resumed(composed: Composed) -> tuple[Config, RunFolder, Changes]:
     old, new = flat(identity(before)), flat(identity(config))
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if keys and _shapes(before) != _shapes(config):
-        raise ValueError(f"{', '.join(keys)}: resume= keeps the network, and this would be another; {instead}")
+        raise ValueError(
+            f"{', '.join(keys)}: resume= keeps the network, and this would be another; {instead}"
+        )
     _check_duration(config, run)
     return config, run, {key: [old.get(key), new.get(key)] for key in keys}
 
@@ -121,9 +123,13 @@ def check_data(data: ImageSet, config: Config, run: RunFolder) -> None:
     """
     expected = config.data.num_classes
     if config.training.conditional and len(data.classes) != (expected or max(len(data.classes), 1)):
-        raise ValueError(f"training.conditional=true needs {expected or 'some'} classes (data.num_classes), and the data has {len(data.classes)}")
+        raise ValueError(
+            f"training.conditional=true needs {expected or 'some'} classes (data.num_classes), and the data has {len(data.classes)}"
+        )
     if config.training.conditional and data.labels is not None and (data.labels < 0).any():
-        raise ValueError(f"training.conditional=true needs a class for each picture, and {(data.labels < 0).sum()} of {len(data)} have none")
+        raise ValueError(
+            f"training.conditional=true needs a class for each picture, and {(data.labels < 0).sum()} of {len(data)} have none"
+        )
     before = run.record().get("data", {}).get("fingerprint")
     if before is not None and before != data.fingerprint:
         raise ValueError(
@@ -158,7 +164,9 @@ def how_fed(data: ImageSet, batches: Batches) -> str:
     return "whole on the device" if batches.on_device else "from the decoded file"
 
 
-def prepare(config: Config, accelerator: Accelerator, diffusion: GaussianDiffusion, network: nn.Module) -> TrainingState:
+def prepare(
+    config: Config, accelerator: Accelerator, diffusion: GaussianDiffusion, network: nn.Module
+) -> TrainingState:
     """The state at step 0 of a network as it is, in training mode."""
     ema = EMA(network, config.training.ema_decay, config.training.ema_warmup)
     optimizer = build.optimizer(config, list(network.parameters()))
@@ -202,7 +210,9 @@ def _initial_weights(config: Config, network: nn.Module) -> dict[str, Tensor]:
     """What lies at init_from, for this network; a ValueError if that is no longer what it was."""
     found = folders.find(str(config.init_from), "init_from")
     if found.digest() != config.init_weights:
-        raise ValueError(f"init_from={config.init_from} has changed since the command was started; start it again")
+        raise ValueError(
+            f"init_from={config.init_from} has changed since the command was started; start it again"
+        )
     return found.fitting(network, config.model)
 
 
@@ -219,7 +229,9 @@ def _check_duration(config: Config, run: RunFolder) -> None:
     steps = training.steps or (training.epochs or 0) * record.get("steps_per_epoch", 0)
     if 0 < steps < done:
         unit = "epochs" if training.steps is None else "steps"
-        raise ValueError(f"training.{unit}={getattr(training, unit)} is less than what {run.path} has done already, {done} steps")
+        raise ValueError(
+            f"training.{unit}={getattr(training, unit)} is less than what {run.path} has done already, {done} steps"
+        )
 
 
 def _cores() -> int:

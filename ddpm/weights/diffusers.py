@@ -17,29 +17,96 @@ from ddpm.models.unet import UNet, level_sizes
 UNET = "ddpm.models.UNet"
 VERSION = "0.35.0"  # of diffusers, whose keys these are
 UNET_DEFAULTS: dict[str, Any] = {  # of diffusers' UNet2DModel, for keys that a file leaves out
-    **{"sample_size": None, "in_channels": 3, "out_channels": 3, "center_input_sample": False, "dropout": 0.0, "act_fn": "silu"},
-    **{"time_embedding_type": "positional", "time_embedding_dim": None, "freq_shift": 0, "flip_sin_to_cos": True, "num_train_timesteps": None},
+    **{
+        "sample_size": None,
+        "in_channels": 3,
+        "out_channels": 3,
+        "center_input_sample": False,
+        "dropout": 0.0,
+        "act_fn": "silu",
+    },
+    **{
+        "time_embedding_type": "positional",
+        "time_embedding_dim": None,
+        "freq_shift": 0,
+        "flip_sin_to_cos": True,
+        "num_train_timesteps": None,
+    },
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
     "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    **{"mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1, "block_out_channels": [224, 448, 672, 896], "layers_per_block": 2},
-    **{"downsample_padding": 1, "downsample_type": "conv", "upsample_type": "conv", "attention_head_dim": 8, "add_attention": True},
-    **{"norm_num_groups": 32, "attn_norm_num_groups": None, "norm_eps": 1e-5, "resnet_time_scale_shift": "default"},
+    **{
+        "mid_block_type": "UNetMidBlock2D",
+        "mid_block_scale_factor": 1,
+        "block_out_channels": [224, 448, 672, 896],
+        "layers_per_block": 2,
+    },
+    **{
+        "downsample_padding": 1,
+        "downsample_type": "conv",
+        "upsample_type": "conv",
+        "attention_head_dim": 8,
+        "add_attention": True,
+    },
+    **{
+        "norm_num_groups": 32,
+        "attn_norm_num_groups": None,
+        "norm_eps": 1e-5,
+        "resnet_time_scale_shift": "default",
+    },
     **{"class_embed_type": None, "num_class_embeds": None},
 }
 UNET_FIXED: dict[str, list[Any]] = {  # what no argument of UNet changes
-    **{"center_input_sample": [False], "time_embedding_type": ["positional"], "mid_block_type": ["UNetMidBlock2D"], "mid_block_scale_factor": [1]},
+    **{
+        "center_input_sample": [False],
+        "time_embedding_type": ["positional"],
+        "mid_block_type": ["UNetMidBlock2D"],
+        "mid_block_scale_factor": [1],
+    },
     **{"act_fn": ["silu", "swish"], "add_attention": [True], "class_embed_type": [None]},
 }
 SCHEDULER_DEFAULTS: dict[str, Any] = {  # of diffusers' DDPMScheduler
-    **{"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "trained_betas": None},
-    **{"variance_type": "fixed_small", "prediction_type": "epsilon", "rescale_betas_zero_snr": False},
-    **{"clip_sample": True, "clip_sample_range": 1.0, "thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0},
-    **{"timestep_spacing": "leading", "steps_offset": 0},  # which timesteps a shorter chain visits: here the sampler's own setting
+    **{
+        "num_train_timesteps": 1000,
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "trained_betas": None,
+    },
+    **{
+        "variance_type": "fixed_small",
+        "prediction_type": "epsilon",
+        "rescale_betas_zero_snr": False,
+    },
+    **{
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+        "thresholding": False,
+        "dynamic_thresholding_ratio": 0.995,
+        "sample_max_value": 1.0,
+    },
+    **{
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+    },  # which timesteps a shorter chain visits: here the sampler's own setting
 }
-SCHEDULER_OTHERS = {"set_alpha_to_one": True, "tensor_format": "pt", "predict_epsilon": True}  # of DDIMScheduler, and of old versions
-SCHEDULER_FIXED: dict[str, list[Any]] = {"thresholding": [False], "set_alpha_to_one": [True], "clip_sample": [True, False], "predict_epsilon": [True]}
+SCHEDULER_OTHERS = {
+    "set_alpha_to_one": True,
+    "tensor_format": "pt",
+    "predict_epsilon": True,
+}  # of DDIMScheduler, and of old versions
+SCHEDULER_FIXED: dict[str, list[Any]] = {
+    "thresholding": [False],
+    "set_alpha_to_one": [True],
+    "clip_sample": [True, False],
+    "predict_epsilon": [True],
+}
 PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}  # ours -> diffusers'
-VARIANCES: dict[str, Any] = {"fixed_small": "fixed_small", "fixed_small_log": "fixed_small", "fixed_large": "fixed_large", "learned_range": "learned_range"}
+VARIANCES: dict[str, Any] = {
+    "fixed_small": "fixed_small",
+    "fixed_small_log": "fixed_small",
+    "fixed_large": "fixed_large",
+    "learned_range": "learned_range",
+}
 SINUSOIDS = {"sin_cos": (False, 1), "cos_sin": (True, 0)}  # flip_sin_to_cos, freq_shift
 PADDINGS = {"same": 0, "symmetric": 1}
 
@@ -71,7 +138,11 @@ def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
             "so only model.head_channels can be exported there"
         )
     one_head = arguments["head_channels"] is None and arguments["num_heads"] == 1
-    plain, kind = ("{}Block2D", "conv") if arguments["resample"] == "conv" else ("Resnet{}sampleBlock2D", "resnet")
+    plain, kind = (
+        ("{}Block2D", "conv")
+        if arguments["resample"] == "conv"
+        else ("Resnet{}sampleBlock2D", "resnet")
+    )
     flip, shift = SINUSOIDS[arguments["time_embedding"]]
     resolution = arguments["resolution"]
     return {
@@ -84,8 +155,12 @@ def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
         "flip_sin_to_cos": flip,
         "freq_shift": shift,
         "block_out_channels": widths,
-        "down_block_types": ["AttnDownBlock2D" if attention else plain.format("Down") for attention in attends],
-        "up_block_types": ["AttnUpBlock2D" if attention else plain.format("Up") for attention in reversed(attends)],
+        "down_block_types": [
+            "AttnDownBlock2D" if attention else plain.format("Down") for attention in attends
+        ],
+        "up_block_types": [
+            "AttnUpBlock2D" if attention else plain.format("Up") for attention in reversed(attends)
+        ],
         "layers_per_block": arguments["num_res_blocks"],
         "downsample_padding": PADDINGS[arguments["downsample_padding"]],
         "downsample_type": kind,
@@ -103,32 +178,63 @@ def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
 def unet_model(config: dict[str, Any]) -> dict[str, Any]:
     """The network of diffusers' config.json, as in conf/model/.    Raises ValueError, with the reason, for one that UNet cannot be."""
     settings = _settings(config, ["UNet2DModel"], UNET_DEFAULTS, UNET_FIXED)
-    widths, groups, last = list(settings["block_out_channels"]), settings["norm_num_groups"], len(settings["block_out_channels"]) - 1
+    widths, groups, last = (
+        list(settings["block_out_channels"]),
+        settings["norm_num_groups"],
+        len(settings["block_out_channels"]) - 1,
+    )
     down = [str(name).removeprefix("UNetRes") for name in settings["down_block_types"]]
-    up = [str(name).removeprefix("UNetRes") for name in reversed(settings["up_block_types"])]  # from the finest level, as `down`
-    downs = {"DownBlock2D": "conv", "ResnetDownsampleBlock2D": "resnet", "AttnDownBlock2D": settings["downsample_type"] or "conv"}
-    ups = {"UpBlock2D": "conv", "ResnetUpsampleBlock2D": "resnet", "AttnUpBlock2D": settings["upsample_type"] or "conv"}
-    for name in [*(name for name in down if name not in downs), *(name for name in up if name not in ups)]:
-        raise ValueError(f"block type {name} is unknown here; there are {', '.join([*downs, *ups])}")
+    up = [
+        str(name).removeprefix("UNetRes") for name in reversed(settings["up_block_types"])
+    ]  # from the finest level, as `down`
+    downs = {
+        "DownBlock2D": "conv",
+        "ResnetDownsampleBlock2D": "resnet",
+        "AttnDownBlock2D": settings["downsample_type"] or "conv",
+    }
+    ups = {
+        "UpBlock2D": "conv",
+        "ResnetUpsampleBlock2D": "resnet",
+        "AttnUpBlock2D": settings["upsample_type"] or "conv",
+    }
+    for name in [
+        *(name for name in down if name not in downs),
+        *(name for name in up if name not in ups),
+    ]:
+        raise ValueError(
+            f"block type {name} is unknown here; there are {', '.join([*downs, *ups])}"
+        )
     if not len(down) == len(up) == len(widths):
-        raise ValueError("down_block_types, up_block_types and block_out_channels must be of one length")
+        raise ValueError(
+            "down_block_types, up_block_types and block_out_channels must be of one length"
+        )
     if [name == "AttnUpBlock2D" for name in up] != [name == "AttnDownBlock2D" for name in down]:
-        raise ValueError("the levels with attention on the way down and on the way up must be the same")
+        raise ValueError(
+            "the levels with attention on the way down and on the way up must be the same"
+        )
     kinds = {*(downs[name] for name in down[:last]), *(ups[name] for name in up[1:])}
     if len(kinds) > 1 or not kinds <= {"conv", "resnet"}:
-        raise ValueError(f"levels must all be resampled in one way, conv or resnet, and here are {', '.join(sorted(map(str, kinds)))}")
+        raise ValueError(
+            f"levels must all be resampled in one way, conv or resnet, and here are {', '.join(sorted(map(str, kinds)))}"
+        )
     multipliers = [width // widths[0] for width in widths]
     if [widths[0] * multiplier for multiplier in multipliers] != widths:
         raise ValueError(f"block_out_channels={widths} must be multiples of the first")
     if settings["time_embedding_dim"] not in (None, 4 * widths[0]):
-        raise ValueError(f"time_embedding_dim={settings['time_embedding_dim']} must be null or 4 * {widths[0]}")
+        raise ValueError(
+            f"time_embedding_dim={settings['time_embedding_dim']} must be null or 4 * {widths[0]}"
+        )
     if settings["sample_size"] is None:
         raise ValueError("sample_size is null: nothing says how large the images are")
     if groups is None:
         raise ValueError("norm_num_groups=null must be a number")
     attention_groups = settings["attn_norm_num_groups"]
-    if attention_groups != groups and (attention_groups is not None or settings["resnet_time_scale_shift"] != "default"):
-        raise ValueError(f"attn_norm_num_groups={attention_groups}: attention must be normalized like the rest, norm_num_groups={groups}")
+    if attention_groups != groups and (
+        attention_groups is not None or settings["resnet_time_scale_shift"] != "default"
+    ):
+        raise ValueError(
+            f"attn_norm_num_groups={attention_groups}: attention must be normalized like the rest, norm_num_groups={groups}"
+        )
     resolution, head_width = settings["sample_size"], settings["attention_head_dim"]
     sides = [max(size) for size in level_sizes(resolution, len(widths))]
     flip_and_shift = (settings["flip_sin_to_cos"], settings["freq_shift"])
@@ -139,16 +245,24 @@ def unet_model(config: dict[str, Any]) -> dict[str, Any]:
         "out_channels": settings["out_channels"],
         "base_channels": widths[0],
         "channel_multipliers": multipliers,
-        "attention_resolutions": [side for side, name in zip(sides, down, strict=True) if name == "AttnDownBlock2D"],
+        "attention_resolutions": [
+            side for side, name in zip(sides, down, strict=True) if name == "AttnDownBlock2D"
+        ],
         "num_res_blocks": settings["layers_per_block"],
         "dropout": settings["dropout"],
         "norm_groups": groups,
         "norm_eps": settings["norm_eps"],
         "num_heads": 1,
         "head_channels": head_width,
-        "scale_shift_norm": _key({False: "default", True: "scale_shift"}, "resnet_time_scale_shift", settings["resnet_time_scale_shift"]),
+        "scale_shift_norm": _key(
+            {False: "default", True: "scale_shift"},
+            "resnet_time_scale_shift",
+            settings["resnet_time_scale_shift"],
+        ),
         "time_embedding": _key(SINUSOIDS, "flip_sin_to_cos and freq_shift", flip_and_shift),
-        "downsample_padding": _key(PADDINGS, "downsample_padding", settings["downsample_padding"]) if "conv" in kinds else "same",
+        "downsample_padding": _key(PADDINGS, "downsample_padding", settings["downsample_padding"])
+        if "conv" in kinds
+        else "same",
         "resample": "resblock" if kinds == {"resnet"} else "conv",
         "num_classes": settings["num_class_embeds"],
     }
@@ -160,15 +274,24 @@ def scheduler_config(diffusion: GaussianDiffusion) -> dict[str, Any]:
     Raises ValueError, with the reason, if diffusers has no such process.
     """
     if diffusion.prediction not in PREDICTIONS:
-        raise ValueError(f"objective.prediction={diffusion.prediction}: diffusers' schedulers know only {', '.join(PREDICTIONS)}")
+        raise ValueError(
+            f"objective.prediction={diffusion.prediction}: diffusers' schedulers know only {', '.join(PREDICTIONS)}"
+        )
     if diffusion.variance not in VARIANCES:
-        raise ValueError(f"objective.variance={diffusion.variance}: diffusers would take the network's log variance for the variance itself")
+        raise ValueError(
+            f"objective.variance={diffusion.variance}: diffusers would take the network's log variance for the variance itself"
+        )
     if diffusion.rescale_timesteps and diffusion.num_timesteps != 1000:
         raise ValueError(
             f"objective.rescale_timesteps=true with schedule.num_timesteps={diffusion.num_timesteps}: diffusers shows a network the timestep as it is"
         )
     betas = diffusion.betas
-    is_line = torch.allclose(betas, torch.linspace(float(betas[0]), float(betas[-1]), len(betas), dtype=torch.float64), rtol=1e-10, atol=0)
+    is_line = torch.allclose(
+        betas,
+        torch.linspace(float(betas[0]), float(betas[-1]), len(betas), dtype=torch.float64),
+        rtol=1e-10,
+        atol=0,
+    )
     settings = {
         "num_train_timesteps": len(betas),
         "beta_start": float(betas[0]),
@@ -178,31 +301,58 @@ def scheduler_config(diffusion: GaussianDiffusion) -> dict[str, Any]:
         "prediction_type": PREDICTIONS[diffusion.prediction],
         "timestep_spacing": "linspace",
     }
-    return {"_class_name": "DDPMScheduler", "_diffusers_version": VERSION, **SCHEDULER_DEFAULTS, **settings}
+    return {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": VERSION,
+        **SCHEDULER_DEFAULTS,
+        **settings,
+    }
 
 
 def chain(config: dict[str, Any], model: Mapping[str, Any]) -> Chain:
     """What diffusers' scheduler_config.json says, for that network.    Raises ValueError, with the reason, for what GaussianDiffusion cannot be."""
-    settings = _settings(config, ["DDPMScheduler", "DDIMScheduler"], {**SCHEDULER_DEFAULTS, **SCHEDULER_OTHERS}, SCHEDULER_FIXED)
+    settings = _settings(
+        config,
+        ["DDPMScheduler", "DDIMScheduler"],
+        {**SCHEDULER_DEFAULTS, **SCHEDULER_OTHERS},
+        SCHEDULER_FIXED,
+    )
     if settings["clip_sample"] and settings["clip_sample_range"] != 1:
-        raise ValueError(f"clip_sample_range={settings['clip_sample_range']} must be 1, the range of the images")
+        raise ValueError(
+            f"clip_sample_range={settings['clip_sample_range']} must be 1, the range of the images"
+        )
     if settings["variance_type"] not in VARIANCES:
-        raise ValueError(f"variance_type={settings['variance_type']} must be one of {', '.join(VARIANCES)}")
+        raise ValueError(
+            f"variance_type={settings['variance_type']} must be one of {', '.join(VARIANCES)}"
+        )
     variance = VARIANCES[settings["variance_type"]]
     learned = variance == "learned_range"
     if model["out_channels"] != model["in_channels"] * (2 if learned else 1):
-        raise ValueError(f"variance_type={variance} does not fit a network of {model['in_channels']} channels in and {model['out_channels']} out")
+        raise ValueError(
+            f"variance_type={variance} does not fit a network of {model['in_channels']} channels in and {model['out_channels']} out"
+        )
     prediction = _key(PREDICTIONS, "prediction_type", settings["prediction_type"])
-    return Chain(GaussianDiffusion(_betas(settings), prediction, variance, "hybrid" if learned else "simple"), settings["clip_sample"])
+    return Chain(
+        GaussianDiffusion(
+            _betas(settings), prediction, variance, "hybrid" if learned else "simple"
+        ),
+        settings["clip_sample"],
+    )
 
 
 def _betas(settings: Mapping[str, Any]) -> Tensor:
-    num_timesteps, start, end = settings["num_train_timesteps"], settings["beta_start"], settings["beta_end"]
+    num_timesteps, start, end = (
+        settings["num_train_timesteps"],
+        settings["beta_start"],
+        settings["beta_end"],
+    )
     kind, zero_terminal_snr = settings["beta_schedule"], settings["rescale_betas_zero_snr"]
     if settings["trained_betas"] is not None:
         betas = torch.tensor(settings["trained_betas"], dtype=torch.float64)
         if len(betas) != num_timesteps or zero_terminal_snr:
-            raise ValueError(f"trained_betas must be num_train_timesteps={num_timesteps} numbers, with rescale_betas_zero_snr=false")
+            raise ValueError(
+                f"trained_betas must be num_train_timesteps={num_timesteps} numbers, with rescale_betas_zero_snr=false"
+            )
         return betas
     if kind == "linear":
         return schedules.linear(num_timesteps, start, end, zero_terminal_snr)
@@ -211,20 +361,38 @@ def _betas(settings: Mapping[str, Any]) -> Tensor:
     if kind == "squaredcos_cap_v2":
         return schedules.cosine(num_timesteps, 0.008, 0.999, zero_terminal_snr)
     if kind == "sigmoid" and not zero_terminal_snr:
-        return torch.sigmoid(torch.linspace(-6, 6, num_timesteps, dtype=torch.float64)) * (end - start) + start
-    raise ValueError(f"beta_schedule={kind} with rescale_betas_zero_snr={zero_terminal_snr} is unknown here")
+        return (
+            torch.sigmoid(torch.linspace(-6, 6, num_timesteps, dtype=torch.float64)) * (end - start)
+            + start
+        )
+    raise ValueError(
+        f"beta_schedule={kind} with rescale_betas_zero_snr={zero_terminal_snr} is unknown here"
+    )
 
 
 def check_pipeline(index: dict[str, Any]) -> None:
     """Raises ValueError for a model_index.json with more in it than a U-Net and a scheduler, or with code of its own."""
     if index.get("_class_name") not in ("DDPMPipeline", "DDIMPipeline"):
-        raise ValueError(f"_class_name={index.get('_class_name')} must be DDPMPipeline or DDIMPipeline")
+        raise ValueError(
+            f"_class_name={index.get('_class_name')} must be DDPMPipeline or DDIMPipeline"
+        )
     for part, found in index.items():
-        if not part.startswith("_") and (part not in ("unet", "scheduler") or not isinstance(found, list) or found[0] != "diffusers"):
-            raise ValueError(f"{part}={found} is not one of diffusers' own parts of such a pipeline, which are unet and scheduler")
+        if not part.startswith("_") and (
+            part not in ("unet", "scheduler")
+            or not isinstance(found, list)
+            or found[0] != "diffusers"
+        ):
+            raise ValueError(
+                f"{part}={found} is not one of diffusers' own parts of such a pipeline, which are unet and scheduler"
+            )
 
 
-def _settings(config: Mapping[str, Any], classes: list[str], defaults: dict[str, Any], fixed: Mapping[str, list[Any]]) -> dict[str, Any]:
+def _settings(
+    config: Mapping[str, Any],
+    classes: list[str],
+    defaults: dict[str, Any],
+    fixed: Mapping[str, list[Any]],
+) -> dict[str, Any]:
     """A configuration file with its defaults, each key known; what has only one meaning here has that."""
     if config.get("_class_name") not in classes:
         raise ValueError(f"_class_name={config.get('_class_name')} must be {' or '.join(classes)}")
@@ -248,22 +416,39 @@ def _key(table: Mapping[Any, Any], name: str, value: Any) -> Any:
 def _complete(model: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of UNet.    Raises ValueError for another class."""
     if model["_target_"] != UNET:
-        raise ValueError(f"model._target_={model['_target_']} is no network that diffusers' UNet2DModel can express; only {UNET} is")
-    defaults = {name: parameter.default for name, parameter in inspect.signature(UNet).parameters.items()}
+        raise ValueError(
+            f"model._target_={model['_target_']} is no network that diffusers' UNet2DModel can express; only {UNET} is"
+        )
+    defaults = {
+        name: parameter.default for name, parameter in inspect.signature(UNet).parameters.items()
+    }
     return {**defaults, **{key: value for key, value in model.items() if key != "_target_"}}
 
 
 def _levels(arguments: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
     """Width of each level, and whether it has attention."""
-    widths = [arguments["base_channels"] * multiplier for multiplier in arguments["channel_multipliers"]]
-    return widths, [max(size) in arguments["attention_resolutions"] for size in level_sizes(arguments["resolution"], len(widths))]
+    widths = [
+        arguments["base_channels"] * multiplier for multiplier in arguments["channel_multipliers"]
+    ]
+    return widths, [
+        max(size) in arguments["attention_resolutions"]
+        for size in level_sizes(arguments["resolution"], len(widths))
+    ]
 
 
 def _heads(arguments: Mapping[str, Any]) -> dict[int, int]:
     """Width -> number of heads, where there is attention: levels, and the middle."""
     widths, attends = _levels(arguments)
-    attended = [*(width for width, attention in zip(widths, attends, strict=True) if attention), widths[-1]]
-    return {width: width // arguments["head_channels"] if arguments["head_channels"] else arguments["num_heads"] for width in attended}
+    attended = [
+        *(width for width, attention in zip(widths, attends, strict=True) if attention),
+        widths[-1],
+    ]
+    return {
+        width: width // arguments["head_channels"]
+        if arguments["head_channels"]
+        else arguments["num_heads"]
+        for width in attended
+    }
 
 
 def unseen(model: Mapping[str, Any]) -> dict[str, Any]:

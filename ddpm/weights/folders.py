@@ -20,7 +20,17 @@ from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.models.unet import UNet
 from ddpm.runs import checkpoint
 from ddpm.system.files import sha256, whole
-from ddpm.weights.diffusers import UNET, VERSION, Chain, chain, check_pipeline, scheduler_config, unet_config, unet_model, unseen
+from ddpm.weights.diffusers import (
+    UNET,
+    VERSION,
+    Chain,
+    chain,
+    check_pipeline,
+    scheduler_config,
+    unet_config,
+    unet_model,
+    unseen,
+)
 
 WEIGHTS = "diffusion_pytorch_model"
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -49,12 +59,23 @@ class Pretrained:
         Raises ValueError if the file holds anything but tensors.
         """
         try:
-            loaded = load_file(self.file) if self.file.suffix == ".safetensors" else torch.load(self.file, map_location="cpu", weights_only=True)
+            loaded = (
+                load_file(self.file)
+                if self.file.suffix == ".safetensors"
+                else torch.load(self.file, map_location="cpu", weights_only=True)
+            )
         except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{self.option}: {self.file} cannot be read as tensors alone, so it is left unread ({str(error).splitlines()[0]})") from error
-        if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+            raise ValueError(
+                f"{self.option}: {self.file} cannot be read as tensors alone, so it is left unread ({str(error).splitlines()[0]})"
+            ) from error
+        if not isinstance(loaded, dict) or not all(
+            isinstance(tensor, Tensor) for tensor in loaded.values()
+        ):
             raise ValueError(f"{self.option}: {self.file} is not a table of tensors by name")
-        return dict(_renamed(name, tensor.float() if tensor.is_floating_point() else tensor) for name, tensor in loaded.items())
+        return dict(
+            _renamed(name, tensor.float() if tensor.is_floating_point() else tensor)
+            for name, tensor in loaded.items()
+        )
 
     def network(self) -> nn.Module:
         """The network that a diffusers folder describes, with first weights of its own, on the CPU."""
@@ -71,7 +92,9 @@ class Pretrained:
             if name not in weights:
                 raise ValueError(f"{self.option} has no {name}, which {whose} has")
             if weights[name].shape != tensor.shape:
-                raise ValueError(f"{self.option} has {name} of shape {tuple(weights[name].shape)}, {whose} {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"{self.option} has {name} of shape {tuple(weights[name].shape)}, {whose} {tuple(tensor.shape)}"
+                )
         for name in weights:
             if name not in wanted:
                 raise ValueError(f"{self.option} has {name}, which {whose} has not")
@@ -79,7 +102,9 @@ class Pretrained:
             theirs, ours = unseen(self.model), unseen(model)
             for key in ours:
                 if theirs[key] != ours[key]:
-                    raise ValueError(f"{self.option} was made with {key}={theirs[key]}, but model.{key}={ours[key]}")
+                    raise ValueError(
+                        f"{self.option} was made with {key}={theirs[key]}, but model.{key}={ours[key]}"
+                    )
         return weights
 
     def chain(self) -> Chain:
@@ -87,7 +112,9 @@ class Pretrained:
         if self.scheduler is None:
             raise ValueError(f"{self.option} is a run's folder: give it as run=DIR")
         if not self.scheduler.is_file():
-            raise ValueError(f"{self.option} has no scheduler_config.json, so nothing says how to sample from it")
+            raise ValueError(
+                f"{self.option} has no scheduler_config.json, so nothing says how to sample from it"
+            )
         with _naming(f"{self.option}: {self.scheduler.name}"):
             return chain(_json(self.scheduler), self.model)
 
@@ -101,21 +128,41 @@ def find(name: str, option: str) -> Pretrained:
     folder = _folder(name, option)
     if (folder / "config.yaml").is_file():
         with _naming(f"{option}: config.yaml"):
-            model = dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"])
+            model = dict(
+                yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
+            )
             _ = model["_target_"]
         with _naming(option):
-            return Pretrained(option, model, checkpoint.find(folder / "checkpoints").folder / "ema.safetensors", None)
+            return Pretrained(
+                option,
+                model,
+                checkpoint.find(folder / "checkpoints").folder / "ema.safetensors",
+                None,
+            )
     if (folder / "model_index.json").is_file():
         with _naming(f"{option}: model_index.json"):
             check_pipeline(_json(folder / "model_index.json"))
     unet = _part(folder, "unet")
     if not (unet / "config.json").is_file():
-        raise ValueError(f"{option} is no folder of weights: it has no unet/config.json or config.json (diffusers), nor config.yaml (a run)")
-    files = [file for suffix in ("safetensors", "bin") if (file := unet / f"{WEIGHTS}.{suffix}").is_file()]
+        raise ValueError(
+            f"{option} is no folder of weights: it has no unet/config.json or config.json (diffusers), nor config.yaml (a run)"
+        )
+    files = [
+        file
+        for suffix in ("safetensors", "bin")
+        if (file := unet / f"{WEIGHTS}.{suffix}").is_file()
+    ]
     if not files:
-        raise ValueError(f"{option} has no {WEIGHTS}.safetensors or {WEIGHTS}.bin (in one piece, and no other variant)")
+        raise ValueError(
+            f"{option} has no {WEIGHTS}.safetensors or {WEIGHTS}.bin (in one piece, and no other variant)"
+        )
     with _naming(f"{option}: config.json"), torch.device("meta"):
-        found = Pretrained(option, unet_model(_json(unet / "config.json")), files[0], _part(folder, "scheduler") / "scheduler_config.json")
+        found = Pretrained(
+            option,
+            unet_model(_json(unet / "config.json")),
+            files[0],
+            _part(folder, "scheduler") / "scheduler_config.json",
+        )
         found.network()
     return found
 
@@ -127,7 +174,12 @@ def with_initial_weights(config: Config) -> Config:
     return config.model_copy(update={"init_weights": find(config.init_from, "init_from").digest()})
 
 
-def write(folder: Path, model: Mapping[str, Any], weights: Mapping[str, Tensor], diffusion: GaussianDiffusion) -> None:
+def write(
+    folder: Path,
+    model: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    diffusion: GaussianDiffusion,
+) -> None:
     """Write a folder that diffusers.DDPMPipeline.from_pretrained loads, whole or not at all.
 
     model: the network's class and arguments, all that it was built with.    weights: by UNet's names.
@@ -141,21 +193,32 @@ def write(folder: Path, model: Mapping[str, Any], weights: Mapping[str, Tensor],
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with whole(folder) as scratch:
         for part, file, content in (
-            (".", "model_index.json", {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION, **classes}),
+            (
+                ".",
+                "model_index.json",
+                {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION, **classes},
+            ),
             ("unet", "config.json", unet),
             ("scheduler", "scheduler_config.json", scheduler),
         ):
             (scratch / part).mkdir(parents=True, exist_ok=True)
-            (scratch / part / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            (scratch / part / file).write_text(
+                json.dumps(content, indent=2) + "\n", encoding="utf-8"
+            )
         save_file(tensors, scratch / "unet" / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
 
 
 def _renamed(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     """A weight under the name and in the shape that it has today: attention's were 1x1 convolutions once."""
-    parts = re.fullmatch(r"(.*attentions\.\d+\.)(query|key|value|proj_attn|to_q|to_k|to_v|to_out\.0)\.(weight|bias)", name)
+    parts = re.fullmatch(
+        r"(.*attentions\.\d+\.)(query|key|value|proj_attn|to_q|to_k|to_v|to_out\.0)\.(weight|bias)",
+        name,
+    )
     if parts is None:
         return name, tensor
-    return f"{parts[1]}{OLD_ATTENTION.get(parts[2], parts[2])}.{parts[3]}", tensor.flatten(1) if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
+    return f"{parts[1]}{OLD_ATTENTION.get(parts[2], parts[2])}.{parts[3]}", tensor.flatten(
+        1
+    ) if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
 
 
 def _folder(name: str, option: str) -> Path:
@@ -164,20 +227,32 @@ def _folder(name: str, option: str) -> Path:
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        raise ValueError(f"{option} is {'a file' if path.exists() else 'not here'}: give a folder, or a repository of the Hugging Face hub (owner/name)")
+        raise ValueError(
+            f"{option} is {'a file' if path.exists() else 'not here'}: give a folder, or a repository of the Hugging Face hub (owner/name)"
+        )
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
-    settings = ["model_index.json", "config.json", "scheduler_config.json", "unet/config.json", "scheduler/scheduler_config.json"]
+    settings = [
+        "model_index.json",
+        "config.json",
+        "scheduler_config.json",
+        "unet/config.json",
+        "scheduler/scheduler_config.json",
+    ]
     try:
         for suffix in ("safetensors", "bin"):
             weights = [f"{part}{WEIGHTS}.{suffix}" for part in ("", "unet/")]
-            found = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*settings, *weights]))
+            found = Path(
+                huggingface_hub.snapshot_download(name, allow_patterns=[*settings, *weights])
+            )
             if any((found / file).is_file() for file in weights):
                 break
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{option}: no such folder here, and the hub does not give it ({reason}); give a local copy's folder") from error
+        raise ValueError(
+            f"{option}: no such folder here, and the hub does not give it ({reason}); give a local copy's folder"
+        ) from error
     return found
 
 
@@ -198,5 +273,17 @@ def _naming(what: str) -> Iterator[None]:
     """Have complaints about a file that others wrote name it, those about its values' types too."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, yaml.YAMLError) as error:
-        raise ValueError(f"{what}: {error}" if isinstance(error, ValueError) else f"{what} is not as expected: {type(error).__name__} {error}") from error
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        yaml.YAMLError,
+    ) as error:
+        raise ValueError(
+            f"{what}: {error}"
+            if isinstance(error, ValueError)
+            else f"{what} is not as expected: {type(error).__name__} {error}"
+        ) from error

@@ -63,8 +63,17 @@ WORK = {  # name -> settings, batch
 class Times:
     """Seconds of one contender's rounds. run: does its work `count` times.    images, flops: of one."""
 
-    def __init__(self, name: str, run: Callable[[int], Any], count: int, images: int, flops: int) -> None:
-        self.name, self.run, self.count, self.images, self.flops, self.seconds = name, run, count, images, flops, []
+    def __init__(
+        self, name: str, run: Callable[[int], Any], count: int, images: int, flops: int
+    ) -> None:
+        self.name, self.run, self.count, self.images, self.flops, self.seconds = (
+            name,
+            run,
+            count,
+            images,
+            flops,
+            [],
+        )
 
     def round(self, clock: Callable[[], float]) -> None:
         start = clock()
@@ -85,18 +94,41 @@ class Times:
 class DiffusersStep:
     """The body of diffusers' examples/unconditional_image_generation/train_unconditional.py, with our weights; without its trackers and checkpoints."""
 
-    def __init__(self, config: Config, weights: dict[str, Tensor], batch: int, compiled: bool = False, channels_last: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        weights: dict[str, Tensor],
+        batch: int,
+        compiled: bool = False,
+        channels_last: bool = False,
+    ) -> None:
         self.accelerator = Accelerator()
         model = their_network(config, weights).train()
         if channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
-        self.ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75, model_cls=UNet2DModel, model_config=model.config)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-        pictures = torch.from_numpy(random_images(config, batch)).float() / 127.5 - 1  # decoded, resized and normalized already: a help to them
+        self.ema = EMAModel(
+            model.parameters(),
+            decay=0.9999,
+            use_ema_warmup=True,
+            inv_gamma=1.0,
+            power=0.75,
+            model_cls=UNet2DModel,
+            model_config=model.config,
+        )
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
+        )
+        pictures = (
+            torch.from_numpy(random_images(config, batch)).float() / 127.5 - 1
+        )  # decoded, resized and normalized already: a help to them
         loader = DataLoader(_Repeated(pictures), batch_size=batch, shuffle=True, num_workers=0)
-        lr_scheduler = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=1 << 30)
-        self.model, self.optimizer, loader, self.lr_scheduler = self.accelerator.prepare(model, optimizer, loader, lr_scheduler)
+        lr_scheduler = get_scheduler(
+            "cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=1 << 30
+        )
+        self.model, self.optimizer, loader, self.lr_scheduler = self.accelerator.prepare(
+            model, optimizer, loader, lr_scheduler
+        )
         if compiled:
             self.model = torch.compile(self.model)
         self.batches = _endless(loader)
@@ -105,8 +137,15 @@ class DiffusersStep:
     def run(self, count: int) -> None:
         for _ in range(count):
             clean_images = next(self.batches)["input"]
-            noise = torch.randn(clean_images.shape, dtype=clean_images.dtype, device=clean_images.device)
-            timesteps = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(clean_images),), device=clean_images.device).long()
+            noise = torch.randn(
+                clean_images.shape, dtype=clean_images.dtype, device=clean_images.device
+            )
+            timesteps = torch.randint(
+                0,
+                self.scheduler.config.num_train_timesteps,
+                (len(clean_images),),
+                device=clean_images.device,
+            ).long()
             noisy_images = self.scheduler.add_noise(clean_images, noise, timesteps)
             with self.accelerator.accumulate(self.model):
                 loss = F.mse_loss(self.model(noisy_images, timesteps).sample.float(), noise.float())
@@ -118,7 +157,11 @@ class DiffusersStep:
                 self.optimizer.zero_grad()
             self.ema.step(self.model.parameters())
             self.bar.update(1)
-            self.bar.set_postfix(loss=loss.detach().item(), lr=self.lr_scheduler.get_last_lr()[0], ema_decay=self.ema.cur_decay_value)
+            self.bar.set_postfix(
+                loss=loss.detach().item(),
+                lr=self.lr_scheduler.get_last_lr()[0],
+                ema_decay=self.ema.cur_decay_value,
+            )
 
 
 class LucidrainsStep:
@@ -128,9 +171,13 @@ class LucidrainsStep:
         from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
 
         for index in range(100):
-            Image.fromarray(np.random.default_rng(index).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+            Image.fromarray(
+                np.random.default_rng(index).integers(0, 256, (size, size, 3), dtype=np.uint8)
+            ).save(folder / f"{index}.png")
         network = Unet(dim=64, dim_mults=(1, 2, 4, 8), flash_attn=True)
-        self.diffusion = GaussianDiffusion(network, image_size=size, timesteps=1000, beta_schedule="linear", objective="pred_noise")
+        self.diffusion = GaussianDiffusion(
+            network, image_size=size, timesteps=1000, beta_schedule="linear", objective="pred_noise"
+        )
         accumulate = max(1, 16 // batch)  # it asks for an effective batch of 16
         self.trainer = Trainer(
             self.diffusion,
@@ -168,7 +215,9 @@ def _endless(loader: DataLoader) -> Iterator[Any]:
 
 
 def their_network(config: Config, weights: dict[str, Tensor]) -> UNet2DModel:
-    network = UNet2DModel.from_config(unet_config(config.model | {"out_channels": config.data.channels}))
+    network = UNet2DModel.from_config(
+        unet_config(config.model | {"out_channels": config.data.channels})
+    )
     network.load_state_dict({name: tensor.clone() for name, tensor in weights.items()})
     return network
 
@@ -180,12 +229,19 @@ def losses_agree(config: Config, network: nn.Module, batch: int) -> float:
     noise, t = torch.randn(x0.shape), torch.randint(0, 1000, (batch,))
     network = copy.deepcopy(network).eval()
     with torch.no_grad():
-        for parameter in network.parameters():  # the last convolution starts at zero, and would hide all before it
+        for parameter in (
+            network.parameters()
+        ):  # the last convolution starts at zero, and would hide all before it
             parameter.add_(0.02 * torch.randn(parameter.shape))
         ours = diffusion.losses(network, x0, t, noise)
         scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
         model = their_network(config, network.state_dict()).eval()
-        theirs = (model(scheduler.add_noise(x0, noise, t), t).sample - noise).square().flatten(1).mean(dim=1)
+        theirs = (
+            (model(scheduler.add_noise(x0, noise, t), t).sample - noise)
+            .square()
+            .flatten(1)
+            .mean(dim=1)
+        )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
     return float((ours - theirs).abs().max())
 
@@ -201,33 +257,80 @@ def lucidrains_losses_agree(diffusion: Any, config: Config) -> float:
     return float((ours - theirs).abs())
 
 
-def training(name: str, rounds: int, compiled: bool, lucidrains: bool, clock: Callable[[], float]) -> dict[str, Any]:
+def training(
+    name: str, rounds: int, compiled: bool, lucidrains: bool, clock: Callable[[], float]
+) -> dict[str, Any]:
     settings, batch = WORK[name]
     torch._dynamo.reset()  # as in a process of its own: for a second resolution diffusers' would be compiled for all, which fails on a CPU
     config = training_config(compose([*settings, "runtime.device=cpu"]))
-    with accelerator_for(config.runtime.device, config.training.precision) as accelerator, tempfile.TemporaryDirectory() as folder:
+    with (
+        accelerator_for(config.runtime.device, config.training.precision) as accelerator,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         ours = TrainingStep(config, accelerator, random_images(config, batch), batch)
         found = {"batch": batch, "loss_difference": losses_agree(config, ours.network, batch)}
-        weights = {key: tensor.detach().contiguous() for key, tensor in ours.network.state_dict().items()}
+        weights = {
+            key: tensor.detach().contiguous() for key, tensor in ours.network.state_dict().items()
+        }
         flops = 3 * forward_flops(ours.network, config) * batch
-        more = 3 * forward_flops(their_network(config, weights), config) * batch  # its upsampling makes 9/4 of the products
+        more = (
+            3 * forward_flops(their_network(config, weights), config) * batch
+        )  # its upsampling makes 9/4 of the products
         count = 10 if name == "quickstart" else 1
         contenders = [
             Times("ours", ours.run, count, batch, flops),
             Times("diffusers", DiffusersStep(config, weights, batch).run, count, batch, more),
-            Times("diffusers channels_last", DiffusersStep(config, weights, batch, channels_last=True).run, count, batch, more),
+            Times(
+                "diffusers channels_last",
+                DiffusersStep(config, weights, batch, channels_last=True).run,
+                count,
+                batch,
+                more,
+            ),
         ]
         if compiled:
             contenders.append(
-                Times("ours compiled", TrainingStep(config, accelerator, random_images(config, batch), batch, compiled=True).run, count, batch, flops)
+                Times(
+                    "ours compiled",
+                    TrainingStep(
+                        config, accelerator, random_images(config, batch), batch, compiled=True
+                    ).run,
+                    count,
+                    batch,
+                    flops,
+                )
             )
-            contenders.append(Times("diffusers compiled", DiffusersStep(config, weights, batch, compiled=True, channels_last=True).run, count, batch, more))
+            contenders.append(
+                Times(
+                    "diffusers compiled",
+                    DiffusersStep(config, weights, batch, compiled=True, channels_last=True).run,
+                    count,
+                    batch,
+                    more,
+                )
+            )
         if lucidrains:
             size = build.image_size(config.data)[0]
             theirs = LucidrainsStep(size, batch, Path(folder))
             found["lucidrains_loss_difference"] = lucidrains_losses_agree(theirs.diffusion, config)
-            their_flops = 3 * flops_of(lambda: theirs.diffusion.model(torch.zeros(1, 3, size, size), torch.zeros(1, dtype=torch.int64))) * theirs.images
-            contenders.append(Times("denoising-diffusion-pytorch Unet(64)", theirs.run, 1, theirs.images, their_flops))
+            their_flops = (
+                3
+                * flops_of(
+                    lambda: theirs.diffusion.model(
+                        torch.zeros(1, 3, size, size), torch.zeros(1, dtype=torch.int64)
+                    )
+                )
+                * theirs.images
+            )
+            contenders.append(
+                Times(
+                    "denoising-diffusion-pytorch Unet(64)",
+                    theirs.run,
+                    1,
+                    theirs.images,
+                    their_flops,
+                )
+            )
         return found | timed(contenders, rounds, clock)
 
 
@@ -237,26 +340,42 @@ def sampling(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     network = build.network(config, torch.device("cpu"), 1).eval()
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
     diffusion, batch = build.diffusion(config), 64
-    drawing = Drawing(network, weights, diffusion, build.sampler(config.sampler, diffusion), (3, 32, 32), 0)
+    drawing = Drawing(
+        network, weights, diffusion, build.sampler(config.sampler, diffusion), (3, 32, 32), 0
+    )
     noise = drawing.latents(range(batch))
     steps_of = drawing.timesteps
-    pipeline = DDPMPipeline(their_network(config, {k: v.contiguous() for k, v in weights.items()}).eval(), DDPMScheduler(beta_schedule="linear"))
+    pipeline = DDPMPipeline(
+        their_network(config, {k: v.contiguous() for k, v in weights.items()}).eval(),
+        DDPMScheduler(beta_schedule="linear"),
+    )
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
 
     def ours(count: int) -> None:
         from ddpm.diffusion.samplers import step_noise
 
-        drawing.walk(noise, steps_of[:count], step_noise((3, 32, 32), range(batch), 0, torch.device("cpu")))
+        drawing.walk(
+            noise, steps_of[:count], step_noise((3, 32, 32), range(batch), 0, torch.device("cpu"))
+        )
 
     @torch.no_grad()
     def theirs(count: int) -> None:
         image = noise.contiguous()
         for t in pipeline.scheduler.timesteps[:count]:
-            image = pipeline.scheduler.step(pipeline.unet(image, t).sample, t, image, generator=generator).prev_sample
+            image = pipeline.scheduler.step(
+                pipeline.unet(image, t).sample, t, image, generator=generator
+            ).prev_sample
 
-    flops, more = forward_flops(network, config) * batch, forward_flops(pipeline.unet, config) * batch
-    return {"batch": batch} | timed([Times("ours", ours, 2, batch, flops), Times("diffusers", theirs, 2, batch, more)], rounds, clock)
+    flops, more = (
+        forward_flops(network, config) * batch,
+        forward_flops(pipeline.unet, config) * batch,
+    )
+    return {"batch": batch} | timed(
+        [Times("ours", ours, 2, batch, flops), Times("diffusers", theirs, 2, batch, more)],
+        rounds,
+        clock,
+    )
 
 
 class _Decoded(Dataset):
@@ -269,7 +388,11 @@ class _Decoded(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        image = ImageOps.fit(Image.open(self.files[index]).convert("RGB"), (self.size, self.size), Image.Resampling.BILINEAR)
+        image = ImageOps.fit(
+            Image.open(self.files[index]).convert("RGB"),
+            (self.size, self.size),
+            Image.Resampling.BILINEAR,
+        )
         image = ImageOps.mirror(image) if random.random() < 0.5 else image
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(127.5).sub(1)
 
@@ -281,10 +404,14 @@ def feeding(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
         files = [Path(folder) / f"{index:04d}.jpg" for index in range(1000)]
         for index, file in enumerate(files):
             small = np.random.default_rng(index).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-            Image.fromarray(small).resize((512, 512), Image.Resampling.BICUBIC).save(file, quality=90)
+            Image.fromarray(small).resize((512, 512), Image.Resampling.BICUBIC).save(
+                file, quality=90
+            )
         cache, cores = Path(folder) / "cache", len(os.sched_getaffinity(0))
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        data = image_set(sources.folder(folder), Decoding(size, size, 3, "center", "white"), cache, cores, 0.0)
+        data = image_set(
+            sources.folder(folder), Decoding(size, size, 3, "center", "white"), cache, cores, 0.0
+        )
         seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
         worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         batches = Batches(data.stored, batch, 0, torch.device("cpu"), drop_last=True, flip=True)
@@ -296,15 +423,28 @@ def feeding(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
         def theirs(loader: DataLoader) -> Callable[[int], None]:
             return lambda epochs: [None for _ in range(epochs) for _ in loader] and None
 
-        loaders = {workers: DataLoader(_Decoded(files, size), batch, shuffle=True, drop_last=True, num_workers=workers) for workers in (0, cores)}
+        loaders = {
+            workers: DataLoader(
+                _Decoded(files, size), batch, shuffle=True, drop_last=True, num_workers=workers
+            )
+            for workers in (0, cores)
+        }
         images = batches.steps_per_epoch * batch
         contenders = [Times("ours", ours, 1, images, 0)]
-        contenders += [Times(f"DataLoader, {workers} workers", theirs(loader), 1, images, 0) for workers, loader in loaders.items()]
+        contenders += [
+            Times(f"DataLoader, {workers} workers", theirs(loader), 1, images, 0)
+            for workers, loader in loaders.items()
+        ]
         found = timed(contenders, rounds, clock, against=contenders[-1].name)
-        return {"first_decoding_s": round(seconds, 2), "cores_busy": round(worked / seconds / cores, 2)} | found
+        return {
+            "first_decoding_s": round(seconds, 2),
+            "cores_busy": round(worked / seconds / cores, 2),
+        } | found
 
 
-def timed(contenders: list[Times], rounds: int, clock: Callable[[], float], against: str = "diffusers") -> dict[str, Any]:
+def timed(
+    contenders: list[Times], rounds: int, clock: Callable[[], float], against: str = "diffusers"
+) -> dict[str, Any]:
     """Interleaved rounds of each, after one that is not counted."""
     first = {}
     for contender in contenders:
@@ -316,7 +456,10 @@ def timed(contenders: list[Times], rounds: int, clock: Callable[[], float], agai
         peak = max(peak, matrix_product(clock))
         for contender in contenders:
             contender.round(clock)
-    results = {contender.name: contender.summary() | {"first_s": first[contender.name]} for contender in contenders}
+    results = {
+        contender.name: contender.summary() | {"first_s": first[contender.name]}
+        for contender in contenders
+    }
     base = results[against]["images_per_second"]
     for result in results.values():
         result[f"against_{against}"] = round(result["images_per_second"] / base, 3)
@@ -343,7 +486,12 @@ def flops_of(call: Callable[[], Any]) -> int:
 
 def forward_flops(network: nn.Module, config: Config) -> int:
     """Of one image."""
-    return flops_of(lambda: network(torch.zeros(1, config.data.channels, *build.image_size(config.data)), torch.zeros(1, dtype=torch.int64)))
+    return flops_of(
+        lambda: network(
+            torch.zeros(1, config.data.channels, *build.image_size(config.data)),
+            torch.zeros(1, dtype=torch.int64),
+        )
+    )
 
 
 def peak_memory(contender: str, name: str) -> int:
@@ -355,14 +503,20 @@ def peak_memory(contender: str, name: str) -> int:
         if contender == "ours":
             step: Any = TrainingStep(config, accelerator, random_images(config, batch), batch)
         else:
-            step = DiffusersStep(config, build.network(config, torch.device("cpu"), 1).state_dict(), batch)
+            step = DiffusersStep(
+                config, build.network(config, torch.device("cpu"), 1).state_dict(), batch
+            )
         step.run(3)
     return resident("VmHWM") - before
 
 
 def resident(which: str) -> int:
     """VmRSS, now, or VmHWM, at most so far, in bytes (Linux)."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which)]
+    (line,) = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(which)
+    ]
     return int(line.split()[1]) * 1024
 
 
@@ -370,7 +524,12 @@ def memory(name: str) -> dict[str, Any]:
     """Peak memory of a training step, each contender in a process of its own."""
     found = {}
     for contender in ("ours", "diffusers"):
-        done = subprocess.run([sys.executable, __file__, "--peak-memory", contender, name], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--peak-memory", contender, name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         found[contender] = int(done.stdout.split()[-1])
     return {"bytes": found, "against_diffusers": round(found["ours"] / found["diffusers"], 3)}
 
@@ -404,14 +563,24 @@ def stand_in_for_torchvision() -> str:
         Compose=compose_all,
         Lambda=lambda function: function,
         Resize=resize,
-        CenterCrop=lambda size: lambda image: ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR),
-        RandomHorizontalFlip=lambda: lambda image: ImageOps.mirror(image) if random.random() < 0.5 else image,
+        CenterCrop=lambda size: (
+            lambda image: ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
+        ),
+        RandomHorizontalFlip=lambda: (
+            lambda image: ImageOps.mirror(image) if random.random() < 0.5 else image
+        ),
         ToTensor=lambda: to_tensor,
     )
     torchvision, utils = types.ModuleType("torchvision"), types.ModuleType("torchvision.utils")
     vars(utils).update(save_image=None, make_grid=None)
     vars(torchvision).update(transforms=transforms, utils=utils)
-    sys.modules.update({"torchvision": torchvision, "torchvision.transforms": transforms, "torchvision.utils": utils})
+    sys.modules.update(
+        {
+            "torchvision": torchvision,
+            "torchvision.transforms": transforms,
+            "torchvision.utils": utils,
+        }
+    )
     return "stand-ins made of Pillow"
 
 
@@ -423,18 +592,47 @@ def machine() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {"cpu": model[0], "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
+    model = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": model[0],
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", nargs="+", choices=[*WORK, "sampler", "feeding"], default=[*WORK, "sampler", "feeding"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work",
+        nargs="+",
+        choices=[*WORK, "sampler", "feeding"],
+        default=[*WORK, "sampler", "feeding"],
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compiled", action="store_true", help="also both compiled, which takes minutes")
-    parser.add_argument("--lucidrains", action="store_true", help="also denoising-diffusion-pytorch, in training")
-    parser.add_argument("--memory", action="store_true", help="also peak memory of a training step, in processes of their own")
-    parser.add_argument("--busy", action="store_true", help="one thread and its processor time, for a machine that others use too")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also both compiled, which takes minutes"
+    )
+    parser.add_argument(
+        "--lucidrains", action="store_true", help="also denoising-diffusion-pytorch, in training"
+    )
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="also peak memory of a training step, in processes of their own",
+    )
+    parser.add_argument(
+        "--busy",
+        action="store_true",
+        help="one thread and its processor time, for a machine that others use too",
+    )
     parser.add_argument("--to", type=Path, help="a JSON file for all that was measured")
     parser.add_argument("--peak-memory", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -444,7 +642,9 @@ def main() -> None:
     clock = time.process_time if arguments.busy else time.perf_counter
     if arguments.busy:
         torch.set_num_threads(1)
-    report: dict[str, Any] = {"machine": machine() | {"clock": "processor time" if arguments.busy else "wall time"}}
+    report: dict[str, Any] = {
+        "machine": machine() | {"clock": "processor time" if arguments.busy else "wall time"}
+    }
     if arguments.lucidrains:
         report["machine"]["transforms"] = stand_in_for_torchvision()
     for name in arguments.work:
@@ -453,7 +653,9 @@ def main() -> None:
         elif name == "feeding":
             report[name] = feeding(arguments.rounds, clock)
         else:
-            report[name] = training(name, arguments.rounds, arguments.compiled, arguments.lucidrains, clock)
+            report[name] = training(
+                name, arguments.rounds, arguments.compiled, arguments.lucidrains, clock
+            )
         if arguments.memory and name in WORK:
             report[name]["peak_memory"] = memory(name)
         print(json.dumps({name: report[name]}, indent=1), flush=True)
