@@ -1,4 +1,7 @@
-"""python -m ddpm.recipes: print experiments/README.md, the table of the named runs, from the files beside it."""
+"""python -m ddpm.recipes: prints experiments/README.md from the files beside it.
+
+The page is the table of the named runs.
+"""
 
 import json
 from itertools import groupby
@@ -11,25 +14,36 @@ from ddpm.runs.results import PARTS, recorded
 INTRO = """\
 # Recipes
 
-One file a run: `python -m ddpm.train experiment=NAME` trains it, `python -m ddpm.plan experiment=NAME` says beforehand what it will be, and whether that
-is what its source describes. A file holds only what differs from its `model` and `data` options and, under `recipe`, what the run must come to. The LSUN
-bedroom and cat runs need `data.path=DIR`: the images exported from [LSUN's own databases](https://github.com/fyu/lsun).
+One file a run: `python -m ddpm.train experiment=NAME` trains it, `python -m ddpm.plan \
+experiment=NAME` says beforehand what it will be, and whether that
+is what its source describes. A file holds only what differs from its `model` and `data` options \
+and, under `recipe`, what the run must come to. The LSUN
+bedroom and cat runs need `data.path=DIR`: the images exported from [LSUN's own \
+databases](https://github.com/fyu/lsun).
 
-A published figure stands with its protocol; Ho et al. report the step of lowest FID. Each file also says how near a repetition should come: 0.2 for an FID
-of about 3 and 5% for larger ones, twice the deviation printed for IS, and 0.02 for precision, recall and bits/dim, where the objectives compared lie 0.04
-and more apart. A measured figure stands with its id, which says how (`ddim50`: by `python -m ddpm.evaluate run=... sampler=ddim50`); its `run.json` and
-`evaluation.json` lie in `results/`. Distances that are called `efficientnet_lite0` are on its features, and no FID.
+A published figure stands with its protocol; Ho et al. report the step of lowest FID. Each file \
+also says how near a repetition should come: 0.2 for an FID
+of about 3 and 5% for larger ones, twice the deviation printed for IS, and 0.02 for precision, \
+recall and bits/dim, where the objectives compared lie 0.04
+and more apart. A measured figure stands with its id, which says how (`ddim50`: by `python -m \
+ddpm.evaluate run=... sampler=ddim50`); its `run.json` and
+`evaluation.json` lie in `results/`. Distances that are called `efficientnet_lite0` are on its \
+features, and no FID.
 
-The papers' tables of objectives and schedules are sweeps; where a row has a recipe, it is the same run, in the same folder:
+The papers' tables of objectives and schedules are sweeps; where a row has a recipe, it is the \
+same run, in the same folder:
 
 ```bash
 # Ho et al. 2020, Table 2
-python -m ddpm.train -m model=unet32 data=cifar10 objective=epsilon_fixed_large,epsilon_bound,epsilon_bound_learned,mean,mean_bound,mean_bound_learned
+python -m ddpm.train -m model=unet32 data=cifar10 \
+objective=epsilon_fixed_large,epsilon_bound,epsilon_bound_learned,mean,mean_bound,mean_bound_learned
 # Nichol & Dhariwal 2021, Table 2: cosine; linear, 4000 timesteps; linear, 1000 timesteps
-python -m ddpm.train -m experiment=cifar10_hybrid objective=epsilon_fixed_large,hybrid,vlb objective.rescale_timesteps=true
+python -m ddpm.train -m experiment=cifar10_hybrid objective=epsilon_fixed_large,hybrid,vlb \
+objective.rescale_timesteps=true
 python -m ddpm.train -m experiment=cifar10_hybrid model.dropout=0.1 schedule=linear_rescaled \\
     objective=epsilon_fixed_large,hybrid objective.rescale_timesteps=true
-python -m ddpm.train experiment=cifar10_hybrid model.dropout=0.1 schedule=linear schedule.num_timesteps=1000 objective=epsilon_fixed_large
+python -m ddpm.train experiment=cifar10_hybrid model.dropout=0.1 schedule=linear \
+schedule.num_timesteps=1000 objective=epsilon_fixed_large
 ```
 
 `python -m ddpm.recipes > experiments/README.md` writes this page.
@@ -50,7 +64,7 @@ METRICS = {
 
 
 def page() -> str:
-    """experiments/README.md, whole."""
+    """Returns experiments/README.md, whole."""
     runs = sorted(
         folder.name
         for folder in RESULTS.iterdir()
@@ -62,7 +76,11 @@ def page() -> str:
 
 
 def table() -> str:
-    """One row a recipe, in Markdown.    Raises ValueError, naming the file, for one that says nothing about where it comes from."""
+    """Returns one row per recipe, in Markdown.
+
+    Raises:
+        ValueError: For a file that says nothing about where it comes from; it names the file.
+    """
     head = ["recipe", "source", "model, data", "parameters", "steps", "published", "measured"]
     rows = [head, ["---"] * 3 + ["---:"] * 2 + ["---"] * 2]
     for file in sorted(EXPERIMENTS.glob("*.yaml")):
@@ -83,7 +101,10 @@ def table() -> str:
 
 
 def measured(name: str, results: Path = RESULTS) -> str:
-    """What a run came to, from its run.json and evaluation.json, kept in a folder of its name: figures with their protocols, steps, device and commit."""
+    """Returns what a run came to: figures with their protocols, steps, device and commit.
+
+    They are read from its run.json and evaluation.json, kept in a folder of its name.
+    """
     folder = results / name
     figures = recorded(folder / "evaluation.json")
     if not figures:

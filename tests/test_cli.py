@@ -1,7 +1,6 @@
 """The commands as users type them, in processes of their own."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -93,47 +92,6 @@ def test_parts_of_a_batch_train_as_the_whole_batch_does(finished, train, tmp_pat
     whole = checkpoint.find(finished.run / "checkpoints").weights("raw")
     for name, tensor in checkpoint.find(parts / "checkpoints").weights("raw").items():
         torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-5)
-
-
-def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(train, tmp_path):
-    """Bit for bit, with everything on that has a state or draws at random."""
-    settings = [
-        *(
-            "runtime.checkpoint_every=3",
-            "runtime.log_every=2",
-            "runtime.device_batch=3",
-            "model.dropout=0.1",
-            "training.conditional=true",
-        ),
-        *(
-            "objective.timestep_sampling=loss_second_moment",
-            "schedule.num_timesteps=2",
-        ),  # few, so that the learned timesteps come into play
-    ]
-    whole = train(tmp_path / "whole", *settings).run
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    cut = tmp_path / "cut" / whole.relative_to(tmp_path / "whole")
-    shutil.rmtree(cut / "checkpoints" / "step_00000006")
-    (cut / "checkpoints" / "step_00000006").mkdir()
-    (cut / "checkpoints" / "latest").write_text("step_00000003\n")
-    (cut / "run.json").write_text(
-        json.dumps({**json.loads((cut / "run.json").read_text()), "status": "running", "step": 3})
-    )
-    with (cut / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "tra')
-
-    assert train(tmp_path / "cut", *settings).run == cut
-
-    expected, found = checkpoint.find(whole / "checkpoints"), checkpoint.find(cut / "checkpoints")
-    assert expected.step == found.step == 6
-    for name in ("model.safetensors", "ema.safetensors"):
-        assert (found.folder / name).read_bytes() == (expected.folder / name).read_bytes()
-    torch.testing.assert_close(found.state(), expected.state(), rtol=0, atol=0)
-    assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    assert (cut / "samples" / "step_00000006.png").read_bytes() == (
-        whole / "samples" / "step_00000006.png"
-    ).read_bytes()
-    assert json.loads((cut / "run.json").read_text())["status"] == "complete"
 
 
 def test_the_average_and_the_weights_both_move(finished):

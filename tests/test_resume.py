@@ -14,6 +14,12 @@ SMALL = [
     "model.attention_resolutions=[16]",
 ]
 FAMILIES = {
+    "learned timesteps": [
+        *("model.base_channels=8", "model.norm_groups=4", "model.channel_multipliers=[1,2]"),
+        *("model.attention_resolutions=[8]", "training.conditional=true"),
+        # few, so that what was learned comes into play
+        *("objective.timestep_sampling=loss_second_moment", "schedule.num_timesteps=2"),
+    ],
     "ddpm": ["model=unet32", *SMALL],
     "improved": ["model=improved_unet32", *SMALL, "objective=hybrid", "training.conditional=true"],
     "adm": ["model=adm64", *SMALL, "model.head_channels=32", "training.conditional=true"],
@@ -39,7 +45,12 @@ def test_cut_off_and_carried_on_is_the_same_run(tmp_path, family, precision):
     last = run.checkpoints / "step_00000004"
     whole = last.rename(tmp_path / "whole")
     metrics = (run.path / "metrics.jsonl").read_bytes()
+    preview = (run.samples / "step_00000004.png").read_bytes()
+    (run.samples / "step_00000004.png").unlink()
     run.update(status="running", step=2)
+    last.mkdir()  # half written, as the last line
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "tra')
 
     assert trained(*settings).path == run.path
 
@@ -52,6 +63,7 @@ def test_cut_off_and_carried_on_is_the_same_run(tmp_path, family, precision):
         atol=0,
     )
     assert (run.path / "metrics.jsonl").read_bytes() == metrics
+    assert (run.samples / "step_00000004.png").read_bytes() == preview
     first = checkpoint.find(run.checkpoints, 2).weights("raw")
     assert any(
         not torch.equal(tensor, first[name])

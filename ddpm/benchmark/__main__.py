@@ -1,15 +1,27 @@
-"""python -m ddpm.benchmark: how fast this machine trains and samples, and how near that is to what it can do."""
+"""python -m ddpm.benchmark: how fast this machine trains and samples.
+
+It also says how near that is to what the machine can do.
+"""
 
 from ddpm.config.cli import command, lazily
 
 main = command(
     "benchmark",
     lazily("ddpm.benchmark.run.run"),
-    "Time a run's training step and sampler step: images/s, share of the machine's matrix product, memory, waits.",
+    (
+        "Time a run's training step and sampler step: images/s, share of the machine's matrix "
+        "product, memory, waits."
+    ),
     [
         "python -m ddpm.benchmark",
-        "python -m ddpm.benchmark model=unet32 data=cifar10 training.batch_size=16 sample_batch=64 to=benchmark.json",
-        "python -m ddpm.benchmark model=unet128 data=butterflies training.precision=bf16 runtime.device=cuda runtime.compile=true",
+        (
+            "python -m ddpm.benchmark model=unet32 data=cifar10 training.batch_size=16 "
+            "sample_batch=64 to=benchmark.json"
+        ),
+        (
+            "python -m ddpm.benchmark model=unet128 data=butterflies training.precision=bf16 "
+            "runtime.device=cuda runtime.compile=true"
+        ),
     ],
 )
 

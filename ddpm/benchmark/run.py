@@ -121,11 +121,17 @@ def _time_training(
     _show("training", _words(training))
     _show(
         "",
-        f"the first step took {first:.2f} s, and was done {from_start:.1f} s after the process was started",
+        (
+            f"the first step took {first:.2f} s, and was done {from_start:.1f} s after the process "
+            "was started"
+        ),
     )
     _show(
         "",
-        f"{waiting:.2%} of the time waiting for data, {waits.count} waits for the device in a step, {memory / 1e9:.2f} GB at most",
+        (
+            f"{waiting:.2%} of the time waiting for data, {waits.count} waits for the device in a "
+            f"step, {memory / 1e9:.2f} GB at most"
+        ),
     )
     return {**found, "training": training}
 

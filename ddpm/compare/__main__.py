@@ -5,7 +5,10 @@ from ddpm.config.cli import command, lazily
 main = command(
     "compare",
     lazily("ddpm.compare.run.run"),
-    "Compare runs: what differs between them and what they came to. With no runs= it lists all there are, newest first.",
+    (
+        "Compare runs: what differs between them and what they came to. With no runs= it lists "
+        "all there are, newest first."
+    ),
     [
         "python -m ddpm.compare",
         "python -m ddpm.compare runs='outputs/quickstart-digits/optimizer.lr*' plot=true grid=true",

@@ -9,9 +9,17 @@ from ddpm.system.files import whole
 
 
 def plot(path: Path, compared: Sequence[Compared]) -> None:
-    """Every run's training loss over its steps, on a log axis, averaged over a twentieth of its steps, as a PNG; losses of other objectives apart.
+    """Draws every run's training loss over its steps, on a log axis.
 
-    Raises ValueError, one line, if matplotlib is missing or no run has reported a loss.
+    The curves are averaged over a twentieth of a run's steps. Losses of other objectives have a
+    panel of their own.
+
+    Args:
+        path: Of the PNG.
+        compared: The runs.
+
+    Raises:
+        ValueError: If matplotlib is missing or no run has reported a loss.
     """
     try:
         from matplotlib.figure import Figure

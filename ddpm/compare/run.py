@@ -77,7 +77,7 @@ def run(composed: Composed) -> list[Compared]:
 
 
 def draw(settings: Settings, compared: Sequence[Compared]) -> np.ndarray:
-    """A row of samples for each run, a column for each noise: (H, W, 3) uint8.
+    """Draws a row of samples for each run, a column for each noise: (H, W, 3) uint8.
 
     Networks of the same image size start from the same noise. A run that cannot be drawn from is
     left out, and named with the reason.

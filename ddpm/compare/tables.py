@@ -1,4 +1,4 @@
-"""Runs side by side: which there are, what differs between them, what they came to, and their loss curves."""
+"""Runs side by side: which there are, what differs between them, and what they came to."""
 
 import csv
 import glob
@@ -28,18 +28,29 @@ CHOICES = ("model", "data", "schedule", "objective", "optimizer", "lr_schedule")
 
 
 def find(runs: str | Sequence[str] | None, outputs: str) -> tuple[list[RunFolder], list[str]]:
-    """The runs that are meant, and the paths given that hold none.
+    """Finds the runs that are meant.
 
-    runs: a run's folder, one with runs anywhere below, a glob of such, or several of these, in their order; None: all below `outputs`, newest first.
-    Raises ValueError, one line, if there is no run at all.
+    Args:
+        runs: A run's folder, one with runs anywhere below, a glob of such, or several of these, in
+            their order; None for all below `outputs`, newest first.
+        outputs: Where runs lie.
+
+    Returns:
+        The runs, and the paths given that hold none.
+
+    Raises:
+        ValueError: If there is no run at all.
     """
     found: dict[Path, None] = {}
     empty = []
     for pattern in [runs] if isinstance(runs, str) else runs if runs is not None else [outputs]:
         path = Path(pattern).expanduser()
         matches = (
-            [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path)))]
-        )  # noqa: PTH207  # Path.glob takes no absolute pattern
+            [path]
+            if path.exists()
+            # Path.glob takes no absolute pattern
+            else [Path(match) for match in sorted(glob.glob(str(path)))]  # noqa: PTH207
+        )
         inside = [
             [match]
             if (match / "config.yaml").is_file()
@@ -55,7 +66,8 @@ def find(runs: str | Sequence[str] | None, outputs: str) -> tuple[list[RunFolder
     if not found:
         asked = f"outputs={outputs}" if runs is None else f"runs={runs}"
         raise ValueError(
-            f"{asked}: no run there; give a folder that ddpm.train made, one above such, a list of them, or a quoted glob"
+            f"{asked}: no run there; give a folder that ddpm.train made, one above such, "
+            "a list of them, or a quoted glob"
         )
     folders = list(found)
     if runs is None:
@@ -64,7 +76,7 @@ def find(runs: str | Sequence[str] | None, outputs: str) -> tuple[list[RunFolder
 
 
 def listing(compared: Sequence[Compared]) -> list[Row]:
-    """A row a run, whatever their settings: when it last wrote, and how it stands."""
+    """Makes a row a run, whatever their settings: when it last wrote, and how it stands."""
     return [
         {
             "updated": str(one.record.get("updated", "-"))[:16],
@@ -76,7 +88,11 @@ def listing(compared: Sequence[Compared]) -> list[Row]:
 
 
 def rows(compared: Sequence[Compared]) -> list[Row]:
-    """A row a run: what differs between them, how they stand, final and best values in a column for each protocol, speed, time and folder."""
+    """Makes a row a run.
+
+    It has what differs between them, how they stand, final and best values in a column for each
+    protocol, speed, time and folder.
+    """
     differing = differences(compared)
     columns = _metric_columns(compared)
     table = []
@@ -99,7 +115,10 @@ def rows(compared: Sequence[Compared]) -> list[Row]:
 
 
 def over_seeds(compared: Sequence[Compared]) -> list[Row]:
-    """Mean and deviation (of a sample) of the final values of complete runs that are the same but for the seed, where there are at least two."""
+    """Sums up the final values of complete runs that are the same but for the seed.
+
+    There is a row for each group of two or more, with mean and deviation (of a sample).
+    """
     columns = _metric_columns(compared)
     groups: dict[str, list[int]] = {}
     for index, one in enumerate(compared):
@@ -137,7 +156,10 @@ def over_seeds(compared: Sequence[Compared]) -> list[Row]:
 
 
 def differences(compared: Sequence[Compared]) -> list[Row]:
-    """For each run the settings that are not the same in all of them; a group whose option differs is named by its option alone, where that says it all."""
+    """Returns for each run the settings that are not the same in all of them.
+
+    A group whose option differs is named by its option alone, where that says it all.
+    """
     readable = [one for one in compared if one.settings]
     keys = list(dict.fromkeys(key for one in readable for key in one.settings))
     differing = [
@@ -169,7 +191,7 @@ def differences(compared: Sequence[Compared]) -> list[Row]:
 
 
 def ordered(compared: Sequence[Compared]) -> list[Compared]:
-    """The runs by what differs between them, numbers by their value."""
+    """Sorts the runs by what differs between them, numbers by their value."""
 
     def place(settings: Row) -> list[tuple[bool, float, str]]:
         return [
@@ -186,7 +208,7 @@ def ordered(compared: Sequence[Compared]) -> list[Compared]:
 
 
 def label(settings: Row) -> str:
-    """What differs, in one line."""
+    """Says what differs, in one line."""
     return (
         ", ".join(
             f"{key.rpartition('.')[2]} {value}"
@@ -198,7 +220,10 @@ def label(settings: Row) -> str:
 
 
 def text(table: Sequence[Row], width: int) -> str:
-    """The table for a terminal of so many columns: a line a run, or, where that is too wide, a line a column of it."""
+    """Lays the table out for a terminal of `width` columns.
+
+    There is a line a run, or, where that is too wide, a line a column of the table.
+    """
     shown = [{column: _shown(value) for column, value in row.items()} for row in table]
     names = list(dict.fromkeys(column for row in shown for column in row))
     lines = [names, *([row.get(name, "-") for name in names] for row in shown)]
@@ -209,7 +234,7 @@ def text(table: Sequence[Row], width: int) -> str:
 
 
 def as_csv(table: Sequence[Row]) -> str:
-    """The table with all digits; nothing where a run has no value."""
+    """Writes the table with all digits; nothing where a run has no value."""
     file = io.StringIO()
     table = [
         {
@@ -231,7 +256,7 @@ def as_csv(table: Sequence[Row]) -> str:
 
 
 def as_json(compared: Sequence[Compared]) -> str:
-    """All that is known of each run, every value with its whole protocol."""
+    """Writes all that is known of each run, every value with its whole protocol."""
     entries = []
     for one, settings in zip(compared, differences(compared), strict=True):
         figures = [
@@ -275,7 +300,10 @@ def _protocol(result: Result) -> tuple[str, str]:
 
 
 def _metric_columns(compared: Sequence[Compared]) -> dict[str, tuple[str, str]]:
-    """A column for each metric and protocol, named so that no two have the same name: with what else of the protocol differs, where the words do not."""
+    """A column for each metric and protocol, by a name that no other has.
+
+    Where the words are the same, the name says what else of the protocol differs.
+    """
     found = {_protocol(result): result for one in compared for result in one.results}
     by_name: dict[str, list[tuple[str, str]]] = {}
     for protocol, result in found.items():

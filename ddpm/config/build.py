@@ -1,4 +1,7 @@
-"""From the checked configuration to the objects it names. Building is also the last check: each object refuses what it cannot be."""
+"""From the checked configuration to the objects that it names.
+
+Building is also the last check: each object refuses what it cannot be.
+"""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -23,15 +26,17 @@ from ddpm.diffusion.timesteps import LossSecondMoment, Uniform
 from ddpm.system import randomness
 from ddpm.system.devices import to_device
 
-LrSchedule = Callable[
-    [int, int, float], float
-]  # (step, num_steps, lr) -> learning rate of that update
+# (step, num_steps, lr) -> learning rate of that update
+LrSchedule = Callable[[int, int, float], float]
 
 
 def network(config: Config, device: torch.device, num_classes: int) -> nn.Module:
-    """The network with its first weights, a function of the seed alone, on the device (on "meta": shapes only), channels_last.
+    """Builds the network with its first weights, which depend on the seed alone, channels_last.
 
-    num_classes: of the data set.
+    Args:
+        config: The run's configuration.
+        device: Where to build it; on "meta" it has shapes only.
+        num_classes: Classes of the data set.
     """
     arguments = network_arguments(config, num_classes)
     torch.manual_seed(randomness.host_key(randomness.INITIAL_WEIGHTS, config.seed))
@@ -42,14 +47,19 @@ def network(config: Config, device: torch.device, num_classes: int) -> nn.Module
             recompute = getattr(built, "recompute", None)
             if not callable(recompute):
                 raise ValueError(
-                    f"recompute={config.runtime.recompute}: {config.model['_target_']} has no method recompute(levels)"
+                    f"recompute={config.runtime.recompute}: {config.model['_target_']} has no "
+                    "method recompute(levels)"
                 )
             recompute(config.runtime.recompute)
     return to_device(built, device)
 
 
 def network_arguments(config: Config, num_classes: int) -> dict[str, int]:
-    """What a network is built with besides config.model: twice the channels out for a learned variance; one class more, "any", where labels are dropped."""
+    """Returns what a network is built with besides config.model.
+
+    A learned variance needs twice the channels out. Where labels are dropped, there is one class
+    more, "any".
+    """
     arguments = {
         "out_channels": config.data.channels * (2 if diffusion(config).learns_variance else 1)
     }
@@ -59,7 +69,7 @@ def network_arguments(config: Config, num_classes: int) -> dict[str, int]:
 
 
 def any_class(config: Config, num_classes: int) -> int | None:
-    """The class number that stands for "any", None where the network has not learned one."""
+    """Returns the number of the class "any", None where the network has not learned one."""
     return (
         num_classes if config.training.conditional and config.training.label_dropout > 0 else None
     )
@@ -83,7 +93,10 @@ def lr_schedule(config: Config) -> LrSchedule:
 
 
 def sampler_settings(node: Mapping[str, Any], process: GaussianDiffusion) -> dict[str, Any]:
-    """The group `sampler` with nothing left open: where the variance is null, it is the process's own."""
+    """Returns the group `sampler` with nothing left open.
+
+    Where the variance is null, it becomes the process's own.
+    """
     function = node["function"]
     if "variance" in function and function["variance"] is None:
         function = {**function, "variance": process.variance}
@@ -91,7 +104,7 @@ def sampler_settings(node: Mapping[str, Any], process: GaussianDiffusion) -> dic
 
 
 def sampler(node: Mapping[str, Any], process: GaussianDiffusion) -> Sampler:
-    """A sampler that fits this diffusion."""
+    """Builds a sampler that fits this diffusion."""
     with _naming("sampler"):
         built = instantiate(sampler_settings(node, process), _convert_="all")
         built.timesteps(process)
@@ -101,29 +114,37 @@ def sampler(node: Mapping[str, Any], process: GaussianDiffusion) -> Sampler:
 def timestep_sampler(
     process: GaussianDiffusion, device: torch.device
 ) -> Uniform | LossSecondMoment:
-    """How training picks timesteps for this diffusion."""
+    """Returns how training picks timesteps for this diffusion."""
     if process.timestep_sampling == "loss_second_moment":
         return LossSecondMoment(process.num_timesteps, device)
     return Uniform(process.num_timesteps)
 
 
 def source(config: Config) -> Source:
-    """Where the pictures lie, found but not read."""
+    """Finds the pictures, without reading them."""
     with _naming("data"):
         return instantiate(config.data.source, _convert_="all")
 
 
 def images(config: Config, found: Source, workers: int) -> ImageSet:
-    """The data set at the run's resolution, decoded or to be decoded as runtime.feed says."""
+    """Returns the data set at the run's resolution, decoded now or later as runtime.feed says."""
     decoding, cache = _decoding(config.data), Path(config.data.cache)
     later = decodes_later(config.runtime.feed, found, decoding, cache)
     return image_set(found, decoding, cache, workers, config.data.max_unreadable, later)
 
 
 def pictures(config: Config, wanted: list[int | str]) -> torch.Tensor:
-    """Pictures by number in the run's data set or by file, made ready as the run's are: (N, C, H, W) float32 in [-1, 1].
+    """Reads pictures, made ready as the run's are.
 
-    Raises ValueError, one line, for a number or a file that is not there.
+    Args:
+        config: The run's configuration.
+        wanted: Numbers in the run's data set, or files.
+
+    Returns:
+        (N, C, H, W) float32 in [-1, 1].
+
+    Raises:
+        ValueError: For a number or a file that is not there.
     """
     found = []
     for name in wanted:
@@ -143,12 +164,16 @@ def pictures(config: Config, wanted: list[int | str]) -> torch.Tensor:
 
 
 def check(config: Config) -> None:
-    """Build everything that needs no data, on no device.    Raises ValueError, one line that names the key, for what cannot be or does not fit together."""
+    """Builds everything that needs no data, on no device.
+
+    Raises:
+        ValueError: For what cannot be or does not fit together; the message names the key.
+    """
     process = diffusion(config)
     if sampler(config.sampler, process).guidance_scale != 1 and any_class(config, 1) is None:
         raise ValueError(
-            f"sampler.guidance_scale={config.sampler['guidance_scale']} needs classes in training, some of them left out "
-            "(training.conditional=true training.label_dropout=0.1)"
+            f"sampler.guidance_scale={config.sampler['guidance_scale']} needs classes in training, "
+            "some of them left out (training.conditional=true training.label_dropout=0.1)"
         )
     lr_schedule(config)
     network(config, torch.device("meta"), config.data.num_classes or 1)
@@ -158,7 +183,7 @@ def check(config: Config) -> None:
 
 
 def image_size(data: Data) -> tuple[int, int]:
-    """(height, width) of the run's images, in pixels."""
+    """Returns (height, width) of the run's images, in pixels."""
     return (
         (data.resolution, data.resolution) if isinstance(data.resolution, int) else data.resolution
     )
@@ -170,7 +195,7 @@ def _decoding(data: Data) -> Decoding:
 
 @contextmanager
 def _naming(group: str) -> Iterator[None]:
-    """Put the group's name before what its objects complain of, so that the message names the key to change."""
+    """Puts the group before its objects' complaints, so that they name the key to change."""
     try:
         yield
     except (ValueError, TypeError, InstantiationException) as error:

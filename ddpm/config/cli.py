@@ -36,7 +36,10 @@ Facts = Callable[[Composed], dict[str, str]]
 
 
 def lazily(name: str) -> Callable[[Composed], Any]:
-    """The function of that dotted name, imported when it is called: --help need not wait for torch."""
+    """Returns the function of that dotted name, imported only when it is called.
+
+    So --help need not wait for torch.
+    """
 
     def call(composed: Composed) -> Any:
         module, _, function = name.rpartition(".")
@@ -53,17 +56,20 @@ def command(
     config_name: str | None = None,
     facts: Facts = lambda composed: {},
 ) -> Callable[[], None]:
-    """The main function of `python -m ddpm.<name>`: compose its YAML with the command line, then run; in a sweep, once a job.
+    """Returns the main function of `python -m ddpm.<name>`.
 
-    An error is one line on standard error, and exit code 1; Ctrl-C another, and 130; HYDRA_FULL_ERROR=1 brings the traceback of either. A failing job
-    of a sweep does not stop the others.
+    It composes the command's YAML with the command line, then runs; in a sweep, once per job.
+
+    An error is one line on standard error, and exit code 1; Ctrl-C is one line too, and 130.
+    HYDRA_FULL_ERROR=1 brings the traceback of either. A failing job of a sweep does not stop the
+    others.
 
     Args:
         name: Of the command.
         run: What it does.
         what: A line for --help.
         examples: Command lines for --help.
-        config_name: Of its file in conf/; None: the command's own name.
+        config_name: Of its file in conf/; None for the command's own name.
         facts: What to show of a job in the table at the end of a sweep, by column.
     """
     config_name = config_name or name
@@ -110,9 +116,8 @@ def command(
         job.__module__ = f"ddpm.{name}"  # Hydra's job name is its last part
         register_experiments()
         sweeps.set_defaults(typed)
-        os.environ["HYDRA_FULL_ERROR"] = (
-            "1"  # have Hydra raise rather than print its own several lines
-        )
+        # have Hydra raise rather than print its own several lines
+        os.environ["HYDRA_FULL_ERROR"] = "1"
         try:
             refuse_paths(_overrides_in(typed))
             sweeps.refuse_in_process_group(typed)
@@ -125,9 +130,8 @@ def command(
                 raise
             print("interrupted", file=sys.stderr, flush=True)
             sys.exit(130)
-        except (
-            Exception
-        ) as error:  # what a job raises is caught above: this is a composition that failed
+        except Exception as error:
+            # what a job raises is caught above: this is a composition that failed
             if wants_traceback:
                 raise
             sys.exit(f"error: {_explain_composition(error, typed, config_name)}")
@@ -141,7 +145,10 @@ def command(
 
 
 def explain(error: Exception) -> str:
-    """An error in one line: the message alone where it is meant for the user, with its type where it is a surprise."""
+    """Returns an error in one line.
+
+    That is the message alone where it is meant for the user, with its type where it is a surprise.
+    """
     message = " ".join(str(error).split())
     return (
         message
@@ -151,7 +158,7 @@ def explain(error: Exception) -> str:
 
 
 def _overrides_in(arguments: Sequence[str]) -> list[str]:
-    """The overrides among a command line's arguments.    Ends the process, with one line, for flags that Hydra does not have."""
+    """The overrides in a command line; exits with one line for flags that Hydra does not have."""
 
     def refuse(message: str) -> NoReturn:
         wrong = next((word for word in arguments if re.match("-+[a-z_.]+=", word)), None)
@@ -172,7 +179,10 @@ def _explain_composition(error: Exception, arguments: Sequence[str], config_name
     if isinstance(error, OverrideParseException):
         key, equals, _ = error.override.partition("=")
         what = f"{error.override} cannot be read" if equals else f"{key} is no setting"
-        return f"{what}: settings are key=value; spaces, brackets and other signs in a value need quotes: 'key=\"value\"'"
+        return (
+            f"{what}: settings are key=value; spaces, brackets and other signs in a value need "
+            "quotes: 'key=\"value\"'"
+        )
     if (
         isinstance(error, MissingConfigException)
         and error.missing_cfg_file
@@ -231,7 +241,15 @@ KEY = re.compile(r"(?P<key>\w+): (?P<value>[^#]*?) *(?:# (?P<remark>.*))?")
 def help_text(
     conf: Path, experiments: Path, config_name: str, what: str, examples: Sequence[str]
 ) -> str:
-    """The help of the command that composes conf/<config_name>.yaml.    what: a line on what it does.    examples: command lines."""
+    """Returns the help of the command that composes conf/<config_name>.yaml.
+
+    Args:
+        conf: The folder conf/.
+        experiments: The folder experiments/.
+        config_name: Of the command's file in conf/.
+        what: A line on what the command does.
+        examples: Command lines.
+    """
     names = [config_name]
     if "\n  - config\n" in (conf / f"{config_name}.yaml").read_text(encoding="utf-8"):
         names.insert(0, "config")
@@ -272,7 +290,10 @@ def help_text(
     return "\n".join(
         [
             *help_lines,
-            "--cfg job prints every key; -m sweeps over key=a,b; HYDRA_FULL_ERROR=1 brings tracebacks; --hydra-help has the rest.",
+            (
+                "--cfg job prints every key; -m sweeps over key=a,b; HYDRA_FULL_ERROR=1 brings "
+                "tracebacks; --hydra-help has the rest."
+            ),
         ]
     )
 

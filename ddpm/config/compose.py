@@ -17,9 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 PACKAGE = Path(__file__).resolve().parent.parent
-ROOT = (
-    PACKAGE / "_bundled" if (PACKAGE / "_bundled" / "conf").is_dir() else PACKAGE.parent
-)  # an installed wheel, else a checkout
+# an installed wheel, else a checkout
+ROOT = PACKAGE / "_bundled" if (PACKAGE / "_bundled" / "conf").is_dir() else PACKAGE.parent
 CONF = ROOT / "conf"
 EXPERIMENTS = ROOT / "experiments"
 BROKEN: dict[str, str] = {}  # files of experiments/ that cannot be options: name -> what is wrong
@@ -27,9 +26,13 @@ BROKEN: dict[str, str] = {}  # files of experiments/ that cannot be options: nam
 
 @dataclass(frozen=True)
 class Composed:
-    """A composed configuration.    choices: the option chosen in each group.    overrides: what the command line said, as typed.
+    """A composed configuration.
 
-    config_dir: the folder of the user's own options (--config-dir), if there is one.
+    Attributes:
+        cfg: The configuration, without Hydra's own part.
+        choices: The option chosen in each group.
+        overrides: What the command line said, as typed.
+        config_dir: The folder of the user's own options (--config-dir), if there is one.
     """
 
     cfg: DictConfig
@@ -41,9 +44,16 @@ class Composed:
 def compose(
     overrides: Sequence[str], config_name: str = "config", config_dir: str | None = None
 ) -> Composed:
-    """What the command line `overrides` would compose to.    config_dir: of the user's own options, as --config-dir has it.
+    """Returns what a command line would compose to.
 
-    Raises Hydra's errors, as the command itself does, and ValueError for a path as an option.
+    Args:
+        overrides: Its overrides.
+        config_name: Of the command's file in conf/.
+        config_dir: The folder of the user's own options, as --config-dir has it.
+
+    Raises:
+        HydraException: As the command itself does.
+        ValueError: For a path as an option.
     """
     register_experiments()
     refuse_paths(overrides)
@@ -62,9 +72,10 @@ def compose(
 
 @functools.cache
 def register_experiments(folder: Path = EXPERIMENTS) -> None:
-    """Make each file of experiments/ an option of the group `experiment`, from whatever folder the command is started.
+    """Makes each file of experiments/ an option of the group `experiment`.
 
-    One that cannot be is an error only for who asks for it.
+    The command can then be started in any folder. A file that cannot be an option is an error only
+    for whoever asks for it.
     """
     for file in sorted(folder.glob("*.yaml")):
         try:
@@ -72,7 +83,8 @@ def register_experiments(folder: Path = EXPERIMENTS) -> None:
             _check_recipe(node)
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
             BROKEN[file.stem] = (
-                f"experiment={file.stem}: {file.name} cannot be used: {' '.join(str(error).split())}"
+                f"experiment={file.stem}: {file.name} cannot be used: "
+                f"{' '.join(str(error).split())}"
             )
         else:
             ConfigStore.instance().store(
@@ -85,7 +97,7 @@ def register_experiments(folder: Path = EXPERIMENTS) -> None:
 
 
 def _check_recipe(node: Any) -> None:
-    """Raises ValueError for a recipe that is no table, or that reaches for Hydra itself, which would call what it names before anything is checked."""
+    """Refuses a recipe that is no table, or sets Hydra, which would call its targets unchecked."""
     if not isinstance(node, DictConfig):
         raise ValueError("it is no table of keys")
     if "hydra" in node:
@@ -107,7 +119,10 @@ def _check_recipe(node: Any) -> None:
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """The part of a message that names the likeliest of the valid names, and the valid names if they are few."""
+    """Returns the part of a message that names the likeliest of the valid names.
+
+    It lists the valid names too if they are few.
+    """
     names = [other for other in names if other != name]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     listed = f"; there are {', '.join(sorted(names))}" if len(names) <= 24 else ""
@@ -140,7 +155,10 @@ def from_hydra(cfg: DictConfig, hydra_cfg: Any) -> Composed:
 
 
 def at_home(override: str) -> str:
-    """key=~/path as a shell would have it, which leaves it alone since the key has a dot, and Hydra cannot read it."""
+    """Returns key=~/path with the home folder put in.
+
+    A shell leaves the ~ alone since the key has a dot, and Hydra cannot read it.
+    """
     key, equals, value = override.partition("=")
     return (
         key + equals + str(Path(value).expanduser())
@@ -154,7 +172,13 @@ def _groups() -> list[str]:
 
 
 def refuse_paths(overrides: Sequence[str]) -> None:
-    """Raises ValueError for an option of a group that is no name: a path could lead to any file, and two options would be mixed."""
+    """Refuses an option of a group that is no name.
+
+    A path could lead to any file, and two options would be mixed.
+
+    Raises:
+        ValueError: If there is one.
+    """
     groups = {**{group: CONF / group for group in _groups()}, "experiment": EXPERIMENTS}
     for override in overrides:
         key, _, option = override.lstrip("+~").partition("=")
@@ -167,5 +191,6 @@ def refuse_paths(overrides: Sequence[str]) -> None:
             and re.search(r"[/\\[]|\.\.|\.ya?ml|^(null|true|false|[\d.]+)$", option)
         ):
             raise ValueError(
-                f"{key}={option}: no such option of {group}{nearest(option, [file.stem for file in groups[group].glob('*.yaml')])}"
+                f"{key}={option}: no such option of "
+                f"{group}{nearest(option, [file.stem for file in groups[group].glob('*.yaml')])}"
             )

@@ -1,6 +1,8 @@
-"""The checked configuration: every key known, every value of its type and in its range, every named class trusted, before anything is built.
+"""The checked configuration.
 
-Groups with a `_target_` are checked against the signature of what they name; the settings that no constructor checks have their schema here.
+Every key is known, every value of its type and in its range, and every named class trusted, before
+anything is built. Groups with a `_target_` are checked against the signature of what they name; the
+settings that no constructor checks have their schema here.
 """
 
 import typing
@@ -117,7 +119,10 @@ class Metric(Section):
 
 
 class Expect(Section):
-    """What a recipe's run must come to; ddpm.plan checks it. Steps are optimizer updates counted from 0."""
+    """What a recipe's run must come to; ddpm.plan checks it.
+
+    Steps are optimizer updates counted from 0.
+    """
 
     parameters: Count | None = None
     steps_per_epoch: Count | None = None
@@ -137,7 +142,12 @@ class Recipe(Section):
 
 
 class Config(Section):
-    """A training run, whole (conf/config.yaml).    init_weights: digest of what lies at init_from, found when the run is (run_folder.with_content)."""
+    """A training run, whole (conf/config.yaml).
+
+    Attributes:
+        init_weights: Digest of what lies at init_from, found when the run is
+            (folders.with_initial_weights).
+    """
 
     resume: Text | None = None
     init_from: Text | None
@@ -158,7 +168,11 @@ class Config(Section):
 
 
 def training_config(composed: Composed) -> Config:
-    """The configuration of a run, checked.    Raises ValueError, one line that names the key, the value and what is allowed."""
+    """Returns the configuration of a run, checked.
+
+    Raises:
+        ValueError: For what is wrong; it names the key, the value and what is allowed.
+    """
     plain = plain_config(composed)
     if "init_weights" in plain:
         raise ValueError("init_weights: no such key; it follows from init_from")
@@ -166,7 +180,11 @@ def training_config(composed: Composed) -> Config:
 
 
 def settings_and_config(schema: type[S], composed: Composed) -> tuple[S, Config]:
-    """What a command adds to a run's keys, and the run's configuration, both checked.    Raises ValueError like `training_config`."""
+    """Returns what a command adds to a run's keys, and the run's configuration, both checked.
+
+    Raises:
+        ValueError: As `training_config` does.
+    """
     cfg = composed.cfg.copy()
     own = OmegaConf.create({key: cfg.pop(key) for key in schema.model_fields})
     settings = validated(schema, plain_config(replace(composed, cfg=own)))
@@ -174,15 +192,21 @@ def settings_and_config(schema: type[S], composed: Composed) -> tuple[S, Config]
 
 
 def resolve_duration(plain: dict[str, Any], overrides: list[str]) -> Config:
-    """The configuration of a run from plain values, checked.    overrides: of the command line, which settle the unit of the duration.
+    """Returns the configuration of a run from plain values, checked.
 
-    Raises ValueError, one line.
+    Args:
+        plain: The values.
+        overrides: Of the command line, which settle the unit of the duration.
+
+    Raises:
+        ValueError: For what is wrong.
     """
     _settle_duration(plain["training"], overrides)
     config = read_config(plain)
     if (config.training.steps is None) == (config.training.epochs is None):
         raise ValueError(
-            f"training.steps={config.training.steps} and training.epochs={config.training.epochs}: give one of them"
+            f"training.steps={config.training.steps} and training.epochs={config.training.epochs}: "
+            "give one of them"
         )
     lr = config.optimizer.get("lr")
     if lr is None:
@@ -193,7 +217,8 @@ def resolve_duration(plain: dict[str, Any], overrides: list[str]) -> Config:
     _check_splits(config)
     if config.data.path is not None and "path" not in config.data.source:
         raise ValueError(
-            f"data.path={config.data.path}: data={config.data.name} has pictures of its own; yours are data=folder data.path=..."
+            f"data.path={config.data.path}: data={config.data.name} has pictures of its own; yours "
+            "are data=folder data.path=..."
         )
     if (
         config.training.conditional
@@ -201,15 +226,17 @@ def resolve_duration(plain: dict[str, Any], overrides: list[str]) -> Config:
         and config.data.name != "folder"
     ):
         raise ValueError(
-            f"training.conditional=true needs labels, and data={config.data.name} has none (data.num_classes=null)"
+            f"training.conditional=true needs labels, and data={config.data.name} has none "
+            "(data.num_classes=null)"
         )
     return config
 
 
 def read_config(plain: Mapping[str, Any]) -> Config:
-    """A configuration from plain values, such as a run folder's config.yaml, checked like one that was just composed.
+    """Returns a configuration from plain values, checked like one that was just composed.
 
-    It must be composed already: an interpolation left in it would be resolved when objects are built, and could read the environment.
+    The values, such as a run folder's config.yaml, must be composed already. An interpolation left
+    in them would be resolved when objects are built, and could read the environment.
     """
     _check_resolved("", plain)
     config = validated(Config, plain)
@@ -220,7 +247,11 @@ def read_config(plain: Mapping[str, Any]) -> Config:
 
 
 def plain_config(composed: Composed) -> dict[str, Any]:
-    """The composed configuration as plain values.    Raises ValueError, one line, for a value that is missing or refers to nothing."""
+    """Returns the composed configuration as plain values.
+
+    Raises:
+        ValueError: For a value that is missing or refers to nothing.
+    """
     try:
         return typing.cast(
             dict[str, Any],
@@ -248,7 +279,7 @@ def _check_resolved(key: str, value: Any) -> None:
 
 
 def _check_shapes(config: Config) -> None:
-    """The network must be made for the pictures, where its arguments tell."""
+    """Checks that the network is made for the pictures, where its arguments tell."""
     resolution = (
         config.data.resolution
         if isinstance(config.data.resolution, int)
@@ -265,7 +296,7 @@ def _check_shapes(config: Config) -> None:
 
 
 def _check_splits(config: Config) -> None:
-    """What is measured in training must be there; better known before a run than in the middle of it."""
+    """Checks before a run, not in the middle of it, that what it will measure is there."""
     if config.runtime.evaluate_every is None:
         return
     for key, split in (
@@ -274,16 +305,18 @@ def _check_splits(config: Config) -> None:
     ):
         if split == "heldout" and config.data.holdout == 0:
             raise ValueError(
-                f"evaluation.{key}=heldout needs pictures that are kept from training, and data.holdout=0.0; give data.holdout=0.1, say"
+                f"evaluation.{key}=heldout needs pictures that are kept from training, and "
+                "data.holdout=0.0; give data.holdout=0.1, say"
             )
         if split == "test" and "split" not in config.data.source:
             raise ValueError(
-                f"evaluation.{key}=test: data={config.data.name} has no test split; use heldout, with data.holdout=0.1"
+                f"evaluation.{key}=test: data={config.data.name} has no test split; use heldout, "
+                "with data.holdout=0.1"
             )
 
 
 def _settle_duration(training: dict[str, Any], overrides: list[str]) -> None:
-    """A duration on the command line takes the place of the recipe's, whichever unit that is in."""
+    """Puts a duration of the command line in place of the recipe's, whatever its unit."""
     given = {
         key
         for override in overrides

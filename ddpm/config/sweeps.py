@@ -1,4 +1,7 @@
-"""Sweeps: how their jobs are started, a device for each of several at once, and what each came to, in a table at the end."""
+"""Sweeps: how their jobs start, a device for each of several at once, and a table at the end.
+
+The table says what each job came to.
+"""
 
 import os
 import tempfile
@@ -18,7 +21,13 @@ from ddpm.system.files import lock
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended.    overrides: its key=value, as typed.    code: the exit code that it would have had alone.    facts: what to show of it, by column."""
+    """How a job ended.
+
+    Attributes:
+        overrides: Its key=value, as typed.
+        code: The exit code that it would have had alone.
+        facts: What to show of it, by column.
+    """
 
     overrides: list[str]
     code: int
@@ -26,7 +35,7 @@ class Outcome:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """The jobs in lines: number, what differs between them, and their facts."""
+    """Returns the jobs in lines: number, what differs between them, and their facts."""
     everywhere = (
         set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if outcomes else set()
     )
@@ -44,7 +53,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of as many cells each as text in columns."""
+    """Returns lines of as many cells each as text in columns."""
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -53,19 +62,31 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def refuse_in_process_group(arguments: Sequence[str]) -> None:
-    """Raises ValueError, one line, if a sweep is asked for in one of several processes that torchrun or accelerate started."""
+    """Refuses a sweep in one of several processes that torchrun or accelerate started.
+
+    Raises:
+        ValueError: If one is asked for there.
+    """
     sweeps = {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments)
     if sweeps and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            f"{min(sweeps)}: no sweep inside torchrun or accelerate launch, whose {os.environ['WORLD_SIZE']} processes are one job's for good; "
-            "start one of these for each job, or a sweep without, with hydra/launcher=joblib for a device each"
+            f"{min(sweeps)}: no sweep inside torchrun or accelerate launch, whose "
+            f"{os.environ['WORLD_SIZE']} processes are one job's for good; start one of these for "
+            "each job, or a sweep without, with hydra/launcher=joblib for a device each"
         )
 
 
 def claim_device(devices: Sequence[str]) -> str | None:
-    """Have this process see one device that no other such process of this user sees, or as few as may be; before the devices are first used.
+    """Has this process see one device that no other such process of this user sees.
 
-    devices: as CUDA_VISIBLE_DEVICES names them.    Returns the one, held until the process ends, or None if there are none.
+    If there are too few devices, it shares one with as few processes as may be. Call it before the
+    devices are first used.
+
+    Args:
+        devices: As CUDA_VISIBLE_DEVICES names them.
+
+    Returns:
+        The one, held until the process ends, or None if there are none.
     """
     if _claimed or not devices:
         return os.environ["CUDA_VISIBLE_DEVICES"] if _claimed else None
@@ -94,7 +115,10 @@ LAUNCHERS: dict[str, dict[str, Any]] = {  # what is not as the plugins have it
 
 
 def set_defaults(arguments: Sequence[str]) -> None:
-    """Have the launchers that are installed (extra sweep) run a job for each device, and queue a Slurm job again as often as its time runs out."""
+    """Sets up the launchers that are installed (extra sweep).
+
+    They run a job for each device, and queue a Slurm job again as often as its time runs out.
+    """
     if not any(argument.startswith("hydra/launcher=") for argument in arguments):
         return
     OmegaConf.register_new_resolver(
@@ -113,7 +137,10 @@ def set_defaults(arguments: Sequence[str]) -> None:
 
 
 def visible_devices() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. Starts none of them."""
+    """Returns the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them.
+
+    It starts none of them.
+    """
     said = os.environ.get("CUDA_VISIBLE_DEVICES")
     if said is not None:
         return [name for name in said.split(",") if name]

@@ -1,4 +1,8 @@
-"""Plain values against what takes them: every key known, every value of its type and in its range, every named class trusted, before it is imported."""
+"""Checks plain values against what takes them.
+
+Every key must be known, every value of its type and in its range, and every named class trusted,
+before it is imported.
+"""
 
 import difflib
 import functools
@@ -13,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ddpm.config.compose import nearest
 
-PUBLIC = (  # what these export, and no more of ours, may be named by YAML: names that stay when files move
+# what these export, and no more of ours, may be named by YAML: names that stay when files move
+PUBLIC = (
     *("ddpm.models", "ddpm.diffusion", "ddpm.diffusion.schedules", "ddpm.diffusion.samplers"),
     *("ddpm.data.sources", "ddpm.train.lr_schedules"),
 )
@@ -34,7 +39,11 @@ S = typing.TypeVar("S", bound=BaseModel)
 
 
 def validated(schema: type[S], plain: Mapping[str, Any]) -> S:
-    """`plain` as `schema`.    Raises ValueError, one line that names the first wrong key, its value and what is allowed."""
+    """Returns `plain` as `schema`.
+
+    Raises:
+        ValueError: If it does not fit; it names the first wrong key, its value and what is allowed.
+    """
     try:
         return schema.model_validate_json(json.dumps(plain))
     except ValidationError as error:
@@ -42,10 +51,14 @@ def validated(schema: type[S], plain: Mapping[str, Any]) -> S:
 
 
 def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
-    """Check that a group names something trusted, and gives it arguments that it takes, of their types.
+    """Checks that a group names something trusted, with arguments that it takes, of their types.
 
-    Only names that PUBLIC modules export are imported, and those that start with a prefix of TRUSTED or runtime.trusted_modules (design rule: nothing
-    loaded runs code); what is found under a prefix must be defined there too: a module's own imports are not its wares.    Raises ValueError, one line.
+    Nothing that is loaded runs code. So the only names imported are those that PUBLIC modules
+    export, and those that start with a prefix of TRUSTED or runtime.trusted_modules. What is found
+    under a prefix must be defined there too: a module's own imports are not its wares.
+
+    Raises:
+        ValueError: If the group does not pass.
     """
     if node.get("_target_") is None:
         raise ValueError(f"{key}._target_ is missing: it names what to call")
@@ -90,14 +103,14 @@ def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
 
 @functools.cache
 def public_names() -> tuple[str, ...]:
-    """Every name of ours that YAML and loaded files may name."""
+    """Returns every name of ours that YAML and loaded files may name."""
     return tuple(
         f"{module}.{name}" for module in PUBLIC for name in importlib.import_module(module).__all__
     )
 
 
 def _instead(target: Any, prefixes: tuple[str, ...]) -> str:
-    """The part of a message that names what may stand there: today's name of what was called otherwise once, the nearest, or the rule."""
+    """The part of a message that says what may stand there: a new name, the nearest, the rule."""
     last = str(target).rpartition(".")[2]
     same = [name for name in public_names() if name.rpartition(".")[2] == last]
     if str(target).startswith("ddpm.") and same:
@@ -106,7 +119,10 @@ def _instead(target: Any, prefixes: tuple[str, ...]) -> str:
     more = (
         "runtime.trusted_modules adds to these, in other commands than ddpm.train trusted_modules"
     )
-    return f"{f'; did you mean {close[0]}?' if close else ':'} it must be a public name of ddpm, or start with {', '.join(prefixes)} ({more})"
+    return (
+        f"{f'; did you mean {close[0]}?' if close else ':'} it must be a public name of ddpm, or "
+        f"start with {', '.join(prefixes)} ({more})"
+    )
 
 
 def _targets(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -137,7 +153,9 @@ def _imported(key: str, target: str, prefixes: tuple[str, ...]) -> Callable[...,
     home = getattr(found, "__module__", None)
     if not callable(found) or not f"{home}.".startswith(prefixes):
         raise ValueError(
-            f"{key}={target} is not trusted: that is {f'of {home}' if callable(found) else 'nothing to call'}, only passed on by {module_name}"
+            f"{key}={target} is not trusted: that is "
+            f"{f'of {home}' if callable(found) else 'nothing to call'}, only passed on by "
+            f"{module_name}"
         )
     return found
 
@@ -149,9 +167,8 @@ def _first(
     complaint = error.errors()[0]
     path: list[str] = []
     value: Any = plain
-    for part in complaint[
-        "loc"
-    ]:  # loc also names the branch of a union: stop where the value has no such part
+    # loc also names the branch of a union: stop where the value has no such part
+    for part in complaint["loc"]:
         inside = (
             part in value
             if isinstance(value, Mapping)

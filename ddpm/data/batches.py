@@ -1,4 +1,7 @@
-"""From decoded pictures to training batches: which pictures a step sees, as floats in [-1, 1]. No state: step and position decide."""
+"""From decoded pictures to training batches: which pictures a step sees, as floats in [-1, 1].
+
+No state: step and position decide.
+"""
 
 from concurrent.futures import Future
 
@@ -11,7 +14,7 @@ from ddpm.system import randomness
 
 
 def to_floats(pixels: Tensor) -> Tensor:
-    """Images (B, C, H, W) of uint8 as float32 in [-1, 1], channels_last."""
+    """Returns images (B, C, H, W) of uint8 as float32 in [-1, 1], channels_last."""
     x0 = torch.empty_like(pixels, dtype=torch.float32, memory_format=torch.channels_last)
     for channel in range(pixels.shape[1]):  # the whole at once is several times slower on a CPU
         x0[:, channel] = pixels[:, channel]
@@ -19,19 +22,19 @@ def to_floats(pixels: Tensor) -> Tensor:
 
 
 class _Ahead:
-    """Decodes what will be asked for while something else is done: at most the images of one step."""
+    """Decodes ahead what will be asked for: at most the images of one step."""
 
     def __init__(self, images: Packed) -> None:
         self._images = images
         self._started: dict[tuple[int, int, int], list[Future[np.ndarray]]] = {}
 
     def start(self, span: tuple[int, int, int], rows: Tensor) -> None:
-        """span: (step, start, stop) of these rows."""
+        """Starts to decode these rows. `span` is their (step, start, stop)."""
         if span not in self._started:
             self._started[span] = self._images.start(rows.numpy())
 
     def take(self, span: tuple[int, int, int], rows: Tensor) -> Tensor:
-        """The images of a span, which need not have been started; what was started for steps before it is dropped."""
+        """Returns a span's images, started or not, and drops what was started for earlier steps."""
         self.start(span, rows)
         started = self._started.pop(span)
         for old in [other for other in self._started if other[0] < span[0]]:
@@ -41,14 +44,28 @@ class _Ahead:
 
 
 class Batches:
-    """The training batches of a run: step s, position p -> image, the same for any number of processes and after any resume.
+    """The training batches of a run: step s, position p -> image.
 
-    images: (M, C, H, W) uint8, an array or one that decodes as it is asked.    rows: (N,) int64, those of `images` that are the data set, the others never
-    being seen; None for all.    batch_size: images a step, over all processes.    drop_last: leave out an epoch's last, short batch.
-    flip: mirror half of the images left to right, anew each time.
-    on_device: keep the images whole on the device, else they are read from `images` each step (those to be decoded, a step ahead).
-    labels: (N,) int64, None to train without classes.    label_dropout: share of labels replaced, anew each time, by the class number `any_class`
-    (Ho & Salimans 2022, Algorithm 1).    Raises ValueError if the batch is larger than the data set.
+    They are the same for any number of processes and after any resume.
+
+    Args:
+        images: (M, C, H, W) uint8, an array or one that decodes as it is asked.
+        batch_size: Images per step, over all processes.
+        seed: Decides the order, the mirroring and the dropped labels.
+        device: Where the batches go.
+        drop_last: Leave out an epoch's last, short batch.
+        flip: Mirror half of the images left to right, anew each time.
+        labels: (N,) int64, None to train without classes.
+        label_dropout: Share of labels replaced, anew each time, by `any_class` (Ho & Salimans 2022,
+            Algorithm 1).
+        any_class: The class number that replaces them.
+        rows: (N,) int64, those of `images` that are the data set; the others are never seen. None
+            for all.
+        on_device: Keep the images whole on the device. Otherwise they are read from `images` each
+            step (those to be decoded, a step ahead).
+
+    Raises:
+        ValueError: If the batch is larger than the data set.
     """
 
     def __init__(
@@ -68,7 +85,8 @@ class Batches:
         rows = np.arange(len(images)) if rows is None else rows
         if batch_size > len(rows):
             raise ValueError(
-                f"training.batch_size={batch_size} is more than the {len(rows)} images of the data set; give training.batch_size={len(rows)} or less"
+                f"training.batch_size={batch_size} is more than the {len(rows)} images "
+                f"of the data set; give training.batch_size={len(rows)} or less"
             )
         self.num_images = len(rows)
         self.image_size = (images.shape[2], images.shape[3])
@@ -95,20 +113,28 @@ class Batches:
         self._orders: dict[int, Tensor] = {}  # epoch -> its permutation
 
     def size(self, step: int) -> int:
-        """Images of this step's global batch: batch_size, or fewer in an epoch's last step if that is not dropped."""
+        """Returns how many images this step's global batch has.
+
+        That is batch_size, or fewer in an epoch's last step if that is not dropped.
+        """
         first = step % self.steps_per_epoch * self.batch_size
         return min(self.batch_size, self.num_images - first)
 
     def indices(self, step: int, start: int, stop: int) -> Tensor:
-        """Which images stand at positions start to stop of this step's batch: (stop - start,) int64, each image once an epoch."""
+        """Returns which images stand at positions start to stop of this step's batch.
+
+        Returns:
+            (stop - start,) int64. Each image comes once an epoch.
+        """
         epoch, within = divmod(step, self.steps_per_epoch)
         if epoch not in self._orders:
             generator = torch.Generator().manual_seed(
                 randomness.host_key(randomness.DATA_ORDER, self.seed, epoch)
             )
+            # what is decoded ahead crosses the border
             self._orders = {
                 other: order for other, order in self._orders.items() if other == epoch - 1
-            }  # what is decoded ahead crosses the border
+            }
             self._orders[epoch] = torch.randperm(self.num_images, generator=generator).to(
                 self._rows.device
             )
@@ -117,7 +143,11 @@ class Batches:
         ]
 
     def images(self, step: int, start: int, stop: int) -> Tensor:
-        """The images at positions start to stop of this step's batch: (stop - start, C, H, W) float32 in [-1, 1], channels_last, on the device."""
+        """Returns the images at positions start to stop of this step's batch.
+
+        Returns:
+            (stop - start, C, H, W) float32 in [-1, 1], channels_last, on the device.
+        """
         chosen = self._chosen(step, start, stop)
         if chosen.device != self.device:
             chosen = (chosen.pin_memory() if self.device.type == "cuda" else chosen).to(
@@ -129,9 +159,8 @@ class Batches:
                 randomness.stream_keys(randomness.TRAIN_FLIP, self.seed, step, positions)
             )
             all_bits = mirrored.to(torch.uint8).neg()[:, None, None, None]
-            chosen = chosen ^ (
-                (chosen ^ chosen.flip(-1)) & all_bits
-            )  # torch.where takes bytes one by one
+            # torch.where takes bytes one by one
+            chosen = chosen ^ ((chosen ^ chosen.flip(-1)) & all_bits)
         return to_floats(chosen)
 
     def _chosen(self, step: int, start: int, stop: int) -> Tensor:
@@ -144,7 +173,11 @@ class Batches:
         return now
 
     def classes(self, step: int, start: int, stop: int) -> Tensor | None:
-        """The classes at positions start to stop of this step's batch, some dropped: (stop - start,) int64 on the device; None without labels."""
+        """Returns the classes at positions start to stop of this step's batch, some dropped.
+
+        Returns:
+            (stop - start,) int64 on the device; None without labels.
+        """
         if self._labels is None:
             return None
         labels = self._labels[self.indices(step, start, stop)].to(self.device, non_blocking=True)

@@ -1,4 +1,7 @@
-"""Folders of the cache: whole or not there, and noticed when they are not what was written; and what is learned of each picture on the way there."""
+"""Folders of the cache: whole or not there, and noticed when they are not what was written.
+
+Also what is learned of each picture on the way there.
+"""
 
 import hashlib
 import json
@@ -19,7 +22,10 @@ PART = 1024  # rows held in memory when a file is written
 
 
 def find_damage(folder: Path) -> str | None:
-    """How the files of a cached folder differ from what was written; None if they do not. Of files larger than CHECKED bytes only the size is looked at."""
+    """Returns how the files of a cached folder differ from what was written; None if they do not.
+
+    Of files larger than CHECKED bytes, only the size is checked.
+    """
     try:
         files = json.loads((folder / "about.json").read_text())["files"]
         for name, (size, digest) in files.items():
@@ -34,7 +40,10 @@ def find_damage(folder: Path) -> str | None:
 
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:
-    """The last file of a folder: what it holds, and the size and digest of each file (of one larger than CHECKED bytes, the size alone)."""
+    """Writes the last file of a folder: what it holds, and the size and digest of each file.
+
+    For a file larger than CHECKED bytes, that is the size alone.
+    """
     files = {}
     for file in sorted(folder.iterdir()):
         size = file.stat().st_size
@@ -44,17 +53,25 @@ def write_about(folder: Path, about: dict[str, Any]) -> None:
 
 @contextmanager
 def naming_cache(cache: Path) -> Iterator[None]:
-    """Have the system's complaints name the key to change."""
+    """Makes the system's complaints name the key to change.
+
+    Raises:
+        ValueError: In place of an OSError of the body.
+    """
     try:
         yield
     except OSError as error:
         raise ValueError(
-            f"data.cache={cache}: pictures cannot be kept there ({error.strerror}); give another data.cache"
+            f"data.cache={cache}: pictures cannot be kept there ({error.strerror}); "
+            f"give another data.cache"
         ) from error
 
 
 def reserve(handle: int, size: int) -> None:
-    """Take the room on the disk now: writing to memory that maps a file on a full disk would end the process."""
+    """Takes the room on the disk now.
+
+    Writing to memory that maps a file on a full disk would end the process.
+    """
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, size)
     else:
@@ -62,7 +79,7 @@ def reserve(handle: int, size: int) -> None:
 
 
 def save_rows(path: Path, array: np.ndarray, chosen: np.ndarray) -> None:
-    """The chosen rows of an array as a .npy file, a part at a time."""
+    """Saves the chosen rows of an array as a .npy file, a part at a time."""
     with path.open("wb") as out:
         header = {
             "descr": np.lib.format.dtype_to_descr(array.dtype),
@@ -75,7 +92,13 @@ def save_rows(path: Path, array: np.ndarray, chosen: np.ndarray) -> None:
 
 
 class Survey:
-    """Digests of content, labels, and which do not decode.    digests: (N, 32) uint8, SHA-256.    labels: (N,) int64, -1 for none.    good: (N,) bool."""
+    """Digests of content, labels, and which pictures do not decode.
+
+    Attributes:
+        digests: (N, 32) uint8, SHA-256.
+        labels: (N,) int64, -1 for none.
+        good: (N,) bool.
+    """
 
     def __init__(self, count: int) -> None:
         self.digests = np.zeros((count, 32), dtype=np.uint8)
@@ -84,7 +107,7 @@ class Survey:
         self._unreadable: dict[int, str] = {}
 
     def note(self, index: int, name: str, digest: bytes | None, label: int | None) -> None:
-        """digest: of the content, None if it does not decode."""
+        """Notes one picture. `digest` is of its content, None if it does not decode."""
         self.labels[index] = -1 if label is None else label
         if digest is None:
             self.good[index] = False
@@ -98,11 +121,11 @@ class Survey:
         return [self._unreadable[index] for index in sorted(self._unreadable)]
 
     def first_digests(self) -> np.ndarray:
-        """(N,) uint64, the first 8 bytes of each digest."""
+        """Returns the first 8 bytes of each digest, (N,) uint64."""
         return self.digests[:, :8].copy().view(">u8")[:, 0].astype(np.uint64)
 
     def fingerprint(self, classes: list[str]) -> str:
-        """Of content, labels and order of what decodes, 16 hex digits."""
+        """Returns 16 hex digits of the content, labels and order of what decodes."""
         whole = hashlib.sha256(json.dumps(classes).encode())
         whole.update(
             np.concatenate(
@@ -113,6 +136,6 @@ class Survey:
 
 
 def digest_of(item: Item) -> bytes:
-    """SHA-256 of a picture's content: its bytes, or its pixels where nothing is encoded."""
+    """Returns the SHA-256 of a picture's content: its bytes, or pixels if nothing is encoded."""
     content = item.content.tobytes() if isinstance(item.content, Image.Image) else item.content
     return hashlib.sha256(content).digest()

@@ -9,19 +9,30 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
 FILTER = Image.Resampling.BICUBIC
+# what a picture that does not decode raises
 UNREADABLE = (
     OSError,
     ValueError,
     SyntaxError,
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
-)  # what a picture that does not decode raises
+)
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What is done to a picture. height, width: pixels.    channels: 3 colour, 1 grey.    crop: "center" cuts to the wanted shape before resizing,
-    "none" gives the shape up.    background: colour that shows through transparent pixels, as Pillow spells it.    Raises ValueError if that is no colour."""
+    """What is done to a picture.
+
+    Attributes:
+        height: Pixels.
+        width: Pixels.
+        channels: 3 colour, 1 grey.
+        crop: "center" cuts to the wanted shape before resizing, "none" gives the shape up.
+        background: Colour that shows through transparent pixels, as Pillow spells it.
+
+    Raises:
+        ValueError: If the background is no colour.
+    """
 
     height: int
     width: int
@@ -38,9 +49,15 @@ class Decoding:
             ) from None
 
     def __call__(self, content: bytes | Image.Image) -> np.ndarray:
-        """The picture as (C, H, W) uint8, turned as its EXIF says, resized with an antialiasing bicubic filter; of a moving one the first.
+        """Decodes a picture, turned as its EXIF says; of a moving one, the first image.
 
-        Raises OSError, ValueError or SyntaxError (Pillow's) if it does not decode.
+        It is resized with an antialiasing bicubic filter.
+
+        Returns:
+            (C, H, W) uint8.
+
+        Raises:
+            OSError, ValueError, SyntaxError: Pillow's, if the picture does not decode.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -57,7 +74,7 @@ class Decoding:
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
 
     def _flat(self, image: Image.Image) -> Image.Image:
-        """The image in the wanted mode, 16-bit grey scaled down to 8, transparency laid on the background.
+        """The image in the wanted mode: 16-bit grey scaled to 8, transparency on the background.
 
         Raises ValueError for numbers whose black and white nobody knows.
         """

@@ -1,4 +1,7 @@
-"""A source made ready for training, kept in the cache: as one array of decoded pictures, or encoded where that would take too much room."""
+"""A source made ready for training, kept in the cache.
+
+It is one array of decoded pictures, or they stay encoded where that would take too much room.
+"""
 
 import hashlib
 import json
@@ -28,9 +31,14 @@ LAYOUT = 4  # of the cache; a change makes old ones be made again
 class ImageSet:
     """Pictures, all of a source or a part of them.
 
-    stored: (M, C, H, W) uint8, all of the source, memory-mapped or decoded as asked for.    rows: (N,) int64, those of `stored` that belong here.
-    digests: (N,) uint64, the first 8 bytes of each content's SHA-256.    labels: (N,) int64, or None.    classes: their names.
-    fingerprint: of content, labels and order of the whole, the same wherever the pictures lie.    unreadable: names of those left out.
+    Attributes:
+        stored: (M, C, H, W) uint8, all of the source, memory-mapped or decoded as asked for.
+        rows: (N,) int64, those of `stored` that belong here.
+        digests: (N,) uint64, the first 8 bytes of each content's SHA-256.
+        labels: (N,) int64, or None.
+        classes: Their names.
+        fingerprint: Of content, labels and order of the whole, the same wherever the pictures lie.
+        unreadable: Names of those left out.
     """
 
     stored: np.ndarray | Packed
@@ -46,7 +54,10 @@ class ImageSet:
 
     @cached_property
     def images(self) -> np.ndarray:
-        """The pictures, (N, C, H, W) uint8: `stored` itself for the whole, a copy in memory for a part."""
+        """The pictures, (N, C, H, W) uint8.
+
+        `stored` itself for the whole, a copy in memory for a part.
+        """
         return (
             self.stored
             if isinstance(self.stored, np.ndarray) and len(self) == len(self.stored)
@@ -54,15 +65,23 @@ class ImageSet:
         )
 
     def split(self, holdout: float) -> tuple["ImageSet", "ImageSet"]:
-        """(to train on, held out): a picture is held out if its digest, read as a number in [0, 1), lies below the share `holdout`.
+        """Splits the pictures into those to train on and those held out.
 
-        So a picture's side follows from its content: not from its name, its place or the pictures beside it; and equal pictures are on the same side.
-        Raises ValueError if `holdout` is more than 0 and leaves no picture on one of the sides.
+        A picture is held out if its digest, read as a number in [0, 1), lies below the share
+        `holdout`. So its side follows from its content, not from its name, its place or the
+        pictures beside it, and equal pictures are on the same side.
+
+        Returns:
+            (to train on, held out).
+
+        Raises:
+            ValueError: If `holdout` is more than 0 and leaves no picture on one of the sides.
         """
         held = self.digests < np.uint64(int(holdout * 2**64))
         if holdout > 0 and not 0 < held.sum() < len(self):
             raise ValueError(
-                f"data.holdout={holdout} holds out {held.sum()} of the {len(self)} pictures, and both sides need some; give another share"
+                f"data.holdout={holdout} holds out {held.sum()} of the {len(self)} pictures, "
+                f"and both sides need some; give another share"
             )
         return self._part(~held), self._part(held)
 
@@ -79,20 +98,30 @@ def image_set(
     max_unreadable: float,
     decode_later: bool = False,
 ) -> ImageSet:
-    """The pictures of a source, from the cache if they have been made ready this way before, else made so now by `workers` processes.
+    """Returns the pictures of a source, from the cache, where they are made ready if need be.
 
-    decode_later: keep them encoded, and decode in `workers` threads those that are asked for.
-    A second process that wants them waits for the first; a cache that is not what was written is made anew. Raises ValueError, naming the first such
-    files, if more than the share max_unreadable (and more than one) do not decode; and, naming data.cache, if they cannot be kept there.
+    A second process that wants them waits for the first. A cache that is not what was written is
+    made anew.
+
+    Args:
+        source: Where the pictures lie.
+        decoding: What is done to each.
+        cache: The folder of all that was made ready.
+        workers: Processes that decode; threads with decode_later.
+        max_unreadable: Share of the pictures that may fail to decode.
+        decode_later: Keep the pictures encoded, and decode those that are asked for.
+
+    Raises:
+        ValueError: If more than that share (and more than one) do not decode, naming the first of
+            them; or if they cannot be kept in the cache, naming data.cache.
     """
     folder = folder_of(source, decoding, cache, decode_later)
     if find_damage(folder) is not None:
         with naming_cache(cache):
             cache.mkdir(parents=True, exist_ok=True)
         with lock(cache / f".{folder.name}.lock"):
-            for left in cache.glob(
-                f".{folder.name}.[0-9]*"
-            ):  # of a process that was killed: nobody else is in here
+            # of a process that was killed: nobody else is in here
+            for left in cache.glob(f".{folder.name}.[0-9]*"):
                 remove(left)
             damage = find_damage(folder)
             if damage is not None:
@@ -133,7 +162,7 @@ def image_set(
 
 
 def folder_of(source: Source, decoding: Decoding, cache: Path, decode_later: bool) -> Path:
-    """Where they are kept: encoded they are the same for any resolution."""
+    """Returns where the pictures are kept; encoded ones are the same for any resolution."""
     key = [LAYOUT, source.stamp, source.counts, "encoded" if decode_later else asdict(decoding)]
     return cache / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
@@ -157,7 +186,8 @@ def _make(
         bad = survey.unreadable
         if len(bad) == len(source) or len(bad) > max(1, max_unreadable * len(source)):
             raise ValueError(
-                f"{len(bad)} of {len(source)} pictures do not decode (data.max_unreadable={max_unreadable}): {_some(bad)}"
+                f"{len(bad)} of {len(source)} pictures do not decode "
+                f"(data.max_unreadable={max_unreadable}): {_some(bad)}"
             )
         with naming_cache(folder.parent):
             save_rows(scratch / "digests.npy", survey.first_digests(), survey.good)
@@ -181,7 +211,11 @@ Feed = Literal["auto", "device", "file", "decode"]
 
 
 def decodes_later(feed: Feed, source: Source, decoding: Decoding, cache: Path) -> bool:
-    """Whether to keep the pictures encoded: as asked, or for "auto" where decoded ones are not there and would take more than half of the free disk."""
+    """Returns whether to keep the pictures encoded.
+
+    That is as asked, or for "auto" where decoded ones are not there and would take more than half
+    of the free disk.
+    """
     if (
         feed != "auto"
         or (folder_of(source, decoding, cache, decode_later=False) / "about.json").is_file()
@@ -195,7 +229,10 @@ def decodes_later(feed: Feed, source: Source, decoding: Decoding, cache: Path) -
 
 
 def goes_on_device(feed: Feed, data: ImageSet, device: torch.device) -> bool:
-    """Whether to hold all pictures on the device: as asked, or for "auto" on a GPU where they take less than a quarter of its free memory."""
+    """Returns whether to hold all pictures on the device.
+
+    That is as asked, or for "auto" on a GPU where they take less than a quarter of its free memory.
+    """
     if isinstance(data.stored, Packed) or feed in ("file", "decode"):
         return False
     return feed == "device" or (

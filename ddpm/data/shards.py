@@ -12,7 +12,13 @@ SHARD_SIZE = 64  # files, glyphs or rows that one process takes at a time
 
 
 class Item(NamedTuple):
-    """One picture as it lies in its source: its encoded bytes, or already an image where nothing is encoded."""
+    """One picture as it lies in its source.
+
+    Attributes:
+        name: What messages call it.
+        content: Its encoded bytes, or already an image where nothing is encoded.
+        label: Number of its class, None for none.
+    """
 
     name: str
     content: bytes | Image.Image
@@ -23,8 +29,12 @@ class Item(NamedTuple):
 class Source:
     """Pictures that can be read shard by shard.
 
-    counts: pictures of each shard.    read: shard number -> its items; picklable.    classes: label names, empty if there are no labels.
-    stamp: changes when the pictures may have changed (names, sizes and times of files; version of a package or hub revision).
+    Attributes:
+        counts: Pictures of each shard.
+        read: Shard number -> its items; picklable.
+        classes: Label names, empty if there are no labels.
+        stamp: Changes when the pictures may have changed (names, sizes and times of files; version
+            of a package or hub revision).
     """
 
     counts: list[int]
@@ -37,17 +47,17 @@ class Source:
 
 
 def shard_counts(count: int) -> list[int]:
-    """How many of `count` pictures each shard has."""
+    """Returns how many of `count` pictures each shard has."""
     return [min(SHARD_SIZE, count - start) for start in range(0, count, SHARD_SIZE)]
 
 
 def in_shard(values: Sequence[Any], shard: int) -> Sequence[Any]:
-    """Those values, one a picture, that are the shard's."""
+    """Returns those values, one per picture, that are the shard's."""
     return values[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
 
 
 def stamp_of(root: Path, files: Sequence[Path]) -> str:
-    """Names, sizes and times of the files, in one hash."""
+    """Returns names, sizes and times of the files in one hash."""
     digest = hashlib.sha256()
     for file in files:
         status = file.stat() if file.exists() else file.lstat()
@@ -59,7 +69,7 @@ def stamp_of(root: Path, files: Sequence[Path]) -> str:
 
 
 def content_of(path: Path) -> bytes:
-    """A file's bytes; none if it cannot be read, which is counted when they are decoded."""
+    """Returns a file's bytes; none if it cannot be read, which is counted when they are decoded."""
     try:
         return path.read_bytes()
     except OSError:

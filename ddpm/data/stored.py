@@ -1,4 +1,8 @@
-"""Pictures made ready: decoded in one uint8 array that memory maps, or encoded in one file and decoded as they are asked for."""
+"""Pictures made ready.
+
+Decoded in one uint8 array that memory maps, or encoded in one file and decoded as they are asked
+for.
+"""
 
 import io
 import math
@@ -22,15 +26,20 @@ from ddpm.data.cache import Survey, digest_of, naming_cache, reserve, save_rows
 from ddpm.data.decoding import UNREADABLE, Decoding
 from ddpm.data.shards import Item, Source
 
-Found = list[
-    tuple[str, bytes | None, int | None]
-]  # name, digest of the content (None: does not decode), label
+# name, digest of the content (None: does not decode), label
+Found = list[tuple[str, bytes | None, int | None]]
 
 FILE = "images.npy"
 
 
 def decode_into(folder: Path, source: Source, decoding: Decoding, workers: int) -> Survey:
-    """Write FILE into a folder: (N, C, H, W) uint8 of the pictures that decode, in the source's order.    Raises ValueError if there is no room."""
+    """Writes FILE into a folder: the pictures that decode, in the source's order.
+
+    They are (N, C, H, W) uint8.
+
+    Raises:
+        ValueError: If there is no room.
+    """
     shape = (len(source), decoding.channels, decoding.height, decoding.width)
     raw = folder / "raw"
     with naming_cache(folder.parent), raw.open("wb") as file:
@@ -55,7 +64,7 @@ def _each_shard(
     starts: list[int],
     workers: int,
 ) -> Iterator[tuple[int, Found]]:
-    """(first index, what was found) of each shard, as they get done."""
+    """Yields (first index, what was found) of each shard, as they get done."""
     with tqdm(total=len(source), desc="decoding", unit="img", disable=None) as bar:
         if workers <= 1 or len(starts) == 1:
             for shard, start in enumerate(starts):
@@ -95,9 +104,15 @@ CONTENT, OFFSETS = "content.bin", "offsets.npy"
 
 
 class Packed:
-    """Stands for an array (N, C, H, W) uint8 that rows are taken from, which decodes them in threads (Pillow lets others run meanwhile).
+    """Stands for an array (N, C, H, W) uint8 and decodes the rows that are taken from it.
 
-    folder: as pack_into left it.    Memory holds what was asked for and no more.
+    It does so in threads: Pillow lets others run meanwhile. Memory holds what was asked for and no
+    more.
+
+    Args:
+        folder: As pack_into left it.
+        decoding: What is done to each picture.
+        threads: How many decode.
     """
 
     def __init__(self, folder: Path, decoding: Decoding, threads: int) -> None:
@@ -111,16 +126,20 @@ class Packed:
         return self.shape[0]
 
     def __getitem__(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The pictures of these rows, (len(rows), C, H, W) uint8.    Raises ValueError, one line, for one that does not decode after all."""
+        """Returns the pictures of these rows, (len(rows), C, H, W) uint8.
+
+        Raises:
+            ValueError: If one does not decode after all.
+        """
         return self.result(self.start(rows))
 
     def start(self, rows: Sequence[int] | np.ndarray) -> list[Future[np.ndarray]]:
-        """Have these rows decoded while something else is done."""
+        """Starts to decode these rows while something else is done."""
         return [self._pool.submit(self._one, int(row)) for row in rows]
 
     @staticmethod
     def result(started: list[Future[np.ndarray]]) -> np.ndarray:
-        """What was started, as soon as it is there."""
+        """Returns what was started, as soon as it is there."""
         return np.stack([picture.result() for picture in started])
 
     def _one(self, row: int) -> np.ndarray:
@@ -129,14 +148,19 @@ class Packed:
             return self._decoding(content)
         except UNREADABLE as error:
             raise ValueError(
-                f"picture {row} of the data set does not decode ({error}): leave it out, or use runtime.feed=file, which does"
+                f"picture {row} of the data set does not decode ({error}): "
+                f"leave it out, or use runtime.feed=file, which does"
             ) from error
 
 
 def pack_into(folder: Path, source: Source) -> Survey:
-    """Write CONTENT and OFFSETS into a folder: the encoded pictures one after the other, and where each begins.
+    """Writes CONTENT and OFFSETS into a folder.
 
-    A picture whose header cannot be read is left out; one that is not encoded in its source is packed as PNG.    Raises ValueError if there is no room.
+    They are the encoded pictures one after the other, and where each begins. A picture whose
+    header cannot be read is left out. One that is not encoded in its source is packed as PNG.
+
+    Raises:
+        ValueError: If there is no room.
     """
     survey = Survey(len(source))
     ends = np.zeros(len(source), dtype=np.int64)

@@ -18,7 +18,11 @@ MOST_CLASSES = 100_000
 def of_parquet(
     root: Path, files: Sequence[Path], image_column: str | None, label_column: str | None
 ) -> Source:
-    """The rows of parquet files below root.    Raises ValueError, naming the file, the columns or the label, for what cannot be read so."""
+    """Returns the rows of parquet files below root.
+
+    Raises:
+        ValueError: For what cannot be read so, naming the file, the columns or the label.
+    """
     groups: list[tuple[str, int]] = []
     counts: list[int] = []
     for file in files:
@@ -84,7 +88,7 @@ def _read_parquet(
 
 
 def _opened(file: Path) -> Any:
-    """A parquet file.    Raises ValueError, naming it, if it is not whole."""
+    """Opens a parquet file; a ValueError names one that is not whole."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -104,7 +108,19 @@ def of_arrow(
     where: str,
     stamp: str,
 ) -> Source:
-    """The rows of a table of datasets.    folders: where files that rows name may lie.    where: it came from, for messages.    Raises as of_parquet does."""
+    """Returns the rows of a table of datasets.
+
+    Args:
+        data: The table.
+        image_column: The column of images; None to find it.
+        label_column: The column of labels, if any.
+        folders: Where files that rows name may lie.
+        where: Where it came from, for messages.
+        stamp: Changes when the table may have changed.
+
+    Raises:
+        ValueError: As of_parquet does.
+    """
     import datasets
 
     kinds = {name: type(feature).__name__ for name, feature in data.features.items()}
@@ -146,7 +162,7 @@ def _read_arrow(
 def _columns(
     where: str, names: Sequence[str], kinds: dict[str, Any], image: str | None, label: str | None
 ) -> tuple[str, str | None]:
-    """The columns of images and labels: those asked for, else the first that their kind or name gives away."""
+    """The columns of images and labels: as asked, else the first that kind or name gives away."""
     if image is None:
         image = next((name for name in names if kinds.get(name) == "Image"), None) or next(
             (name for name in ("image", "img") if name in names), "image"
@@ -159,13 +175,17 @@ def _columns(
     for column in (image, label):
         if column is not None and column not in names:
             raise ValueError(
-                f"{where} has no column {column}; it has {', '.join(names)} (data.source.image_column, data.source.label_column)"
+                f"{where} has no column {column}; it has {', '.join(names)} "
+                f"(data.source.image_column, data.source.label_column)"
             )
     return image, label
 
 
 def _label_names(tables: Any) -> list[str]:
-    """Label names where the file has none: the sorted strings, or the numbers from 0 to the largest.    Raises ValueError for what are no classes."""
+    """Label names where the file has none: the sorted strings, or numbers from 0 to the largest.
+
+    Raises ValueError for what are no classes.
+    """
     values = {value for table in tables for value in table.column(0).unique().to_pylist()} - {None}
     if all(isinstance(value, str) for value in values):
         return sorted(values)
@@ -174,13 +194,14 @@ def _label_names(tables: Any) -> list[str]:
             value for value in values if not (isinstance(value, int) and -1 <= value < MOST_CLASSES)
         )
         raise ValueError(
-            f"source.label_column has {strange!r}: classes are words, or numbers from 0 to {MOST_CLASSES - 1} (-1 for none)"
+            f"source.label_column has {strange!r}: classes are words, "
+            f"or numbers from 0 to {MOST_CLASSES - 1} (-1 for none)"
         )
     return [str(number) for number in range(max(values) + 1)]
 
 
 def _label(name: str, value: Any, classes: list[str]) -> int | None:
-    """A row's class as its number, None where it has none.    Raises ValueError, naming the row, for one that is not among the classes."""
+    """A row's class as its number, None for none; a ValueError names a row of an unknown class."""
     if value is None or value == -1:
         return None
     number = classes.index(value) if value in classes else value
@@ -192,7 +213,10 @@ def _label(name: str, value: Any, classes: list[str]) -> int | None:
 
 
 def _bytes_of(name: str, value: Any, beside: Path, folders: Sequence[str]) -> bytes:
-    """The encoded image of a column's value: bytes, or datasets' {bytes, path}.    Raises ValueError for a path that leads out of `folders`."""
+    """The encoded image of a column's value: bytes, or datasets' {bytes, path}.
+
+    Raises ValueError for a path that leads out of `folders`.
+    """
     if isinstance(value, bytes):
         return value
     if isinstance(value, dict) and value.get("bytes") is not None:
@@ -203,7 +227,8 @@ def _bytes_of(name: str, value: Any, beside: Path, folders: Sequence[str]) -> by
             path.is_relative_to(os.path.normpath(Path(folder).absolute())) for folder in folders
         ):
             raise ValueError(
-                f"{name} names the file {value['path']}, which lies outside of the data set, so it is left unread"
+                f"{name} names the file {value['path']}, "
+                f"which lies outside of the data set, so it is left unread"
             )
         return content_of(path)
     return b""  # nothing there: counted as unreadable when it is decoded

@@ -1,4 +1,7 @@
-"""The diffusion process and how it is walked back: schedules (betas), the process (q, losses, bound), samplers, timesteps of training."""
+"""The diffusion process and how it is walked back.
+
+Schedules (betas), the process (q, losses, bound), samplers, and the timesteps of training.
+"""
 
 from ddpm.diffusion.process import Denoised, GaussianDiffusion
 

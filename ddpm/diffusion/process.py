@@ -1,4 +1,7 @@
-"""Gaussian diffusion: the forward process, its posterior, what a network predicts, and the losses. Knows no network and no data."""
+"""Gaussian diffusion: the forward process, its posterior, predictions and losses.
+
+It knows no network and no data.
+"""
 
 import math
 from collections.abc import Callable
@@ -14,9 +17,12 @@ Loss = Literal["simple", "min_snr", "bound", "hybrid"]
 
 
 class Denoised(NamedTuple):
-    """What a model says about x_t: estimates of the clean image and of the noise, and its raw words on the variance (None if that is fixed).
+    """What a model says about x_t. All parts have the shape of x_t.
 
-    All of the shape of x_t.
+    Attributes:
+        x0_hat: Estimate of the clean image.
+        eps_hat: Estimate of the noise.
+        variance_output: The model's raw words on the variance; None if that is fixed.
     """
 
     x0_hat: Tensor
@@ -25,19 +31,32 @@ class Denoised(NamedTuple):
 
 
 class GaussianDiffusion:
-    """Forward process q, its posterior, predictions and losses (Ho et al. 2020; Nichol & Dhariwal 2021).
+    """Forward process q, its posterior, predictions and losses.
 
-    betas: (T,) float64, each in (0, 1]; only the last may be 1 (zero terminal SNR).
-    prediction: what the model outputs: the noise ("epsilon"), the image ("x0"), v = sqrt(abar) epsilon - sqrt(1 - abar) x0 ("v"; Salimans & Ho 2022,
-        App. D) or the posterior mean ("mean"; Ho et al. 2020, Eq. 8).
-    variance: of the reverse step: the posterior's ("fixed_small"), beta_t ("fixed_large"), exp of a second output ("learned"), or between the two
-        as a second output says ("learned_range"; Nichol & Dhariwal 2021, Eq. 15).
-    loss: of each image. "simple": mean squared error of the prediction (Ho et al. 2020, Eq. 14). "min_snr": that, weighted (Hang et al. 2023).
-        "bound": vlb_weight * T * (this timestep's term of the variational bound, bits/dim; Ho et al. 2020, Eqs. 5 and 12). "hybrid": "simple" plus
-        such a bound whose mean is detached, so that it trains the variance alone (Nichol & Dhariwal 2021, Eq. 16).
-    vlb_weight: 1/T gives the term itself, as Ho et al.'s code trains on; 1 gives an estimate of the whole bound.    min_snr_gamma: gamma of "min_snr".
-    timestep_sampling: how training picks timesteps (ddpm/timestep_sampling.py).    rescale_timesteps: have the model see t * 1000 / T.
-    Constants are float64 and cast to the image's dtype where they are used. Raises ValueError, with the reason, for a combination that makes no sense.
+    Ho et al. 2020; Nichol & Dhariwal 2021. Constants are float64 and cast to the image's dtype
+    where they are used.
+
+    Args:
+        betas: (T,) float64, each in (0, 1]; only the last may be 1 (zero terminal SNR).
+        prediction: What the model outputs. "epsilon": the noise. "x0": the image. "v":
+            sqrt(abar) epsilon - sqrt(1 - abar) x0 (Salimans & Ho 2022, App. D). "mean": the
+            posterior mean (Ho et al. 2020, Eq. 8).
+        variance: Of the reverse step. "fixed_small": the posterior's. "fixed_large": beta_t.
+            "learned": exp of a second output. "learned_range": between the two fixed ones, as a
+            second output says (Nichol & Dhariwal 2021, Eq. 15).
+        loss: Of each image. "simple": mean squared error of the prediction (Ho et al. 2020,
+            Eq. 14). "min_snr": that, weighted (Hang et al. 2023). "bound": vlb_weight * T * (this
+            timestep's term of the variational bound, bits/dim; Ho et al. 2020, Eqs. 5 and 12).
+            "hybrid": "simple" plus such a bound whose mean is detached, so that it trains the
+            variance alone (Nichol & Dhariwal 2021, Eq. 16).
+        vlb_weight: 1/T gives the term itself, as Ho et al.'s code trains on; 1 gives an estimate of
+            the whole bound.
+        min_snr_gamma: The gamma of "min_snr".
+        timestep_sampling: How training picks timesteps (ddpm/diffusion/timesteps.py).
+        rescale_timesteps: Have the model see t * 1000 / T.
+
+    Raises:
+        ValueError: If the combination makes no sense; the message says why.
     """
 
     def __init__(
@@ -59,7 +78,8 @@ class GaussianDiffusion:
             or bool((betas[:-1] == 1).any())
         ):
             raise ValueError(
-                "betas must be a list of at least 2 numbers between 0 and 1, of which only the last may be 1"
+                "betas must be a list of at least 2 numbers between 0 and 1, "
+                "of which only the last may be 1"
             )
         self.prediction = prediction
         self.variance = variance
@@ -83,31 +103,56 @@ class GaussianDiffusion:
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the model's output has twice the image's channels: the prediction, then the variance."""
+        """Whether the model's output has twice the image's channels.
+
+        The prediction comes first, then the variance.
+        """
         return self.variance in ("learned", "learned_range")
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Draw x_t from q(x_t | x_0) in one jump (Ho et al. 2020, Eq. 4).
+        """Draws x_t from q(x_t | x_0) in one jump (Ho et al. 2020, Eq. 4).
 
-        x0: (B, C, H, W) float, in [-1, 1].    t: (B,) int64, in [0, T-1].    noise: like x0, standard normal.
-        Returns x_t, shape and dtype of x0.    Raises ValueError if noise or t has the wrong shape.
+        Args:
+            x0: (B, C, H, W) float images in [-1, 1].
+            t: (B,) int64 timesteps in [0, T-1].
+            noise: Standard normal, shaped like x0.
+
+        Returns:
+            x_t, with the shape and dtype of x0.
+
+        Raises:
+            ValueError: If noise or t has the wrong shape.
         """
         if noise.shape != x0.shape or t.shape != x0.shape[:1]:
             raise ValueError(
-                f"x0 {tuple(x0.shape)} needs noise of that shape and t ({len(x0)},), got {tuple(noise.shape)} and {tuple(t.shape)}"
+                f"x0 {tuple(x0.shape)} needs noise of that shape and t ({len(x0)},), "
+                f"got {tuple(noise.shape)} and {tuple(t.shape)}"
             )
         return self._at("signal", t, x0) * x0 + self._at("sigma", t, x0) * noise
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, Eq. 7).    x0, x_t: (B, C, H, W).    t: (B,) int64, in [0, T-1]."""
+        """Returns the mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, Eq. 7).
+
+        Args:
+            x0: (B, C, H, W).
+            x_t: (B, C, H, W).
+            t: (B,) int64 in [0, T-1].
+        """
         return self._at("mean_of_x0", t, x0) * x0 + self._at("mean_of_x_t", t, x_t) * x_t
 
     def posterior_variance(self) -> Tensor:
-        """Variance of q(x_{t-1} | x_t, x_0) for each t (Ho et al. 2020, Eq. 7): (T,) float64, 0 at t = 0."""
+        """Returns the variance of q(x_{t-1} | x_t, x_0) for each t (Ho et al. 2020, Eq. 7).
+
+        Returns:
+            (T,) float64, 0 at t = 0.
+        """
         return self.betas * (1 - self._alphas_cumprod_before()) / (1 - self.alphas_cumprod)
 
     def target(self, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """What the model should output at x_t = q_sample(x0, t, noise).    Shapes of q_sample."""
+        """Returns what the model should output at x_t = q_sample(x0, t, noise).
+
+        Shapes are those of q_sample.
+        """
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "x0":
@@ -117,9 +162,14 @@ class GaussianDiffusion:
         return self.posterior_mean(x0, x_t, t)
 
     def denoised(self, output: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
-        """The model's output as estimates of x0 (Ho et al. 2020, Eq. 15) and of the noise, and its variance part as it is.
+        """Turns the model's output into estimates of x0 (Ho et al. 2020, Eq. 15) and of the noise.
 
-        output: (B, C or 2C, H, W).    x_t: (B, C, H, W).    t: (B,) int64.
+        Its variance part stays as it is.
+
+        Args:
+            output: (B, C or 2C, H, W).
+            x_t: (B, C, H, W).
+            t: (B,) int64.
         """
         output, variance_output = output.chunk(2, dim=1) if self.learns_variance else (output, None)
         signal, sigma = self._at("signal", t, x_t), self._at("sigma", t, x_t)
@@ -137,9 +187,12 @@ class GaussianDiffusion:
         return Denoised(x0_hat, (x_t - signal * x0_hat) / sigma, variance_output)
 
     def denoiser(self, model: Model, clip: bool = True) -> Callable[[Tensor, Tensor], Denoised]:
-        """The function (x_t, t) -> Denoised that samplers walk with.
+        """Returns the function (x_t, t) -> Denoised that samplers walk with.
 
-        clip: hold x0_hat in [-1, 1], as the authors' code does when it samples, and make eps_hat agree with it (Eq. 15 solved for epsilon).
+        Args:
+            model: (x_t, t) -> output.
+            clip: Hold x0_hat in [-1, 1], as the authors' code does when it samples, and make
+                eps_hat agree with it (Eq. 15 solved for epsilon).
         """
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:
@@ -149,15 +202,27 @@ class GaussianDiffusion:
         return denoise
 
     def run(self, model: Model, x_t: Tensor, t: Tensor) -> Tensor:
-        """The model's output at x_t, in the dtype of x_t; the model sees t, rescaled if so chosen."""
+        """Returns the model's output at x_t, in the dtype of x_t.
+
+        The model sees t, rescaled if so chosen.
+        """
         return model(x_t, t * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t).to(
             x_t.dtype
         )
 
     def log_variance(self, variance_output: Tensor | None, t: Tensor, like: Tensor) -> Tensor:
-        """Log variance of the reverse step at t, broadcastable to `like`.
+        """Returns the log variance of the reverse step at t.
 
-        At t = 0, where the posterior's variance is 0, it and beta_t stand in with the posterior's at t = 1 (as in the authors' code).
+        At t = 0, where the posterior's variance is 0, the posterior's at t = 1 stands in for it,
+        and for beta_t in "fixed_large" (as in the authors' code).
+
+        Args:
+            variance_output: What the model says of it; None if it is fixed.
+            t: (B,) int64.
+            like: Gives dtype and device.
+
+        Returns:
+            A tensor that broadcasts to `like`.
         """
         small, large = self._at("log_posterior_variance", t, like), self._at("log_beta", t, like)
         if self.variance == "fixed_small":
@@ -171,7 +236,13 @@ class GaussianDiffusion:
         return share * large + (1 - share) * small
 
     def losses(self, model: Model, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The loss of each image at its timestep.    Shapes of q_sample.    Returns (B,), the dtype of x0."""
+        """Returns the loss of each image at its timestep.
+
+        Shapes are those of q_sample.
+
+        Returns:
+            (B,), the dtype of x0.
+        """
         x_t = self.q_sample(x0, t, noise)
         output = self.run(model, x_t, t)
         if self.loss == "bound":
@@ -192,10 +263,21 @@ class GaussianDiffusion:
     def bound_term(
         self, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip: bool = False
     ) -> Tensor:
-        """One timestep's term of the variational bound: KL of posterior and model, at t = 0 the decoder's code length (Ho et al. 2020, Eqs. 5 and 13).
+        """Returns one timestep's term of the variational bound (Ho et al. 2020, Eqs. 5 and 13).
 
-        output: of the model at x_t.    Shapes of q_sample.    clip: hold x0_hat in [-1, 1], as the authors' evaluation does and their training does not.
-        Returns (B,) bits/dim, a mean over pixels. The sum over all t, and the prior's term, is the bound.
+        It is the KL of posterior and model, and at t = 0 the decoder's code length. The sum over
+        all t, plus the prior's term, is the bound. Shapes are those of q_sample.
+
+        Args:
+            output: The model's, at x_t.
+            x0: The clean images.
+            x_t: The noised images.
+            t: The timesteps.
+            clip: Hold x0_hat in [-1, 1], as the authors' evaluation does and their training does
+                not.
+
+        Returns:
+            (B,) bits/dim, a mean over pixels.
         """
         estimate = self.denoised(output, x_t, t)
         if clip:
@@ -215,7 +297,14 @@ class GaussianDiffusion:
         return torch.where(first, decoder, kl).flatten(1).mean(dim=1) / math.log(2)
 
     def prior_term(self, x0: Tensor) -> Tensor:
-        """L_T: KL of q(x_T | x_0) and the standard normal (Ho et al. 2020, Eq. 5), in float64.    x0: (B, C, H, W).    Returns (B,) bits/dim."""
+        """Returns L_T, the KL of q(x_T | x_0) and the standard normal (Ho et al. 2020, Eq. 5).
+
+        Args:
+            x0: (B, C, H, W).
+
+        Returns:
+            (B,) bits/dim, float64.
+        """
         abar = self.alphas_cumprod[-1].to(x0.device)
         kl = 0.5 * (-1 - torch.log1p(-abar) + (1 - abar) + abar * x0.double().square())
         return kl.flatten(1).mean(dim=1) / math.log(2)
@@ -232,12 +321,11 @@ class GaussianDiffusion:
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """Row t of a table in the dtype and on the device of `like`, (B, 1, 1, 1). Tables are made once for each device and dtype."""
+        """Row t of a table, (B, 1, 1, 1), like `like`; made once for each device and dtype."""
         key = (name, like.device, like.dtype)
         if key not in self._tables:
-            with torch.inference_mode(
-                False
-            ):  # a table first needed by a sampler serves training too
+            # a table first needed by a sampler serves training too
+            with torch.inference_mode(False):
                 self._tables[key] = self._table(name).to(device=like.device, dtype=like.dtype)
         return self._tables[key][t].reshape(-1, 1, 1, 1)
 
@@ -259,7 +347,13 @@ class GaussianDiffusion:
 
 
 def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction: Prediction) -> Tensor:
-    """Weight of each timestep's squared error: min(SNR, gamma) on x0, as it is on the other predictions (Hang et al. 2023, section 3.4): (T,) float64."""
+    """Returns the weight of each timestep's squared error (Hang et al. 2023, section 3.4).
+
+    It is min(SNR, gamma) on x0, expressed as a weight on whatever is predicted.
+
+    Returns:
+        (T,) float64.
+    """
     snr = alphas_cumprod / (1 - alphas_cumprod)
     return (
         snr.clamp(max=gamma)
@@ -270,7 +364,7 @@ def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction: Prediction
 def normal_kl(
     mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor
 ) -> Tensor:
-    """KL(N(mean_1, variance_1) || N(mean_2, variance_2)) of each element, in nats."""
+    """Returns KL(N(mean_1, variance_1) || N(mean_2, variance_2)) of each element, in nats."""
     gap = log_variance_1 - log_variance_2
     return 0.5 * (
         -1 - gap + torch.exp(gap) + (mean_1 - mean_2).square() * torch.exp(-log_variance_2)
@@ -278,9 +372,10 @@ def normal_kl(
 
 
 def discretized_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Log probability, in nats, of each 8-bit level of x0 under a normal, the outermost levels open-ended (Ho et al. 2020, Eq. 13).
+    """Returns the log probability of each 8-bit level of x0 under a normal, in nats.
 
-    The normal's distribution function is the tanh approximation of the authors' code, so that figures compare with theirs.
+    The outermost levels are open-ended (Ho et al. 2020, Eq. 13). The normal's distribution function
+    is the tanh approximation of the authors' code, so that figures compare with theirs.
     """
     inverse_deviation = torch.exp(-0.5 * log_variance)
     upper = _approximate_cdf((x0 - mean + 1 / 255) * inverse_deviation)
@@ -305,15 +400,18 @@ def _check(
     learned = variance in ("learned", "learned_range")
     if terminal_snr_is_zero and prediction == "epsilon":
         raise ValueError(
-            "prediction=epsilon cannot work with a schedule of zero terminal SNR: its last x_t is the noise itself, which says nothing of x0; use v or x0"
+            "prediction=epsilon cannot work with a schedule of zero terminal SNR: "
+            "its last x_t is the noise itself, which says nothing of x0; use v or x0"
         )
     if learned and loss in ("simple", "min_snr"):
         raise ValueError(
-            f"variance={variance} is not trained by loss={loss}, which has no term for it; use hybrid or bound"
+            f"variance={variance} is not trained by loss={loss}, which has no term for it; "
+            "use hybrid or bound"
         )
     if not learned and loss == "hybrid":
         raise ValueError(
-            f"loss=hybrid trains a learned variance, and variance={variance} is fixed; use simple, or variance=learned_range"
+            f"loss=hybrid trains a learned variance, and variance={variance} is fixed; "
+            "use simple, or variance=learned_range"
         )
     if loss == "min_snr" and prediction == "mean":
         raise ValueError("loss=min_snr has no weights for prediction=mean; use epsilon, x0 or v")

@@ -1,8 +1,14 @@
 """Samplers: plain functions that walk an explicit list of timesteps from noise to images.
 
-Each takes, in this order: denoise, (x_t, t) -> Denoised; x, the noise to start from, (B, C, H, W), in the dtype to compute in; alphas_cumprod,
-(T,) float64; timesteps, decreasing, each in [0, T-1]; noise, t -> standard normal like x, asked once for each step that needs it. Each returns
-x_0, of the shape of x, near [-1, 1]. They never learn what the network predicts.
+Each takes the same leading arguments, in this order:
+
+    denoise: (x_t, t) -> Denoised.
+    x: The noise to start from, (B, C, H, W), in the dtype to compute in.
+    alphas_cumprod: (T,) float64.
+    timesteps: Decreasing, each in [0, T-1].
+    noise: t -> standard normal like x, asked once for each step that needs it.
+
+Each returns x_0, of the shape of x, near [-1, 1]. They never learn what the network predicts.
 """
 
 import math
@@ -32,11 +38,18 @@ def ancestral(
     noise: Noise,
     variance: Variance | None = None,
 ) -> Tensor:
-    """Algorithm 2 of Ho et al. 2020, on the chain that visits `timesteps` (respaced as in Nichol & Dhariwal 2021, section 4).
+    """Samples by Algorithm 2 of Ho et al. 2020, on the chain that visits `timesteps`.
 
-    The mean is Eq. 7 at x0_hat. The variance is the chain's beta ("fixed_large"), its posterior variance ("fixed_small"), or what the network says:
-    its log ("learned"), or where between those two ("learned_range"). No noise in the last step.
-    In YAML null stands for the process's own; called directly, it must be given.    Raises ValueError if it is None.
+    The chain is respaced as in Nichol & Dhariwal 2021, section 4. The mean is Eq. 7 at x0_hat.
+    There is no noise in the last step. For the other arguments see the module.
+
+    Args:
+        variance: The chain's beta ("fixed_large"), its posterior variance ("fixed_small"), or what
+            the network says: its log ("learned"), or where between those two ("learned_range"). In
+            YAML null stands for the process's own; called directly, it must be given.
+
+    Raises:
+        ValueError: If variance is None.
     """
     if variance is None:
         raise ValueError(
@@ -63,7 +76,13 @@ def ddim(
     noise: Noise,
     eta: Annotated[float, Ge(0), Le(1)] = 0.0,
 ) -> Tensor:
-    """Eqs. 12 and 16 of Song et al. 2021 (arXiv 2010.02502): no noise at eta 0, the ancestral chain of fixed_small variance at eta 1."""
+    """Samples by Eqs. 12 and 16 of Song et al. 2021 (arXiv 2010.02502).
+
+    For the other arguments see the module.
+
+    Args:
+        eta: 0: no noise. 1: the ancestral chain of fixed_small variance.
+    """
     for t, abar, abar_next in _walk(alphas_cumprod, timesteps):
         x0_hat, eps_hat, _ = denoise(x, _full(x, t))
         sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
@@ -76,10 +95,12 @@ def ddim(
 def dpm_solver_pp(
     denoise: Denoise, x: Tensor, alphas_cumprod: Tensor, timesteps: Sequence[int], noise: Noise
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Algorithm 2): one network call a step, no noise; the first and last step are of first order."""
-    before: tuple[Tensor, float] | None = (
-        None  # x0_hat of the step before, and the length of that step in log SNR / 2
-    )
+    """Samples by DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Algorithm 2).
+
+    One network call per step, no noise. The first and last step are of first order.
+    """
+    # x0_hat of the step before, and the length of that step in log SNR / 2
+    before: tuple[Tensor, float] | None = None
     for t, abar, abar_next in _walk(alphas_cumprod, timesteps):
         x0_hat = denoise(x, _full(x, t)).x0_hat
         if abar_next == 1:
@@ -99,9 +120,11 @@ def dpm_solver_pp(
 def heun(
     denoise: Denoise, x: Tensor, alphas_cumprod: Tensor, timesteps: Sequence[int], noise: Noise
 ) -> Tensor:
-    """Heun's second-order step on the probability-flow ODE in sigma, Euler's at the end (Karras et al. 2022, Algorithm 1), no noise.
+    """Samples by Heun's second-order step on the probability-flow ODE in sigma, without noise.
 
-    In y = x / sqrt(abar) and sigma = sqrt(1/abar - 1) the ODE is dy/dsigma = epsilon. Two network calls a step, one in the last.
+    The last step is Euler's (Karras et al. 2022, Algorithm 1). In y = x / sqrt(abar) and
+    sigma = sqrt(1/abar - 1) the ODE is dy/dsigma = epsilon. Two network calls per step, one in the
+    last.
     """
     chain = list(_walk(alphas_cumprod, timesteps))
     for (t, abar, abar_next), t_next in zip(chain, [*timesteps[1:], -1], strict=True):
@@ -121,16 +144,24 @@ Spacing = Literal["respaced", "linear", "quadratic", "edm"]
 
 
 def spaced_timesteps(alphas_cumprod: Tensor, num_steps: int, spacing: Spacing) -> list[int]:
-    """Which timesteps a chain of num_steps visits, from the noisiest down.
+    """Returns the timesteps that a chain of num_steps visits, from the noisiest down.
 
-    "respaced": evenly, both ends kept (Nichol & Dhariwal 2021, section 4). "linear": every (T // num_steps)-th from 0, "quadratic": closer together near
-    the image (both Song et al. 2021, App. D.2). "edm": the nearest to the sigmas of Karras et al. 2022, Eq. 5, rho 7, from 80 to 0.002 or as far as the
-    schedule reaches.    alphas_cumprod: (T,).    Raises ValueError if num_steps lies outside [1, T] or a timestep would be visited twice.
+    Args:
+        alphas_cumprod: (T,).
+        num_steps: In [1, T].
+        spacing: "respaced": evenly, both ends kept (Nichol & Dhariwal 2021, section 4). "linear":
+            every (T // num_steps)-th from 0; "quadratic": closer together near the image (both Song
+            et al. 2021, App. D.2). "edm": the nearest to the sigmas of Karras et al. 2022, Eq. 5,
+            rho 7, from 80 to 0.002 or as far as the schedule reaches.
+
+    Raises:
+        ValueError: If num_steps lies outside [1, T] or a timestep would be visited twice.
     """
     num_timesteps = len(alphas_cumprod)
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(
-            f"num_steps={num_steps} must lie between 1 and the schedule's num_timesteps={num_timesteps}"
+            f"num_steps={num_steps} must lie between 1 "
+            f"and the schedule's num_timesteps={num_timesteps}"
         )
     last = max(num_steps - 1, 1)
     if spacing == "respaced":
@@ -154,17 +185,22 @@ def spaced_timesteps(alphas_cumprod: Tensor, num_steps: int, spacing: Spacing) -
         ]
     if len(set(chosen)) < num_steps:
         raise ValueError(
-            f"num_steps={num_steps} is too many for {spacing} spacing of {num_timesteps} timesteps: some would be visited twice"
+            f"num_steps={num_steps} is too many for {spacing} spacing "
+            f"of {num_timesteps} timesteps: some would be visited twice"
         )
     return chosen[::-1]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A choice of sampler (group `sampler`): which function walks, over how many timesteps, spaced how, and whether x0_hat is held in [-1, 1].
+    """A choice of sampler (group `sampler`).
 
-    num_steps: None for all T.    function: ancestral, ddim, or any with their leading arguments.    guidance_scale: of classifier-free guidance, 1 for
-    none (ddpm/sampling.py).
+    Attributes:
+        function: Which function walks: ancestral, ddim, or any with their leading arguments.
+        num_steps: How many timesteps it visits; None for all T.
+        spacing: How they are spaced, see spaced_timesteps.
+        clip: Whether x0_hat is held in [-1, 1].
+        guidance_scale: Of classifier-free guidance, 1 for none (ddpm/sample/drawing.py).
     """
 
     function: Callable[..., Tensor]
@@ -174,9 +210,11 @@ class Sampler:
     guidance_scale: float = 1.0
 
     def timesteps(self, diffusion: GaussianDiffusion) -> list[int]:
-        """The timesteps visited, from the noisiest down.
+        """Returns the timesteps visited, from the noisiest down.
 
-        Raises ValueError if there are fewer than num_steps, or if the schedule's last x_t is pure noise and they do not start there.
+        Raises:
+            ValueError: If there are fewer than num_steps, or if the schedule's last x_t is pure
+                noise and they do not start there.
         """
         chosen = spaced_timesteps(
             diffusion.alphas_cumprod,
@@ -185,7 +223,8 @@ class Sampler:
         )
         if diffusion.alphas_cumprod[-1] == 0 and chosen[0] != diffusion.num_timesteps - 1:
             raise ValueError(
-                f"spacing={self.spacing} starts at timestep {chosen[0]}, but a schedule of zero terminal SNR must start at the last; use respaced"
+                f"spacing={self.spacing} starts at timestep {chosen[0]}, "
+                "but a schedule of zero terminal SNR must start at the last; use respaced"
             )
         return chosen
 
@@ -199,7 +238,19 @@ class Sampler:
         noise: Noise,
         watch: Watch | None = None,
     ) -> Tensor:
-        """From x at timesteps[0] to images.    x: (B, C, H, W).    watch: told of each network call, (t, x_t, x0_hat).    Returns like x, in [-1, 1]."""
+        """Walks from x at timesteps[0] to images.
+
+        Args:
+            model: (x_t, t) -> output.
+            diffusion: The process that the model was trained for.
+            x: (B, C, H, W).
+            timesteps: Decreasing, each in [0, T-1].
+            noise: t -> standard normal like x.
+            watch: Told of each network call, (t, x_t, x0_hat).
+
+        Returns:
+            Images like x, in [-1, 1].
+        """
         denoise = diffusion.denoiser(model, clip=self.clip)
 
         def watched(x_t: Tensor, t: Tensor) -> Denoised:
@@ -214,7 +265,11 @@ class Sampler:
 def latents(
     shape: tuple[int, int, int], indices: Sequence[int], seed: int, device: torch.device
 ) -> Tensor:
-    """The noise that the images with these indices start from: (len(indices), *shape) float32, each a function of seed and index."""
+    """Returns the noise that the images with these indices start from.
+
+    Returns:
+        (len(indices), *shape) float32, each row a function of seed and index.
+    """
     positions = torch.tensor(list(indices), device=device)
     x = randomness.normal(
         randomness.stream_keys(randomness.SAMPLE_LATENT, seed, 0, positions), shape
@@ -225,7 +280,10 @@ def latents(
 def step_noise(
     shape: tuple[int, int, int], indices: Sequence[int], seed: int, device: torch.device
 ) -> Noise:
-    """The noise of each step for the images with these indices, a function of seed, timestep and index."""
+    """Returns the noise of each step for the images with these indices.
+
+    It is a function of seed, timestep and index.
+    """
     positions = torch.tensor(list(indices), device=device)
 
     def noise(t: int) -> Tensor:
@@ -238,7 +296,7 @@ def step_noise(
 
 
 def _walk(alphas_cumprod: Tensor, timesteps: Sequence[int]) -> Iterator[tuple[int, float, float]]:
-    """(t, abar at t, abar at the timestep after it) along the chain; after the last one abar is 1."""
+    """(t, abar at t, abar at the next timestep) along the chain; after the last, abar is 1."""
     abars: Iterable[float] = [float(alphas_cumprod[t]) for t in timesteps]
     following = [*list(abars)[1:], 1.0]
     yield from zip(timesteps, abars, following, strict=True)

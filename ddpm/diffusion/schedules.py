@@ -1,7 +1,11 @@
 """Noise schedules: the betas of the forward process, as pure float64 functions.
 
-Each returns (T,) float64 in (0, 1], and takes zero_terminal_snr: shift and scale sqrt(alphas_cumprod) so that the last x_t is pure noise and the first
-stays as it is (Lin et al. 2023, Algorithm 1). Each raises ValueError, naming the argument, for a T below 2 or betas outside (0, 1).
+Each returns (T,) float64 in (0, 1].
+
+Each takes zero_terminal_snr: shift and scale sqrt(alphas_cumprod) so that the last x_t is pure
+noise and the first stays as it is (Lin et al. 2023, Algorithm 1).
+
+Each raises ValueError, naming the argument, for a T below 2 or betas outside (0, 1).
 """
 
 import math
@@ -17,7 +21,7 @@ MOST_TIMESTEPS = 1_000_000  # what memory holds, and float32 tells apart
 def linear(
     num_timesteps: int, beta_start: float, beta_end: float, zero_terminal_snr: bool = False
 ) -> Tensor:
-    """Betas rising linearly (Ho et al. 2020, section 4)."""
+    """Returns betas that rise linearly (Ho et al. 2020, section 4)."""
     _check(num_timesteps, beta_start=beta_start, beta_end=beta_end)
     return _finished(_linspace(beta_start, beta_end, num_timesteps), zero_terminal_snr)
 
@@ -25,7 +29,10 @@ def linear(
 def linear_rescaled(
     num_timesteps: int, beta_start: float, beta_end: float, zero_terminal_snr: bool = False
 ) -> Tensor:
-    """`linear` for another T: both ends, given for T = 1000, scaled by 1000 / T (Nichol & Dhariwal 2021's code)."""
+    """Returns the betas of `linear` for another T (Nichol & Dhariwal 2021's code).
+
+    Both ends, given for T = 1000, are scaled by 1000 / T.
+    """
     _check(num_timesteps, beta_start=beta_start, beta_end=beta_end)
     scale = 1000 / num_timesteps
     _check(num_timesteps, **{"beta_end * 1000 / num_timesteps": beta_end * scale})
@@ -37,7 +44,7 @@ def linear_rescaled(
 def quad(
     num_timesteps: int, beta_start: float, beta_end: float, zero_terminal_snr: bool = False
 ) -> Tensor:
-    """Betas whose square roots rise linearly (Ho et al. 2020's code)."""
+    """Returns betas whose square roots rise linearly (Ho et al. 2020's code)."""
     _check(num_timesteps, beta_start=beta_start, beta_end=beta_end)
     return _finished(
         _linspace(beta_start**0.5, beta_end**0.5, num_timesteps) ** 2, zero_terminal_snr
@@ -51,7 +58,10 @@ def warmup(
     warmup_share: float,
     zero_terminal_snr: bool = False,
 ) -> Tensor:
-    """Betas rising linearly over the first warmup_share of the timesteps, then constant (Ho et al. 2020's code: 0.1 and 0.5)."""
+    """Returns betas that rise linearly over the first timesteps, then stay constant.
+
+    They rise over a share warmup_share of the timesteps (Ho et al. 2020's code: 0.1 and 0.5).
+    """
     _check(num_timesteps, beta_start=beta_start, beta_end=beta_end, warmup_share=warmup_share)
     betas = torch.full((num_timesteps,), beta_end, dtype=torch.float64)
     length = int(num_timesteps * warmup_share)
@@ -60,13 +70,16 @@ def warmup(
 
 
 def const(num_timesteps: int, beta: float, zero_terminal_snr: bool = False) -> Tensor:
-    """The same beta at every timestep (Ho et al. 2020's code)."""
+    """Returns the same beta at every timestep (Ho et al. 2020's code)."""
     _check(num_timesteps, beta=beta)
     return _finished(torch.full((num_timesteps,), beta, dtype=torch.float64), zero_terminal_snr)
 
 
 def jsd(num_timesteps: int, zero_terminal_snr: bool = False) -> Tensor:
-    """1/T, 1/(T-1), ..., 1 (Ho et al. 2020's code, after Sohl-Dickstein et al. 2015): alphas_cumprod falls linearly, to 0 at the last timestep."""
+    """Returns 1/T, 1/(T-1), ..., 1, whose alphas_cumprod falls linearly, to 0 at the last timestep.
+
+    Ho et al. 2020's code, after Sohl-Dickstein et al. 2015.
+    """
     _check(num_timesteps)
     return _finished(1 / _linspace(num_timesteps, 1, num_timesteps), zero_terminal_snr)
 
@@ -74,7 +87,10 @@ def jsd(num_timesteps: int, zero_terminal_snr: bool = False) -> Tensor:
 def cosine(
     num_timesteps: int, offset: float, max_beta: float, zero_terminal_snr: bool = False
 ) -> Tensor:
-    """Betas whose alphas_cumprod follows a squared cosine (Nichol & Dhariwal 2021, Eq. 17)."""
+    """Returns betas whose alphas_cumprod follows a squared cosine.
+
+    Nichol & Dhariwal 2021, Eq. 17.
+    """
     _check(num_timesteps, max_beta=max_beta)
     if offset < 0:
         raise ValueError(f"offset={offset} must not be negative")
@@ -93,7 +109,10 @@ def sigmoid(
     max_beta: float,
     zero_terminal_snr: bool = False,
 ) -> Tensor:
-    """Betas whose alphas_cumprod follows a logistic curve between start and end (Jabri et al. 2022, arXiv 2212.11972, Algorithm 1)."""
+    """Returns betas whose alphas_cumprod follows a logistic curve between start and end.
+
+    Jabri et al. 2022, arXiv 2212.11972, Algorithm 1.
+    """
     _check(num_timesteps, max_beta=max_beta)
     if not start < end:
         raise ValueError(f"start={start} must be below end={end}")

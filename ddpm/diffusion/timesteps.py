@@ -1,4 +1,7 @@
-"""How training picks the timestep of each image. Both ways are unbiased: the weights make up for what is picked more often."""
+"""How training picks the timestep of each image.
+
+Both ways are unbiased: the weights make up for what is picked more often.
+"""
 
 import torch
 from torch import Tensor
@@ -15,24 +18,32 @@ class Uniform:
         self.num_timesteps = num_timesteps
 
     def draw(self, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-        """keys: (B,) int64 streams.    Returns t (B,) int64, and its loss weights, None for all 1."""
+        """Draws a timestep from each stream.
+
+        Args:
+            keys: (B,) int64 streams.
+
+        Returns:
+            t (B,) int64, and its loss weights, None for all 1.
+        """
         return randomness.integers(keys, self.num_timesteps), None
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Nothing is learned from the losses."""
+        """Learns nothing from the losses."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to take over."""
+        """Has nothing to take over."""
 
 
 class LossSecondMoment:
-    """Timesteps in proportion to the root mean square of their last losses (Nichol & Dhariwal 2021, section 3.3).
+    """Timesteps in proportion to the root mean square of their last losses.
 
-    p_t ~ sqrt(mean of the last `history` squared losses at t), mixed with a share of uniform ones; uniform until every t has seen `history` losses.
-    The state is the same on every process. Nothing waits for the device.
+    Nichol & Dhariwal 2021, section 3.3: p_t ~ sqrt(mean of the last `history` squared losses at t),
+    mixed with a share of uniform ones. Timesteps are uniform until every t has seen `history`
+    losses. The state is the same on every process. Nothing waits for the device.
     """
 
     learns = True
@@ -51,7 +62,7 @@ class LossSecondMoment:
         self._seen = torch.zeros(num_timesteps, dtype=torch.int64, device=device)
 
     def probabilities(self) -> Tensor:
-        """p_t for each t: (T,) float32, adding up to 1."""
+        """Returns p_t for each t: (T,) float32, adding up to 1."""
         root = self._losses.square().mean(dim=1).sqrt()
         share = root / root.sum().clamp(min=torch.finfo(root.dtype).tiny)
         learned = share * (1 - self.uniform_share) + self.uniform_share / self.num_timesteps
@@ -62,7 +73,14 @@ class LossSecondMoment:
         )
 
     def draw(self, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-        """keys: (B,) int64 streams.    Returns t (B,) int64, and its loss weights 1 / (T p_t), (B,)."""
+        """Draws a timestep from each stream.
+
+        Args:
+            keys: (B,) int64 streams.
+
+        Returns:
+            t (B,) int64, and its loss weights 1 / (T p_t), (B,).
+        """
         p = self.probabilities()
         edges = torch.cumsum(p, dim=0)
         picked = randomness.uniform(keys, 1)[:, 0] * edges[-1]
@@ -70,23 +88,29 @@ class LossSecondMoment:
         return t, 1 / (self.num_timesteps * p[t])
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Remember the unweighted losses of a global batch, in the order of its positions.    t: (B,) int64.    losses: (B,)."""
+        """Remembers the unweighted losses of a global batch, in the order of its positions.
+
+        Args:
+            t: (B,) int64.
+            losses: (B,).
+        """
         same = t[:, None] == t[None, :]
         earlier = torch.ones_like(same).tril(-1)
         order, count = (same & earlier).sum(dim=1), same.sum(dim=1)
+        # an overwritten one goes to a spare slot
         slot = torch.where(
             order >= count - self.history, (self._seen[t] + order) % self.history, self.history
-        )  # an overwritten one goes to a spare slot
+        )
         padded = torch.cat([self._losses, self._losses[:, :1]], dim=1)
         padded[t, slot] = losses.to(padded.dtype)
         self._losses.copy_(padded[:, : self.history])
         self._seen.index_add_(0, t, torch.ones_like(t))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resume needs."""
+        """Returns what a resume needs."""
         return {"losses": self._losses.cpu(), "seen": self._seen.cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over the state of a checkpoint."""
+        """Takes over the state of a checkpoint."""
         self._losses.copy_(state["losses"])
         self._seen.copy_(state["seen"])

@@ -5,11 +5,20 @@ from ddpm.config.cli import command, lazily
 main = command(
     "evaluate",
     lazily("ddpm.evaluate.run.run"),
-    "Measure a trained network: distances, bits/dim, losses, nearest training pictures. Each figure carries its protocol.",
+    (
+        "Measure a trained network: distances, bits/dim, losses, nearest training pictures. Each "
+        "figure carries its protocol."
+    ),
     [
         "python -m ddpm.evaluate run=outputs/quickstart-digits/recipe-ba7ead0c",
-        "python -m ddpm.evaluate run=DIR evaluation=paper evaluation.weights_path=pt_inception-2015-12-05-6726825d.pth",
-        "python -m ddpm.evaluate run=DIR sampler=ddim50 evaluation.metrics=[fd,kd] evaluation.num_samples=5000",
+        (
+            "python -m ddpm.evaluate run=DIR evaluation=paper "
+            "evaluation.weights_path=pt_inception-2015-12-05-6726825d.pth"
+        ),
+        (
+            "python -m ddpm.evaluate run=DIR sampler=ddim50 evaluation.metrics=[fd,kd] "
+            "evaluation.num_samples=5000"
+        ),
     ],
 )
 

@@ -1,4 +1,7 @@
-"""The variational bound term by term, its rate-distortion curve, and the loss by timestep: what a network costs in bits/dim, and where."""
+"""What a network costs in bits/dim, and where.
+
+The variational bound term by term, its rate-distortion curve, and the loss by timestep.
+"""
 
 import csv
 import io
@@ -14,15 +17,19 @@ from torch import Tensor
 from ddpm.diffusion.process import GaussianDiffusion, Model
 from ddpm.system import files, randomness
 
-Batch = tuple[
-    Tensor, Tensor
-]  # (numbers of the images in their data set (B,) int64, x0 (B, C, H, W) float in [-1, 1])
+# (numbers of the images in their data set (B,) int64, x0 (B, C, H, W) float in [-1, 1])
+Batch = tuple[Tensor, Tensor]
 
 
 class Bound(NamedTuple):
-    """The bound on the negative log likelihood, a mean over images (Ho et al. 2020, Eq. 5). prior: L_T, bits/dim.
-    terms: (T,) float64, bits/dim, at t = 0 the decoder's code length L_0, above it the KLs.
-    rmse: (T,) float64, root mean squared error of x0_hat at t, on the scale of 0 to 255.    num_images: that the mean is over."""
+    """The bound on the negative log likelihood, a mean over images (Ho et al. 2020, Eq. 5).
+
+    Attributes:
+        prior: L_T, bits/dim.
+        terms: (T,) float64, bits/dim: at t = 0 the decoder's code length L_0, above it the KLs.
+        rmse: (T,) float64, root mean squared error of x0_hat at t, on the scale of 0 to 255.
+        num_images: How many the mean is over.
+    """
 
     prior: float
     terms: Tensor
@@ -47,9 +54,11 @@ class Bound(NamedTuple):
 
 @dataclass(frozen=True)
 class BoundSums:
-    """What a Bound is the mean of, so that the images of several batches or processes can be added up: a + b.
+    """What a Bound is the mean of; a + b adds up the images of several batches or processes.
 
-    totals: (2 + 2T,) float64 on the CPU: number of images, sums over images of the prior's term, of each timestep's term, of its squared error.
+    Attributes:
+        totals: (2 + 2T,) float64 on the CPU: the number of images, then sums over images of the
+            prior's term, of each timestep's term and of each timestep's squared error.
     """
 
     totals: Tensor
@@ -58,7 +67,11 @@ class BoundSums:
         return BoundSums(self.totals + other.totals)
 
     def mean(self) -> Bound:
-        """Raises ValueError if there are no images."""
+        """Returns the mean over the images.
+
+        Raises:
+            ValueError: If there are no images.
+        """
         count, means = _means(self.totals)
         terms, squared_error = means[1:].chunk(2)
         return Bound(means[0].item(), terms, 127.5 * squared_error.sqrt(), count)
@@ -71,15 +84,26 @@ def variational_bound(
     seed: int,
     advance: Callable[[int], None] | None = None,
 ) -> Bound:
-    """The bound of a data set, as the authors evaluate it: every timestep of every image, one noise draw each, x0_hat held in [-1, 1].
+    """Computes the bound of a data set, as the authors evaluate it.
 
-    model: in evaluation mode.    batches: see Batch; the noise is a function of seed, t and the image's number, whatever it is batched with.
-    advance: called after each call of the network, with the number of images in it.    Raises ValueError if there are no images.
+    It takes every timestep of every image, with one noise draw each, and holds x0_hat in [-1, 1].
+
+    Args:
+        model: In evaluation mode.
+        diffusion: The process that it was trained for.
+        batches: See Batch.
+        seed: The noise is a function of seed, t and the image's number, whatever it is batched
+            with.
+        advance: Called after each call of the network, with the number of images in it.
+
+    Raises:
+        ValueError: If there are no images.
     """
     return bound_sums(model, diffusion, batches, seed, advance).mean()
 
 
-@torch.no_grad()  # and no inference mode: the tables that the diffusion makes here serve training too
+# no inference mode: the tables that the diffusion makes here serve training too
+@torch.no_grad()
 def bound_sums(
     model: Model,
     diffusion: GaussianDiffusion,
@@ -87,7 +111,10 @@ def bound_sums(
     seed: int,
     advance: Callable[[int], None] | None = None,
 ) -> BoundSums:
-    """`variational_bound` before the mean is taken: for one process's share of the images, or for those of one class, whose model is its own."""
+    """Computes `variational_bound` before the mean is taken.
+
+    This serves one process's share of the images, or those of one class, whose model is its own.
+    """
     num_timesteps = diffusion.num_timesteps
     totals = torch.zeros(2 + 2 * num_timesteps, dtype=torch.float64)
     for numbers, x0 in batches:
@@ -114,7 +141,7 @@ def bound_sums(
 
 
 class Bucket(NamedTuple):
-    """Mean loss over the timesteps first to last, both included."""
+    """The mean loss over the timesteps first to last, both included."""
 
     first: int
     last: int
@@ -123,9 +150,12 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True)
 class LossSums:
-    """What the losses of a list of Buckets are means of; a + b adds up the images of several batches or processes.
+    """What a list of Buckets is the mean of; a + b adds up images of several batches or processes.
 
-    totals: (1 + num_buckets,) float64 on the CPU: number of images, sums over images of each bucket's loss.
+    Attributes:
+        num_timesteps: T.
+        totals: (1 + num_buckets,) float64 on the CPU: the number of images, then sums over images
+            of each bucket's loss.
     """
 
     num_timesteps: int
@@ -136,7 +166,11 @@ class LossSums:
         return LossSums(self.num_timesteps, self.totals + other.totals)
 
     def mean(self) -> list[Bucket]:
-        """Raises ValueError if there are no images."""
+        """Returns the mean over the images, bucket by bucket.
+
+        Raises:
+            ValueError: If there are no images.
+        """
         losses = _means(self.totals)[1].tolist()
         return [
             Bucket(*span, loss)
@@ -151,10 +185,19 @@ def losses_by_timestep(
     seed: int,
     num_buckets: int = 10,
 ) -> list[Bucket]:
-    """The loss that training minimizes, in buckets of neighbouring timesteps: for each image and bucket, one timestep and one noise draw.
+    """Computes the loss that training minimizes, in buckets of neighbouring timesteps.
 
-    model: in evaluation mode.    batches: see Batch; timestep and noise are functions of seed, bucket and the image's number.
-    Raises ValueError if there are no images, or fewer timesteps than buckets.
+    Each image takes one timestep and one noise draw in each bucket.
+
+    Args:
+        model: In evaluation mode.
+        diffusion: The process that it was trained for.
+        batches: See Batch.
+        seed: Timestep and noise are functions of seed, bucket and the image's number.
+        num_buckets: From 1 to T.
+
+    Raises:
+        ValueError: If there are no images, or fewer timesteps than buckets.
     """
     return loss_sums(model, diffusion, batches, seed, num_buckets).mean()
 
@@ -167,7 +210,10 @@ def loss_sums(
     seed: int,
     num_buckets: int = 10,
 ) -> LossSums:
-    """`losses_by_timestep` before the means are taken: for one process's share of the images, or for those of one class, whose model is its own."""
+    """Computes `losses_by_timestep` before the means are taken.
+
+    This serves one process's share of the images, or those of one class, whose model is its own.
+    """
     num_timesteps = diffusion.num_timesteps
     if not 1 <= num_buckets <= num_timesteps:
         raise ValueError(
@@ -188,7 +234,13 @@ def loss_sums(
 
 
 class Point(NamedTuple):
-    """Of lossy coding in steps: after reverse_time steps of T the receiver has spent `rate` bits/dim, and x0_hat is off by rmse of 255."""
+    """One point of lossy coding in steps.
+
+    Attributes:
+        reverse_time: Steps done, of T.
+        rate: Bits/dim that the receiver has spent by then.
+        rmse: By how much x0_hat is off, on the scale of 0 to 255.
+    """
 
     reverse_time: int
     rate: float
@@ -196,9 +248,10 @@ class Point(NamedTuple):
 
 
 def rate_distortion(bound: Bound) -> list[Point]:
-    """The curve of Ho et al. 2020, Fig. 5, at reverse times T - t + 1 = 1, ..., T (t as in the paper; in the code it is one less).
+    """Returns the curve of Ho et al. 2020, Fig. 5, at reverse times T - t + 1 = 1, ..., T.
 
-    x_t has cost L_T + ... + L_t, and x0_hat is the network's at x_t. So the last point's rate is the bound's, L_0 being left.
+    Here t is as in the paper; in the code it is one less. x_t has cost L_T + ... + L_t, and x0_hat
+    is the network's at x_t. So the last point's rate is the bound's, L_0 being left.
     """
     latents = torch.cat([torch.tensor([bound.prior], dtype=torch.float64), bound.terms[1:].flip(0)])
     rates, errors = latents.cumsum(dim=0).tolist(), bound.rmse.flip(0).tolist()
@@ -209,15 +262,24 @@ def rate_distortion(bound: Bound) -> list[Point]:
 
 
 def table(curve: list[Point], rows: int = 10) -> list[Point]:
-    """Evenly spaced points of the curve, the last one first (Ho et al. 2020, Table 4: 1000, 900, ..., 100)."""
+    """Returns evenly spaced points of the curve, the last one first.
+
+    Ho et al. 2020, Table 4, has them at 1000, 900, ..., 100.
+    """
     wanted = dict.fromkeys(len(curve) * row // rows for row in range(rows, 0, -1))
     return [curve[reverse_time - 1] for reverse_time in wanted if reverse_time]
 
 
 def save_rate_distortion(path_png: Path, path_csv: Path, bound: Bound) -> None:
-    """The numbers, a line for each timestep, as CSV; and then the three panels of Ho et al. 2020, Fig. 5, as PNG.
+    """Writes the numbers as CSV, then the three panels of Ho et al. 2020, Fig. 5, as PNG.
 
-    Raises ValueError, one line, if matplotlib is not installed; the CSV is written all the same.
+    Args:
+        path_png: Where the panels go.
+        path_csv: Where the numbers go, a line for each timestep.
+        bound: What to show.
+
+    Raises:
+        ValueError: If matplotlib is not installed; the CSV is written all the same.
     """
     curve = rate_distortion(bound)
     text = io.StringIO()
@@ -265,7 +327,7 @@ def _noise(seed: int, stream: int, numbers: Tensor, x0: Tensor) -> Tensor:
 
 
 def _means(totals: Tensor) -> tuple[int, Tensor]:
-    """(number of images, which comes first in totals; what follows it, divided by it)."""
+    """The number of images, which comes first in totals, and what follows divided by it."""
     if totals[0] == 0:
         raise ValueError("there are no images to take a mean over")
     return int(totals[0]), totals[1:] / totals[0]

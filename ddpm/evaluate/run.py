@@ -63,7 +63,7 @@ def run(composed: Composed) -> list[Measurement]:
 
 
 def lines(found: Sequence[Measurement], expected: Sequence[Metric]) -> str:
-    """A line a measurement: value, deviation, floor, id, and what the recipe expects of it."""
+    """Puts each measurement in a line: value, deviation, floor, id, and what the recipe expects."""
     shown = []
     for one in found:
         value = f"{one.value:.4f}" + _if(one.deviation, " +- {:.4f}")

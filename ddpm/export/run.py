@@ -42,7 +42,10 @@ def run(composed: Composed) -> Path:
     folders.write(folder, subject.model, subject.weights(), subject.diffusion)
     if subject.classes is not None:
         print(
-            "the network has classes, and DDPMPipeline gives it none when called: use its unet with class_labels=",
+            (
+                "the network has classes, and DDPMPipeline gives it none when called: use its "
+                "unet with class_labels="
+            ),
             flush=True,
         )
     print(f"exported {folder}", flush=True)

@@ -1,4 +1,7 @@
-"""The blocks that the networks share. Parameter names are diffusers' own, so that weights move both ways as they are."""
+"""The blocks that the networks share.
+
+Parameter names are diffusers' own, so that weights move both ways as they are.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,10 +19,13 @@ Padding = Literal["same", "symmetric"]
 
 
 def init_(layer: nn.Conv2d | nn.Linear, init: Init, zero: bool = False) -> None:
-    """First weights of a layer that PyTorch has just made.
+    """Sets the first weights of a layer that PyTorch has just made.
 
-    "fan_avg": uniform, scaled by the average fan, zero bias, as in Ho et al.'s code; its `zero` is scale 1e-10.    "torch": PyTorch's own, as in
-    Nichol & Dhariwal's code; its `zero` is exact.
+    Args:
+        layer: The layer.
+        init: "fan_avg": uniform, scaled by the average fan, zero bias (Ho et al.'s code). "torch":
+            PyTorch's own (Nichol & Dhariwal's code).
+        zero: Start at zero: with scale 1e-10 in place of 1 for "fan_avg", exactly for "torch".
     """
     if init == "fan_avg":
         nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(1e-10 if zero else 1.0))
@@ -62,7 +68,11 @@ class BlockStyle:
         return nn.GroupNorm(self.norm_groups, channels, eps=self.norm_eps)
 
     def heads(self, channels: int) -> int:
-        """Number of attention heads on that width.    Raises ValueError, naming the argument, if they would not be of one size."""
+        """Returns the number of attention heads at a width.
+
+        Raises:
+            ValueError: If the heads would not all be of one size.
+        """
         name, divisor = (
             ("num_heads", self.num_heads)
             if self.head_channels is None
@@ -76,10 +86,16 @@ class BlockStyle:
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoid of the timestep, then two dense layers (Ho et al. 2020, App. B; Vaswani et al. 2017).
+    """Sinusoid of the timestep, then two dense layers.
 
-    "sin_cos": sines first, the last frequency 1/10000 (Ho et al.'s code).    "cos_sin": cosines first, the last frequency one step short of 1/10000
-    (Nichol & Dhariwal's code).
+    Ho et al. 2020, App. B; Vaswani et al. 2017.
+
+    Args:
+        width: Of the sinusoid.
+        out_width: Of the output.
+        order: "sin_cos": sines first, the last frequency 1/10000 (Ho et al.'s code). "cos_sin":
+            cosines first, the last frequency one step short of 1/10000 (Nichol & Dhariwal's code).
+        init: First weights, see init_.
     """
 
     frequencies: Tensor
@@ -97,7 +113,14 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = linear(out_width, out_width, init)
 
     def sinusoid(self, t: Tensor) -> Tensor:
-        """t: (B,) timesteps, integer, or float where they were rescaled.    Returns (B, width) in [-1, 1]."""
+        """Returns the sinusoids of timesteps.
+
+        Args:
+            t: (B,) timesteps, integer, or float where they were rescaled.
+
+        Returns:
+            (B, width) in [-1, 1].
+        """
         angles = t.to(self.frequencies.dtype)[:, None] * self.frequencies
         sine, cosine = torch.sin(angles), torch.cos(angles)
         return torch.cat([sine, cosine] if self.order == "sin_cos" else [cosine, sine], dim=1)
@@ -107,13 +130,15 @@ class TimestepEmbedding(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """Elements zeroed with probability p, the others scaled up to keep the mean. On a CPU 16 random bits decide each, so p is rounded to 2^-16 there.
+    """Dropout that needs few random bits on a CPU.
 
-    torch's own draws several times as many bits, on one core: 4% of a training step of unet32.
+    It zeroes elements with probability p and scales the others up to keep the mean. On a CPU 16
+    random bits decide each, so p is rounded to 2^-16 there. PyTorch's own dropout draws several
+    times as many bits, on one core: 4% of a training step of unet32.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: of any shape, dense in memory."""
+        """Drops elements of x, which has any shape and is dense in memory."""
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
         dropped = min(round(self.p * 2**16), 2**16 - 1)
@@ -125,10 +150,17 @@ class Dropout(nn.Dropout):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, swish, convolution, twice, and the input added at the end; the timestep comes in between the halves.
+    """GroupNorm, swish and convolution, twice, with the input added at the end.
 
-    It is added to what the first half gives (Ho et al. 2020), or scales and shifts that after its normalization (Nichol & Dhariwal 2021).
-    resample: both branches halved by averaging, or doubled by repeating, just before the first convolution (Dhariwal & Nichol 2021, after BigGAN).
+    The timestep comes in between the halves. It is added to what the first half gives (Ho et al.
+    2020), or scales and shifts that after its normalization (Nichol & Dhariwal 2021).
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        style: What all blocks of the network have in common.
+        resample: Halve both branches by averaging, or double them by repeating, just before the
+            first convolution (Dhariwal & Nichol 2021, after BigGAN).
     """
 
     def __init__(
@@ -157,7 +189,12 @@ class ResBlock(nn.Module):
             init_(self.conv_shortcut, style.init)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x: (B, C, H, W).    time: (B, time_width), after its swish."""
+        """Returns (B, out_channels, H', W'), resampled if so chosen.
+
+        Args:
+            x: (B, in_channels, H, W).
+            time: (B, time_width), after its swish.
+        """
         h = F.silu(self.norm1(x))
         if self.resample == "down":
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
@@ -193,38 +230,61 @@ class AttentionBlock(nn.Module):
 
 
 def dense(x: Tensor, layer: nn.Linear) -> Tensor:
-    """The layer on the channels of each pixel.    x: (B, C, H, W), best channels_last.    Returns (B, C', H, W).
+    """Applies a layer to the channels of each pixel.
 
-    As the 1x1 convolution that this is: on a CPU that is oneDNN's, which uses AVX-512 on every maker's processors; the product of matrices is MKL's.
+    It runs as the 1x1 convolution that this is. On a CPU that is oneDNN's, which uses AVX-512 on
+    every maker's processors; the product of matrices is MKL's.
+
+    Args:
+        x: (B, C, H, W), best channels_last.
+        layer: From C to C' features.
+
+    Returns:
+        (B, C', H, W).
     """
     return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
 
 
 def positions(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H*W, C), a view when x is channels_last."""
+    """Turns (B, C, H, W) into (B, H*W, C), a view when x is channels_last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def picture(rows: Tensor, like: Tensor) -> Tensor:
-    """(B, H*W, C) -> (B, C, H, W), channels_last, of like's height and width."""
+    """Turns (B, H*W, C) into (B, C, H, W), channels_last, of like's height and width."""
     return rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Scaled dot-product attention of (B, N, C) rows, their channels shared out among the heads (Vaswani et al. 2017).    Returns (B, N, C)."""
-    q, k, v = (
-        rows.unflatten(2, (heads, -1)).transpose(1, 2) for rows in (q, k, v)
-    )  # (B, heads, N, C / heads)
+    """Computes scaled dot-product attention (Vaswani et al. 2017).
+
+    Args:
+        q: (B, N, C) rows, their channels shared out among the heads.
+        k: Like q.
+        v: Like q.
+        heads: Number of heads.
+
+    Returns:
+        (B, N, C).
+    """
+    # (B, heads, N, C / heads)
+    q, k, v = (rows.unflatten(2, (heads, -1)).transpose(1, 2) for rows in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def doubled(x: Tensor) -> Tensor:
-    """Each pixel repeated, twice as high and twice as wide."""
+    """Repeats each pixel, twice as high and twice as wide."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Downsample(nn.Module):
-    """3x3 convolution with stride 2 on an even size, padded right and bottom only, as TensorFlow's "same" does, or on all sides."""
+    """A 3x3 convolution with stride 2 on an even size.
+
+    Args:
+        channels: Channels of the input and the output.
+        padding: "same": right and bottom only, as TensorFlow's. "symmetric": on all sides.
+        init: First weights, see init_.
+    """
 
     def __init__(self, channels: int, padding: Padding = "same", init: Init = "fan_avg") -> None:
         super().__init__()
@@ -235,26 +295,38 @@ class Downsample(nn.Module):
         init_(self.conv, init)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """time: not used; the residual block that may stand here instead needs it."""
+        """Halves x; time is unused. The residual block that may stand here instead needs it."""
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == "same" else x)
 
 
 class Upsample(nn.Module):
-    """Each pixel doubled both ways, then a 3x3 convolution, made as the transposed 4x4 convolution of stride 2 that this is, with 4/9 of the products."""
+    """Each pixel doubled both ways, then a 3x3 convolution.
+
+    It runs as the transposed 4x4 convolution of stride 2 that this is, with 4/9 of the products.
+    """
 
     def __init__(self, channels: int, init: Init = "fan_avg") -> None:
         super().__init__()
         self.conv = conv3x3(channels, channels, init)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """time: as in Downsample."""
+        """Doubles x. For time, see Downsample."""
         return F.conv_transpose2d(
             x, transposed(self.conv.weight), self.conv.bias, stride=2, padding=1
         )
 
 
 def transposed(weight: Tensor) -> Tensor:
-    """(out, in, 3, 3), of a convolution of doubled pixels, -> (in, out, 4, 4), of the transposed one: an output sees an input pixel twice along a side."""
+    """Returns the transposed convolution's weight for a convolution of doubled pixels.
+
+    An output sees an input pixel twice along a side, so two taps add up.
+
+    Args:
+        weight: (out, in, 3, 3).
+
+    Returns:
+        (in, out, 4, 4).
+    """
     weight = weight.transpose(0, 1)
     for side in (2, 3):
         first, middle, last = weight.unbind(side)
@@ -263,7 +335,10 @@ def transposed(weight: Tensor) -> Tensor:
 
 
 def recomputed(block: Callable[..., Tensor], *inputs: object) -> Tensor:
-    """block(*inputs), whose inner activations are computed again in the backward pass, with the same dropout."""
+    """Returns block(*inputs), computing its inner activations again in the backward pass.
+
+    Dropout is the same both times.
+    """
     return (
         checkpoint(block, *inputs, use_reentrant=False)
         if torch.is_grad_enabled()
@@ -272,7 +347,11 @@ def recomputed(block: Callable[..., Tensor], *inputs: object) -> Tensor:
 
 
 def check_levels(levels: Sequence[int], count: int) -> None:
-    """Raises ValueError, naming runtime.recompute, for a level that a network of `count` levels does not have."""
+    """Checks the levels of runtime.recompute against a network of `count` levels.
+
+    Raises:
+        ValueError: If the network does not have one of them.
+    """
     for level in levels:
         if not 0 <= level < count:
             raise ValueError(f"recompute has {level}; the levels are 0 to {count - 1}")

@@ -1,4 +1,7 @@
-"""The U-Net of Ho et al. 2020 (App. B), layer for layer as in the authors' code, and what Nichol & Dhariwal and Dhariwal & Nichol made of it."""
+"""The U-Net of Ho et al. 2020 (App. B), layer for layer as in the authors' code.
+
+Also what Nichol & Dhariwal and Dhariwal & Nichol made of it.
+"""
 
 from collections.abc import Sequence
 from typing import Literal, cast, get_args
@@ -26,7 +29,10 @@ Resample = Literal["conv", "resblock"]
 
 
 class Level(nn.Module):
-    """One resolution of the way down or up: residual blocks, each followed by attention where the level has it, then a resampling."""
+    """One resolution of the way down or up.
+
+    Residual blocks, each followed by attention where the level has it, then a resampling.
+    """
 
     resnets: nn.ModuleList
     attentions: nn.ModuleList
@@ -54,19 +60,37 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts from a noised image and its timestep (Ho et al. 2020, App. B; parameter names of diffusers' UNet2DModel).
+    """Predicts from a noised image and its timestep (Ho et al. 2020, App. B).
 
-    Every default is that paper's. The others' values: Nichol & Dhariwal 2021 (improved_unet*.yaml), Dhariwal & Nichol 2021 (adm*.yaml).
+    Parameter names are those of diffusers' UNet2DModel. Every default is Ho et al.'s. For the other
+    papers' values see Nichol & Dhariwal 2021 (improved_unet*.yaml) and Dhariwal & Nichol 2021
+    (adm*.yaml).
 
-    resolution: pixels, an int or (height, width), divisible by 2 ** (levels - 1).    channel_multipliers: one a level, of base_channels.
-    attention_resolutions: the longer side, in pixels, of the levels that get attention; the middle always has it.
-    num_res_blocks: of each level on the way down; one more on the way up.    dropout: probability in [0, 1).
-    norm_groups, norm_eps: of every GroupNorm.    num_heads: of every attention; head_channels instead: the width of a head, any number of them.
-    scale_shift_norm: the timestep scales and shifts the second normalization of a residual block, instead of being added before it.
-    time_embedding: sines or cosines first, see TimestepEmbedding.    downsample_padding: right and bottom only ("same"), or on all sides.
-    resample: a level ends with a strided or upsampling convolution, or with a residual block that resamples.
-    init: first weights, see layers.init_.    num_classes: an embedding of the image's class, added to the timestep's; None: no classes.
-    Raises ValueError, naming the argument, for values that do not fit together.
+    Args:
+        resolution: Pixels, an int or (height, width), divisible by 2 ** (levels - 1).
+        in_channels: Channels of x_t.
+        out_channels: Channels of the output.
+        base_channels: The width that channel_multipliers multiply.
+        channel_multipliers: One per level, of base_channels.
+        attention_resolutions: The longer side, in pixels, of the levels that get attention; the
+            middle always has it.
+        num_res_blocks: Of each level on the way down; one more on the way up.
+        dropout: Probability in [0, 1).
+        norm_groups: Of every GroupNorm.
+        norm_eps: Of every GroupNorm.
+        num_heads: Of every attention.
+        head_channels: Instead of num_heads: the width of a head, any number of them.
+        scale_shift_norm: Have the timestep scale and shift the second normalization of a residual
+            block, instead of being added before it.
+        time_embedding: Sines or cosines first, see TimestepEmbedding.
+        downsample_padding: Right and bottom only ("same"), or on all sides.
+        resample: End a level with a strided or upsampling convolution, or with a residual block
+            that resamples.
+        init: First weights, see layers.init_.
+        num_classes: Classes to embed; the embedding is added to the timestep's. None: no classes.
+
+    Raises:
+        ValueError: If values do not fit together; the message names the argument.
     """
 
     def __init__(
@@ -181,11 +205,18 @@ class UNet(nn.Module):
         self.conv_out = conv3x3(width, out_channels, init, zero=True)
 
     def forward(self, x_t: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
-        """What the network says about x_t.
+        """Returns what the network says about x_t.
 
-        x_t: (B, in_channels, H, W).    t: (B,) int64, in [0, T-1], or float where they were rescaled.
-        classes: (B,) int64, in [0, num_classes-1]; None exactly when num_classes is.    Returns (B, out_channels, H, W).
-        Raises ValueError if classes is missing, not wanted or of the wrong shape.
+        Args:
+            x_t: (B, in_channels, H, W).
+            t: (B,) int64 in [0, T-1], or float where they were rescaled.
+            classes: (B,) int64 in [0, num_classes-1]; None exactly when num_classes is.
+
+        Returns:
+            (B, out_channels, H, W).
+
+        Raises:
+            ValueError: If classes is missing, not wanted or of the wrong shape.
         """
         time = F.silu(self._embedding(t, classes))
         h = self.conv_in(x_t)
@@ -209,9 +240,16 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
     def recompute(self, levels: Sequence[int]) -> None:
-        """Keep of these levels (0: the finest) only what enters each block, and compute the rest again in the backward pass: less memory, more time.
+        """Saves memory at some levels, at the cost of time (Chen et al. 2016, arXiv:1604.06174).
 
-        Chen et al. 2016, arXiv:1604.06174. The same results.    Raises ValueError for a level that is not there.
+        These levels keep only what enters each block and compute the rest again in the backward
+        pass. The results are the same.
+
+        Args:
+            levels: The levels; 0 is the finest.
+
+        Raises:
+            ValueError: If there is no such level.
         """
         check_levels(levels, len(self.down_blocks))
         for level in levels:
@@ -227,13 +265,18 @@ class UNet(nn.Module):
         if classes is None or classes.shape != t.shape:
             given = None if classes is None else tuple(classes.shape)
             raise ValueError(
-                f"classes must be {tuple(t.shape)}, one an image, since num_classes={self.class_embedding.num_embeddings}; got {given}"
+                f"classes must be {tuple(t.shape)}, one an image, "
+                f"since num_classes={self.class_embedding.num_embeddings}; got {given}"
             )
         return embedding + self.class_embedding(classes)
 
 
 def level_sizes(resolution: int | tuple[int, int], num_levels: int) -> list[tuple[int, int]]:
-    """(height, width) of each level, halving from the first.    Raises ValueError if a side does not halve evenly."""
+    """Returns (height, width) of each level, halving from the first.
+
+    Raises:
+        ValueError: If a side does not halve evenly.
+    """
     height, width = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
     factor = 2 ** (num_levels - 1)
     if min(height, width) < factor or height % factor or width % factor:
@@ -245,7 +288,8 @@ def level_sizes(resolution: int | tuple[int, int], num_levels: int) -> list[tupl
             }
         )
         raise ValueError(
-            f"resolution={resolution} must be divisible by {factor}, since {num_levels} levels halve it {num_levels - 1} times; "
+            f"resolution={resolution} must be divisible by {factor}, "
+            f"since {num_levels} levels halve it {num_levels - 1} times; "
             f"near: {', '.join(map(str, near))}"
         )
     return [(height >> level, width >> level) for level in range(num_levels)]
@@ -261,7 +305,8 @@ def _level_widths(
     for multiplier in channel_multipliers:
         if multiplier < 1 or base_channels * multiplier % norm_groups:
             raise ValueError(
-                f"channel_multipliers has {multiplier}: its width {base_channels * multiplier} must be divisible by norm_groups={norm_groups}"
+                f"channel_multipliers has {multiplier}: its width {base_channels * multiplier} "
+                f"must be divisible by norm_groups={norm_groups}"
             )
     return [base_channels * multiplier for multiplier in channel_multipliers]
 
@@ -271,7 +316,8 @@ def _check_attention(attention_resolutions: Sequence[int], sides: list[int]) -> 
         if side not in sides:
             levels = ", ".join(map(str, sides))
             raise ValueError(
-                f"attention_resolutions has {side}, which no level has; the levels have {levels}; give [{sides[-1]}], say"
+                f"attention_resolutions has {side}, which no level has; "
+                f"the levels have {levels}; give [{sides[-1]}], say"
             )
 
 

@@ -1,4 +1,7 @@
-"""The network of the original README's runs, which differs from Ho et al.'s in almost every part; for reproducing those runs."""
+"""The network of the original README's runs, for reproducing those runs.
+
+It differs from Ho et al.'s in almost every part.
+"""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +19,10 @@ HEADS = 4
 
 
 class TimeMlp(nn.Module):
-    """Sinusoid of the timestep, sines and cosines in turn (Vaswani et al. 2017, section 3.5), then two dense layers with a GELU between."""
+    """Sinusoid of the timestep, then two dense layers with a GELU between.
+
+    Sines and cosines take turns (Vaswani et al. 2017, section 3.5).
+    """
 
     frequencies: Tensor
 
@@ -30,7 +36,14 @@ class TimeMlp(nn.Module):
         self.linear_2 = nn.Linear(out_width, out_width)
 
     def sinusoid(self, t: Tensor) -> Tensor:
-        """t: (B,) timesteps.    Returns (B, width) in [-1, 1]: sin(t / 10000^(2i / width)) at 2i, its cosine at 2i + 1."""
+        """Returns the sinusoids of timesteps.
+
+        Args:
+            t: (B,) timesteps.
+
+        Returns:
+            (B, width) in [-1, 1]: sin(t / 10000^(2i / width)) at 2i, its cosine at 2i + 1.
+        """
         angles = t.to(self.frequencies.dtype)[:, None] * self.frequencies
         return torch.stack([torch.sin(angles), torch.cos(angles)], dim=2).flatten(1)
 
@@ -39,7 +52,10 @@ class TimeMlp(nn.Module):
 
 
 class PostNormResBlock(nn.Module):
-    """Convolution, GroupNorm, swish, twice; the timestep is added between the halves, the input at the end."""
+    """Convolution, GroupNorm and swish, twice.
+
+    The timestep is added between the halves, the input at the end.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -53,7 +69,12 @@ class PostNormResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x: (B, C, H, W).    time: (B, 512), after its swish."""
+        """Returns (B, out_channels, H, W).
+
+        Args:
+            x: (B, in_channels, H, W).
+            time: (B, 512), after its swish.
+        """
         h = self.half_1(x) + self.time_projection(time)[:, :, None, None]
         return self.half_2(h) + self.shortcut(x)
 
@@ -104,13 +125,28 @@ class Stage(nn.Module):
 
 
 class ReadmeUNet(nn.Module):
-    """The original README's U-Net: five levels of 128, 128, 256, 256 and 512 channels whatever the size, 58,661,123 parameters in colour.
+    """The original README's U-Net, of 58,661,123 parameters in colour.
 
-    Against Ho et al. 2020, App. B: normalization after the convolutions; every level downsamples, the last too; one skip a level, taken after its
-    downsampling, and one from the first convolution; as many residual blocks up as down; four-headed attention on the fourth level and in the middle;
-    bilinear upsampling; GELU in the timestep's layers; PyTorch's own first weights; no dropout.
+    It has five levels of 128, 128, 256, 256 and 512 channels, whatever the size. It differs from Ho
+    et al. 2020, App. B:
 
-    resolution: pixels, an int or (height, width), divisible by 32.    Raises ValueError, naming the argument, if it is not.
+    - It normalizes after the convolutions.
+    - Every level downsamples, the last too.
+    - There is one skip per level, taken after its downsampling, and one from the first convolution.
+    - There are as many residual blocks up as down.
+    - Attention has four heads, on the fourth level and in the middle.
+    - Upsampling is bilinear.
+    - The timestep's layers use GELU.
+    - First weights are PyTorch's own.
+    - There is no dropout.
+
+    Args:
+        resolution: Pixels, an int or (height, width), divisible by 32.
+        in_channels: Channels of x_t.
+        out_channels: Channels of the output.
+
+    Raises:
+        ValueError: If resolution is not divisible by 32, or a number of channels is below 1.
     """
 
     def __init__(
@@ -143,7 +179,15 @@ class ReadmeUNet(nn.Module):
         self.conv_out = nn.Conv2d(128 + 128, out_channels, 3, padding=1)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_t: (B, in_channels, H, W).    t: (B,) int64, in [0, T-1].    Returns (B, out_channels, H, W)."""
+        """Returns what the network says about x_t.
+
+        Args:
+            x_t: (B, in_channels, H, W).
+            t: (B,) int64 in [0, T-1].
+
+        Returns:
+            (B, out_channels, H, W).
+        """
         time = F.silu(self.time_mlp(t))
         h = self.conv_in(x_t)
         skips = [h]
@@ -156,7 +200,16 @@ class ReadmeUNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(torch.cat([h, skips.pop()], dim=1))))
 
     def recompute(self, levels: Sequence[int]) -> None:
-        """Keep of these levels (0: the finest) only what enters them, and compute the rest again in the backward pass. See UNet.recompute."""
+        """Saves memory at some levels, at the cost of time. See UNet.recompute.
+
+        These levels keep only what enters them and compute the rest again in the backward pass.
+
+        Args:
+            levels: The levels; 0 is the finest.
+
+        Raises:
+            ValueError: If there is no such level.
+        """
         check_levels(levels, len(self.down))
         for level in levels:
             for part in (self.down[level], self.up[-1 - level]):
@@ -186,7 +239,8 @@ def _check(resolution: int | tuple[int, int], in_channels: int, out_channels: in
     for side in (resolution,) if isinstance(resolution, int) else resolution:
         if side < 32 or side % 32:
             raise ValueError(
-                f"resolution={resolution} must be divisible by 32, since each of the five levels halves it"
+                f"resolution={resolution} must be divisible by 32, "
+                "since each of the five levels halves it"
             )
     for name, count in (("in_channels", in_channels), ("out_channels", out_channels)):
         if count < 1:

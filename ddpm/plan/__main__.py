@@ -5,7 +5,10 @@ from ddpm.config.cli import command, lazily
 main = command(
     "plan",
     lazily("ddpm.plan.run.run"),
-    "Say what a run will be before anything is downloaded or trained, and check what its recipe expects.",
+    (
+        "Say what a run will be before anything is downloaded or trained, and check what its "
+        "recipe expects."
+    ),
     [
         "python -m ddpm.plan experiment=cifar10",
         "python -m ddpm.plan experiment=celebahq256 runtime.device=cuda runtime.device_batch=16",

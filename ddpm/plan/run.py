@@ -93,7 +93,8 @@ def _show_sizes(config: Config, needs: Sizes, num_steps: int | None) -> None:
     forward, weights = needs.forward_flops / GIGA, 4 * needs.parameters / GIGA  # float32
     _show(
         "network",
-        f"{needs.parameters:,} parameters, {forward:.1f} GFLOP an image forward, about 3 times that to train",
+        f"{needs.parameters:,} parameters, {forward:.1f} GFLOP an image forward, about 3 times "
+        "that to train",
     )
     attention = [
         f"{height}x{width} in {count} blocks" for (height, width), count in needs.attention.items()
@@ -110,7 +111,8 @@ def _show_sizes(config: Config, needs: Sizes, num_steps: int | None) -> None:
         _show("duration", f"{num_steps:,} steps, {num_steps * training.batch_size:,} images")
     _show(
         "disk",
-        f"{4 * weights:.2f} GB a checkpoint (weights, average, Adam's two moments), {config.runtime.keep_checkpoints} kept",
+        f"{4 * weights:.2f} GB a checkpoint (weights, average, Adam's two moments), "
+        f"{config.runtime.keep_checkpoints} kept",
     )
     activations = needs.saved_bytes / GIGA
     _show(
@@ -131,7 +133,8 @@ def _show_recipe(recipe: Recipe, verdicts: list[Verdict]) -> None:
     if failed:
         first = failed[0]
         raise ValueError(
-            f"recipe.expect.{first.what} expects {first.expected}, and the run has {first.found} ({len(failed)} of {len(verdicts)} fail)"
+            f"recipe.expect.{first.what} expects {first.expected}, and the run has {first.found} "
+            f"({len(failed)} of {len(verdicts)} fail)"
         )
 
 
@@ -159,7 +162,7 @@ def _time(
 def expectations(
     config: Config, expect: Expect, needs: Sizes, num_steps: int | None
 ) -> list[Verdict]:
-    """Each expectation of a recipe against what its configuration comes to.
+    """Checks each expectation of a recipe against what its configuration comes to.
 
     Published figures take a trained network, and so have no verdict.
     """

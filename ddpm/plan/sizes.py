@@ -1,4 +1,7 @@
-"""What a run needs, without running it: parameters, FLOPs, activations, steps; and what several devices are worth."""
+"""What a run needs, without running it, and what several devices are worth.
+
+Its needs are parameters, FLOPs, activations and steps.
+"""
 
 from collections import Counter
 from typing import NamedTuple
@@ -13,8 +16,14 @@ from ddpm.models.layers import AttentionBlock
 
 
 class Sizes(NamedTuple):
-    """What a network needs. parameters: count.    forward_flops: of one image, a multiplication and an addition counting as 2.    saved_bytes: float32
-    activations kept for the backward pass, of one image.    attention: (height, width) -> number of attention blocks that see it."""
+    """What a network needs.
+
+    Attributes:
+        parameters: Their count.
+        forward_flops: Of one image; a multiplication and an addition count as 2.
+        saved_bytes: Float32 activations kept for the backward pass, of one image.
+        attention: (height, width) -> number of attention blocks that see it.
+    """
 
     parameters: int
     forward_flops: int
@@ -23,7 +32,7 @@ class Sizes(NamedTuple):
 
 
 def sizes(config: Config) -> Sizes:
-    """What the network of a run needs, found on the meta device: no memory, no arithmetic."""
+    """Finds what a run's network needs on the meta device: no memory, no arithmetic."""
     meta = torch.device("meta")
     network = build.network(config, meta, config.data.num_classes or 1).train()
     x, t = (
@@ -61,7 +70,7 @@ def sizes(config: Config) -> Sizes:
 
 
 def images_at_once(config: Config) -> int:
-    """Images that one device takes at once, if they fit its memory."""
+    """Returns how many images one device takes at once, if they fit its memory."""
     return (
         config.training.batch_size
         if config.runtime.device_batch == "auto"
@@ -70,7 +79,10 @@ def images_at_once(config: Config) -> int:
 
 
 def steps_per_epoch(config: Config) -> int | None:
-    """Updates of one pass over the published number of images, less what is about held out; None if that number is not known."""
+    """Returns the updates of one pass over the published number of images.
+
+    What is about held out is taken off. None if that number is not known.
+    """
     batch = config.training.batch_size
     if config.data.num_images is None:
         return None
@@ -79,26 +91,36 @@ def steps_per_epoch(config: Config) -> int | None:
 
 
 def number_of_steps(config: Config) -> int | None:
-    """Updates of the whole run, by the published number of images; None if that is needed and not known."""
+    """Returns the updates of the whole run, by the published number of images.
+
+    None if that number is needed and not known.
+    """
     if config.training.steps is not None:
         return config.training.steps
     of_epoch = steps_per_epoch(config)
     return of_epoch * (config.training.epochs or 0) if of_epoch is not None else None
 
 
-BACKWARD_SHARE = (
-    2 / 3
-)  # of a training step: the backward pass has twice the products of the forward one
+# of a training step: the backward pass has twice the products of the forward one
+BACKWARD_SHARE = 2 / 3
 
 
 def expected_speed(
     speed: float, devices: int, batch_size: int, gradient_bytes: int, bandwidth: float
 ) -> float:
-    """Images/s of `devices` devices that share a global batch, from the images/s of one.
+    """Estimates the images/s of devices that share a global batch, from the images/s of one.
 
-    bandwidth: bytes/s that a device sends while all do. A ring all-reduce sends 2 (n - 1) / n of the gradients from each device; what the backward pass
-    takes longer than that hides it. Assumes that a device is as fast with its share of the batch as with what `speed` was measured with, that all are
-    equally fast, and no latency: an upper bound where shares are small.
+    A ring all-reduce sends 2 (n - 1) / n of the gradients from each of n devices, and the backward
+    pass hides what fits into its own time. This assumes that a device is as fast with its share of
+    the batch as with what `speed` was measured with, that all are equally fast, and no latency. It
+    is an upper bound where shares are small.
+
+    Args:
+        speed: Images/s of one device.
+        devices: How many.
+        batch_size: The global batch.
+        gradient_bytes: Of all gradients.
+        bandwidth: Bytes/s that a device sends while all do.
     """
     computing = batch_size / devices / speed
     exchanging = 2 * (devices - 1) / devices * gradient_bytes / bandwidth

@@ -1,4 +1,7 @@
-"""The pieces of work that ddpm.benchmark, ddpm.plan and the comparison with other projects time, and what they are measured against."""
+"""The pieces of work that are timed, and what they are measured against.
+
+ddpm.benchmark, ddpm.plan and the comparison with other projects use them.
+"""
 
 import time
 from collections.abc import Callable
@@ -121,7 +124,10 @@ class TimedBatches(Batches):
 
 
 class HostWaits(TorchDispatchMode):
-    """Counts, in `count`, the operations that make the host wait for the device: a number read, or a tensor copied to the host's memory."""
+    """Counts, in `count`, the operations that make the host wait for the device.
+
+    These are a number read, or a tensor copied to the host's memory.
+    """
 
     READS = (
         torch.ops.aten._local_scalar_dense,
@@ -152,21 +158,29 @@ class HostWaits(TorchDispatchMode):
 
 
 def random_images(config: Config, count: int) -> np.ndarray:
-    """Random pictures of the run's shape: (count, C, H, W) uint8."""
+    """Makes random pictures of the run's shape: (count, C, H, W) uint8."""
     return np.random.default_rng(0).integers(
         0, 256, (count, config.data.channels, *build.image_size(config.data)), dtype=np.uint8
     )
 
 
 def matrix_products(device: torch.device, dtype: torch.dtype, size: int) -> dict[str, float]:
-    """FLOP/s of (size, size) matrix products, the best of ten each: as torch.mm, and as the 1x1 convolution that is one too.    size: a multiple of 16.
+    """Measures FLOP/s of (size, size) matrix products, the best of ten each.
 
-    They may differ: on a CPU the one is MKL's, the other oneDNN's.
+    Once as torch.mm, and once as the 1x1 convolution that is one too. They may differ: on a CPU the
+    one is MKL's, the other oneDNN's.
+
+    Args:
+        device: Where they run.
+        dtype: Of the matrices.
+        size: A multiple of 16.
+
+    Returns:
+        FLOP/s by name, "torch.mm" and "1x1 convolution".
     """
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    rows = a.reshape(16, 1, size // 16, size).permute(
-        0, 3, 1, 2
-    )  # channels_last; a batch of 16, below which one thread has MKL's here too
+    # channels_last; a batch of 16, below which one thread has MKL's here too
+    rows = a.reshape(16, 1, size // 16, size).permute(0, 3, 1, 2)
     return {
         "torch.mm": 2 * size**3 / _best_of_ten(lambda: torch.mm(a, b), device),
         "1x1 convolution": 2
@@ -176,7 +190,7 @@ def matrix_products(device: torch.device, dtype: torch.dtype, size: int) -> dict
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+    """Waits until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,4 +1,7 @@
-"""Checkpoints: one folder a step, whole or not there. Tensors only: nothing in them can run code."""
+"""Checkpoints: one folder per step, whole or not there.
+
+Tensors and plain values only: nothing in them can run code.
+"""
 
 import json
 import logging
@@ -21,13 +24,22 @@ _PREFIX = "step_"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One saved step of a run.    folder: .../checkpoints/step_00005000.    step: optimizer updates done."""
+    """One saved step of a run.
+
+    Attributes:
+        folder: .../checkpoints/step_00005000.
+        step: Optimizer updates done.
+    """
 
     folder: Path
     step: int
 
     def weights(self, kind: Literal["ema", "raw"]) -> dict[str, Tensor]:
-        """The network's weights by name, on the CPU: their average, or as trained.    Raises ValueError if the file holds anything but tensors."""
+        """Returns the network's weights by name, on the CPU: their average, or as trained.
+
+        Raises:
+            ValueError: If the file holds anything but tensors.
+        """
         file = self.folder / ("ema.safetensors" if kind == "ema" else "model.safetensors")
         try:
             return load_file(file)
@@ -35,7 +47,11 @@ class Checkpoint:
             raise ValueError(f"{file} holds no tensors, so it is left unread ({error})") from error
 
     def load(self) -> dict[str, Any]:
-        """What `save` was given, on the CPU.    Raises ValueError if a file holds anything but tensors and plain values."""
+        """Returns what `save` was given, on the CPU.
+
+        Raises:
+            ValueError: If a file holds anything but tensors and plain values.
+        """
         return {
             **self.state(),
             "step": self.step,
@@ -44,17 +60,25 @@ class Checkpoint:
         }
 
     def state(self) -> dict[str, Any]:
-        """All else that a resume needs, on the CPU: what `save` was given.    Raises ValueError if the file holds anything but tensors and plain values."""
+        """Returns all else that `save` was given and a resume needs, on the CPU.
+
+        Raises:
+            ValueError: If the file holds anything but tensors and plain values.
+        """
         file = self.folder / "state.pt"
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(
-                f"{file} holds more than tensors and plain values, so it is left unread ({str(error).splitlines()[0]})"
+                f"{file} holds more than tensors and plain values, so it is left unread "
+                f"({str(error).splitlines()[0]})"
             ) from error
 
     def damage(self) -> str | None:
-        """What is wrong with the files, by the checksums that were written with them; None for a whole checkpoint."""
+        """Returns what is wrong with the files; None for a whole checkpoint.
+
+        The checksums that were written with them tell.
+        """
         try:
             sums = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))["sha256"]
         except (OSError, ValueError, KeyError) as error:
@@ -71,11 +95,14 @@ class Checkpoint:
 def save(
     checkpoints: Path, state: dict[str, Any], keep: int, best: int | None = None
 ) -> Checkpoint:
-    """Writes a checkpoint, points `latest` at it, and drops all but the newest `keep` and that of step `best`.
+    """Writes a checkpoint, points `latest` at it, and drops old ones.
+
+    All but the newest `keep` and that of step `best` are dropped.
 
     Args:
         checkpoints: The run's folder of them.
-        state: A TrainingState's: "step", the weights "model" and "ema" by name, and tensors and plain values.
+        state: A TrainingState's: "step", the weights "model" and "ema" by name, and tensors and
+            plain values.
         keep: How many stay.
         best: A step whose checkpoint stays besides.
 
@@ -109,7 +136,7 @@ def save(
 
 
 def all_in(checkpoints: Path) -> list[Checkpoint]:
-    """The whole checkpoints of a run, oldest first."""
+    """Returns the whole checkpoints of a run, oldest first."""
     folders = [
         folder
         for folder in checkpoints.glob(f"{_PREFIX}{'[0-9]' * 8}")
@@ -122,9 +149,12 @@ def all_in(checkpoints: Path) -> list[Checkpoint]:
 
 
 def newest_whole(checkpoints: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files are what was written; a damaged one is named in the log and passed over. None if there is none at all.
+    """Returns the newest checkpoint whose files are what was written; None if there is none at all.
 
-    Raises ValueError if there are some and all are damaged.
+    A damaged one is named in the log and passed over.
+
+    Raises:
+        ValueError: If there are some and all are damaged.
     """
     found = all_in(checkpoints)
     damages = []
@@ -140,7 +170,11 @@ def newest_whole(checkpoints: Path) -> Checkpoint | None:
 
 
 def find(checkpoints: Path, step: int | None = None) -> Checkpoint:
-    """The checkpoint of a step, or the newest whole one.    Raises ValueError, listing the steps there are, if it is not there or damaged."""
+    """Returns the checkpoint of a step, or the newest whole one.
+
+    Raises:
+        ValueError: If it is not there, listing the steps there are, or if it is damaged.
+    """
     found = all_in(checkpoints)
     if not found:
         raise ValueError(f"{checkpoints} holds no checkpoint yet")
@@ -155,5 +189,6 @@ def find(checkpoints: Path, step: int | None = None) -> Checkpoint:
                 raise ValueError(f"step={step}: {checkpoint.folder} is damaged: {damage}")
             return checkpoint
     raise ValueError(
-        f"step={step} has no checkpoint; there are {', '.join(str(checkpoint.step) for checkpoint in found)}"
+        f"step={step} has no checkpoint; "
+        f"there are {', '.join(str(checkpoint.step) for checkpoint in found)}"
     )

@@ -22,7 +22,10 @@ from ddpm.system.files import lock, write_text
 
 
 class RunFolder:
-    """A run on the disk. Reading its files is for anybody, writing them for the one process that leads the run."""
+    """A run on the disk.
+
+    Anybody may read its files; only the one process that leads the run writes them.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,9 +33,16 @@ class RunFolder:
         self.samples = path / "samples"
 
     def config(self, trusted_modules: list[str], key: str = "run") -> Config:
-        """The configuration that the run was started with, its classes checked against what the caller trusts, not against what the folder says.
+        """Returns the configuration that the run was started with.
 
-        Raises ValueError, naming the folder and the command line's key for it, if this is no run.
+        Its classes are checked against what the caller trusts, not against what the folder says.
+
+        Args:
+            trusted_modules: Modules whose classes the caller trusts.
+            key: The command line's key for the folder.
+
+        Raises:
+            ValueError: If this is no run, naming the folder and the key.
         """
         file = self.path / "config.yaml"
         if not file.is_file():
@@ -66,31 +76,44 @@ class RunFolder:
         )
 
     def record(self) -> dict[str, Any]:
-        """run.json, empty before the first start."""
+        """Returns the content of run.json, empty before the first start.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
         file = self.path / "run.json"
         try:
             return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         except ValueError as error:
             raise ValueError(
-                f"{file} cannot be read ({error}); remove it, and the run starts from its newest checkpoint"
+                f"{file} cannot be read ({error}); "
+                f"remove it, and the run starts from its newest checkpoint"
             ) from error
 
     def classes(self) -> list[str]:
-        """Names of the classes of the run's data.    Raises ValueError if the run was never started."""
+        """Returns the names of the classes of the run's data.
+
+        Raises:
+            ValueError: If the run was never started.
+        """
         data = self.record().get("data")
         if not isinstance(data, dict) or "classes" not in data:
             raise ValueError(
-                f"run={self.path} has no run.json that tells of its data; start its training once more"
+                f"run={self.path} has no run.json that tells of its data; "
+                f"start its training once more"
             )
         return data["classes"]
 
     def choices(self) -> dict[str, str]:
-        """The option that was chosen in each group, empty before the first start."""
+        """Returns the option that was chosen in each group, empty before the first start."""
         file = self.path / ".hydra" / "choices.yaml"
         return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def status(self) -> str:
-        """complete, failed, preempted, running; or cut off, where the process that trained it is gone and could not say so."""
+        """Returns how the run stands: complete, failed, preempted, running, cut off or not started.
+
+        It is cut off if the process that trained it is gone and could not say so.
+        """
         status = self.record().get("status", "not started")
         if status != "running" or not (self.path / ".lock").is_file():
             return status
@@ -101,7 +124,7 @@ class RunFolder:
             return status
 
     def start(self, config: Config, composed: Composed) -> None:
-        """Make the folder if need be, and write down what is being started."""
+        """Makes the folder if need be, and writes down what is being started."""
         (self.path / ".hydra").mkdir(parents=True, exist_ok=True)
         self.samples.mkdir(exist_ok=True)
         write_text(
@@ -119,16 +142,18 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep every other process from training in this folder while this one does; the system lets go when the process ends, however it ends.
+        """Keeps every other process from training in this folder while this one does.
 
-        Raises ValueError, naming the process that holds it, if one does.
+        The system lets go when the process ends, however it ends.
+
+        Raises:
+            ValueError: If another process holds it, naming that process.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / ".lock"
         try:
-            with lock(
-                file, wait=0.5
-            ):  # `status` holds it for an instant, to see whether a run is alive
+            # `status` holds it for an instant, to see whether a run is alive
+            with lock(file, wait=0.5):
                 file.write_text(
                     f"process {os.getpid()} on {platform.node()} since {_now()}\n", encoding="utf-8"
                 )
@@ -140,7 +165,7 @@ class RunFolder:
             ) from None
 
     def update(self, **values: Any) -> None:
-        """Change entries of run.json."""
+        """Changes entries of run.json."""
         record = {"created": _now(), **self.record(), **values, "updated": _now()}
         write_text(self.path / "run.json", json.dumps(record, indent=2) + "\n")
 
@@ -164,7 +189,7 @@ def _provenance() -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit of the code that runs, and whether it was changed since; None where it is no checkout."""
+    """Commit of the code that runs, and whether it was changed since; None if it is no checkout."""
 
     def ask(*words: str) -> str:
         folder = Path(__file__).resolve().parent

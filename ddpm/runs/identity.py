@@ -1,4 +1,7 @@
-"""What makes a run that run: the half of its configuration that is computed, and the folder's name that follows from it."""
+"""What makes a run that run.
+
+The half of its configuration that is computed, and the folder's name that follows from it.
+"""
 
 import functools
 import hashlib
@@ -31,9 +34,10 @@ NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no pa
 
 
 def locate(config: Config, composed: Composed) -> RunFolder:
-    """The folder that this configuration has: outputs/<model>-<data>/<what differs from that pair's own settings>-<hash>.
+    """Returns the folder that this configuration has.
 
-    The same configuration has the same folder, however it was typed.
+    It is outputs/<model>-<data>/<what differs from that pair's own settings>-<hash>. The same
+    configuration has the same folder, however it was typed.
     """
     mine, path = identity(config), config.data.path if config.data.name == "folder" else None
     shown = flat(mine)
@@ -70,23 +74,25 @@ def _own_settings(
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The half of a configuration that decides the numbers of a run (for data=folder with the folder's own name, for init_from its content)."""
+    """Returns the half of a configuration that decides the numbers of a run.
+
+    For data=folder it has the folder's own name, for init_from its content.
+    """
     half = without(config.model_dump(mode="json"), NOT_COMPUTED)
     if config.init_from is None:
         del half["init_from"]
     else:
         assert config.init_weights is not None, "weights.folders.with_initial_weights comes first"
         half["init_from"] = config.init_weights
-    del half["training"][
-        "steps" if config.training.steps is None else "epochs"
-    ]  # the unit not used
+    # the unit not used
+    del half["training"]["steps" if config.training.steps is None else "epochs"]
     if config.data.name == "folder" and config.data.path:
         half["data"]["name"] = Path(config.data.path).expanduser().resolve().name
     return half
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys."""
+    """Returns nested settings as dotted keys."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         leaves.update(
@@ -98,8 +104,12 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def hparams(run: RunFolder, config: Config, num_steps: int) -> dict[str, float | str | None]:
-    """What runs are told apart by, under the same keys whatever the run: the options chosen, the numbers tuned most, and `differs`, all that is not
-    the model's and data's own, in the words of the folder's name."""
+    """Returns what runs are told apart by, under the same keys whatever the run.
+
+    Returns:
+        The options chosen, the numbers tuned most, and `differs`: all that is not the model's and
+        data's own, in the words of the folder's name.
+    """
     chosen = run.choices()
     options = {
         group: chosen.get(group, "None").replace("None", "none")
@@ -140,7 +150,8 @@ def _difference(mine: dict[str, Any], recipe: dict[str, Any], longest: int = 120
             short = str(value).rpartition(".")[2] if key.endswith("._target_") else value
             parts.append(
                 _typable(
-                    f"{key.removesuffix('._target_')}-{'x'.join(map(str, short)) if isinstance(short, list) else short}"
+                    f"{key.removesuffix('._target_')}-"
+                    f"{'x'.join(map(str, short)) if isinstance(short, list) else short}"
                 )
             )
     while parts and len("_".join(parts)) > longest:  # the hash still tells such runs apart
@@ -149,7 +160,7 @@ def _difference(mine: dict[str, Any], recipe: dict[str, Any], longest: int = 120
 
 
 def _quoted(text: str) -> str:
-    """Text as Hydra's command line takes it whatever is in it: backslashes count only before a quote or at the end."""
+    """Any text for Hydra's command line: backslashes count only before a quote or at the end."""
     return (
         "'"
         + re.sub(
@@ -165,7 +176,7 @@ def _typable(text: str) -> str:
 
 
 def without(tree: Mapping[str, Any], left_out: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings less those that are True in left_out."""
+    """Returns nested settings less those that are True in left_out."""
     kept = {}
     for key, value in tree.items():
         if left_out.get(key) is True:

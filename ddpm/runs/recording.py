@@ -1,4 +1,7 @@
-"""What a run measures, written as it goes: metrics.jsonl (the same bytes for the same run) and TensorBoard (also speed)."""
+"""What a run measures, written as it goes.
+
+metrics.jsonl (the same bytes for the same run) and TensorBoard (also speed).
+"""
 
 import io
 import json
@@ -25,7 +28,8 @@ from ddpm.system.files import write_bytes, write_text
 Status = Literal["complete", "failed", "preempted"]
 
 _CURVE = r"(?!.*_(final|best)$)"
-LAYOUT = {  # TensorBoard's tab Custom Scalars: the curves worth comparing, each kind of all runs in one chart
+# TensorBoard's tab Custom Scalars: the curves worth comparing, each kind of all runs in one chart
+LAYOUT = {
     "training": {
         "loss": ["Multiline", [r"^train/loss$"]],
         "loss by noise level (q0 the least noise)": ["Multiline", [r"^train/loss_q\d$"]],
@@ -44,7 +48,10 @@ LAYOUT = {  # TensorBoard's tab Custom Scalars: the curves worth comparing, each
 class Recorder:
     """Scalars and pictures of one run folder; one process of a run has it.
 
-    first_step: updates done before this start. Records past it, of an earlier start that was cut off, are dropped: their steps are done again.
+    Args:
+        folder: The run's.
+        first_step: Updates done before this start. Records past it, of an earlier start that was
+            cut off, are dropped: their steps are done again.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -56,7 +63,10 @@ class Recorder:
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def settings(self, values: Mapping[str, float | str | None]) -> None:
-        """The run's row in TensorBoard's tab HPARAMS; every run must give the same keys. None is shown as "none"."""
+        """Writes the run's row in TensorBoard's tab HPARAMS; None is shown as "none".
+
+        Every run must give the same keys.
+        """
         start = SessionStartInfo(start_time_secs=time.time())
         for key, value in values.items():
             if isinstance(value, int | float):  # also bool, as 0 and 1
@@ -69,26 +79,26 @@ class Recorder:
         self._board.add_custom_scalars(LAYOUT)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Record values that the configuration decides, such as losses, after `step` updates."""
+        """Records values that the configuration decides, such as losses, after `step` updates."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         self.speed(step, values)
 
     def speed(self, step: int, values: dict[str, float]) -> None:
-        """Show values that differ from one machine to the next, in TensorBoard only."""
+        """Shows values that differ from one machine to the next, in TensorBoard only."""
         for tag, value in values.items():
             self._board.add_scalar(tag, value, step)
 
     def picture(self, step: int, tag: str, image: np.ndarray) -> None:
-        """Show a picture, (H, W, C) uint8, in TensorBoard."""
+        """Shows a picture, (H, W, C) uint8, in TensorBoard."""
         self._board.add_image(tag, image, step, dataformats="HWC")
 
     def text(self, tag: str, text: str) -> None:
-        """Show text (Markdown) in TensorBoard."""
+        """Shows text (Markdown) in TensorBoard."""
         self._board.add_text(tag, text, 0)
 
     def flush(self) -> None:
-        """Have all that was recorded so far on its way to the disk."""
+        """Sends all that was recorded so far on its way to the disk."""
         self._board.flush()
 
     def close(self) -> None:
@@ -97,9 +107,17 @@ class Recorder:
 
 
 def conclude(folder: Path, status: Status, step: int, values: Mapping[str, float]) -> None:
-    """Tell TensorBoard how the run ended, and with what: one small event file, which takes the place of the one before, and goes when the run goes on.
+    """Tells TensorBoard how the run ended, and with what.
 
-    TensorBoard keeps the first end that it reads of a run, so an end inside the files that stay would outlive a resume.    values: scalars, at `step`.
+    It writes one small event file, which takes the place of the one before, and goes when the run
+    goes on. TensorBoard keeps the first end that it reads of a run, so an end inside the files that
+    stay would outlive a resume.
+
+    Args:
+        folder: The run's.
+        status: How it ended.
+        step: Optimizer updates done.
+        values: Scalars, at `step`.
     """
     _forget_conclusion(folder)
     files = sorted(folder.glob("events.out.tfevents.*"))
@@ -130,13 +148,13 @@ def conclude(folder: Path, status: Status, step: int, values: Mapping[str, float
     write_bytes(files[-1].with_name(files[-1].name + _CONCLUSION), content.getvalue())
 
 
-_CONCLUSION = ".end"  # after the newest file's name: TensorBoard reads a folder's files in the order of their names
+# after the newest file's name: TensorBoard reads a folder's files in the order of their names
+_CONCLUSION = ".end"
 
 
 def _forget_conclusion(folder: Path) -> None:
-    for file in folder.glob(
-        f"*events.out.tfevents.*{_CONCLUSION}*"
-    ):  # also what a crash left half written
+    # also what a crash left half written
+    for file in folder.glob(f"*events.out.tfevents.*{_CONCLUSION}*"):
         file.unlink()
 
 
@@ -153,9 +171,14 @@ def _lines(path: Path) -> list[str]:
 
 
 class Speed:
-    """Images a second between reports, the time for samples and checkpoints left out; and the time that the run took in all.
+    """Images per second between reports, and the time that the run took in all.
 
-    before: what `timed` said when an earlier start of the run got as far as `step`.
+    The speed leaves out the time for samples and checkpoints.
+
+    Args:
+        step: Optimizer updates done before this start.
+        batch_size: Images per step.
+        before: What `timed` said when an earlier start of the run got as far as `step`.
     """
 
     def __init__(self, step: int, batch_size: int, before: dict[str, float] | None) -> None:
@@ -170,10 +193,11 @@ class Speed:
         self._from_step, self._from_time = step, time.perf_counter()
 
     def pause(self, step: int) -> None:
-        """Leave out the time since `report` at this step."""
+        """Leaves out the time since the last report at this step."""
         self._resume(step)
 
     def since_last(self, step: int) -> float:
+        """Returns images per second since the last call."""
         self._steps += step - self._from_step
         self._seconds += time.perf_counter() - self._from_time
         speed = self._steps * self._batch_size / self._seconds if self._seconds else 0.0
@@ -184,7 +208,11 @@ class Speed:
         return speed
 
     def timed(self) -> dict[str, float]:
-        """Of all starts so far: seconds in all; and of the steps that were timed, their images and seconds."""
+        """Returns the time of all starts so far.
+
+        Returns:
+            Seconds in all; and of the steps that were timed, their images and seconds.
+        """
         return {
             "seconds": self._before["seconds"] + time.perf_counter() - self._started,
             "images": self._before["images"] + self._all_steps * self._batch_size,

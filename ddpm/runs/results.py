@@ -1,4 +1,7 @@
-"""What a run came to, read from its folder: each measure with its protocol, final and best. Nothing is built, nothing of the folder runs."""
+"""What a run came to, read from its folder: each measure with its protocol, final and best.
+
+Nothing is built, nothing of the folder runs.
+"""
 
 import bisect
 import json
@@ -13,19 +16,26 @@ from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import NOT_COMPUTED, flat, without
 from ddpm.system.files import write_text
 
+# one timestep bucket, one channel, one term of the bound
 PARTS = (
     "loss_t",
     "channel_",
     "bits_per_dim_",
-)  # one timestep bucket, one channel, one term of the bound
-WINDOW = 0.1  # share of a run's steps that a loss is averaged over, so that runs with other log intervals compare
+)
+# share of a run's steps that a loss is averaged over, so that runs with other log intervals compare
+WINDOW = 0.1
 
 
 @dataclass(frozen=True)
 class Result:
-    """One measure of one run by one protocol.    final, best: (value, step); best is None where neither less nor more is better.
+    """One measure of one run by one protocol.
 
-    deviation: of the final value, over subsets or splits.
+    Attributes:
+        metric: What was measured.
+        protocol: All that decides it.
+        final: (value, step).
+        best: (value, step); None where neither less nor more is better.
+        deviation: Of the final value, over subsets or splits.
     """
 
     metric: str
@@ -36,12 +46,18 @@ class Result:
 
     @property
     def name(self) -> str:
-        """The measure with its protocol in one word, such as fid@50k:train:inception:ancestral1000:ema, whatever the step."""
+        """The measure with its protocol in one word, whatever the step.
+
+        Such as fid@50k:train:inception:ancestral1000:ema.
+        """
         return name(self.metric, self.protocol) if "count" in self.protocol else self.metric
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
-    """(step, training loss since the record before) of every report so far; none if there is no metrics.jsonl. A line cut short is left out."""
+    """Returns the (step, training loss since the record before) of every report so far.
+
+    There are none without a metrics.jsonl. A line cut short is left out.
+    """
     file = folder / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
     records = [json.loads(line) for line in lines if line]
@@ -51,7 +67,17 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 def windowed(
     records: Sequence[tuple[int, float]], share: float = WINDOW
 ) -> list[tuple[int, float]]:
-    """At each report the mean loss of the steps before it, of at least the last report and at most `share` of all steps."""
+    """Returns at each report the mean loss of the steps before it.
+
+    The mean is of at least the last report and at most `share` of all steps.
+
+    Args:
+        records: (step, loss) of each report, as `losses` gives them.
+        share: Of all steps, the most that a mean covers.
+
+    Returns:
+        (step, mean loss) of each report.
+    """
     steps = [0, *(step for step, _ in records)]
     sums = [0.0]
     for (step, loss), before in zip(records, steps, strict=False):
@@ -64,7 +90,14 @@ def windowed(
 
 
 def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
-    """The loss first, then every figure of evaluation.json in its order; what was not measured is not there.    config: the run's config.yaml."""
+    """Returns the loss first, then every figure of evaluation.json in its order.
+
+    What was not measured is not there.
+
+    Args:
+        run: The run's folder.
+        config: The run's config.yaml.
+    """
     found = []
     means = windowed(losses(run.path))
     if means:
@@ -101,7 +134,10 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
 
 
 def scalars(measures: Sequence[Result]) -> dict[str, float]:
-    """Final and best values under names that are the same in every run, beside the curves that they are of; of the parts of a figure, none."""
+    """Returns final and best values under names that are the same in every run.
+
+    They stand beside the curves that they are of. Of the parts of a figure there are none.
+    """
     values = {}
     for result in measures:
         if result.metric.startswith(PARTS):
@@ -114,21 +150,38 @@ def scalars(measures: Sequence[Result]) -> dict[str, float]:
 
 
 def images_per_second(record: Mapping[str, Any]) -> float | None:
-    """Images a second in updates, over all starts of a run (run.json); None if none was timed."""
+    """Returns images per second in updates, over all starts of a run; None if none was timed.
+
+    Args:
+        record: The content of run.json.
+    """
     timed = record.get("timed") or {}
     return timed["images"] / timed["seconds_in_steps"] if timed.get("seconds_in_steps") else None
 
 
 def hours(record: Mapping[str, Any]) -> float | None:
-    """Hours that the run has trained so far, with sampling, measuring and saving; None if unknown."""
+    """Returns the hours that the run has trained so far; None if unknown.
+
+    Sampling, measuring and saving are counted.
+
+    Args:
+        record: The content of run.json.
+    """
     timed = record.get("timed") or {}
     return timed["seconds"] / 3600 if "seconds" in timed else None
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured figure.    protocol: all that decides it, the same figure of another protocol being another one.    deviation: over subsets or splits.
-    floor: the same distance between two random halves of the data, which no network beats."""
+    """One measured figure.
+
+    Attributes:
+        metric: What was measured.
+        value: The figure.
+        protocol: All that decides it; the same figure of another protocol is another one.
+        deviation: Over subsets or splits.
+        floor: The same distance between two random halves of the data, which no network beats.
+    """
 
     metric: str
     value: float
@@ -138,12 +191,15 @@ class Measurement:
 
     @property
     def id(self) -> str:
-        """The protocol in one word, such as fid@50k:train:inception:ancestral1000:ema:step800000."""
+        """The metric and its protocol in one word.
+
+        Such as fid@50k:train:inception:ancestral1000:ema:step800000.
+        """
         return f"{name(self.metric, self.protocol)}:step{self.protocol['step']}"
 
 
 def name(metric: str, protocol: Mapping[str, Any]) -> str:
-    """A metric and its protocol, without the step, in one word."""
+    """Returns a metric and its protocol, without the step, in one word."""
     said = [
         str(protocol[key])
         for key in ("split", "extractor", "sampler", "weights")
@@ -156,7 +212,10 @@ def name(metric: str, protocol: Mapping[str, Any]) -> str:
 
 
 def better(metric: str) -> Callable[..., Any] | None:
-    """min or max, whichever of two values of a metric is the better; None where neither is in itself (a colour gap, a ratio of nearest distances)."""
+    """Returns min or max, whichever picks the better of two values of a metric.
+
+    It returns None where neither is better in itself (a colour gap, a ratio of nearest distances).
+    """
     if metric.startswith(("fid", "fd_", "kid", "kd_", "bits_per_dim", "loss_", "rmse")):
         return min
     return (
@@ -167,7 +226,10 @@ def better(metric: str) -> Callable[..., Any] | None:
 
 
 def record(path: Path, figures: Sequence[Measurement]) -> None:
-    """Add figures to a file, whole or not at all; one of the same metric and protocol takes the place of the one before."""
+    """Adds figures to a file, whole or not at all.
+
+    A figure of the same metric and protocol takes the place of the one before.
+    """
     kept = {key(entry): entry for entry in recorded(path)}
     for figure in figures:
         entry = {"id": figure.id, **asdict(figure)}
@@ -176,12 +238,12 @@ def record(path: Path, figures: Sequence[Measurement]) -> None:
 
 
 def recorded(path: Path) -> list[dict[str, Any]]:
-    """The entries of such a file, none if it is not there."""
+    """Returns the entries of such a file, none if it is not there."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def key(entry: dict[str, Any]) -> str:
-    """What makes two entries figures of the same thing."""
+    """Returns what makes two entries figures of the same thing."""
     return json.dumps([entry["metric"], entry["protocol"]], sort_keys=True)
 
 
@@ -194,7 +256,16 @@ class At(NamedTuple):
 
 @dataclass(frozen=True)
 class Compared:
-    """A run as its files tell of it; a file that cannot be read tells nothing.    settings: what it computed, as dotted keys."""
+    """A run as its files tell of it; a file that cannot be read tells nothing.
+
+    Attributes:
+        run: Its folder.
+        settings: What it computed, as dotted keys.
+        choices: The option chosen in each group.
+        record: The content of run.json.
+        results: As read_results gives them.
+        status: As RunFolder.status says, or why the files cannot be read.
+    """
 
     run: RunFolder
     settings: dict[str, Any]
@@ -209,7 +280,7 @@ class Compared:
 
 
 def read(run: RunFolder) -> Compared:
-    """What the files of a run tell."""
+    """Returns what the files of a run tell."""
     try:
         plain = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
         plain = plain if isinstance(plain, dict) else {}
@@ -226,7 +297,7 @@ def read(run: RunFolder) -> Compared:
 
 
 def summary(found: Compared) -> dict[str, str]:
-    """How a run stands, by column, for a line of a table."""
+    """Returns how a run stands, by column, for a line of a table."""
     loss = next((result for result in found.results if result.metric == "loss"), None)
     best = next(
         (result for result in found.results if result.metric != "loss" and result.best is not None),

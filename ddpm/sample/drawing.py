@@ -13,10 +13,22 @@ from ddpm.diffusion.samplers import Noise, Sampler, Watch, latents, step_noise
 
 @dataclass(frozen=True)
 class Drawing:
-    """A network with all that decides its images: image i is a function of this, of i and of its class, whatever it is batched with.
+    """A network with all that decides its images.
 
-    weights: used in place of the network's own, which stay as they are.    shape: (C, H, W).    any_class: the class number that stands for "any" in
-    classifier-free guidance, None if the network has not learned one.    Raises ValueError if the sampler asks for guidance without it.
+    Image i is a function of this, of i and of its class, whatever it is batched with.
+
+    Attributes:
+        network: Its own weights stay as they are.
+        weights: Used in place of the network's own.
+        diffusion: The process that the network was trained for.
+        sampler: How images are drawn.
+        shape: (C, H, W) of an image.
+        seed: Of all the noise.
+        any_class: The class number that stands for "any" in classifier-free guidance; None if the
+            network has not learned one.
+
+    Raises:
+        ValueError: If the sampler asks for guidance and any_class is None.
     """
 
     network: nn.Module
@@ -30,7 +42,8 @@ class Drawing:
     def __post_init__(self) -> None:
         if self.sampler.guidance_scale != 1 and self.any_class is None:
             raise ValueError(
-                f"sampler.guidance_scale={self.sampler.guidance_scale} needs a network that was trained with classes, some of them left out "
+                f"sampler.guidance_scale={self.sampler.guidance_scale} needs a network that was "
+                "trained with classes, some of them left out "
                 "(training.conditional=true training.label_dropout=0.1)"
             )
 
@@ -45,7 +58,7 @@ class Drawing:
         return self.sampler.timesteps(self.diffusion)
 
     def latents(self, indices: Sequence[int]) -> Tensor:
-        """The noise that the images with these indices start from: (B, C, H, W) float32."""
+        """Returns the noise that the images with these indices start from: (B, C, H, W) float32."""
         return latents(self.shape, indices, self.seed, self.device)
 
     def images(
@@ -54,9 +67,22 @@ class Drawing:
         classes: Sequence[int] | None = None,
         watch: Watch | None = None,
     ) -> Tensor:
-        """The images with these indices: (B, C, H, W) float32 in [-1, 1].    classes: one an index, None for a network without.
+        """Draws the images with these indices.
 
-        Drawn in halves where they do not fit the device's memory together, unless somebody watches.    Raises torch.OutOfMemoryError for one too many.
+        Images that do not fit the device's memory together are drawn in halves, unless somebody
+        watches.
+
+        Args:
+            indices: The numbers of the images.
+            classes: One an index; None for a network without.
+            watch: See ddpm.diffusion.samplers.
+
+        Returns:
+            (B, C, H, W) float32 in [-1, 1].
+
+        Raises:
+            torch.OutOfMemoryError: If one image, or a batch that is watched, does not fit the
+                memory.
         """
         try:
             return self.walk(
@@ -69,9 +95,8 @@ class Drawing:
         except torch.OutOfMemoryError:
             if len(indices) == 1 or watch is not None:
                 raise
-        if (
-            torch.cuda.is_available()
-        ):  # outside the except block, where the error would still hold the tensors
+        # outside the except block, where the error would still hold the tensors
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
         half = len(indices) // 2
         return torch.cat(
@@ -89,7 +114,18 @@ class Drawing:
         classes: Sequence[int] | None = None,
         watch: Watch | None = None,
     ) -> Tensor:
-        """From x_t at timesteps[0], (B, C, H, W), to images.    noise, watch: see ddpm/samplers.py.    Returns like x, in [-1, 1]."""
+        """Walks from x_t at timesteps[0] to images.
+
+        Args:
+            x: x_t, (B, C, H, W).
+            timesteps: To visit, from the noisiest down.
+            noise: See ddpm.diffusion.samplers.
+            classes: One an image; None for a network without.
+            watch: See ddpm.diffusion.samplers.
+
+        Returns:
+            Images like x, in [-1, 1].
+        """
         was_training = self.network.training
         self.network.eval()
         try:
@@ -101,7 +137,13 @@ class Drawing:
             self.network.train(was_training)
 
     def model(self, classes: Tensor | None) -> Model:
-        """(x_t, t) -> output, with these weights, guided as the sampler says, in the network's present mode.    classes: (B,) int64, None without."""
+        """Returns (x_t, t) -> output with these weights, guided as the sampler says.
+
+        The network runs in its present mode.
+
+        Args:
+            classes: (B,) int64; None for a network without.
+        """
 
         def model(x_t: Tensor, t: Tensor) -> Tensor:
             return functional_call(
@@ -109,7 +151,7 @@ class Drawing:
             )
 
         def guided(x_t: Tensor, t: Tensor) -> Tensor:
-            """Ho & Salimans 2022, Eq. 6, with scale 1 + w; a learned variance stays that of the class."""
+            """Ho & Salimans 2022, Eq. 6, scale 1 + w; a learned variance stays the class's."""
             assert classes is not None
             both = torch.cat([classes, torch.full_like(classes, self.any_class or 0)])
             with_class, without = functional_call(

@@ -1,4 +1,4 @@
-"""The papers' figures, and moving pictures, from a trained network: each a labelled picture and the arrays behind it."""
+"""The papers' figures and moving pictures: each a labelled picture and the arrays behind it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,14 @@ from ddpm.system.files import whole, write_arrays
 
 
 class Figure(NamedTuple):
-    """Rows of images with a label each.    arrays: by name, what stands behind it, [-1, 1] unless its name says otherwise.    labels: one a row."""
+    """Rows of images with a label each.
+
+    Attributes:
+        rows: (B, H, W, C) uint8 each.
+        labels: One a row.
+        columns: The columns' heads.
+        arrays: What stands behind the figure, by name; in [-1, 1] unless the name says otherwise.
+    """
 
     rows: list[np.ndarray]
     labels: list[str]
@@ -27,7 +34,17 @@ class Figure(NamedTuple):
 def progressive(
     drawing: Drawing, count: int, classes: Sequence[int] | None, frames: int = 20
 ) -> Figure:
-    """x0_hat over the reverse process (Ho et al. 2020, Fig. 6): of `frames` equal windows of steps the last each; the last frame is the sample itself."""
+    """Shows x0_hat over the reverse process (Ho et al. 2020, Fig. 6).
+
+    The chain is cut into `frames` equal windows of steps, and the last step of each is shown. The
+    last frame is the sample itself.
+
+    Args:
+        drawing: What draws.
+        count: Of images, a row each.
+        classes: One an image; None for a network without.
+        frames: Of each image; fewer if the chain has fewer steps.
+    """
     visited = drawing.timesteps
     kept = (
         {
@@ -62,9 +79,15 @@ def shared_latents(
     classes: Sequence[int] | None,
     shares: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
 ) -> Figure:
-    """Samples that share the first part of their chain (Ho et al. 2020, Fig. 7): a row for each t where they part, x_t first, then `count` samples.
+    """Shows samples that share the first part of their chain (Ho et al. 2020, Fig. 7).
 
-    shares: t as shares of T; the nearest visited timestep is taken.    classes: of the images; the first is that of all here.
+    There is a row for each t where they part: x_t first, then `count` samples.
+
+    Args:
+        drawing: What draws.
+        count: Of samples in a row.
+        classes: Of the images; the first is that of all here. None for a network without.
+        shares: t as shares of T; the nearest visited timestep is taken.
     """
     visited, num_timesteps = drawing.timesteps, drawing.diffusion.num_timesteps
     splits = [_nearest(visited, round(share * num_timesteps) - 1) for share in shares]
@@ -79,9 +102,8 @@ def shared_latents(
     branches = range(count)
     rows, samples = [], []
     for split in splits:
-        noise = step_noise(
-            drawing.shape, branches, drawing.seed + 1, drawing.device
-        )  # each branch its own later noise
+        # each branch its own later noise
+        noise = step_noise(drawing.shape, branches, drawing.seed + 1, drawing.device)
         x = found[split].expand(count, -1, -1, -1).contiguous(memory_format=torch.channels_last)
         drawn = drawing.walk(
             x, [t for t in visited if t <= split], noise, None if one is None else [one[0]] * count
@@ -102,9 +124,16 @@ def shared_latents(
 
 
 def interpolate(drawing: Drawing, pair: Tensor, classes: Sequence[int] | None, t: int) -> Figure:
-    """Between two images (Ho et al. 2020, Fig. 8): both noised to x_t, mixed linearly, denoised with the same noise for every share.
+    """Interpolates between two images (Ho et al. 2020, Fig. 8).
 
-    pair: (2, C, H, W) in [-1, 1].    t: in [1, T], diffusion steps; the nearest visited.    lambda 0 and 1 are the two reconstructions.
+    Both are noised to x_t, mixed linearly, and denoised with the same noise for every share. Lambda
+    0 and 1 are the two reconstructions.
+
+    Args:
+        drawing: What draws.
+        pair: (2, C, H, W) in [-1, 1].
+        classes: Of the two images; None for a network without.
+        t: Diffusion steps in [1, T]; the nearest visited are taken.
     """
     shares = [index / 10 for index in range(11)]
     decoded, used = _mixed(drawing, pair, classes, t, shares)
@@ -123,7 +152,11 @@ def interpolate(drawing: Drawing, pair: Tensor, classes: Sequence[int] | None, t
 
 
 def interpolate_coarse(drawing: Drawing, pair: Tensor, classes: Sequence[int] | None) -> Figure:
-    """`interpolate` from coarse to fine (Ho et al. 2020, Fig. 9): a row for each of 8 and more diffusion steps, from 0 (pixels mixed) to T."""
+    """Interpolates from coarse to fine (Ho et al. 2020, Fig. 9); see `interpolate`.
+
+    There is a row for each of nine numbers of diffusion steps, from T down to 0, where the pixels
+    are mixed.
+    """
     shares = [index / 10 for index in range(11)]
     rows, decoded, steps = [], [], []
     for part in range(8, -1, -1):
@@ -153,7 +186,7 @@ def interpolate_coarse(drawing: Drawing, pair: Tensor, classes: Sequence[int] | 
 def _mixed(
     drawing: Drawing, pair: Tensor, classes: Sequence[int] | None, t: int, shares: Sequence[float]
 ) -> tuple[Tensor, int]:
-    """(images decoded from mixtures of the two at t diffusion steps, the steps of the nearest visited timestep)."""
+    """Images decoded from mixtures of the two at t diffusion steps, and the steps really taken."""
     index = _nearest(drawing.timesteps, t - 1)
     pair = pair.to(drawing.device)
     x_t = drawing.diffusion.q_sample(
@@ -184,7 +217,17 @@ def _nearest(timesteps: Sequence[int], wanted: int) -> int:
 def denoising(
     drawing: Drawing, count: int, classes: Sequence[int] | None, frames: int
 ) -> list[np.ndarray]:
-    """Grids of x_t at `frames` timesteps evenly spaced over the chain (or all there are), then the samples: each (H, W, C) uint8."""
+    """Makes grids of x_t at evenly spaced timesteps of the chain, and then of the samples.
+
+    Args:
+        drawing: What draws.
+        count: Of images.
+        classes: One an image; None for a network without.
+        frames: Grids wanted, the samples included; fewer if the chain is shorter.
+
+    Returns:
+        Each grid, (H, W, C) uint8.
+    """
     visited = drawing.timesteps
     wanted = min(frames - 1, len(visited))
     kept = {visited[index * len(visited) // wanted] for index in range(wanted)}
@@ -197,14 +240,19 @@ def denoising(
             grids.append(images.grid(images.to_uint8(x_t), least_width=256))
 
     sample = drawing.images(range(count), classes, watch)
-    return [
-        *grids,
-        images.grid(images.to_uint8(sample), least_width=256),
-    ]  # smaller than a still: noise does not compress
+    # smaller than a still: noise does not compress
+    return [*grids, images.grid(images.to_uint8(sample), least_width=256)]
 
 
 def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float, hold: float) -> None:
-    """An endless GIF of (H, W, C) uint8 frames, all of them within `seconds`, the last one held for `hold` seconds more."""
+    """Writes an endless GIF of (H, W, C) uint8 frames.
+
+    Args:
+        path: Where to.
+        frames: The pictures.
+        seconds: How long all of them take.
+        hold: Seconds more for the last one.
+    """
     each = max(20, round(1000 * seconds / len(frames)))
     pictures = [images.to_picture(frame) for frame in frames]
     durations = [each] * (len(frames) - 1) + [each + round(1000 * hold)]
@@ -220,13 +268,13 @@ def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float, hold: flo
 
 
 def save_figure(path: Path, figure: Figure) -> None:
-    """The figure as a PNG with its labels, and its arrays as an .npz beside it."""
+    """Writes the figure as a PNG with its labels, and its arrays as an .npz beside it."""
     images.save_png(path, labelled(figure))
     write_arrays(path.with_suffix(".npz"), **figure.arrays)
 
 
 def labelled(figure: Figure) -> np.ndarray:
-    """The rows under one another, labels to the left, column heads above: (H, W, C) uint8."""
+    """Puts the rows under one another, with labels and column heads: (H, W, C) uint8."""
     sheets = [images.grid(row, columns=len(row), least_width=64 * len(row)) for row in figure.rows]
     top, (height, width, channels) = 18, sheets[0].shape
     left = max(
@@ -251,9 +299,17 @@ def labelled(figure: Figure) -> np.ndarray:
 
 
 def over_training(previews: Sequence[Path], frames: int) -> tuple[list[np.ndarray], Figure]:
-    """(frames of a GIF, a strip of up to four) of the same noise after more and more training, from a run's preview grids.
+    """Shows the same noise after more and more training, from a run's preview grids.
 
-    previews: step_00000900.png and so on.    Raises ValueError if there are none.
+    Args:
+        previews: step_00000900.png and so on.
+        frames: Of the GIF, at most.
+
+    Returns:
+        The frames of a GIF, and a strip of up to four.
+
+    Raises:
+        ValueError: If there are no previews.
     """
     if not previews:
         raise ValueError(

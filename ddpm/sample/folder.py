@@ -32,7 +32,8 @@ def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
     for key in {**found, **wanted}:
         if found.get(key) != wanted.get(key):
             raise ValueError(
-                f"{folder} holds images of {key}={found.get(key)}, not {wanted.get(key)}: give another to=DIR"
+                f"{folder} holds images of {key}={found.get(key)}, not {wanted.get(key)}: give "
+                "another to=DIR"
             )
 
 
@@ -72,12 +73,12 @@ def draw_missing(
 
 
 def sample_file(folder: Path, index: int) -> Path:
-    """The file of image number `index`."""
+    """Returns the file of image number `index`."""
     return folder / f"{index:05d}.png"
 
 
 def read_samples(folder: Path, count: int) -> np.ndarray:
-    """The first `count` images: (count, H, W, C) uint8."""
+    """Reads the first `count` images: (count, H, W, C) uint8."""
     return np.stack([read_png(sample_file(folder, index)) for index in range(count)])
 
 

@@ -11,7 +11,10 @@ from ddpm.system.files import whole
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """(B, C, H, W) float in [-1, 1] to (B, H, W, C) uint8, rounded to the nearest level; values outside are clipped."""
+    """Converts (B, C, H, W) float in [-1, 1] to (B, H, W, C) uint8.
+
+    Values are rounded to the nearest level, and clipped outside.
+    """
     return (
         images.float()
         .add(1)
@@ -26,21 +29,25 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def to_picture(image: np.ndarray) -> Image.Image:
-    """(H, W, C) uint8, C 1 or 3, to a Pillow image."""
+    """Converts (H, W, C) uint8, C 1 or 3, to a Pillow image."""
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
 def read_png(path: Path) -> np.ndarray:
-    """A picture as (H, W, C) uint8."""
+    """Reads a picture as (H, W, C) uint8."""
     with Image.open(path) as image:
         pixels = np.asarray(image)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
 def grid(images: np.ndarray, columns: int | None = None, least_width: int = 512) -> np.ndarray:
-    """(B, H, W, C) uint8 as one picture, row by row, 2 pixels apart on white; as square as it gets if `columns` is None.
+    """Puts images into one picture, row by row, 2 pixels apart on white.
 
-    Pixels are drawn as squares of several where the picture would be narrower than least_width.
+    Args:
+        images: (B, H, W, C) uint8.
+        columns: How many; None for a picture as square as it gets.
+        least_width: Pixels; where the picture would be narrower, each pixel is drawn as a square of
+            several.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     magnified = max(1, least_width // (columns * images.shape[2]))
@@ -61,6 +68,9 @@ def grid(images: np.ndarray, columns: int | None = None, least_width: int = 512)
 
 
 def save_png(path: Path, image: np.ndarray) -> None:
-    """Write (H, W, C) uint8 as a PNG, whole or not at all; without a wait for the disk, since there may be 50,000 of them."""
+    """Writes (H, W, C) uint8 as a PNG, whole or not at all.
+
+    It does not wait for the disk, since there may be 50,000 of them.
+    """
     with whole(path, sync=False) as scratch:
         to_picture(image).save(scratch, format="PNG")

@@ -103,19 +103,21 @@ def run(composed: Composed) -> Path:
 
 
 def settings_of(composed: Composed) -> Settings:
-    """The settings of one call, checked."""
+    """Returns the settings of one call, checked."""
     cfg, source = composed.cfg, composed.cfg["from"]
     if (cfg.run is None) == (source is None):
         both = f"run={cfg.run} and from={source}: give one of them"
         raise ValueError(
-            f"{'run is missing' if source is None else both}: give run=DIR, a folder that ddpm.train made, or from=FOLDER, of diffusers or on the hub"
+            f"{'run is missing' if source is None else both}: give run=DIR, a folder that "
+            "ddpm.train made, or from=FOLDER, of diffusers or on the hub"
         )
     if source is not None and not _clips(str(source)) and not _is_typed(composed, "sampler.clip"):
         cfg.sampler.clip = False
     settings = validated(Settings, plain_config(composed))
     if source is not None and (settings.step is not None or settings.weights != "ema"):
         raise ValueError(
-            f"step={settings.step} and weights={settings.weights} choose among what a run keeps; from={source} has one set of weights"
+            f"step={settings.step} and weights={settings.weights} choose among what a run keeps; "
+            f"from={source} has one set of weights"
         )
     check_node("sampler", settings.sampler, settings.trusted_modules)
     return settings
@@ -162,7 +164,8 @@ def _classes(settings: Settings, names: list[str] | None) -> list[int] | None:
     if names is None:
         if settings.classes is not None:
             raise ValueError(
-                f"classes={settings.classes}: the network was trained without classes; training.conditional=true trains with them"
+                f"classes={settings.classes}: the network was trained without classes; "
+                "training.conditional=true trains with them"
             )
         return None
     chosen = []
@@ -171,7 +174,8 @@ def _classes(settings: Settings, names: list[str] | None) -> list[int] | None:
         number = names.index(str(wanted)) if named else wanted
         if not isinstance(number, int) or not 0 <= number < len(names):
             raise ValueError(
-                f"classes has {wanted}; the run knows 0 to {len(names) - 1}: {', '.join(names[:24])}"
+                f"classes has {wanted}; the run knows 0 to {len(names) - 1}: "
+                f"{', '.join(names[:24])}"
             )
         chosen.append(number)
     return [chosen[index % len(chosen)] for index in range(settings.num_samples)]

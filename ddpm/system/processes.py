@@ -1,4 +1,7 @@
-"""The processes that a command runs in: one, or those that torchrun, accelerate launch or Slurm started."""
+"""The processes that a command runs in.
+
+One, or those that torchrun, accelerate launch or Slurm started.
+"""
 
 import atexit
 import ctypes
@@ -22,13 +25,14 @@ PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerat
 
 
 def find_processes(device: Name) -> PartialState:
-    """The processes of this command, which share its work, each on its device of that kind.
+    """Finds the processes of this command, which share its work, each on its device of that kind.
 
-    Raises ValueError if this machine has no such device, or if several processes were started and do not find each other: each would do all the work.
+    Raises:
+        ValueError: If this machine has no such device, or if several processes were started and do
+            not find each other: each would do all the work.
     """
-    state = PartialState(
-        cpu=devices.device(device).type == "cpu"
-    )  # else Accelerate leaves processes without a GPU alone
+    # else Accelerate leaves processes without a GPU alone
+    state = PartialState(cpu=devices.device(device).type == "cpu")
     _check_all_here(state.num_processes)
     return state
 
@@ -42,7 +46,13 @@ def device_of(processes: PartialState, name: Name) -> torch.device:
 def accelerator_for(
     device: Name, precision: Literal["fp32", "bf16", "fp16"]
 ) -> Iterator[Accelerator]:
-    """Accelerate for one run; what it keeps between runs of one process is put back before and after.    Raises ValueError like `find_processes`."""
+    """Gives Accelerate for one run.
+
+    What it keeps between runs of one process is put back before and after.
+
+    Raises:
+        ValueError: Like `find_processes`.
+    """
     cpu = devices.device(device).type == "cpu"
     if cpu:
         _keep_freed_memory()
@@ -56,7 +66,10 @@ def accelerator_for(
 
 
 def any_process(num_processes: int) -> Callable[[bool], bool] | None:
-    """A function that tells whether any process says yes, None if there is one alone. All must call it equally often; no device waits."""
+    """Returns a function that tells whether any process says yes; None for one process alone.
+
+    All must call it equally often. No device waits.
+    """
     if num_processes == 1:
         return None
     group = torch.distributed.new_group(backend="gloo")
@@ -70,17 +83,17 @@ def any_process(num_processes: int) -> Callable[[bool], bool] | None:
 
 
 def share(items: Sequence[T], processes: PartialState) -> Sequence[T]:
-    """This process's share of what all know: every n-th."""
+    """Returns this process's share of what all know: every n-th."""
     return items[processes.process_index :: processes.num_processes]
 
 
 def gather(mine: list[T], processes: PartialState) -> list[T]:
-    """The lists of all processes as one, on each of them; sent as pickles among our own."""
+    """Returns the lists of all processes as one, on each of them; sent as pickles among our own."""
     return gather_object(mine) if processes.num_processes > 1 else mine
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next step: else it goes back to the system, which hands it out again page by page, each cleared first."""
+    """Has glibc keep what a step frees, else each page is handed out and cleared again."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside the heap
@@ -98,5 +111,6 @@ def _check_all_here(found: int) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != found:
         raise ValueError(
-            f"WORLD_SIZE={started} processes were started, and {found} work together: start them with torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE={started} processes were started, and {found} work together: "
+            "start them with torchrun, or unset WORLD_SIZE"
         )

@@ -1,9 +1,9 @@
-"""Random numbers without state: each is a function of the keys it was asked for with, and of nothing else.
+"""Random numbers without state, each a function of its keys and of nothing else.
 
-A stream is SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators") started from a
-hash of its keys, written in integer tensor operations. So a sample's noise does not depend on the batch it is drawn in,
-the process that draws it, what was drawn before, or the kind of device; nothing needs to be saved for a resume; and
-no step waits for the host.
+A stream is SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators")
+started from a hash of its keys, written in integer tensor operations. So a sample's noise does not
+depend on the batch it is drawn in, the process that draws it, what was drawn before, or the kind of
+device. Nothing needs to be saved for a resume, and no step waits for the host.
 
 Keys are a purpose (TRAIN_NOISE, ...), the run's seed, and integers such as step and position.
 """
@@ -32,15 +32,14 @@ _MIX_2 = 0x94D049BB133111EB
 
 
 def _signed(value: int) -> int:
-    """The int64 with the same 64 bits (tensor products and sums wrap around as unsigned ones do)."""
+    """The int64 with the same 64 bits (tensor products and sums wrap as unsigned ones do)."""
     value &= 2**64 - 1
     return value - 2**64 if value >= 2**63 else value
 
 
 def _shift_xor(z: Tensor, bits: int) -> Tensor:
-    return z ^ (
-        (z >> bits) & (2 ** (64 - bits) - 1)
-    )  # >> on int64 copies the sign; the mask makes it logical
+    # >> on int64 copies the sign; the mask makes it logical
+    return z ^ ((z >> bits) & (2 ** (64 - bits) - 1))
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -51,7 +50,11 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def host_key(*keys: int) -> int:
-    """One 63-bit integer for these keys, for a generator that lives on the host (torch.manual_seed): _mix on Python's integers, as no device is asked."""
+    """Returns one 63-bit integer for these keys.
+
+    It is for a generator that lives on the host (torch.manual_seed): _mix on Python's integers, as
+    no device is asked.
+    """
     state = 0
     for key in keys:
         state = ((state ^ key) + _GOLDEN_GAMMA) % 2**64
@@ -62,12 +65,30 @@ def host_key(*keys: int) -> int:
 
 
 def stream_keys(purpose: int, seed: int, step: int, positions: Tensor) -> Tensor:
-    """The start of one stream for each position.    positions: (B,) int64.    Returns (B,) int64, on the device of positions."""
+    """Returns the start of one stream for each position.
+
+    Args:
+        purpose: TRAIN_NOISE or another of these constants.
+        seed: The run's.
+        step: Of the stream.
+        positions: (B,) int64.
+
+    Returns:
+        (B,) int64, on the device of positions.
+    """
     return _mix((positions ^ host_key(purpose, seed, step)) + _signed(_GOLDEN_GAMMA))
 
 
 def random_bits(keys: Tensor, count: int) -> Tensor:
-    """The first `count` outputs of each stream.    keys: (B,) int64.    Returns (B, count) int64, all 64 bits random."""
+    """Returns the first `count` outputs of each stream.
+
+    Args:
+        keys: (B,) int64.
+        count: How many.
+
+    Returns:
+        (B, count) int64, all 64 bits random.
+    """
     counter = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64) * _signed(
         _GOLDEN_GAMMA
     )
@@ -75,22 +96,46 @@ def random_bits(keys: Tensor, count: int) -> Tensor:
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:
-    """Uniform numbers in [0, 1), float32 (multiples of 2^-24), (B, count), from keys (B,) int64."""
+    """Draws uniform numbers in [0, 1).
+
+    Args:
+        keys: (B,) int64.
+        count: How many from each stream.
+
+    Returns:
+        (B, count) float32, multiples of 2^-24.
+    """
     return ((random_bits(keys, count) >> 40) & (2**24 - 1)).float() * 2.0**-24
 
 
 def integers(keys: Tensor, high: int) -> Tensor:
-    """One uniform integer in [0, high) for each stream: (B,) int64 (bias below high / 2^63)."""
+    """Draws one uniform integer in [0, high) for each stream.
+
+    Args:
+        keys: (B,) int64.
+        high: The bound, itself left out.
+
+    Returns:
+        (B,) int64, with a bias below high / 2^63.
+    """
     return (random_bits(keys, 1)[:, 0] & (2**63 - 1)) % high
 
 
 def coin(keys: Tensor) -> Tensor:
-    """One fair coin for each stream: (B,) bool."""
+    """Tosses one fair coin for each stream: (B,) bool."""
     return random_bits(keys, 1)[:, 0] < 0
 
 
 def normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, float32, (B, *shape), from keys (B,) int64 (Box & Muller 1958; at most 6.8 in size)."""
+    """Draws standard normal numbers (Box & Muller 1958).
+
+    Args:
+        keys: (B,) int64.
+        shape: Of each stream's numbers.
+
+    Returns:
+        (B, *shape) float32, at most 6.8 in size.
+    """
     count = math.prod(shape)
     bits = random_bits(keys, (count + 1) // 2)
     radius = torch.sqrt(-2 * torch.log(((bits & 0xFFFFFFFF).float() + 0.5) * 2.0**-32))

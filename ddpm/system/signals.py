@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-CARRIES_ON = (
-    75  # EX_TEMPFAIL, the exit code of a run that was told to stop: the same command carries on
-)
+# EX_TEMPFAIL, the exit code of a run that was told to stop: the same command carries on
+CARRIES_ON = 75
 AGREE_EVERY = 10  # steps after which several processes tell each other
 
 
 class Preempted(SystemExit):
-    """A run that was told to stop has saved and stops. It ends a sweep too, and the process with CARRIES_ON."""
+    """A run that was told to stop has saved and stops.
+
+    It ends a sweep too, and the process with CARRIES_ON.
+    """
 
     def __init__(self, why: str) -> None:
         super().__init__(CARRIES_ON)
@@ -24,8 +26,12 @@ class Preempted(SystemExit):
 class Interruption:
     """Whether SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 has come since, on any process of the run.
 
-    The second SIGINT ends the process at once.    any_process: whether any of several processes says yes (processes.any_process), None for one alone;
-    they ask each other every AGREE_EVERY steps, and all then stop at the same.
+    The second SIGINT ends the process at once.
+
+    Args:
+        any_process: Tells whether any of several processes says yes (processes.any_process); None
+            for one alone. They ask each other every AGREE_EVERY steps, and all then stop at the
+            same.
     """
 
     def __init__(self, any_process: Callable[[bool], bool] | None = None) -> None:
@@ -37,16 +43,18 @@ class Interruption:
             raise KeyboardInterrupt
         self._told = signal.Signals(number).name
         print(
-            f"{self._told}: stopping after this step, to carry on later (Ctrl-C twice leaves at once)",
+            f"{self._told}: stopping after this step, to carry on later "
+            "(Ctrl-C twice leaves at once)",
             file=sys.stderr,
             flush=True,
         )
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals over, and give them back afterwards. Only the main thread of a process can; elsewhere nothing is taken.
+        """Takes the signals over, and gives them back afterwards.
 
-        One that came is then handed on to who held it before: submitit queues the job again.
+        Only the main thread of a process can; elsewhere nothing is taken. A signal that came is
+        then handed on to who held it before: submitit queues the job again.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -67,7 +75,10 @@ class Interruption:
                 signal.raise_signal(signal.Signals[str(self._told)])
 
     def after(self, step: int) -> str | None:
-        """The name of the signal if the run is to stop after `step` updates, None to go on. With several processes, all must ask at every step."""
+        """Returns the signal's name if the run is to stop after `step` updates, None to go on.
+
+        With several processes, all must ask at every step.
+        """
         if self._any_process is None:
             return self._told
         if step % AGREE_EVERY or not self._any_process(self._told is not None):

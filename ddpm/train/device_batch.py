@@ -62,7 +62,8 @@ def halved_until_it_fits(
             torch.cuda.empty_cache()
         if size == 1:
             raise ValueError(
-                "one image does not fit the device's memory: choose a smaller model, or runtime.recompute=[0] to store less"
+                "one image does not fit the device's memory: choose a smaller model, or "
+                "runtime.recompute=[0] to store less"
             )
         size = -(-size // 2)
 

@@ -1,4 +1,7 @@
-"""Learning rate schedules: pure functions of the optimizer update, so that a resume needs nothing but its number."""
+"""Learning rate schedules.
+
+They are pure functions of the optimizer update, so that a resume needs nothing but its number.
+"""
 
 import math
 from dataclasses import dataclass
@@ -8,9 +11,13 @@ __all__ = ["Constant", "Cosine"]
 
 @dataclass(frozen=True)
 class Constant:
-    """Linear warm-up from 0 over warmup_steps updates, then constant (Ho et al. 2020, App. B: 5000 steps).
+    """A linear warm-up from 0, then a constant rate (Ho et al. 2020, App. B: 5000 steps).
 
-    Raises ValueError if warmup_steps is negative.
+    Attributes:
+        warmup_steps: Updates of the warm-up.
+
+    Raises:
+        ValueError: If warmup_steps is negative.
     """
 
     warmup_steps: int
@@ -19,15 +26,22 @@ class Constant:
         _check_warmup(self.warmup_steps)
 
     def __call__(self, step: int, num_steps: int, lr: float) -> float:
-        """Learning rate of update number `step`, counted from 0, of a run of num_steps updates."""
+        """Returns the learning rate of update `step`, counted from 0, of num_steps updates."""
         return lr * _warmup(step, self.warmup_steps)
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """Cosine annealing from lr at the first update towards final_lr after the last (Loshchilov & Hutter 2017, Eq. 5), after a linear warm-up.
+    """A linear warm-up, then cosine annealing (Loshchilov & Hutter 2017, Eq. 5).
 
-    Raises ValueError if warmup_steps or final_lr is negative.
+    It goes from lr at the first update after the warm-up towards final_lr after the last.
+
+    Attributes:
+        warmup_steps: Updates of the warm-up.
+        final_lr: The rate at the end.
+
+    Raises:
+        ValueError: If warmup_steps or final_lr is negative.
     """
 
     warmup_steps: int
@@ -39,7 +53,7 @@ class Cosine:
             raise ValueError(f"final_lr={self.final_lr} must not be negative")
 
     def __call__(self, step: int, num_steps: int, lr: float) -> float:
-        """Learning rate of update number `step`, counted from 0, of a run of num_steps updates."""
+        """Returns the learning rate of update `step`, counted from 0, of num_steps updates."""
         if step < self.warmup_steps:
             return lr * _warmup(step, self.warmup_steps)
         done = (step - self.warmup_steps) / max(num_steps - self.warmup_steps, 1)

@@ -1,4 +1,7 @@
-"""What training reports, kept on the device: means of loss and gradient norm since the last report."""
+"""What training reports, kept on the device.
+
+These are means of loss and gradient norm since the last report.
+"""
 
 import math
 from typing import Any
@@ -26,7 +29,8 @@ class NotFinite(FloatingPointError):
             if "loss" in name or "norm" in name
         )
         super().__init__(
-            f"step {update + 1}: the gradient norm is {norm} (since the last report: {shown}); try a lower optimizer.lr, or training.precision=fp32"
+            f"step {update + 1}: the gradient norm is {norm} (since the last report: {shown}); try "
+            "a lower optimizer.lr, or training.precision=fp32"
         )
         self.update = update
 

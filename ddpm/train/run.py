@@ -346,7 +346,8 @@ def _naming_device_batch(device_batch: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"runtime.device_batch={device_batch} does not fit the device's memory: give {max(device_batch // 2, 1)}, or auto"
+            f"runtime.device_batch={device_batch} does not fit the device's memory: give "
+            f"{max(device_batch // 2, 1)}, or auto"
         ) from error
 
 

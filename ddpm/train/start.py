@@ -89,7 +89,8 @@ def check_history(config: Config, run: RunFolder, resumes: bool) -> None:
         return
     if identity(config) != identity(run.config(config.runtime.trusted_modules)):
         raise ValueError(
-            f"run {run.path} was carried on with other settings (run.json, changes): go on with resume={run.path}, or start anew with another outputs="
+            f"run {run.path} was carried on with other settings (run.json, changes): go on with "
+            f"resume={run.path}, or start anew with another outputs="
         )
 
 
@@ -124,16 +125,19 @@ def check_data(data: ImageSet, config: Config, run: RunFolder) -> None:
     expected = config.data.num_classes
     if config.training.conditional and len(data.classes) != (expected or max(len(data.classes), 1)):
         raise ValueError(
-            f"training.conditional=true needs {expected or 'some'} classes (data.num_classes), and the data has {len(data.classes)}"
+            f"training.conditional=true needs {expected or 'some'} classes (data.num_classes), and "
+            f"the data has {len(data.classes)}"
         )
     if config.training.conditional and data.labels is not None and (data.labels < 0).any():
         raise ValueError(
-            f"training.conditional=true needs a class for each picture, and {(data.labels < 0).sum()} of {len(data)} have none"
+            "training.conditional=true needs a class for each picture, and "
+            f"{(data.labels < 0).sum()} of {len(data)} have none"
         )
     before = run.record().get("data", {}).get("fingerprint")
     if before is not None and before != data.fingerprint:
         raise ValueError(
-            f"the data has changed since {run.path} was started: fingerprint {data.fingerprint}, was {before}; restore it, or start anew with another outputs="
+            f"the data has changed since {run.path} was started: fingerprint {data.fingerprint}, "
+            f"was {before}; restore it, or start anew with another outputs="
         )
 
 
@@ -211,7 +215,8 @@ def _initial_weights(config: Config, network: nn.Module) -> dict[str, Tensor]:
     found = folders.find(str(config.init_from), "init_from")
     if found.digest() != config.init_weights:
         raise ValueError(
-            f"init_from={config.init_from} has changed since the command was started; start it again"
+            f"init_from={config.init_from} has changed since the command was started; start it "
+            "again"
         )
     return found.fitting(network, config.model)
 
@@ -230,7 +235,8 @@ def _check_duration(config: Config, run: RunFolder) -> None:
     if 0 < steps < done:
         unit = "epochs" if training.steps is None else "steps"
         raise ValueError(
-            f"training.{unit}={getattr(training, unit)} is less than what {run.path} has done already, {done} steps"
+            f"training.{unit}={getattr(training, unit)} is less than what {run.path} has done "
+            f"already, {done} steps"
         )
 
 

@@ -1,6 +1,7 @@
-"""What diffusers' JSON files say, in this package's words, and the other way round: UNet2DModel and UNet, DDPMScheduler and GaussianDiffusion.
+"""What diffusers' JSON files say, in this package's words, and the other way round.
 
-The parameter names are the same on both sides. What one side cannot express is refused with the reason, never left out.
+UNet2DModel becomes UNet, and DDPMScheduler GaussianDiffusion. The parameter names are the same on
+both sides. What one side cannot express is refused with the reason, never left out.
 """
 
 import inspect
@@ -84,16 +85,11 @@ SCHEDULER_DEFAULTS: dict[str, Any] = {  # of diffusers' DDPMScheduler
         "dynamic_thresholding_ratio": 0.995,
         "sample_max_value": 1.0,
     },
-    **{
-        "timestep_spacing": "leading",
-        "steps_offset": 0,
-    },  # which timesteps a shorter chain visits: here the sampler's own setting
+    # which timesteps a shorter chain visits: here the sampler's own setting
+    **{"timestep_spacing": "leading", "steps_offset": 0},
 }
-SCHEDULER_OTHERS = {
-    "set_alpha_to_one": True,
-    "tensor_format": "pt",
-    "predict_epsilon": True,
-}  # of DDIMScheduler, and of old versions
+# of DDIMScheduler, and of old versions
+SCHEDULER_OTHERS = {"set_alpha_to_one": True, "tensor_format": "pt", "predict_epsilon": True}
 SCHEDULER_FIXED: dict[str, list[Any]] = {
     "thresholding": [False],
     "set_alpha_to_one": [True],
@@ -112,30 +108,41 @@ PADDINGS = {"same": 0, "symmetric": 1}
 
 
 class Chain(NamedTuple):
-    """What a folder's scheduler says: the process, and whether x0_hat is held in [-1, 1] when sampling."""
+    """What a folder's scheduler says.
+
+    Attributes:
+        diffusion: The process.
+        clip: Whether x0_hat is held in [-1, 1] when sampling.
+    """
 
     diffusion: GaussianDiffusion
     clip: bool
 
 
 def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What diffusers' config.json must say of a network.
+    """Returns what diffusers' config.json must say of a network.
 
-    model: class and arguments, as in conf/model/, with all that the network was built with.    Raises ValueError, with the reason, if it cannot.
+    Args:
+        model: Class and arguments, as in conf/model/, with all that the network was built with.
+
+    Raises:
+        ValueError: If diffusers cannot express it, with the reason.
     """
     arguments = _complete(model)
     widths, attends = _levels(arguments)
     if arguments["channel_multipliers"][0] != 1:
         raise ValueError(
-            f"model.channel_multipliers starts with {arguments['channel_multipliers'][0]}: in diffusers' UNet2DModel the first convolution has the first "
-            "level's width, so it must be 1"
+            f"model.channel_multipliers starts with {arguments['channel_multipliers'][0]}: in "
+            "diffusers' UNet2DModel the first convolution has the first level's width, so it must "
+            "be 1"
         )
     heads = _heads(arguments)
     head_widths = {width // count for width, count in heads.items()}
     if arguments["head_channels"] is None and arguments["num_heads"] > 1 and len(head_widths) > 1:
         raise ValueError(
-            f"model.num_heads={arguments['num_heads']} on widths {', '.join(map(str, heads))}: diffusers' UNet2DModel has heads of one width on all levels, "
-            "so only model.head_channels can be exported there"
+            f"model.num_heads={arguments['num_heads']} on widths {', '.join(map(str, heads))}: "
+            "diffusers' UNet2DModel has heads of one width on all levels, so only "
+            "model.head_channels can be exported there"
         )
     one_head = arguments["head_channels"] is None and arguments["num_heads"] == 1
     plain, kind = (
@@ -176,7 +183,11 @@ def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unet_model(config: dict[str, Any]) -> dict[str, Any]:
-    """The network of diffusers' config.json, as in conf/model/.    Raises ValueError, with the reason, for one that UNet cannot be."""
+    """Returns the network of diffusers' config.json, as in conf/model/.
+
+    Raises:
+        ValueError: For one that UNet cannot be, with the reason.
+    """
     settings = _settings(config, ["UNet2DModel"], UNET_DEFAULTS, UNET_FIXED)
     widths, groups, last = (
         list(settings["block_out_channels"]),
@@ -184,9 +195,8 @@ def unet_model(config: dict[str, Any]) -> dict[str, Any]:
         len(settings["block_out_channels"]) - 1,
     )
     down = [str(name).removeprefix("UNetRes") for name in settings["down_block_types"]]
-    up = [
-        str(name).removeprefix("UNetRes") for name in reversed(settings["up_block_types"])
-    ]  # from the finest level, as `down`
+    # from the finest level, as `down`
+    up = [str(name).removeprefix("UNetRes") for name in reversed(settings["up_block_types"])]
     downs = {
         "DownBlock2D": "conv",
         "ResnetDownsampleBlock2D": "resnet",
@@ -215,7 +225,8 @@ def unet_model(config: dict[str, Any]) -> dict[str, Any]:
     kinds = {*(downs[name] for name in down[:last]), *(ups[name] for name in up[1:])}
     if len(kinds) > 1 or not kinds <= {"conv", "resnet"}:
         raise ValueError(
-            f"levels must all be resampled in one way, conv or resnet, and here are {', '.join(sorted(map(str, kinds)))}"
+            "levels must all be resampled in one way, conv or resnet, and here are "
+            f"{', '.join(sorted(map(str, kinds)))}"
         )
     multipliers = [width // widths[0] for width in widths]
     if [widths[0] * multiplier for multiplier in multipliers] != widths:
@@ -233,7 +244,8 @@ def unet_model(config: dict[str, Any]) -> dict[str, Any]:
         attention_groups is not None or settings["resnet_time_scale_shift"] != "default"
     ):
         raise ValueError(
-            f"attn_norm_num_groups={attention_groups}: attention must be normalized like the rest, norm_num_groups={groups}"
+            f"attn_norm_num_groups={attention_groups}: attention must be normalized like the rest, "
+            f"norm_num_groups={groups}"
         )
     resolution, head_width = settings["sample_size"], settings["attention_head_dim"]
     sides = [max(size) for size in level_sizes(resolution, len(widths))]
@@ -269,21 +281,28 @@ def unet_model(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def scheduler_config(diffusion: GaussianDiffusion) -> dict[str, Any]:
-    """What diffusers' scheduler_config.json must say of a diffusion; "linspace" visits the timesteps that "respaced" does in ddpm.samplers.
+    """Returns what diffusers' scheduler_config.json must say of a diffusion.
 
-    Raises ValueError, with the reason, if diffusers has no such process.
+    "linspace" visits the timesteps that "respaced" does in ddpm.diffusion.samplers.
+
+    Raises:
+        ValueError: If diffusers has no such process, with the reason.
     """
     if diffusion.prediction not in PREDICTIONS:
         raise ValueError(
-            f"objective.prediction={diffusion.prediction}: diffusers' schedulers know only {', '.join(PREDICTIONS)}"
+            f"objective.prediction={diffusion.prediction}: diffusers' schedulers know only "
+            f"{', '.join(PREDICTIONS)}"
         )
     if diffusion.variance not in VARIANCES:
         raise ValueError(
-            f"objective.variance={diffusion.variance}: diffusers would take the network's log variance for the variance itself"
+            f"objective.variance={diffusion.variance}: diffusers would take the network's log "
+            "variance for the variance itself"
         )
     if diffusion.rescale_timesteps and diffusion.num_timesteps != 1000:
         raise ValueError(
-            f"objective.rescale_timesteps=true with schedule.num_timesteps={diffusion.num_timesteps}: diffusers shows a network the timestep as it is"
+            "objective.rescale_timesteps=true with "
+            f"schedule.num_timesteps={diffusion.num_timesteps}: diffusers shows a network the "
+            "timestep as it is"
         )
     betas = diffusion.betas
     is_line = torch.allclose(
@@ -310,7 +329,11 @@ def scheduler_config(diffusion: GaussianDiffusion) -> dict[str, Any]:
 
 
 def chain(config: dict[str, Any], model: Mapping[str, Any]) -> Chain:
-    """What diffusers' scheduler_config.json says, for that network.    Raises ValueError, with the reason, for what GaussianDiffusion cannot be."""
+    """Returns what diffusers' scheduler_config.json says, for that network.
+
+    Raises:
+        ValueError: For what GaussianDiffusion cannot be, with the reason.
+    """
     settings = _settings(
         config,
         ["DDPMScheduler", "DDIMScheduler"],
@@ -329,7 +352,8 @@ def chain(config: dict[str, Any], model: Mapping[str, Any]) -> Chain:
     learned = variance == "learned_range"
     if model["out_channels"] != model["in_channels"] * (2 if learned else 1):
         raise ValueError(
-            f"variance_type={variance} does not fit a network of {model['in_channels']} channels in and {model['out_channels']} out"
+            f"variance_type={variance} does not fit a network of {model['in_channels']} channels "
+            f"in and {model['out_channels']} out"
         )
     prediction = _key(PREDICTIONS, "prediction_type", settings["prediction_type"])
     return Chain(
@@ -351,7 +375,8 @@ def _betas(settings: Mapping[str, Any]) -> Tensor:
         betas = torch.tensor(settings["trained_betas"], dtype=torch.float64)
         if len(betas) != num_timesteps or zero_terminal_snr:
             raise ValueError(
-                f"trained_betas must be num_train_timesteps={num_timesteps} numbers, with rescale_betas_zero_snr=false"
+                f"trained_betas must be num_train_timesteps={num_timesteps} numbers, with "
+                "rescale_betas_zero_snr=false"
             )
         return betas
     if kind == "linear":
@@ -371,7 +396,11 @@ def _betas(settings: Mapping[str, Any]) -> Tensor:
 
 
 def check_pipeline(index: dict[str, Any]) -> None:
-    """Raises ValueError for a model_index.json with more in it than a U-Net and a scheduler, or with code of its own."""
+    """Checks a model_index.json.
+
+    Raises:
+        ValueError: If it has more in it than a U-Net and a scheduler, or code of its own.
+    """
     if index.get("_class_name") not in ("DDPMPipeline", "DDIMPipeline"):
         raise ValueError(
             f"_class_name={index.get('_class_name')} must be DDPMPipeline or DDIMPipeline"
@@ -383,7 +412,8 @@ def check_pipeline(index: dict[str, Any]) -> None:
             or found[0] != "diffusers"
         ):
             raise ValueError(
-                f"{part}={found} is not one of diffusers' own parts of such a pipeline, which are unet and scheduler"
+                f"{part}={found} is not one of diffusers' own parts of such a pipeline, which are "
+                "unet and scheduler"
             )
 
 
@@ -393,7 +423,7 @@ def _settings(
     defaults: dict[str, Any],
     fixed: Mapping[str, list[Any]],
 ) -> dict[str, Any]:
-    """A configuration file with its defaults, each key known; what has only one meaning here has that."""
+    """A file's settings and defaults; refuses unknown keys, and values that `fixed` rules out."""
     if config.get("_class_name") not in classes:
         raise ValueError(f"_class_name={config.get('_class_name')} must be {' or '.join(classes)}")
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -414,10 +444,11 @@ def _key(table: Mapping[Any, Any], name: str, value: Any) -> Any:
 
 
 def _complete(model: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of UNet.    Raises ValueError for another class."""
+    """All arguments of UNet; a ValueError for another class."""
     if model["_target_"] != UNET:
         raise ValueError(
-            f"model._target_={model['_target_']} is no network that diffusers' UNet2DModel can express; only {UNET} is"
+            f"model._target_={model['_target_']} is no network that diffusers' UNet2DModel can "
+            f"express; only {UNET} is"
         )
     defaults = {
         name: parameter.default for name, parameter in inspect.signature(UNet).parameters.items()
@@ -452,7 +483,7 @@ def _heads(arguments: Mapping[str, Any]) -> dict[int, int]:
 
 
 def unseen(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a UNet that change its output and that no weight's name or shape shows."""
+    """Returns the settings that change a UNet's output and that no weight's name or shape shows."""
     arguments = _complete(model)
     padding = arguments["downsample_padding"] if arguments["resample"] == "conv" else None
     shown = {key: arguments[key] for key in ("norm_groups", "norm_eps", "time_embedding")}

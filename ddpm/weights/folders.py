@@ -1,4 +1,8 @@
-"""Folders of weights: those of diffusers, written and read as the JSON and safetensors that they are, and run folders as a place to start from."""
+"""Folders of weights.
+
+Those of diffusers are written and read as the JSON and safetensors that they are. Run folders are
+another place to start from.
+"""
 
 import json
 import pickle
@@ -40,8 +44,11 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 class Pretrained:
     """A network's weights on the disk.
 
-    option: what named them, as typed ("init_from=DIR"), for messages.    model: the class and its arguments, as in conf/model/.    file: the weights.
-    scheduler: the file of a diffusers folder's scheduler, None in a run folder.
+    Attributes:
+        option: What named them, as typed ("init_from=DIR"), for messages.
+        model: The class and its arguments, as in conf/model/.
+        file: The weights.
+        scheduler: The file of a diffusers folder's scheduler, None in a run folder.
     """
 
     option: str
@@ -50,13 +57,17 @@ class Pretrained:
     scheduler: Path | None
 
     def digest(self) -> str:
-        """Short hexadecimal digest of the file's bytes."""
+        """Returns a short hexadecimal digest of the file's bytes."""
         return sha256(self.file)[:16]
 
     def weights(self) -> dict[str, Tensor]:
-        """float32 tensors by UNet's names, on the CPU, whatever names and shapes attention once had.
+        """Reads the weights, whatever names and shapes attention once had.
 
-        Raises ValueError if the file holds anything but tensors.
+        Returns:
+            float32 tensors by UNet's names, on the CPU.
+
+        Raises:
+            ValueError: If the file holds anything but tensors.
         """
         try:
             loaded = (
@@ -66,7 +77,8 @@ class Pretrained:
             )
         except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(
-                f"{self.option}: {self.file} cannot be read as tensors alone, so it is left unread ({str(error).splitlines()[0]})"
+                f"{self.option}: {self.file} cannot be read as tensors alone, so it is left unread "
+                f"({str(error).splitlines()[0]})"
             ) from error
         if not isinstance(loaded, dict) or not all(
             isinstance(tensor, Tensor) for tensor in loaded.values()
@@ -78,13 +90,14 @@ class Pretrained:
         )
 
     def network(self) -> nn.Module:
-        """The network that a diffusers folder describes, with first weights of its own, on the CPU."""
+        """Builds the network of a diffusers folder, with first weights of its own, on the CPU."""
         return UNet(**{key: value for key, value in self.model.items() if key != "_target_"})
 
     def fitting(self, network: nn.Module, model: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The weights, for a network of this class and these arguments, on any device.
+        """Returns the weights, for a network of this class and these arguments, on any device.
 
-        Raises ValueError, one line, that says the first name, shape or setting that differs.
+        Raises:
+            ValueError: If they do not fit; it says the first name, shape or setting that differs.
         """
         weights, wanted = self.weights(), network.state_dict()
         whose = f"the network of {'its config.json' if model is self.model else 'model.*'}"
@@ -93,7 +106,8 @@ class Pretrained:
                 raise ValueError(f"{self.option} has no {name}, which {whose} has")
             if weights[name].shape != tensor.shape:
                 raise ValueError(
-                    f"{self.option} has {name} of shape {tuple(weights[name].shape)}, {whose} {tuple(tensor.shape)}"
+                    f"{self.option} has {name} of shape {tuple(weights[name].shape)}, {whose} "
+                    f"{tuple(tensor.shape)}"
                 )
         for name in weights:
             if name not in wanted:
@@ -103,12 +117,17 @@ class Pretrained:
             for key in ours:
                 if theirs[key] != ours[key]:
                     raise ValueError(
-                        f"{self.option} was made with {key}={theirs[key]}, but model.{key}={ours[key]}"
+                        f"{self.option} was made with {key}={theirs[key]}, but "
+                        f"model.{key}={ours[key]}"
                     )
         return weights
 
     def chain(self) -> Chain:
-        """What the folder's scheduler says.    Raises ValueError, with the reason, if there is none or GaussianDiffusion cannot express it."""
+        """Returns what the folder's scheduler says.
+
+        Raises:
+            ValueError: If there is none or GaussianDiffusion cannot express it, with the reason.
+        """
         if self.scheduler is None:
             raise ValueError(f"{self.option} is a run's folder: give it as run=DIR")
         if not self.scheduler.is_file():
@@ -120,9 +139,16 @@ class Pretrained:
 
 
 def find(name: str, option: str) -> Pretrained:
-    """The weights in a diffusers folder, a run folder (the average of its newest checkpoint), or a hub repository of that name.
+    """Finds the weights in a folder, or in the hub repository of that name.
 
-    option: the key that named it.    Raises ValueError, one line, if there is nothing, or what is there is no network that UNet can be.
+    It may be a diffusers folder, or a run folder: the average of its newest checkpoint.
+
+    Args:
+        name: Of the folder or repository.
+        option: The key that named it.
+
+    Raises:
+        ValueError: If there is nothing, or what is there is no network that UNet can be.
     """
     option = f"{option}={name}"
     folder = _folder(name, option)
@@ -145,7 +171,8 @@ def find(name: str, option: str) -> Pretrained:
     unet = _part(folder, "unet")
     if not (unet / "config.json").is_file():
         raise ValueError(
-            f"{option} is no folder of weights: it has no unet/config.json or config.json (diffusers), nor config.yaml (a run)"
+            f"{option} is no folder of weights: it has no unet/config.json or config.json "
+            "(diffusers), nor config.yaml (a run)"
         )
     files = [
         file
@@ -154,7 +181,8 @@ def find(name: str, option: str) -> Pretrained:
     ]
     if not files:
         raise ValueError(
-            f"{option} has no {WEIGHTS}.safetensors or {WEIGHTS}.bin (in one piece, and no other variant)"
+            f"{option} has no {WEIGHTS}.safetensors or {WEIGHTS}.bin (in one piece, and no other "
+            "variant)"
         )
     with _naming(f"{option}: config.json"), torch.device("meta"):
         found = Pretrained(
@@ -168,7 +196,11 @@ def find(name: str, option: str) -> Pretrained:
 
 
 def with_initial_weights(config: Config) -> Config:
-    """The configuration, with the digest of what lies at init_from unless it has one.    Raises ValueError, one line, if nothing of use lies there."""
+    """Returns the configuration with the digest of what lies at init_from, unless it has one.
+
+    Raises:
+        ValueError: If nothing of use lies there.
+    """
     if config.init_from is None or config.init_weights is not None:
         return config
     return config.model_copy(update={"init_weights": find(config.init_from, "init_from").digest()})
@@ -180,10 +212,17 @@ def write(
     weights: Mapping[str, Tensor],
     diffusion: GaussianDiffusion,
 ) -> None:
-    """Write a folder that diffusers.DDPMPipeline.from_pretrained loads, whole or not at all.
+    """Writes a folder that diffusers.DDPMPipeline.from_pretrained loads, whole or not at all.
 
-    model: the network's class and arguments, all that it was built with.    weights: by UNet's names.
-    Raises ValueError, one line with the reason, if diffusers cannot express them or the folder is already there.
+    Args:
+        folder: Where to write it.
+        model: The network's class and arguments, all that it was built with.
+        weights: By UNet's names.
+        diffusion: The process that the network was trained for.
+
+    Raises:
+        ValueError: If diffusers cannot express them, with the reason, or the folder is there
+            already.
     """
     unet, scheduler = unet_config(model), scheduler_config(diffusion)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -209,7 +248,7 @@ def write(
 
 
 def _renamed(name: str, tensor: Tensor) -> tuple[str, Tensor]:
-    """A weight under the name and in the shape that it has today: attention's were 1x1 convolutions once."""
+    """A weight's name and shape today: attention's were 1x1 convolutions once."""
     parts = re.fullmatch(
         r"(.*attentions\.\d+\.)(query|key|value|proj_attn|to_q|to_k|to_v|to_out\.0)\.(weight|bias)",
         name,
@@ -228,7 +267,8 @@ def _folder(name: str, option: str) -> Path:
         return path
     if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         raise ValueError(
-            f"{option} is {'a file' if path.exists() else 'not here'}: give a folder, or a repository of the Hugging Face hub (owner/name)"
+            f"{option} is {'a file' if path.exists() else 'not here'}: give a folder, or a "
+            "repository of the Hugging Face hub (owner/name)"
         )
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
@@ -251,13 +291,14 @@ def _folder(name: str, option: str) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{option}: no such folder here, and the hub does not give it ({reason}); give a local copy's folder"
+            f"{option}: no such folder here, and the hub does not give it ({reason}); give a local "
+            "copy's folder"
         ) from error
     return found
 
 
 def _part(folder: Path, name: str) -> Path:
-    """Where a part of a pipeline lies: in a folder of its own, or, as in google/ddpm-*, beside all else."""
+    """Where a part of a pipeline lies: in its own folder, or beside all else (google/ddpm-*)."""
     return folder / name if (folder / name).is_dir() else folder
 
 
@@ -270,7 +311,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def _naming(what: str) -> Iterator[None]:
-    """Have complaints about a file that others wrote name it, those about its values' types too."""
+    """Has complaints about a file that others wrote name it, those about its values' types too."""
     try:
         yield
     except (
