@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ddpm.config.compose import EXPERIMENTS, Composed, compose
 from ddpm.config.schema import Config, Recipe, training_config
-from ddpm.runs.results import PARTS, recorded
+from ddpm.runs.results import PARTS, read_measurements
 
 INTRO = """\
 # Recipes
@@ -70,12 +70,12 @@ def page() -> str:
         for folder in RESULTS.iterdir()
         if folder.is_dir() and not (EXPERIMENTS / f"{folder.name}.yaml").is_file()
     )
-    return f"{INTRO}\n{table()}\n{OTHERS}\n| run | measured |\n| --- | --- |\n" + "".join(
-        f"| {name} | {measured(name)} |\n" for name in runs
+    return f"{INTRO}\n{recipe_table()}\n{OTHERS}\n| run | measured |\n| --- | --- |\n" + "".join(
+        f"| {name} | {summarize_results(name)} |\n" for name in runs
     )
 
 
-def table() -> str:
+def recipe_table() -> str:
     """Returns one row per recipe, in Markdown.
 
     Raises:
@@ -94,19 +94,19 @@ def table() -> str:
                 _source(config.recipe),
                 *_run(composed, config, config.recipe),
                 _published(config.recipe),
-                measured(file.stem),
+                summarize_results(file.stem),
             ]
         )
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def measured(name: str, results: Path = RESULTS) -> str:
+def summarize_results(name: str, results: Path = RESULTS) -> str:
     """Returns what a run came to: figures with their protocols, steps, device and commit.
 
     They are read from its run.json and evaluation.json, kept in a folder of its name.
     """
     folder = results / name
-    figures = recorded(folder / "evaluation.json")
+    figures = read_measurements(folder / "evaluation.json")
     if not figures:
         return "not measured"
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from PIL import Image
 from ddpm.compare import tables
 from ddpm.runs import results
 from ddpm.runs.folder import RunFolder
-from ddpm.runs.results import At, Measurement, windowed
+from ddpm.runs.results import At, Measurement, window_means
 
 PROTOCOL = {
     "count": 1000,
@@ -159,7 +159,7 @@ def test_runs_are_in_the_order_of_what_differs(compared):
     for numbers in ([2, 0, 1], [1, 2, 0]):
         assert [
             one.settings["training.steps"] * 10 + one.settings["seed"]
-            for one in tables.ordered([compared[index] for index in numbers])
+            for one in tables.sort_runs([compared[index] for index in numbers])
         ] == [
             40,
             60,
@@ -173,10 +173,10 @@ def test_a_loss_is_averaged_over_the_same_share_of_steps_whatever_the_log_interv
         [(step, float(loss[step - every : step].mean())) for step in range(every, 201, every)]
         for every in (5, 10)
     )
-    assert windowed(every_5)[-1] == (200, pytest.approx(loss[-20:].mean()))
-    assert windowed(every_10)[-1] == (200, pytest.approx(loss[-20:].mean()))
-    assert windowed([(3, 1.0), (200, 2.0)]) == [(3, 1.0), (200, 2.0)]
-    assert windowed([]) == []
+    assert window_means(every_5)[-1] == (200, pytest.approx(loss[-20:].mean()))
+    assert window_means(every_10)[-1] == (200, pytest.approx(loss[-20:].mean()))
+    assert window_means([(3, 1.0), (200, 2.0)]) == [(3, 1.0), (200, 2.0)]
+    assert window_means([]) == []
 
 
 def test_the_command_writes_the_table_in_whole_digits_and_the_pictures(outputs, typed, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from ddpm.config import build
 from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
-from ddpm.train.device_batch import halved_until_it_fits
+from ddpm.train.device_batch import halve_until_it_fits
 
 
 def attempt(limit, tried):
@@ -23,20 +23,20 @@ def attempt(limit, tried):
 )
 def test_the_batch_is_halved_until_it_fits(share, limit, expected):
     tried = []
-    assert halved_until_it_fits(share, attempt(limit, tried), lambda fits: fits) == expected[-1]
+    assert halve_until_it_fits(share, attempt(limit, tried), lambda fits: fits) == expected[-1]
     assert tried == expected
 
 
 def test_all_processes_take_what_fits_on_each():
     tried = []
     elsewhere = iter([False, False, True])  # another device has less memory
-    assert halved_until_it_fits(32, attempt(100, tried), lambda fits: fits and next(elsewhere)) == 8
+    assert halve_until_it_fits(32, attempt(100, tried), lambda fits: fits and next(elsewhere)) == 8
     assert tried == [32, 16, 8]
 
 
 def test_not_even_one_image_is_one_line():
     with pytest.raises(ValueError, match="one image does not fit"):
-        halved_until_it_fits(4, attempt(0, []), lambda fits: fits)
+        halve_until_it_fits(4, attempt(0, []), lambda fits: fits)
 
 
 MODELS = {

@@ -99,7 +99,7 @@ def chain_of(folder: Path) -> folders.Chain:
 def ours(folder: Path) -> UNet:
     found = folders.find(str(folder), "from")
     network = found.network()
-    network.load_state_dict(found.fitting(network, found.model))
+    network.load_state_dict(found.weights_for(network, found.model))
     return network.eval()
 
 

@@ -93,7 +93,7 @@ def test_posterior_mean_from_x0_equals_the_one_from_the_noise(t):
 def test_every_prediction_says_the_same_of_image_and_noise(prediction, t):
     process, (x0, noise) = diffusion(prediction), pictures()
     x_t = process.q_sample(x0, at(t, 2), noise)
-    x0_hat, eps_hat, variance_output = process.denoised(
+    x0_hat, eps_hat, variance_output = process.estimate(
         process.target(x0, x_t, at(t, 2), noise), x_t, at(t, 2)
     )
     torch.testing.assert_close(x0_hat, x0, rtol=1e-9, atol=1e-10)
@@ -279,7 +279,7 @@ def test_zero_terminal_snr_leaves_no_signal_and_finite_losses():
     torch.testing.assert_close(process.q_sample(x0, at(999, 2), noise), noise, rtol=0, atol=0)
     assert process.losses(lambda x, t: torch.zeros_like(x), x0, at(999, 2), noise).isfinite().all()
     torch.testing.assert_close(
-        process.denoised(process.target(x0, noise, at(999, 2), noise), noise, at(999, 2)).x0_hat,
+        process.estimate(process.target(x0, noise, at(999, 2), noise), noise, at(999, 2)).x0_hat,
         x0,
         rtol=1e-12,
         atol=1e-12,

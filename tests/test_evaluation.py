@@ -47,7 +47,7 @@ def test_a_figure_takes_the_place_of_the_same_one_and_no_other(tmp_path):
     results.record(
         file, [Measurement("fid", 8.0, PROTOCOL), Measurement("fid", 7.0, {**PROTOCOL, "seed": 1})]
     )
-    assert [(entry["metric"], entry["value"], entry["protocol"]["seed"]) for entry in results.recorded(file)] == [
+    assert [(entry["metric"], entry["value"], entry["protocol"]["seed"]) for entry in results.read_measurements(file)] == [
         ("fid", 8.0, 0), ("precision", 0.5, 0), ("fid", 7.0, 1),
     ]  # fmt: skip
 

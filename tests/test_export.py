@@ -173,7 +173,7 @@ def test_what_was_exported_is_read_back_as_it_was(tmp_path, settings):
         diffusion.variance,
         True,
     )
-    weights = found.fitting(found.network(), found.model)
+    weights = found.weights_for(found.network(), found.model)
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 

@@ -131,6 +131,6 @@ def test_weights_start_a_network_at_another_resolution_and_with_other_dropout(sm
     )
     found = folders.find(str(small_exported), "init_from")
     assert (
-        found.fitting(build.network(config, torch.device("meta"), 10), config.model).keys()
+        found.weights_for(build.network(config, torch.device("meta"), 10), config.model).keys()
         == found.weights().keys()
     )

@@ -259,7 +259,7 @@ def test_the_page_has_a_row_for_each_recipe_with_its_figures():
 
 
 def test_what_was_measured_is_read_from_what_was_stored(tmp_path):
-    assert recipes.measured("cifar10", tmp_path) == "not measured"
+    assert recipes.summarize_results("cifar10", tmp_path) == "not measured"
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10" / "run.json").write_text(
         '{"step": 800000, "device": "1 x cuda", "git": {"commit": "0123456789"}}'
@@ -273,6 +273,6 @@ def test_what_was_measured_is_read_from_what_was_stored(tmp_path):
         ],
     )
     assert (
-        recipes.measured("cifar10", tmp_path)
+        recipes.summarize_results("cifar10", tmp_path)
         == "`fid@50k:train:ema:step800000 3.2 (floor 1.5)`<br>800,000 steps, 1 x cuda, commit 0123456"
     )

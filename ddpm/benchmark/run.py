@@ -105,7 +105,7 @@ def _time_training(
         compile_in_place(step.network)
         first = _seconds(step.run)
     step.batches.seconds = 0.0
-    speed, seconds = timed(step.run, batch, settings)
+    speed, seconds = time_rounds(step.run, batch, settings)
     waiting, memory = step.batches.seconds / seconds, _peak_memory(accelerator.device)
     training = {
         "batch": batch,
@@ -148,7 +148,7 @@ def _time_sampling(
     batch = settings.sample_batch
     step = SamplerStep(config, device, batch, compiles)
     first, timesteps = _seconds(step.run), len(step.drawing.timesteps)
-    speed, _ = timed(step.run, batch, settings, at_most=timesteps)
+    speed, _ = time_rounds(step.run, batch, settings, at_most=timesteps)
     calls = 2 if config.sampler["function"]["_target_"].endswith(".heun") else 1
     sampling = {
         "batch": batch,
@@ -162,7 +162,7 @@ def _time_sampling(
     return {"sampling": sampling}
 
 
-def timed(
+def time_rounds(
     run: Callable[[int], None], images: int, settings: Settings, at_most: int | None = None
 ) -> tuple[dict[str, float], float]:
     """Images/s of some work over the rounds, and the seconds that all rounds took.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm.compare.tables import _metric_columns, _protocol, differences, label
-from ddpm.runs.results import Compared, losses, windowed
+from ddpm.runs.results import Compared, loss_curve, window_means
 from ddpm.system.files import whole
 
 
@@ -38,7 +38,7 @@ def plot(path: Path, compared: Sequence[Compared]) -> None:
     for axes, (name, protocol) in zip(panels, columns, strict=True):
         for index, one in enumerate(compared):
             if any(_protocol(found) == protocol for found in one.results):
-                records = losses(one.run.path)
+                records = loss_curve(one.run.path)
                 colour = f"C{index % 10}"
                 axes.plot(
                     *zip(*records, strict=True),
@@ -47,7 +47,7 @@ def plot(path: Path, compared: Sequence[Compared]) -> None:
                     linewidth=0.8,
                     marker="." if len(records) == 1 else None,
                 )
-                smooth = windowed(records, share=0.05)
+                smooth = window_means(records, share=0.05)
                 axes.plot(
                     *zip(*smooth, strict=True),
                     color=colour,

@@ -15,9 +15,9 @@ from ddpm.compare.plots import plot
 from ddpm.config import build
 from ddpm.config.compose import Composed
 from ddpm.config.schema import plain_config
-from ddpm.config.validation import Count, Node, Section, check_node, validated
+from ddpm.config.validation import Count, Node, Section, check_node, validate
 from ddpm.runs.results import Compared, read
-from ddpm.sample.figures import Figure, labelled
+from ddpm.sample.figures import Figure, draw_labels
 from ddpm.sample.images import save_png, to_picture, to_uint8
 from ddpm.sample.subject import of_run
 from ddpm.system import devices
@@ -46,15 +46,15 @@ def run(composed: Composed) -> list[Compared]:
     Raises:
         ValueError: If there is no run at all, or a picture cannot be drawn.
     """
-    settings = validated(Settings, plain_config(composed))
+    settings = validate(Settings, plain_config(composed))
     width = shutil.get_terminal_size((200, 24)).columns
     found, empty = tables.find(settings.runs, settings.outputs)
     for given in empty:
         print(f"warning: {given}: no run there", file=sys.stderr, flush=True)
     compared = [read(one) for one in found]
     if isinstance(settings.runs, str):  # a list keeps its order
-        compared = tables.ordered(compared)
-    rows = tables.listing(compared) if settings.runs is None else tables.rows(compared)
+        compared = tables.sort_runs(compared)
+    rows = tables.list_runs(compared) if settings.runs is None else tables.rows(compared)
     print(tables.text(rows, width))
     if settings.runs is not None:
         _print_more(compared, width)
@@ -101,7 +101,7 @@ def draw(settings: Settings, compared: Sequence[Compared]) -> np.ndarray:
     height, width = (max(row.shape[side] for row in drawn) for side in (1, 2))
     rows = [np.stack([_resized(image, height, width) for image in row]) for row in drawn]
     heads = [f"noise {index}" for index in range(settings.num_samples)]
-    return labelled(Figure(rows, labels, heads, {}))
+    return draw_labels(Figure(rows, labels, heads, {}))
 
 
 def _print_more(compared: Sequence[Compared], width: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddpm.config.sweeps import aligned
+from ddpm.config.sweeps import align
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import flat
 from ddpm.runs.results import (
@@ -75,7 +75,7 @@ def find(runs: str | Sequence[str] | None, outputs: str) -> tuple[list[RunFolder
     return [RunFolder(folder) for folder in folders], empty
 
 
-def listing(compared: Sequence[Compared]) -> list[Row]:
+def list_runs(compared: Sequence[Compared]) -> list[Row]:
     """Makes a row a run, whatever their settings: when it last wrote, and how it stands."""
     return [
         {
@@ -190,7 +190,7 @@ def differences(compared: Sequence[Compared]) -> list[Row]:
     ]
 
 
-def ordered(compared: Sequence[Compared]) -> list[Compared]:
+def sort_runs(compared: Sequence[Compared]) -> list[Compared]:
     """Sorts the runs by what differs between them, numbers by their value."""
 
     def place(settings: Row) -> list[tuple[bool, float, str]]:
@@ -227,8 +227,8 @@ def text(table: Sequence[Row], width: int) -> str:
     shown = [{column: _shown(value) for column, value in row.items()} for row in table]
     names = list(dict.fromkeys(column for row in shown for column in row))
     lines = [names, *([row.get(name, "-") for name in names] for row in shown)]
-    across = aligned(lines)
-    down = aligned([list(cells) for cells in zip(*lines, strict=True)])
+    across = align(lines)
+    down = align([list(cells) for cells in zip(*lines, strict=True)])
     widest = [max(map(len, drawn.splitlines())) for drawn in (across, down)]
     return down if widest[0] > width and widest[1] < widest[0] else across
 

@@ -136,7 +136,7 @@ def command(
                 raise
             sys.exit(f"error: {_explain_composition(error, typed, config_name)}")
         if any(outcome.facts for outcome in outcomes):
-            print(f"\n{sweeps.table(outcomes)}", flush=True)
+            print(f"\n{sweeps.job_table(outcomes)}", flush=True)
         codes = {outcome.code for outcome in outcomes} - {0}
         if codes:
             sys.exit(max(codes))
@@ -234,8 +234,9 @@ def _explain_composition(error: Exception, arguments: Sequence[str], config_name
     return f"{key}: no such key{' in ' + parent if parent else ''}{nearest(name, names)}"
 
 
-DEFAULT = re.compile(r"  - (?P<group>\w+): (?P<option>\w+) *(?:# (?P<remark>.*))?")
-KEY = re.compile(r"(?P<key>\w+): (?P<value>[^#]*?) *(?:# (?P<remark>.*))?")
+DEFAULT = re.compile(r"^  - (?P<group>\w+): (?P<option>\w+) *(?:# (?P<remark>.*))?$", re.M)
+SECTION = re.compile(r"^(?P<section>\w+): +# (?P<remark>.*)\n(?P<inner>(?:  .*\n)+)", re.M)
+KEY = re.compile(r"^(?P<key>\w+): (?P<value>[^#\s][^#\n]*?) *(?:# (?P<remark>.*))?$", re.M)
 
 
 def help_text(
@@ -250,54 +251,40 @@ def help_text(
         what: A line on what the command does.
         examples: Command lines.
     """
-    names = [config_name]
-    if "\n  - config\n" in (conf / f"{config_name}.yaml").read_text(encoding="utf-8"):
-        names.insert(0, "config")
+    text = (conf / f"{config_name}.yaml").read_text(encoding="utf-8")
+    if "\n  - config\n" in text:
+        text = (conf / "config.yaml").read_text(encoding="utf-8") + text
     groups: list[str] = []
-    keys: list[str] = []
-    for name in names:
-        lines = (conf / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-        for found in filter(None, map(DEFAULT.fullmatch, lines)):
+    for found in re.finditer(DEFAULT, text):
+        if found["group"] != "hydra":
             folder = experiments if found["group"] == "experiment" else conf / found["group"]
             options = sorted(file.stem for file in folder.glob("*.yaml"))
-            if found["group"] != "hydra":
-                groups += _group(
-                    found["group"],
-                    [f"{option}*" if option == found["option"] else option for option in options],
-                    found["remark"],
-                )
-        for found in filter(None, map(KEY.fullmatch, lines)):
-            if found["key"] != "defaults":
-                keys.append(
-                    f"  {found['key'] + '=' + found['value']:<22} {found['remark'] or ''}".rstrip()
-                )
-    if groups:
-        groups = [
-            "Groups, to be chosen by group=option (* the one chosen if you say nothing):",
-            *groups,
-            "",
-        ]
-    help_lines = [
-        what,
-        "",
-        *(f"  {example}" for example in examples),
-        "",
-        *groups,
-        "Other keys, and what they are if you say nothing:",
-        *keys,
-        "",
+            marked = [f"{one}*" if one == found["option"] else one for one in options]
+            groups += _listed(found["group"], marked, found["remark"])
+    for found in re.finditer(SECTION, text):
+        inner = re.findall(r"^  (\w+):", found["inner"], flags=re.M)
+        groups += _listed(f"{found['section']}.", inner, found["remark"])
+    keys = [
+        f"  {found['key'] + '=' + found['value']:<22} {found['remark'] or ''}".rstrip()
+        for found in re.finditer(KEY, text)
     ]
+    chosen = "Groups, to be chosen by group=option (* the one chosen if you say nothing), and keys:"
     return "\n".join(
         [
-            *help_lines,
-            (
-                "--cfg job prints every key; -m sweeps over key=a,b; HYDRA_FULL_ERROR=1 brings "
-                "tracebacks; --hydra-help has the rest."
-            ),
+            what,
+            "",
+            *(f"  {example}" for example in examples),
+            "",
+            *([chosen, *groups, ""] if groups else []),
+            "Other keys, and what they are if you say nothing:",
+            *keys,
+            "",
+            "--cfg job prints every key; -m sweeps over key=a,b; HYDRA_FULL_ERROR=1 brings "
+            "tracebacks; --hydra-help has the rest.",
         ]
     )
 
 
-def _group(group: str, options: list[str], remark: str | None) -> list[str]:
-    wrapped = textwrap.wrap(" ".join(options), width=120, break_on_hyphens=False)
-    return [f"  {group:<12} {remark or ''}".rstrip(), *(f"  {'':<12}   {line}" for line in wrapped)]
+def _listed(name: str, words: list[str], remark: str | None) -> list[str]:
+    wrapped = textwrap.wrap(" ".join(words), width=120, break_on_hyphens=False)
+    return [f"  {name:<12} {remark or ''}".rstrip(), *(f"  {'':<12}   {line}" for line in wrapped)]

@@ -24,7 +24,7 @@ from ddpm.config.validation import (
     Share,
     Text,
     check_node,
-    validated,
+    validate,
 )
 
 
@@ -48,7 +48,7 @@ class Data(Section):
 
 
 class Training(Section):
-    """Duration, batch, precision and averaging. See conf/training/default.yaml for each key."""
+    """Duration, batch, precision and averaging. See conf/config.yaml for each key."""
 
     steps: Count | None
     epochs: Count | None
@@ -63,7 +63,7 @@ class Training(Section):
 
 
 class Runtime(Section):
-    """How a run is carried out. See conf/runtime/default.yaml for each key."""
+    """How a run is carried out. See conf/config.yaml for each key."""
 
     device: Literal["auto", "cpu", "cuda", "mps"]
     device_batch: Count | Literal["auto"]
@@ -176,7 +176,7 @@ def training_config(composed: Composed) -> Config:
     plain = plain_config(composed)
     if "init_weights" in plain:
         raise ValueError("init_weights: no such key; it follows from init_from")
-    return resolve_duration({**plain, "init_weights": None}, composed.overrides)
+    return config_of({**plain, "init_weights": None}, composed.overrides)
 
 
 def settings_and_config(schema: type[S], composed: Composed) -> tuple[S, Config]:
@@ -187,11 +187,11 @@ def settings_and_config(schema: type[S], composed: Composed) -> tuple[S, Config]
     """
     cfg = composed.cfg.copy()
     own = OmegaConf.create({key: cfg.pop(key) for key in schema.model_fields})
-    settings = validated(schema, plain_config(replace(composed, cfg=own)))
+    settings = validate(schema, plain_config(replace(composed, cfg=own)))
     return settings, training_config(replace(composed, cfg=cfg))
 
 
-def resolve_duration(plain: dict[str, Any], overrides: list[str]) -> Config:
+def config_of(plain: dict[str, Any], overrides: list[str]) -> Config:
     """Returns the configuration of a run from plain values, checked.
 
     Args:
@@ -201,7 +201,7 @@ def resolve_duration(plain: dict[str, Any], overrides: list[str]) -> Config:
     Raises:
         ValueError: For what is wrong.
     """
-    _settle_duration(plain["training"], overrides)
+    _resolve_duration(plain, overrides)
     config = read_config(plain)
     if (config.training.steps is None) == (config.training.epochs is None):
         raise ValueError(
@@ -239,7 +239,7 @@ def read_config(plain: Mapping[str, Any]) -> Config:
     in them would be resolved when objects are built, and could read the environment.
     """
     _check_resolved("", plain)
-    config = validated(Config, plain)
+    config = validate(Config, plain)
     for group in ("model", "schedule", "objective", "optimizer", "lr_schedule", "sampler"):
         check_node(group, plain[group], config.runtime.trusted_modules)
     check_node("data.source", plain["data"]["source"], config.runtime.trusted_modules)
@@ -315,7 +315,7 @@ def _check_splits(config: Config) -> None:
             )
 
 
-def _settle_duration(training: dict[str, Any], overrides: list[str]) -> None:
+def _resolve_duration(plain: dict[str, Any], overrides: list[str]) -> None:
     """Puts a duration of the command line in place of the recipe's, whatever its unit."""
     given = {
         key
@@ -323,5 +323,5 @@ def _settle_duration(training: dict[str, Any], overrides: list[str]) -> None:
         for key in ("steps", "epochs")
         if override.lstrip("+").startswith(f"training.{key}=")
     }
-    if len(given) == 1:
-        training["epochs" if given == {"steps"} else "steps"] = None
+    if len(given) == 1 and isinstance(plain.get("training"), dict):
+        plain["training"]["epochs" if given == {"steps"} else "steps"] = None

@@ -34,7 +34,7 @@ class Outcome:
     facts: dict[str, str] = field(default_factory=dict)
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def job_table(outcomes: Sequence[Outcome]) -> str:
     """Returns the jobs in lines: number, what differs between them, and their facts."""
     everywhere = (
         set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if outcomes else set()
@@ -49,10 +49,10 @@ def table(outcomes: Sequence[Outcome]) -> str:
         for number, outcome in enumerate(outcomes)
     ]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    return aligned([columns, *([row.get(column, "-") for column in columns] for row in rows)])
+    return align([columns, *([row.get(column, "-") for column in columns] for row in rows)])
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
+def align(lines: Sequence[Sequence[str]]) -> str:
     """Returns lines of as many cells each as text in columns."""
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join(

@@ -38,7 +38,7 @@ class Section(BaseModel):
 S = typing.TypeVar("S", bound=BaseModel)
 
 
-def validated(schema: type[S], plain: Mapping[str, Any]) -> S:
+def validate(schema: type[S], plain: Mapping[str, Any]) -> S:
     """Returns `plain` as `schema`.
 
     Raises:

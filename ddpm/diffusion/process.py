@@ -161,7 +161,7 @@ class GaussianDiffusion:
             return self._at("signal", t, x0) * noise - self._at("sigma", t, x0) * x0
         return self.posterior_mean(x0, x_t, t)
 
-    def denoised(self, output: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
+    def estimate(self, output: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
         """Turns the model's output into estimates of x0 (Ho et al. 2020, Eq. 15) and of the noise.
 
         Its variance part stays as it is.
@@ -196,7 +196,7 @@ class GaussianDiffusion:
         """
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-            estimate = self.denoised(self.run(model, x_t, t), x_t, t)
+            estimate = self.estimate(self.run(model, x_t, t), x_t, t)
             return self._clipped(estimate, x_t, t) if clip else estimate
 
         return denoise
@@ -279,7 +279,7 @@ class GaussianDiffusion:
         Returns:
             (B,) bits/dim, a mean over pixels.
         """
-        estimate = self.denoised(output, x_t, t)
+        estimate = self.estimate(output, x_t, t)
         if clip:
             estimate = self._clipped(estimate, x_t, t)
         mean, log_variance = (

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ddpm.system import randomness
 
+UNIFORM_SHARE = 0.001  # of timesteps that are drawn whatever their losses (the authors' code)
+
 
 class Uniform:
     """Every timestep equally often (Ho et al. 2020, Algorithm 1)."""
@@ -42,7 +44,7 @@ class LossSecondMoment:
     """Timesteps in proportion to the root mean square of their last losses.
 
     Nichol & Dhariwal 2021, section 3.3: p_t ~ sqrt(mean of the last `history` squared losses at t),
-    mixed with a share of uniform ones. Timesteps are uniform until every t has seen `history`
+    mixed with UNIFORM_SHARE of uniform ones. Timesteps are uniform until every t has seen `history`
     losses. The state is the same on every process. Nothing waits for the device.
     """
 
@@ -53,11 +55,9 @@ class LossSecondMoment:
         num_timesteps: int,
         device: torch.device,
         history: int = 10,
-        uniform_share: float = 0.001,
     ) -> None:
         self.num_timesteps = num_timesteps
         self.history = history
-        self.uniform_share = uniform_share
         self._losses = torch.zeros(num_timesteps, history, device=device)
         self._seen = torch.zeros(num_timesteps, dtype=torch.int64, device=device)
 
@@ -65,7 +65,7 @@ class LossSecondMoment:
         """Returns p_t for each t: (T,) float32, adding up to 1."""
         root = self._losses.square().mean(dim=1).sqrt()
         share = root / root.sum().clamp(min=torch.finfo(root.dtype).tiny)
-        learned = share * (1 - self.uniform_share) + self.uniform_share / self.num_timesteps
+        learned = share * (1 - UNIFORM_SHARE) + UNIFORM_SHARE / self.num_timesteps
         return torch.where(
             (self._seen >= self.history).all(),
             learned,

@@ -5,7 +5,7 @@ The variational bound term by term, its rate-distortion curve, and the loss by t
 
 import csv
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -77,31 +77,6 @@ class BoundSums:
         return Bound(means[0].item(), terms, 127.5 * squared_error.sqrt(), count)
 
 
-def variational_bound(
-    model: Model,
-    diffusion: GaussianDiffusion,
-    batches: Iterable[Batch],
-    seed: int,
-    advance: Callable[[int], None] | None = None,
-) -> Bound:
-    """Computes the bound of a data set, as the authors evaluate it.
-
-    It takes every timestep of every image, with one noise draw each, and holds x0_hat in [-1, 1].
-
-    Args:
-        model: In evaluation mode.
-        diffusion: The process that it was trained for.
-        batches: See Batch.
-        seed: The noise is a function of seed, t and the image's number, whatever it is batched
-            with.
-        advance: Called after each call of the network, with the number of images in it.
-
-    Raises:
-        ValueError: If there are no images.
-    """
-    return bound_sums(model, diffusion, batches, seed, advance).mean()
-
-
 # no inference mode: the tables that the diffusion makes here serve training too
 @torch.no_grad()
 def bound_sums(
@@ -109,11 +84,19 @@ def bound_sums(
     diffusion: GaussianDiffusion,
     batches: Iterable[Batch],
     seed: int,
-    advance: Callable[[int], None] | None = None,
 ) -> BoundSums:
-    """Computes `variational_bound` before the mean is taken.
+    """Sums the variational bound over images, as the authors evaluate it.
 
-    This serves one process's share of the images, or those of one class, whose model is its own.
+    It takes every timestep of every image, with one noise draw each, and holds x0_hat in [-1, 1].
+    `mean` of the sums is the bound; those of several processes, or of images of several classes,
+    whose models differ, can be added first.
+
+    Args:
+        model: In evaluation mode.
+        diffusion: The process that it was trained for.
+        batches: See Batch.
+        seed: The noise is a function of seed, t and the image's number, whatever it is batched
+            with.
     """
     num_timesteps = diffusion.num_timesteps
     totals = torch.zeros(2 + 2 * num_timesteps, dtype=torch.float64)
@@ -123,15 +106,13 @@ def bound_sums(
             t = torch.full((len(x0),), index, device=x0.device)
             x_t = diffusion.q_sample(x0, t, _noise(seed, index, numbers, x0))
             output = diffusion.run(model, x_t, t)
-            x0_hat = diffusion.denoised(output, x_t, t).x0_hat.clamp(-1, 1)
+            x0_hat = diffusion.estimate(output, x_t, t).x0_hat.clamp(-1, 1)
             found.append(
                 (
                     diffusion.bound_term(output, x0, x_t, t, clip=True),
                     (x0_hat - x0).square().flatten(1).mean(dim=1),
                 )
             )
-            if advance is not None:
-                advance(len(x0))
         terms, squared_errors = (
             torch.stack(of_all).cpu().double().sum(dim=1) for of_all in zip(*found, strict=True)
         )
@@ -178,16 +159,17 @@ class LossSums:
         ]
 
 
-def losses_by_timestep(
+@torch.no_grad()
+def loss_sums(
     model: Model,
     diffusion: GaussianDiffusion,
     batches: Iterable[Batch],
     seed: int,
     num_buckets: int = 10,
-) -> list[Bucket]:
-    """Computes the loss that training minimizes, in buckets of neighbouring timesteps.
+) -> LossSums:
+    """Sums the loss that training minimizes over images, in buckets of neighbouring timesteps.
 
-    Each image takes one timestep and one noise draw in each bucket.
+    Each image takes one timestep and one noise draw in each bucket. See bound_sums for `mean`.
 
     Args:
         model: In evaluation mode.
@@ -197,22 +179,7 @@ def losses_by_timestep(
         num_buckets: From 1 to T.
 
     Raises:
-        ValueError: If there are no images, or fewer timesteps than buckets.
-    """
-    return loss_sums(model, diffusion, batches, seed, num_buckets).mean()
-
-
-@torch.no_grad()
-def loss_sums(
-    model: Model,
-    diffusion: GaussianDiffusion,
-    batches: Iterable[Batch],
-    seed: int,
-    num_buckets: int = 10,
-) -> LossSums:
-    """Computes `losses_by_timestep` before the means are taken.
-
-    This serves one process's share of the images, or those of one class, whose model is its own.
+        ValueError: If there are fewer timesteps than buckets.
     """
     num_timesteps = diffusion.num_timesteps
     if not 1 <= num_buckets <= num_timesteps:
@@ -259,15 +226,6 @@ def rate_distortion(bound: Bound) -> list[Point]:
         Point(index + 1, rate, rmse)
         for index, (rate, rmse) in enumerate(zip(rates, errors, strict=True))
     ]
-
-
-def table(curve: list[Point], rows: int = 10) -> list[Point]:
-    """Returns evenly spaced points of the curve, the last one first.
-
-    Ho et al. 2020, Table 4, has them at 1000, 900, ..., 100.
-    """
-    wanted = dict.fromkeys(len(curve) * row // rows for row in range(rows, 0, -1))
-    return [curve[reverse_time - 1] for reverse_time in wanted if reverse_time]
 
 
 def save_rate_distortion(path_png: Path, path_csv: Path, bound: Bound) -> None:

@@ -11,15 +11,17 @@ from torch import Tensor
 from ddpm.evaluate import metrics
 from ddpm.evaluate.features import Extractor, Features
 from ddpm.runs.results import Measurement
-from ddpm.sample import images
+from ddpm.sample.images import grid
 from ddpm.system.files import write_arrays
 
+NUM_PAIRS = 16  # of nearest pictures that are shown
 
-def reference_features(pictures: np.ndarray, extractor: Extractor, cache: Path) -> Features:
+
+def reference_features(images: np.ndarray, extractor: Extractor, cache: Path) -> Features:
     """Returns the features of a data set's pictures, from the cache if they were computed before.
 
     Args:
-        pictures: (N, C, H, W) uint8.
+        images: (N, C, H, W) uint8.
         extractor: What computes them.
         cache: A file of this set and extractor.
     """
@@ -29,7 +31,7 @@ def reference_features(pictures: np.ndarray, extractor: Extractor, cache: Path) 
                 torch.from_numpy(found["features"]),
                 torch.from_numpy(found["probabilities"]) if "probabilities" in found else None,
             )
-    found = extractor(pictures.transpose(0, 2, 3, 1))
+    found = extractor(images.transpose(0, 2, 3, 1))
     cache.parent.mkdir(parents=True, exist_ok=True)
     write_arrays(
         cache,
@@ -100,7 +102,7 @@ def distances(
 
 
 def nearest_pairs(
-    drawn: Features, reference: Features, protocol: dict[str, Any], pairs: int = 16
+    drawn: Features, reference: Features, protocol: dict[str, Any]
 ) -> tuple[Measurement, list[tuple[int, int]]]:
     """Measures how near drawn images are to the training pictures.
 
@@ -111,14 +113,13 @@ def nearest_pairs(
         drawn: Features of the drawn images.
         reference: Features of the training pictures.
         protocol: That of the measurement.
-        pairs: How many pairs to return.
 
     Returns:
-        The ratio, and the closest pairs of indices (drawn, training), nearest first.
+        The ratio, and the NUM_PAIRS closest pairs of indices (drawn, training), nearest first.
     """
     distance, index = metrics.nearest(drawn.features, reference.features)
     among, _ = metrics.nearest(reference.features, reference.features, exclude_self=True)
-    closest = torch.argsort(distance)[:pairs].tolist()
+    closest = torch.argsort(distance)[:NUM_PAIRS].tolist()
     ratio = float(distance.median() / among.median().clamp(min=1e-12))
     return Measurement("nearest_ratio", ratio, protocol), [
         (drawn_index, int(index[drawn_index])) for drawn_index in closest
@@ -140,9 +141,7 @@ def pairs_sheet(
     """
     above = drawn[[pair[0] for pair in pairs]]
     below = training[[pair[1] for pair in pairs]].transpose(0, 2, 3, 1)
-    return images.grid(
-        np.concatenate([above, below]), columns=len(pairs), least_width=64 * len(pairs)
-    )
+    return grid(np.concatenate([above, below]), columns=len(pairs), least_width=64 * len(pairs))
 
 
 def colour(

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ddpm.config.compose import Composed
 from ddpm.config.schema import EvaluationSettings, Metric, plain_config
-from ddpm.config.validation import Node, Section, Text, check_node, validated
+from ddpm.config.validation import Node, Section, Text, check_node, validate
 from ddpm.evaluate.measure import measure
 from ddpm.runs import recording, results
 from ddpm.runs.folder import RunFolder
@@ -88,7 +88,7 @@ def _settings(composed: Composed) -> Settings:
     """The settings of one call, checked."""
     if OmegaConf.is_missing(composed.cfg, "run"):
         raise ValueError("run is missing: give run=DIR, a folder that ddpm.train made")
-    settings = validated(Settings, plain_config(composed))
+    settings = validate(Settings, plain_config(composed))
     check_node("sampler", settings.sampler, settings.trusted_modules)
     return settings
 
@@ -96,7 +96,7 @@ def _settings(composed: Composed) -> Settings:
 def _write(trained: Trained, found: Sequence[Measurement]) -> None:
     """To evaluation.json, and to TensorBoard what was not there yet."""
     folder, file = trained.run, trained.run.path / "evaluation.json"
-    before = {results.key(entry) for entry in results.recorded(file)}
+    before = {results.key(entry) for entry in results.read_measurements(file)}
     results.record(file, found)
     with SummaryWriter(str(folder.path)) as board:
         for one in found:

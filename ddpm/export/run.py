@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ddpm.config.compose import Composed
 from ddpm.config.schema import plain_config
-from ddpm.config.validation import Section, Text, validated
+from ddpm.config.validation import Section, Text, validate
 from ddpm.runs.folder import RunFolder
 from ddpm.sample.subject import of_run
 from ddpm.weights import folders
@@ -34,7 +34,7 @@ def run(composed: Composed) -> Path:
     for key, wanted in (("run", "a folder that ddpm.train made"), ("to", "the folder to write")):
         if OmegaConf.is_missing(composed.cfg, key):
             raise ValueError(f"{key} is missing: give {key}=DIR, {wanted}")
-    settings = validated(Settings, plain_config(composed))
+    settings = validate(Settings, plain_config(composed))
     trained = of_run(
         RunFolder(Path(settings.run)), settings.step, settings.weights, settings.trusted_modules
     )

@@ -199,7 +199,7 @@ class ResBlock(nn.Module):
         if self.resample == "down":
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         elif self.resample == "up":
-            h, x = doubled(h), doubled(x)
+            h, x = double_pixels(h), double_pixels(x)
         h = self.conv1(h)
         shift = self.time_emb_proj(time)[:, :, None, None]
         if self.scale_shift_norm:
@@ -272,7 +272,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def doubled(x: Tensor) -> Tensor:
+def double_pixels(x: Tensor) -> Tensor:
     """Repeats each pixel, twice as high and twice as wide."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
@@ -312,11 +312,11 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Doubles x. For time, see Downsample."""
         return F.conv_transpose2d(
-            x, transposed(self.conv.weight), self.conv.bias, stride=2, padding=1
+            x, transpose_kernel(self.conv.weight), self.conv.bias, stride=2, padding=1
         )
 
 
-def transposed(weight: Tensor) -> Tensor:
+def transpose_kernel(weight: Tensor) -> Tensor:
     """Returns the transposed convolution's weight for a convolution of doubled pixels.
 
     An output sees an input pixel twice along a side, so two taps add up.
@@ -334,7 +334,7 @@ def transposed(weight: Tensor) -> Tensor:
     return weight
 
 
-def recomputed(block: Callable[..., Tensor], *inputs: object) -> Tensor:
+def call_recomputing(block: Callable[..., Tensor], *inputs: object) -> Tensor:
     """Returns block(*inputs), computing its inner activations again in the backward pass.
 
     Dropout is the same both times.

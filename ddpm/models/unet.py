@@ -20,9 +20,9 @@ from ddpm.models.layers import (
     TimeOrder,
     TimestepEmbedding,
     Upsample,
+    call_recomputing,
     check_levels,
     conv3x3,
-    recomputed,
 )
 
 Resample = Literal["conv", "resblock"]
@@ -49,7 +49,7 @@ class Level(nn.Module):
 
     def block(self, index: int, h: Tensor, time: Tensor) -> Tensor:
         return (
-            recomputed(self._block, index, h, time)
+            call_recomputing(self._block, index, h, time)
             if self.recomputes
             else self._block(index, h, time)
         )

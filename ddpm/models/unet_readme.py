@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm.models.layers import attend, check_levels, picture, positions, recomputed
+from ddpm.models.layers import attend, call_recomputing, check_levels, picture, positions
 
 TIME_WIDTH = 512
 NORM_GROUPS = 32
@@ -116,7 +116,9 @@ class Stage(nn.Module):
         self.recomputes = False
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return recomputed(self._forward, x, time) if self.recomputes else self._forward(x, time)
+        return (
+            call_recomputing(self._forward, x, time) if self.recomputes else self._forward(x, time)
+        )
 
     def _forward(self, x: Tensor, time: Tensor) -> Tensor:
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):

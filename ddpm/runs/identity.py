@@ -15,6 +15,7 @@ from ddpm.config.compose import Composed, compose
 from ddpm.config.schema import Config, training_config
 from ddpm.runs.folder import RunFolder
 
+LONGEST = 120  # characters of a folder's name that say what differs
 NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no part of the name
     "runtime": True,
     "sampler": True,
@@ -143,7 +144,7 @@ def hparams(run: RunFolder, config: Config, num_steps: int) -> dict[str, float |
     }
 
 
-def _difference(mine: dict[str, Any], recipe: dict[str, Any], longest: int = 120) -> str:
+def _difference(mine: dict[str, Any], recipe: dict[str, Any]) -> str:
     parts = []
     for key, value in mine.items():
         if key not in recipe or recipe[key] != value:
@@ -154,7 +155,7 @@ def _difference(mine: dict[str, Any], recipe: dict[str, Any], longest: int = 120
                     f"{'x'.join(map(str, short)) if isinstance(short, list) else short}"
                 )
             )
-    while parts and len("_".join(parts)) > longest:  # the hash still tells such runs apart
+    while parts and len("_".join(parts)) > LONGEST:  # the hash still tells such runs apart
         parts.pop()
     return "_".join(parts) or "recipe"
 

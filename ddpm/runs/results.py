@@ -53,7 +53,7 @@ class Result:
         return name(self.metric, self.protocol) if "count" in self.protocol else self.metric
 
 
-def losses(folder: Path) -> list[tuple[int, float]]:
+def loss_curve(folder: Path) -> list[tuple[int, float]]:
     """Returns the (step, training loss since the record before) of every report so far.
 
     There are none without a metrics.jsonl. A line cut short is left out.
@@ -64,7 +64,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
 
 
-def windowed(
+def window_means(
     records: Sequence[tuple[int, float]], share: float = WINDOW
 ) -> list[tuple[int, float]]:
     """Returns at each report the mean loss of the steps before it.
@@ -99,7 +99,7 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
         config: The run's config.yaml.
     """
     found = []
-    means = windowed(losses(run.path))
+    means = window_means(loss_curve(run.path))
     if means:
         decides = {
             key: value
@@ -110,7 +110,7 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
         lowest = min(means, key=lambda mean: mean[1])
         found.append(Result("loss", protocol, (means[-1][1], means[-1][0]), (lowest[1], lowest[0])))
     entries: dict[str, list[dict[str, Any]]] = {}
-    for entry in recorded(run.path / "evaluation.json"):
+    for entry in read_measurements(run.path / "evaluation.json"):
         protocol = {key: value for key, value in entry["protocol"].items() if key != "step"}
         entries.setdefault(json.dumps([entry["metric"], protocol], sort_keys=True), []).append(
             entry
@@ -230,14 +230,14 @@ def record(path: Path, figures: Sequence[Measurement]) -> None:
 
     A figure of the same metric and protocol takes the place of the one before.
     """
-    kept = {key(entry): entry for entry in recorded(path)}
+    kept = {key(entry): entry for entry in read_measurements(path)}
     for figure in figures:
         entry = {"id": figure.id, **asdict(figure)}
         kept[key(entry)] = json.loads(json.dumps(entry))
     write_text(path, json.dumps(list(kept.values()), indent=1) + "\n")
 
 
-def recorded(path: Path) -> list[dict[str, Any]]:
+def read_measurements(path: Path) -> list[dict[str, Any]]:
     """Returns the entries of such a file, none if it is not there."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 

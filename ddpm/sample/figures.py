@@ -14,6 +14,9 @@ from ddpm.sample import images
 from ddpm.sample.drawing import Drawing
 from ddpm.system.files import whole, write_arrays
 
+FRAMES = 20  # of each image, in Fig. 6
+SHARES = (1.0, 0.75, 0.5, 0.25)  # where the samples of Fig. 7 part, as shares of T
+
 
 class Figure(NamedTuple):
     """Rows of images with a label each.
@@ -31,21 +34,18 @@ class Figure(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
-def progressive(
-    drawing: Drawing, count: int, classes: Sequence[int] | None, frames: int = 20
-) -> Figure:
+def progressive(drawing: Drawing, count: int, classes: Sequence[int] | None) -> Figure:
     """Shows x0_hat over the reverse process (Ho et al. 2020, Fig. 6).
 
-    The chain is cut into `frames` equal windows of steps, and the last step of each is shown. The
-    last frame is the sample itself.
+    The chain is cut into FRAMES equal windows of steps, fewer if it has fewer steps, and the last
+    step of each is shown. The last frame is the sample itself.
 
     Args:
         drawing: What draws.
         count: Of images, a row each.
         classes: One an image; None for a network without.
-        frames: Of each image; fewer if the chain has fewer steps.
     """
-    visited = drawing.timesteps
+    visited, frames = drawing.timesteps, FRAMES
     kept = (
         {
             visited[(index + 1) * len(visited) // frames - 1]
@@ -73,24 +73,19 @@ def progressive(
     )
 
 
-def shared_latents(
-    drawing: Drawing,
-    count: int,
-    classes: Sequence[int] | None,
-    shares: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
-) -> Figure:
+def shared_latents(drawing: Drawing, count: int, classes: Sequence[int] | None) -> Figure:
     """Shows samples that share the first part of their chain (Ho et al. 2020, Fig. 7).
 
-    There is a row for each t where they part: x_t first, then `count` samples.
+    There is a row for each t where they part, the timesteps visited that are nearest to SHARES of
+    T: x_t first, then `count` samples.
 
     Args:
         drawing: What draws.
         count: Of samples in a row.
         classes: Of the images; the first is that of all here. None for a network without.
-        shares: t as shares of T; the nearest visited timestep is taken.
     """
     visited, num_timesteps = drawing.timesteps, drawing.diffusion.num_timesteps
-    splits = [_nearest(visited, round(share * num_timesteps) - 1) for share in shares]
+    splits = [_nearest(visited, round(share * num_timesteps) - 1) for share in SHARES]
     found: dict[int, Tensor] = {}
 
     def watch(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
@@ -269,11 +264,11 @@ def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float, hold: flo
 
 def save_figure(path: Path, figure: Figure) -> None:
     """Writes the figure as a PNG with its labels, and its arrays as an .npz beside it."""
-    images.save_png(path, labelled(figure))
+    images.save_png(path, draw_labels(figure))
     write_arrays(path.with_suffix(".npz"), **figure.arrays)
 
 
-def labelled(figure: Figure) -> np.ndarray:
+def draw_labels(figure: Figure) -> np.ndarray:
     """Puts the rows under one another, with labels and column heads: (H, W, C) uint8."""
     sheets = [images.grid(row, columns=len(row), least_width=64 * len(row)) for row in figure.rows]
     top, (height, width, channels) = 18, sheets[0].shape

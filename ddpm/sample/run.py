@@ -12,7 +12,7 @@ from torch import Tensor
 from ddpm.config import build
 from ddpm.config.compose import Composed
 from ddpm.config.schema import plain_config
-from ddpm.config.validation import Count, Node, Section, Text, check_node, validated
+from ddpm.config.validation import Count, Node, Section, Text, check_node, validate
 from ddpm.runs.folder import RunFolder
 from ddpm.sample import figures
 from ddpm.sample.drawing import Drawing
@@ -113,7 +113,7 @@ def settings_of(composed: Composed) -> Settings:
         )
     if source is not None and not _clips(str(source)) and not _is_typed(composed, "sampler.clip"):
         cfg.sampler.clip = False
-    settings = validated(Settings, plain_config(composed))
+    settings = validate(Settings, plain_config(composed))
     if source is not None and (settings.step is not None or settings.weights != "ema"):
         raise ValueError(
             f"step={settings.step} and weights={settings.weights} choose among what a run keeps; "

@@ -129,7 +129,7 @@ def of_folder(name: str) -> tuple[Subject, str]:
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     subject = Subject(
         build=lambda device: to_device(network, device),
-        weights=lambda: found.fitting(network, found.model),
+        weights=lambda: found.weights_for(network, found.model),
         model=found.model,
         diffusion=found.chain().diffusion,
         shape=(found.model["in_channels"], height, width),

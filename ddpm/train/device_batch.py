@@ -36,12 +36,12 @@ def largest_fitting(
             backward(state, diffusion, batches, seed, 0, 0, size)
         del room
 
-    size = halved_until_it_fits(share, attempt, lambda fits: _all(accelerator, fits))
+    size = halve_until_it_fits(share, attempt, lambda fits: _all(accelerator, fits))
     optimizer.zero_grad()
     return size
 
 
-def halved_until_it_fits(
+def halve_until_it_fits(
     size: int, attempt: Callable[[int], None], all_agree: Callable[[bool], bool]
 ) -> int:
     """The first of size, size/2, size/4, ... (rounded up) that runs out of memory nowhere.

@@ -14,7 +14,7 @@ from torch import Size, Tensor, nn
 
 from ddpm.config import build
 from ddpm.config.compose import Composed
-from ddpm.config.schema import Config, resolve_duration, training_config
+from ddpm.config.schema import Config, config_of, training_config
 from ddpm.data.batches import Batches
 from ddpm.data.image_set import ImageSet, goes_on_device
 from ddpm.data.stored import Packed
@@ -68,7 +68,7 @@ def load_resumed(composed: Composed) -> tuple[Config, RunFolder, Changes]:
         except OmegaConfBaseException as error:
             raise ValueError(f"{override.input_line}: {str(error).splitlines()[0]}") from error
     values = cast(dict[str, Any], OmegaConf.to_container(plain))
-    config = folders.with_initial_weights(resolve_duration(values, composed.overrides))
+    config = folders.with_initial_weights(config_of(values, composed.overrides))
     old, new = flat(identity(before)), flat(identity(config))
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if keys and _shapes(before) != _shapes(config):
@@ -218,7 +218,7 @@ def _initial_weights(config: Config, network: nn.Module) -> dict[str, Tensor]:
             f"init_from={config.init_from} has changed since the command was started; start it "
             "again"
         )
-    return found.fitting(network, config.model)
+    return found.weights_for(network, config.model)
 
 
 def _shapes(config: Config) -> dict[str, Size]:

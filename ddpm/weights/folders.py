@@ -93,7 +93,7 @@ class Pretrained:
         """Builds the network of a diffusers folder, with first weights of its own, on the CPU."""
         return UNet(**{key: value for key, value in self.model.items() if key != "_target_"})
 
-    def fitting(self, network: nn.Module, model: Mapping[str, Any]) -> dict[str, Tensor]:
+    def weights_for(self, network: nn.Module, model: Mapping[str, Any]) -> dict[str, Tensor]:
         """Returns the weights, for a network of this class and these arguments, on any device.
 
         Raises:
