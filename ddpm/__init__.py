@@ -1,7 +1,14 @@
 """Train, reproduce and compare denoising diffusion models (Ho et al. 2020, arXiv 2006.11239).
 
-A command line is composed to a configuration, checked, and built into objects; they train, and the
-run's folder holds all that other commands need. `python -m ddpm.NAME` is the room of that name.
+The story, in the order of the rooms, each of which imports only from those before it:
+`system` (files, signals, processes, devices, randomness), `models` (x_t, t -> output) and
+`diffusion` (the process, its schedules and samplers) know no configuration; `data` turns pictures
+into batches; `config` composes a command line (compose), checks it before anything is imported
+that it names (schema, validation), and builds what it names (build): three hops, so that a typo
+costs no time, nothing loaded runs code, and only entry points see a configuration. `runs` is a
+run's folder, `weights` are other people's; `sample`, `evaluate` and `train` do the work; `compare`,
+`plan`, `export`, `recipes` and `benchmark` look at it. `python -m ddpm.NAME` is the room NAME.
+For a tour read train/run.py, train/steps.py, train/loop.py, diffusion/process.py, models/unet.py.
 """
 
 from collections.abc import Sequence

@@ -340,7 +340,7 @@ def test_a_cache_cut_short_by_a_kill_is_started_anew_and_leaves_nothing_behind(t
         lambda: decode(folder, tmp_path / "cache", decoding=recording(tmp_path / "trace", die_at=5))
     )
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert [path.is_dir() for path in (tmp_path / "cache").glob(".*-*")] == [True]
+    assert [path.is_dir() for path in (tmp_path / "cache").glob(".*.[0-9]*")] == [True]
     found = decode(folder, tmp_path / "cache")
     assert np.array_equal(found.images, decode(folder, tmp_path / "other").images)
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [

@@ -95,7 +95,8 @@ def test_the_papers_cifar10_run_is_that_of_its_appendix_b():
         "epsilon",
         "fixed_large",
     )
-    assert config.sampler["function"]["variance"] == "fixed_large"
+    sampler = build.sampler_settings(config.sampler, build.diffusion(config))
+    assert sampler["function"]["variance"] == "fixed_large"
     rates = [
         build.lr_schedule(config)(step, 800_000, config.optimizer["lr"])
         for step in (0, 2500, 5000, 799_999)

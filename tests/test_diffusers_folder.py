@@ -22,7 +22,7 @@ from ddpm.models.unet import UNet
 from ddpm.sample.run import run as sample
 from ddpm.sample.run import settings_of
 from ddpm.weights import folders
-from ddpm.weights.diffusers import unseen
+from ddpm.weights.unet_settings import unseen
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # networks as small as these are slower on two
 GOOGLE = {  # google/ddpm-cifar10-32, but a quarter as wide

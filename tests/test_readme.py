@@ -167,9 +167,8 @@ def test_the_readme_has_two_commands_to_set_up():
 
 def test_the_readmes_table_names_every_option_of_every_group():
     rows = dict(re.findall(r"^\| `(\w+)` \|([^|]*)\|", README, flags=re.M))
-    groups = [
-        folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "hydra"
-    ]
+    others = {"hydra", "expect"}  # nobody chooses among these
+    groups = [path.name for path in CONF.iterdir() if path.is_dir() and path.name not in others]
     assert {
         group: [
             file.stem

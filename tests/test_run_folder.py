@@ -1,6 +1,7 @@
 import json
 import re
 import threading
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -190,3 +191,25 @@ def test_options_of_the_users_own_folder_name_a_run_like_any_other(tmp_path, mon
     assert found.parent.name == "wide-digits"
     assert "base_channels" not in found.name  # its own setting
     assert "schedule-betas" in found.name
+
+
+OLD_NAMES = {
+    "ddpm.models.unet.UNet": "ddpm.models.UNet",
+    "ddpm.schedules.linear": "ddpm.diffusion.schedules.linear",
+    "ddpm.samplers.ddim": "ddpm.diffusion.samplers.ddim",
+    "ddpm.lr_schedules.Cosine": "ddpm.train.lr_schedules.Cosine",
+}
+
+
+@pytest.mark.parametrize("name", OLD_NAMES)
+def test_the_name_that_something_had_once_is_answered_with_todays(complaint, name):
+    assert (
+        f"schedule._target_={name} is not trusted: it is called {OLD_NAMES[name]}\n"
+        in complaint(f"schedule._target_={name}")
+    )
+
+
+def test_a_run_of_the_first_layout_is_answered_with_todays_names():
+    old = RunFolder(Path(__file__).parent / "data" / "run_b7d7171")
+    with pytest.raises(ValueError, match=r"it is called ddpm\.models\.UNet$"):
+        old.config([])

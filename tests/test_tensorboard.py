@@ -36,12 +36,11 @@ def board(tmp_path_factory, typed, tiny):
         if yaml.safe_load(file.read_text())["optimizer"]["lr"] == 0.002
     )
     shutil.rmtree(second)
-    (second / "samples" / ".step_00000006.png").mkdir(
-        parents=True
-    )  # where the last step's picture is to be written
+    # where the last step's picture is to be put
+    (second / "samples" / "step_00000006.png").mkdir(parents=True)
     assert typed("train", *sweep).code == 1
     shutil.copytree(folder / "whole", folder / "failed")
-    (second / "samples" / ".step_00000006.png").rmdir()
+    (second / "samples" / "step_00000006.png").rmdir()
     again = typed("train", *sweep)
     assert again.code == 0, again.err
     assert again.out.count("carrying on from step 4") == 1

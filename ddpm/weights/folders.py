@@ -24,17 +24,8 @@ from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.models.unet import UNet
 from ddpm.runs import checkpoint
 from ddpm.system.files import sha256, whole
-from ddpm.weights.diffusers import (
-    UNET,
-    VERSION,
-    Chain,
-    chain,
-    check_pipeline,
-    scheduler_config,
-    unet_config,
-    unet_model,
-    unseen,
-)
+from ddpm.weights.scheduler_settings import Chain, chain, scheduler_config
+from ddpm.weights.unet_settings import UNET, VERSION, unet_config, unet_model, unseen
 
 WEIGHTS = "diffusion_pytorch_model"
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -167,7 +158,7 @@ def find(name: str, option: str) -> Pretrained:
             )
     if (folder / "model_index.json").is_file():
         with _naming(f"{option}: model_index.json"):
-            check_pipeline(_json(folder / "model_index.json"))
+            _check_pipeline(_json(folder / "model_index.json"))
     unet = _part(folder, "unet")
     if not (unet / "config.json").is_file():
         raise ValueError(
@@ -328,3 +319,25 @@ def _naming(what: str) -> Iterator[None]:
             if isinstance(error, ValueError)
             else f"{what} is not as expected: {type(error).__name__} {error}"
         ) from error
+
+
+def _check_pipeline(index: dict[str, Any]) -> None:
+    """Checks a model_index.json.
+
+    Raises:
+        ValueError: If it has more in it than a U-Net and a scheduler, or code of its own.
+    """
+    if index.get("_class_name") not in ("DDPMPipeline", "DDIMPipeline"):
+        raise ValueError(
+            f"_class_name={index.get('_class_name')} must be DDPMPipeline or DDIMPipeline"
+        )
+    for part, found in index.items():
+        if not part.startswith("_") and (
+            part not in ("unet", "scheduler")
+            or not isinstance(found, list)
+            or found[0] != "diffusers"
+        ):
+            raise ValueError(
+                f"{part}={found} is not one of diffusers' own parts of such a pipeline, which are "
+                "unet and scheduler"
+            )

@@ -51,7 +51,7 @@ from ddpm.data.image_set import image_set
 from ddpm.plan.timing import TrainingStep, random_images
 from ddpm.sample.drawing import Drawing
 from ddpm.system.processes import accelerator_for
-from ddpm.weights.diffusers import unet_config
+from ddpm.weights.unet_settings import unet_config
 
 WORK = {  # name -> settings, batch
     "unet32": (["model=unet32", "data=cifar10"], 16),
