@@ -84,54 +84,32 @@ def command(
         outcomes: list[sweeps.Outcome] = []
 
         def job(cfg: DictConfig) -> sweeps.Outcome:
-            hydra_cfg = HydraConfig.get()
-            composed, code, ended = from_hydra(cfg, hydra_cfg), 0, {"status": "done"}
             elsewhere = os.getpid() != process  # where the launcher has put the job
             if elsewhere:
                 sys.argv[1:] = typed
-                if str(hydra_cfg.launcher.get("_target_")).endswith(".JoblibLauncher"):
-                    sweeps.claim_device(sweeps.visible_devices())
-            try:
-                run(composed)
-            except Exception as error:
-                if wants_traceback:
-                    raise
-                code, ended = 1, {"status": "failed"}
-                print(f"error: {explain(error)}", file=sys.stderr, flush=True)
-            except SystemExit as stopped:
-                if not (elsewhere and stopped.code == signals.CARRIES_ON):
-                    raise
-                code, ended = signals.CARRIES_ON, {"status": "preempted"}
-            if hydra_cfg.mode != RunMode.MULTIRUN:
-                outcomes.append(sweeps.Outcome(composed.overrides, code))
-                return outcomes[-1]
-            try:
-                shown = facts(composed)
-            except (OSError, ValueError):  # a configuration that is none has no run
-                shown = {}
-            return sweeps.Outcome(
-                composed.overrides, code, {**ended, **shown, **(ended if code else {})}
-            )
+            outcome = _run_job(cfg, run, facts, elsewhere, wants_traceback)
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                outcomes.append(outcome)
+            return outcome
 
         job.__module__ = f"ddpm.{name}"  # Hydra's job name is its last part
         register_experiments()
         sweeps.set_defaults(typed)
         # have Hydra raise rather than print its own several lines
         os.environ["HYDRA_FULL_ERROR"] = "1"
+        start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)
         try:
             refuse_paths(_overrides_in(typed))
             sweeps.refuse_in_process_group(typed)
             with returns_of_sweeps(outcomes):
-                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(
-                    job
-                )()
+                start()
         except KeyboardInterrupt:
             if wants_traceback:
                 raise
             print("interrupted", file=sys.stderr, flush=True)
             sys.exit(130)
         except Exception as error:
-            # what a job raises is caught above: this is a composition that failed
+            # what a job raises is caught in the job: this is a composition that failed
             if wants_traceback:
                 raise
             sys.exit(f"error: {_explain_composition(error, typed, config_name)}")
@@ -142,6 +120,35 @@ def command(
             sys.exit(max(codes))
 
     return main
+
+
+def _run_job(
+    cfg: DictConfig, run: Run, facts: Facts, elsewhere: bool, wants_traceback: bool
+) -> sweeps.Outcome:
+    """One job: its error in a line, how it ended, and in a sweep what to show of it."""
+    hydra_cfg = HydraConfig.get()
+    composed, code, ended = from_hydra(cfg, hydra_cfg), 0, {"status": "done"}
+    if elsewhere and str(hydra_cfg.launcher.get("_target_")).endswith(".JoblibLauncher"):
+        sweeps.claim_device(sweeps.visible_devices())
+    try:
+        run(composed)
+    except Exception as error:
+        if wants_traceback:
+            raise
+        code, ended = 1, {"status": "failed"}
+        print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+    except SystemExit as stopped:
+        if not (elsewhere and stopped.code == signals.CARRIES_ON):
+            raise
+        code, ended = signals.CARRIES_ON, {"status": "preempted"}
+    if hydra_cfg.mode != RunMode.MULTIRUN:
+        return sweeps.Outcome(composed.overrides, code)
+    try:
+        shown = facts(composed)
+    except (OSError, ValueError):  # a configuration that is none has no run
+        shown = {}
+    last = ended if code else {}
+    return sweeps.Outcome(composed.overrides, code, {**ended, **shown, **last})
 
 
 def explain(error: Exception) -> str:

@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -135,7 +134,7 @@ class RunFolder:
         write_text(self.path / ".hydra" / "choices.yaml", yaml.safe_dump(composed.choices))
         self.update(
             status="running",
-            command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+            command=_command(composed),
             started=_now(),
             **_provenance(),
         )
@@ -168,6 +167,12 @@ class RunFolder:
         """Changes entries of run.json."""
         record = {"created": _now(), **self.record(), **values, "updated": _now()}
         write_text(self.path / "run.json", json.dumps(record, indent=2) + "\n")
+
+
+def _command(composed: Composed) -> list[str]:
+    """The words that start this very run, also where it was a job of a sweep or of a notebook."""
+    own = [] if composed.config_dir is None else ["--config-dir", composed.config_dir]
+    return ["python", "-m", "ddpm.train", *own, *composed.overrides]
 
 
 def _provenance() -> dict[str, Any]:

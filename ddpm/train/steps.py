@@ -59,31 +59,15 @@ def take_steps(
     def lr_at(step: int) -> float:
         return lr_schedule(step, num_steps, float(config.optimizer["lr"]))
 
-    steps = tqdm(
-        updates(
-            state,
-            diffusion,
-            batches,
-            lr_at,
-            config.seed,
-            num_steps,
-            device_batch,
-            training.grad_clip,
-        ),
-        initial=state.step,
-        total=num_steps,
-        unit="step",
-        disable=None if leads else True,
-        dynamic_ncols=True,
-    )
+    rest = (lr_at, config.seed, num_steps, device_batch, training.grad_clip)
+    steps = _bar(updates(state, diffusion, batches, *rest), state.step, num_steps, leads)
     with _naming_device_batch(device_batch):
         for step in steps:
             signal = stop.after(step)
             logs = is_due(step, runtime.log_every, num_steps)
             evaluates = is_due(step, runtime.evaluate_every, num_steps)
-            saves = (
-                evaluates or signal is not None or is_due(step, runtime.checkpoint_every, num_steps)
-            )
+            saves = is_due(step, runtime.checkpoint_every, num_steps)
+            saves = saves or evaluates or signal is not None
 
             if logs or saves:
                 means = state.meter.means()  # raises NotFinite: nothing is saved unseen
@@ -115,6 +99,18 @@ def take_steps(
                 raise Preempted(f"{signal} after step {step}")
     if recorder is not None:
         recorder.close()
+
+
+def _bar(steps: Iterator[int], done: int, num_steps: int, leads: bool) -> "tqdm[int]":
+    """The steps under a progress bar, where somebody watches."""
+    return tqdm(
+        steps,
+        initial=done,
+        total=num_steps,
+        unit="step",
+        disable=None if leads else True,
+        dynamic_ncols=True,
+    )
 
 
 def _recorder(
