@@ -6,7 +6,7 @@ The table says what each job came to.
 import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,18 +95,18 @@ def claim_device(devices: Sequence[str]) -> str | None:
     slot = 0
     while True:
         for device in devices:
-            claim = lock(folder / f"{device.replace('/', '-')}.{slot}", wait=0)
             try:
-                claim.acquire()
+                _claims.enter_context(lock(folder / f"{device.replace('/', '-')}.{slot}", wait=0))
             except Timeout:
                 continue
-            _claimed.append(claim)
+            _claimed.append(device)
             os.environ["CUDA_VISIBLE_DEVICES"] = device
             return device
         slot += 1
 
 
-_claimed: list[object] = []  # the system ends these locks with the process
+_claimed: list[str] = []
+_claims = ExitStack()  # never closed: the system ends its locks with the process
 
 LAUNCHERS: dict[str, dict[str, Any]] = {  # what is not as the plugins have it
     "joblib": {"n_jobs": "${num_devices:}"},

@@ -119,7 +119,7 @@ class RunFolder:
         try:
             with lock(self.path / ".lock", wait=0):
                 return "cut off"
-        except Timeout:
+        except (Timeout, PermissionError):  # the last where the run is somebody else's
             return status
 
     def start(self, config: Config, composed: Composed) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -76,15 +76,33 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def lock(path: Path, wait: float = -1) -> BaseFileLock:
-    """A lock on a file made for it, to be used as a context; the system ends it with the process.
+@contextmanager
+def lock(path: Path, wait: float = -1) -> Iterator[None]:
+    """Holds a lock on a file made for it; the system ends it with the process, however it ends.
 
     Args:
         path: The file; what the holder writes into it stays readable for others.
-        wait: Seconds after which filelock.Timeout is raised; negative: never.
+        wait: Seconds to wait for whoever holds it; negative for as long as it takes.
+
+    Raises:
+        Timeout: If another process holds it.
+        ValueError: If the file system gives no locks, as some network file systems do not.
     """
     path.touch()  # with the permissions that the umask grants
-    return FileLock(path, timeout=wait)
+    held = FileLock(path)
+    try:
+        held.acquire(timeout=wait)
+    except Timeout:
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be locked ({error.strerror}): "
+            "give a folder on a file system that has locks"
+        ) from error
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def sha256(file: Path) -> str:
