@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm.compare.tables import _metric_columns, _protocol, differences, label
+from ddpm.compare.tables import differences, label, metric_columns, protocol_of
 from ddpm.runs.results import Compared, loss_curve, window_means
 from ddpm.system.files import whole
 
@@ -27,7 +27,7 @@ def plot(path: Path, compared: Sequence[Compared]) -> None:
         raise ValueError("plot=true draws with matplotlib: pip install -e '.[plots]'") from error
     columns = [
         (name, protocol)
-        for name, protocol in _metric_columns(compared).items()
+        for name, protocol in metric_columns(compared).items()
         if protocol[0] == "loss"
     ]
     if not columns:
@@ -37,7 +37,7 @@ def plot(path: Path, compared: Sequence[Compared]) -> None:
     panels = figure.subplots(len(columns), squeeze=False)[:, 0]
     for axes, (name, protocol) in zip(panels, columns, strict=True):
         for index, one in enumerate(compared):
-            if any(_protocol(found) == protocol for found in one.results):
+            if any(protocol_of(found) == protocol for found in one.results):
                 records = loss_curve(one.run.path)
                 colour = f"C{index % 10}"
                 axes.plot(

@@ -16,8 +16,8 @@ from ddpm.runs.results import (
     At,
     Compared,
     Result,
-    _shown,
-    _steps,
+    format_steps,
+    format_value,
     hours,
     images_per_second,
     summary,
@@ -94,12 +94,12 @@ def rows(compared: Sequence[Compared]) -> list[Row]:
     protocol, speed, time and folder.
     """
     differing = differences(compared)
-    columns = _metric_columns(compared)
+    columns = metric_columns(compared)
     table = []
     for one, settings in zip(compared, differing, strict=True):
-        row: Row = {**settings, "status": one.status, "steps": _steps(one)}
+        row: Row = {**settings, "status": one.status, "steps": format_steps(one)}
         for column, protocol in columns.items():
-            result = next((found for found in one.results if _protocol(found) == protocol), None)
+            result = next((found for found in one.results if protocol_of(found) == protocol), None)
             row |= _values(column, result, one.steps)
         rate, spent = images_per_second(one.record), hours(one.record)
         row |= {"images/s": rate, "hours": spent, "run": str(one.run.path)}
@@ -119,7 +119,7 @@ def over_seeds(compared: Sequence[Compared]) -> list[Row]:
 
     There is a row for each group of two or more, with mean and deviation (of a sample).
     """
-    columns = _metric_columns(compared)
+    columns = metric_columns(compared)
     groups: dict[str, list[int]] = {}
     for index, one in enumerate(compared):
         if one.status == "complete":
@@ -142,7 +142,7 @@ def over_seeds(compared: Sequence[Compared]) -> list[Row]:
                 found.final[0]
                 for index in members
                 for found in compared[index].results
-                if _protocol(found) == protocol and found.final[1] == compared[index].steps
+                if protocol_of(found) == protocol and found.final[1] == compared[index].steps
             ]
             if len(values) > 1:
                 row |= {
@@ -224,7 +224,7 @@ def text(table: Sequence[Row], width: int) -> str:
 
     There is a line a run, or, where that is too wide, a line a column of the table.
     """
-    shown = [{column: _shown(value) for column, value in row.items()} for row in table]
+    shown = [{column: format_value(value) for column, value in row.items()} for row in table]
     names = list(dict.fromkeys(column for row in shown for column in row))
     lines = [names, *([row.get(name, "-") for name in names] for row in shown)]
     across = align(lines)
@@ -295,16 +295,16 @@ def _values(column: str, result: Result | None, steps: int) -> Row:
     }
 
 
-def _protocol(result: Result) -> tuple[str, str]:
+def protocol_of(result: Result) -> tuple[str, str]:
     return result.metric, json.dumps(result.protocol, sort_keys=True)
 
 
-def _metric_columns(compared: Sequence[Compared]) -> dict[str, tuple[str, str]]:
+def metric_columns(compared: Sequence[Compared]) -> dict[str, tuple[str, str]]:
     """A column for each metric and protocol, by a name that no other has.
 
     Where the words are the same, the name says what else of the protocol differs.
     """
-    found = {_protocol(result): result for one in compared for result in one.results}
+    found = {protocol_of(result): result for one in compared for result in one.results}
     by_name: dict[str, list[tuple[str, str]]] = {}
     for protocol, result in found.items():
         by_name.setdefault(result.name, []).append(protocol)
@@ -326,7 +326,7 @@ def _metric_columns(compared: Sequence[Compared]) -> dict[str, tuple[str, str]]:
 
 
 def _short(value: Any) -> str:
-    return value.rpartition(".")[2][:12] if isinstance(value, str) else _shown(value)
+    return value.rpartition(".")[2][:12] if isinstance(value, str) else format_value(value)
 
 
 def _plain(value: Any) -> Any:

@@ -24,6 +24,7 @@ from ddpm.config.validation import (
     Share,
     Text,
     check_node,
+    entries,
     validate,
 )
 
@@ -267,14 +268,7 @@ def _check_resolved(key: str, value: Any) -> None:
         raise ValueError(
             f"{key}={value} is an interpolation, which a composed configuration has no more"
         )
-    inside = (
-        value.items()
-        if isinstance(value, Mapping)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    for name, inner in inside:
+    for name, inner in entries(value):
         _check_resolved(f"{key}.{name}".removeprefix("."), inner)
 
 

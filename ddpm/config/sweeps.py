@@ -18,6 +18,13 @@ from omegaconf import OmegaConf
 
 from ddpm.system.files import lock
 
+_claimed: list[str] = []
+_claims = ExitStack()  # never closed: the system ends its locks with the process
+LAUNCHERS: dict[str, dict[str, Any]] = {  # what is not as the plugins have it
+    "joblib": {"n_jobs": "${num_devices:}"},
+    "submitit_slurm": {"timeout_min": 1440, "max_num_timeout": 100, "signal_delay_s": 300},
+}
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -103,15 +110,6 @@ def claim_device(devices: Sequence[str]) -> str | None:
             os.environ["CUDA_VISIBLE_DEVICES"] = device
             return device
         slot += 1
-
-
-_claimed: list[str] = []
-_claims = ExitStack()  # never closed: the system ends its locks with the process
-
-LAUNCHERS: dict[str, dict[str, Any]] = {  # what is not as the plugins have it
-    "joblib": {"n_jobs": "${num_devices:}"},
-    "submitit_slurm": {"timeout_min": 1440, "max_num_timeout": 100, "signal_delay_s": 300},
-}
 
 
 def set_defaults(arguments: Sequence[str]) -> None:

@@ -125,16 +125,16 @@ def _instead(target: Any, prefixes: tuple[str, ...]) -> str:
     )
 
 
+def entries(value: Any) -> list[tuple[Any, Any]]:
+    """Returns what is inside a table or a list, with its key or place; nothing is inside others."""
+    if isinstance(value, Mapping):
+        return list(value.items())
+    return list(enumerate(value)) if isinstance(value, list) else []
+
+
 def _targets(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     """(key, value) of every `_target_` there is, however deep: Hydra would call each."""
-    inside = (
-        value.items()
-        if isinstance(value, Mapping)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    for name, inner in inside:
+    for name, inner in entries(value):
         if name == "_target_":
             yield f"{key}._target_", inner
         yield from _targets(f"{key}.{name}", inner)

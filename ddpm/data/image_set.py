@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 LAYOUT = 4  # of the cache; a change makes old ones be made again
 
 
+Feed = Literal["auto", "device", "file", "decode"]
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Pictures, all of a source or a part of them.
@@ -205,9 +208,6 @@ def _make(
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-Feed = Literal["auto", "device", "file", "decode"]
 
 
 def decodes_later(feed: Feed, source: Source, decoding: Decoding, cache: Path) -> bool:

@@ -13,6 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm.config import build
 from ddpm.config.schema import Config
 from ddpm.models.layers import AttentionBlock
+from ddpm.system.internals import storage_id
+
+# of a training step: the backward pass has twice the products of the forward one
+BACKWARD_SHARE = 2 / 3
 
 
 class Sizes(NamedTuple):
@@ -46,7 +50,7 @@ def sizes(config: Config) -> Sizes:
     def note(tensor: Tensor) -> Tensor:
         if id(tensor) not in own:
             storage = tensor.untyped_storage()
-            saved[storage._cdata] = storage.nbytes()
+            saved[storage_id(storage)] = storage.nbytes()
             kept.append(storage)  # keeps the address from being used again
         return tensor
 
@@ -99,10 +103,6 @@ def number_of_steps(config: Config) -> int | None:
         return config.training.steps
     of_epoch = steps_per_epoch(config)
     return of_epoch * (config.training.epochs or 0) if of_epoch is not None else None
-
-
-# of a training step: the backward pass has twice the products of the forward one
-BACKWARD_SHARE = 2 / 3
 
 
 def expected_speed(

@@ -45,6 +45,10 @@ LAYOUT = {
 }
 
 
+# after the newest file's name: TensorBoard reads a folder's files in the order of their names
+_CONCLUSION = ".end"
+
+
 class Recorder:
     """Scalars and pictures of one run folder; one process of a run has it.
 
@@ -146,10 +150,6 @@ def conclude(folder: Path, status: Status, step: int, values: Mapping[str, float
     for event in events:
         RecordWriter(content).write(event.SerializeToString())
     write_bytes(files[-1].with_name(files[-1].name + _CONCLUSION), content.getvalue())
-
-
-# after the newest file's name: TensorBoard reads a folder's files in the order of their names
-_CONCLUSION = ".end"
 
 
 def _forget_conclusion(folder: Path) -> None:

@@ -27,151 +27,6 @@ WINDOW = 0.1
 
 
 @dataclass(frozen=True)
-class Result:
-    """One measure of one run by one protocol.
-
-    Attributes:
-        metric: What was measured.
-        protocol: All that decides it.
-        final: (value, step).
-        best: (value, step); None where neither less nor more is better.
-        deviation: Of the final value, over subsets or splits.
-    """
-
-    metric: str
-    protocol: dict[str, Any] = field(hash=False)
-    final: tuple[float, int]
-    best: tuple[float, int] | None
-    deviation: float | None = None
-
-    @property
-    def name(self) -> str:
-        """The measure with its protocol in one word, whatever the step.
-
-        Such as fid@50k:train:inception:ancestral1000:ema.
-        """
-        return name(self.metric, self.protocol) if "count" in self.protocol else self.metric
-
-
-def loss_curve(folder: Path) -> list[tuple[int, float]]:
-    """Returns the (step, training loss since the record before) of every report so far.
-
-    There are none without a metrics.jsonl. A line cut short is left out.
-    """
-    file = folder / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
-    records = [json.loads(line) for line in lines if line]
-    return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
-
-
-def window_means(
-    records: Sequence[tuple[int, float]], share: float = WINDOW
-) -> list[tuple[int, float]]:
-    """Returns at each report the mean loss of the steps before it.
-
-    The mean is of at least the last report and at most `share` of all steps.
-
-    Args:
-        records: (step, loss) of each report, as `losses` gives them.
-        share: Of all steps, the most that a mean covers.
-
-    Returns:
-        (step, mean loss) of each report.
-    """
-    steps = [0, *(step for step, _ in records)]
-    sums = [0.0]
-    for (step, loss), before in zip(records, steps, strict=False):
-        sums.append(sums[-1] + loss * (step - before))
-    means = []
-    for index in range(1, len(steps)):
-        first = min(bisect.bisect_left(steps, steps[index] - share * steps[-1]), index - 1)
-        means.append((steps[index], (sums[index] - sums[first]) / (steps[index] - steps[first])))
-    return means
-
-
-def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
-    """Returns the loss first, then every figure of evaluation.json in its order.
-
-    What was not measured is not there.
-
-    Args:
-        run: The run's folder.
-        config: The run's config.yaml.
-    """
-    found = []
-    means = window_means(loss_curve(run.path))
-    if means:
-        decides = {
-            key: value
-            for group in ("schedule", "objective")
-            for key, value in flat({group: config.get(group) or {}}).items()
-        }
-        protocol = {"data": (run.record().get("data") or {}).get("fingerprint"), **decides}
-        lowest = min(means, key=lambda mean: mean[1])
-        found.append(Result("loss", protocol, (means[-1][1], means[-1][0]), (lowest[1], lowest[0])))
-    entries: dict[str, list[dict[str, Any]]] = {}
-    for entry in read_measurements(run.path / "evaluation.json"):
-        protocol = {key: value for key, value in entry["protocol"].items() if key != "step"}
-        entries.setdefault(json.dumps([entry["metric"], protocol], sort_keys=True), []).append(
-            entry
-        )
-    for same in entries.values():
-        last = max(same, key=lambda entry: entry["protocol"]["step"])
-        choose = better(last["metric"])
-        chosen = choose(same, key=lambda entry: entry["value"]) if choose is not None else None
-        best = None if chosen is None else (chosen["value"], chosen["protocol"]["step"])
-        protocol = {key: value for key, value in last["protocol"].items() if key != "step"}
-        found.append(
-            Result(
-                last["metric"],
-                protocol,
-                (last["value"], last["protocol"]["step"]),
-                best,
-                last["deviation"],
-            )
-        )
-    return found
-
-
-def scalars(measures: Sequence[Result]) -> dict[str, float]:
-    """Returns final and best values under names that are the same in every run.
-
-    They stand beside the curves that they are of. Of the parts of a figure there are none.
-    """
-    values = {}
-    for result in measures:
-        if result.metric.startswith(PARTS):
-            continue
-        tag = f"train/{result.name}" if result.metric == "loss" else f"eval/{result.name}"
-        values[f"{tag}_final"] = result.final[0]
-        if result.best is not None:
-            values[f"{tag}_best"] = result.best[0]
-    return values
-
-
-def images_per_second(record: Mapping[str, Any]) -> float | None:
-    """Returns images per second in updates, over all starts of a run; None if none was timed.
-
-    Args:
-        record: The content of run.json.
-    """
-    timed = record.get("timed") or {}
-    return timed["images"] / timed["seconds_in_steps"] if timed.get("seconds_in_steps") else None
-
-
-def hours(record: Mapping[str, Any]) -> float | None:
-    """Returns the hours that the run has trained so far; None if unknown.
-
-    Sampling, measuring and saving are counted.
-
-    Args:
-        record: The content of run.json.
-    """
-    timed = record.get("timed") or {}
-    return timed["seconds"] / 3600 if "seconds" in timed else None
-
-
-@dataclass(frozen=True)
 class Measurement:
     """One measured figure.
 
@@ -247,11 +102,149 @@ def key(entry: dict[str, Any]) -> str:
     return json.dumps([entry["metric"], entry["protocol"]], sort_keys=True)
 
 
-class At(NamedTuple):
-    """A value, and the step that it is of."""
+@dataclass(frozen=True)
+class Result:
+    """One measure of one run by one protocol.
 
-    value: float
-    step: int
+    Attributes:
+        metric: What was measured.
+        protocol: All that decides it.
+        final: (value, step).
+        best: (value, step); None where neither less nor more is better.
+        deviation: Of the final value, over subsets or splits.
+    """
+
+    metric: str
+    protocol: dict[str, Any] = field(hash=False)
+    final: tuple[float, int]
+    best: tuple[float, int] | None
+    deviation: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The measure with its protocol in one word, whatever the step.
+
+        Such as fid@50k:train:inception:ancestral1000:ema.
+        """
+        return name(self.metric, self.protocol) if "count" in self.protocol else self.metric
+
+
+def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
+    """Returns the loss first, then every figure of evaluation.json in its order.
+
+    What was not measured is not there.
+
+    Args:
+        run: The run's folder.
+        config: The run's config.yaml.
+    """
+    found = []
+    means = window_means(loss_curve(run.path))
+    if means:
+        decides = {
+            key: value
+            for group in ("schedule", "objective")
+            for key, value in flat({group: config.get(group) or {}}).items()
+        }
+        protocol = {"data": (run.record().get("data") or {}).get("fingerprint"), **decides}
+        lowest = min(means, key=lambda mean: mean[1])
+        found.append(Result("loss", protocol, (means[-1][1], means[-1][0]), (lowest[1], lowest[0])))
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for entry in read_measurements(run.path / "evaluation.json"):
+        protocol = {key: value for key, value in entry["protocol"].items() if key != "step"}
+        entries.setdefault(json.dumps([entry["metric"], protocol], sort_keys=True), []).append(
+            entry
+        )
+    for same in entries.values():
+        last = max(same, key=lambda entry: entry["protocol"]["step"])
+        choose = better(last["metric"])
+        chosen = choose(same, key=lambda entry: entry["value"]) if choose is not None else None
+        best = None if chosen is None else (chosen["value"], chosen["protocol"]["step"])
+        protocol = {key: value for key, value in last["protocol"].items() if key != "step"}
+        found.append(
+            Result(
+                last["metric"],
+                protocol,
+                (last["value"], last["protocol"]["step"]),
+                best,
+                last["deviation"],
+            )
+        )
+    return found
+
+
+def loss_curve(folder: Path) -> list[tuple[int, float]]:
+    """Returns the (step, training loss since the record before) of every report so far.
+
+    There are none without a metrics.jsonl. A line cut short is left out.
+    """
+    file = folder / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
+    records = [json.loads(line) for line in lines if line]
+    return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
+
+
+def window_means(
+    records: Sequence[tuple[int, float]], share: float = WINDOW
+) -> list[tuple[int, float]]:
+    """Returns at each report the mean loss of the steps before it.
+
+    The mean is of at least the last report and at most `share` of all steps.
+
+    Args:
+        records: (step, loss) of each report, as `losses` gives them.
+        share: Of all steps, the most that a mean covers.
+
+    Returns:
+        (step, mean loss) of each report.
+    """
+    steps = [0, *(step for step, _ in records)]
+    sums = [0.0]
+    for (step, loss), before in zip(records, steps, strict=False):
+        sums.append(sums[-1] + loss * (step - before))
+    means = []
+    for index in range(1, len(steps)):
+        first = min(bisect.bisect_left(steps, steps[index] - share * steps[-1]), index - 1)
+        means.append((steps[index], (sums[index] - sums[first]) / (steps[index] - steps[first])))
+    return means
+
+
+def scalars(measures: Sequence[Result]) -> dict[str, float]:
+    """Returns final and best values under names that are the same in every run.
+
+    They stand beside the curves that they are of. Of the parts of a figure there are none.
+    """
+    values = {}
+    for result in measures:
+        if result.metric.startswith(PARTS):
+            continue
+        tag = f"train/{result.name}" if result.metric == "loss" else f"eval/{result.name}"
+        values[f"{tag}_final"] = result.final[0]
+        if result.best is not None:
+            values[f"{tag}_best"] = result.best[0]
+    return values
+
+
+def images_per_second(record: Mapping[str, Any]) -> float | None:
+    """Returns images per second in updates, over all starts of a run; None if none was timed.
+
+    Args:
+        record: The content of run.json.
+    """
+    timed = record.get("timed") or {}
+    return timed["images"] / timed["seconds_in_steps"] if timed.get("seconds_in_steps") else None
+
+
+def hours(record: Mapping[str, Any]) -> float | None:
+    """Returns the hours that the run has trained so far; None if unknown.
+
+    Sampling, measuring and saving are counted.
+
+    Args:
+        record: The content of run.json.
+    """
+    timed = record.get("timed") or {}
+    return timed["seconds"] / 3600 if "seconds" in timed else None
 
 
 @dataclass(frozen=True)
@@ -305,21 +298,30 @@ def summary(found: Compared) -> dict[str, str]:
     )
     return {
         "status": found.status,
-        "steps": _steps(found),
-        "loss": _shown(loss.final[0]) if loss else "-",
-        "best metric": f"{best.metric} {_shown(At(*best.best))}" if best and best.best else "-",
+        "steps": format_steps(found),
+        "loss": format_value(loss.final[0]) if loss else "-",
+        "best metric": f"{best.metric} {format_value(At(*best.best))}"
+        if best and best.best
+        else "-",
         "folder": str(found.run.path),
     }
 
 
-def _steps(one: Compared) -> str:
+class At(NamedTuple):
+    """A value, and the step that it is of."""
+
+    value: float
+    step: int
+
+
+def format_steps(one: Compared) -> str:
     whole = one.record.get("num_steps")
     return f"{one.steps}" if whole in (None, one.steps) else f"{one.steps}/{whole}"
 
 
-def _shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, At):
-        return f"{_shown(value.value)} at {value.step}"
+        return f"{format_value(value.value)} at {value.step}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
