@@ -133,7 +133,7 @@ def images(config: Config, found: Source, workers: int) -> ImageSet:
     return image_set(found, decoding, cache, workers, config.data.max_unreadable, later)
 
 
-def pictures(config: Config, wanted: list[int | str]) -> torch.Tensor:
+def load_images(config: Config, wanted: list[int | str]) -> torch.Tensor:
     """Reads pictures, made ready as the run's are.
 
     Args:

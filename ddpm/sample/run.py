@@ -244,4 +244,4 @@ def _pair(settings: Settings, trained: Trained | None) -> Tensor:
     """The two pictures to interpolate: (2, C, H, W) in [-1, 1]."""
     if trained is None:
         raise ValueError("figure=interpolate needs a run's data: give run=DIR")
-    return build.pictures(trained.config, settings.pictures)
+    return build.load_images(trained.config, settings.pictures)
