@@ -206,8 +206,8 @@ def test_a_run_is_not_carried_on_with_other_pictures(train, ddpm, tiny, pictures
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_an_error_is_one_line_that_names_what_to_change(ddpm, tmp_path, command, overrides, named):
-    done = ddpm(command, f"outputs={tmp_path}", *overrides)
+def test_an_error_is_one_line_that_names_what_to_change(typed, tmp_path, command, overrides, named):
+    done = typed(command, f"outputs={tmp_path}", *overrides)
     assert done.code == 1
     assert done.err.startswith("error: ")
     assert done.err.count("\n") == 1

@@ -135,7 +135,12 @@ def few(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(ddpm, tiny, few, tmp_path_factory):
     done = ddpm(
-        "train", f"outputs={tmp_path_factory.mktemp('outputs')}", *tiny, *few, "data.holdout=0.2"
+        "train",
+        f"outputs={tmp_path_factory.mktemp('outputs')}",
+        *tiny,
+        *few,
+        "data.holdout=0.2",
+        "schedule.num_timesteps=50",
     )
     assert done.code == 0, done.err
     return done.run
@@ -216,8 +221,8 @@ def test_what_cannot_be_had_is_said_in_one_line_and_the_rest_is_measured(ddpm, r
 @pytest.mark.parametrize(("overrides", "named"), [
     (["evaluation.split=test"], "no test split"), (["step=5"], "step=5"), (["evaluation.num_samples=1"], "evaluation.num_samples"), (["evaluation.metrics=[fdd]"], "evaluation.metrics"),
 ])  # fmt: skip
-def test_an_impossible_protocol_is_refused_in_one_line(ddpm, run, overrides, named):
-    done = ddpm("evaluate", f"run={run}", *SETTINGS, *overrides)
+def test_an_impossible_protocol_is_refused_in_one_line(typed, run, overrides, named):
+    done = typed("evaluate", f"run={run}", *SETTINGS, *overrides)
     assert done.code == 1
     assert named in done.err.splitlines()[-1]
 

@@ -163,7 +163,7 @@ def test_samples_configuration_command_and_the_charts_are_there(board):
         assert {tag.partition("/")[0] for tag in tags} == {"config", "command"}
         command = next(tag for tag in tags if tag.startswith("command"))
         assert (
-            "optimizer.lr=0.001,0.002,0.004"
+            "python -m ddpm.train data=digits"
             in board("plugin/text/text", run=run, tag=command)[0]["text"]
         )
     charts = [

@@ -29,7 +29,7 @@ from ddpm.data.shards import Item, Source
 # name, digest of the content (None: does not decode), label
 Found = list[tuple[str, bytes | None, int | None]]
 
-FILE = "images.npy"
+FILE, CONTENT, OFFSETS = "images.npy", "content.bin", "offsets.npy"
 
 
 def decode_into(folder: Path, source: Source, decoding: Decoding, workers: int) -> Survey:
@@ -98,9 +98,6 @@ def _decode_shard(
         found.append((item.name, digest_of(item), item.label))
     images.flush()
     return found
-
-
-CONTENT, OFFSETS = "content.bin", "offsets.npy"
 
 
 class Packed:

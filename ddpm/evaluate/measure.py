@@ -1,9 +1,8 @@
 """Measuring a run's network by a protocol: from drawn images, and from the data's own pictures."""
 
 import functools
-import hashlib
-import json
 import operator
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.config import build
@@ -23,12 +23,13 @@ from ddpm.data.image_set import ImageSet
 from ddpm.diffusion.process import Model
 from ddpm.evaluate import bound, distances, features
 from ddpm.evaluate.features import Extractor, Features
-from ddpm.runs.folder import RunFolder
 from ddpm.runs.results import Measurement
 from ddpm.sample.drawing import Drawing
 from ddpm.sample.folder import claim_folder, draw_missing, read_samples, sample_file
 from ddpm.sample.images import read_png, save_png
 from ddpm.sample.subject import Trained
+from ddpm.system.devices import halve_to_fit
+from ddpm.system.files import short_hash
 from ddpm.system.processes import gather, share
 
 OF_FEATURES = ("fd", "kd", "inception_score", "precision_recall", "nearest")
@@ -37,7 +38,10 @@ OF_SAMPLES = (*OF_FEATURES, "colour")  # metrics that need drawn images
 
 @dataclass(frozen=True)
 class _Job:
-    """What every measure of one call needs; `about` is the protocol that all have in common."""
+    """What every measure of one call needs; `about` is the protocol that all have in common.
+
+    `network` is the identity of what is measured: no part of a protocol, but of what is kept of it.
+    """
 
     trained: Trained
     settings: EvaluationSettings
@@ -45,6 +49,7 @@ class _Job:
     drawing: Drawing
     splits: "_Splits"
     about: dict[str, Any]
+    network: str
 
 
 def measure(
@@ -53,6 +58,7 @@ def measure(
     settings: EvaluationSettings,
     processes: PartialState,
     device: torch.device,
+    keep_samples: bool = True,
 ) -> tuple[list[Measurement], list[str]]:
     """Measures a run's network at its step. Every process must call this.
 
@@ -62,6 +68,7 @@ def measure(
         settings: Which metrics, by which protocol.
         processes: Those that share the work.
         device: Where this one works.
+        keep_samples: Leave the drawn images for whoever measures them again.
 
     Returns:
         The measurements, whole on the main process; and why metrics that could not be had here
@@ -80,17 +87,18 @@ def measure(
         "data": splits.of("train").fingerprint,
         "seed": settings.seed,
     }
-    job = _Job(trained, settings, processes, drawing, splits, about)
+    network = trained.subject.identity()
+    job = _Job(trained, settings, processes, drawing, splits, about, network)
     found: list[Measurement] = []
     missing: list[str] = []
     if set(OF_SAMPLES) & set(settings.metrics):
-        found += _of_samples(job, sampler, missing)
+        found += _of_samples(job, sampler, missing, keep_samples)
     if "losses" in settings.metrics:
         for split in dict.fromkeys(["train", settings.bound_split]):
             found += _losses(job, split)
     if "bits_per_dim" in settings.metrics:
         found += _bits_per_dim(job, settings.bound_split)
-    return found, missing
+    return [replace(one, network=network) for one in found], missing
 
 
 def check_extractor(settings: EvaluationSettings, device: torch.device) -> None:
@@ -101,13 +109,6 @@ def check_extractor(settings: EvaluationSettings, device: torch.device) -> None:
     """
     if set(OF_FEATURES) & set(settings.metrics):
         _extractor(settings, device)
-
-
-def samples_folder(run: RunFolder, protocol: dict[str, Any]) -> Path:
-    """Returns where a protocol's drawn images are kept, for whoever measures them again."""
-    words = f"step_{protocol['step']:08d}_{protocol['weights']}_{protocol['sampler']}"
-    digest = _digest(protocol["sampler_settings"])
-    return run.path / "evaluation" / f"{words}_seed_{protocol['seed']}-{digest}"
 
 
 class _Splits:
@@ -142,8 +143,8 @@ class _Splits:
         """Of a part's pictures, kept by content, size of the pictures and extractor."""
         images, data = self.of(split), self.config.data
         about = [data.holdout, data.resolution, data.channels, data.crop, data.background]
-        name = f"{extractor.name}-{_digest([images.fingerprint, split, *about])}.npz"
-        cache = Path(data.cache) / "features" / name
+        digest = short_hash([images.fingerprint, split, extractor.version, *about])
+        cache = Path(data.cache) / "features" / f"{extractor.name}-{digest}.npz"
         return distances.reference_features(images.images, extractor, cache)
 
 
@@ -157,7 +158,9 @@ def _of_test_split(config: Config) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
 
 
-def _of_samples(job: _Job, sampler: Node, missing: list[str]) -> list[Measurement]:
+def _of_samples(
+    job: _Job, sampler: Node, missing: list[str], keep_samples: bool
+) -> list[Measurement]:
     """Distances, nearest pictures and colours, from one set of drawn images."""
     settings, processes = job.settings, job.processes
     extractor = None
@@ -189,6 +192,8 @@ def _of_samples(job: _Job, sampler: Node, missing: list[str]) -> list[Measuremen
         found += gaps
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if not keep_samples:
+        shutil.rmtree(folder, ignore_errors=True)
     return found
 
 
@@ -208,19 +213,33 @@ def _of_features(
         found.append(ratio)
         samples = read_samples(folder, settings.num_samples)
         sheet = distances.pairs_sheet(pairs, samples, job.splits.of("train").images)
-        path = job.trained.run.path / "evaluation" / f"nearest_step_{job.trained.step:08d}.png"
+        path = _file(job, "nearest", protocol).with_suffix(".png")
         save_png(path, sheet)
         print(f"nearest {path}", flush=True)
     return found
 
 
+def _decides(job: _Job, protocol: dict[str, Any]) -> dict[str, Any]:
+    """All that decides the drawn images; which classes in turn the network's identity has."""
+    sampler, classes = protocol["sampler_settings"], job.trained.subject.classes
+    seed = job.settings.seed
+    return {"network": job.network, "sampler": sampler, "seed": seed, "classes": classes}
+
+
+def _file(job: _Job, words: str, protocol: dict[str, Any] | None = None) -> Path:
+    """Where something of this step is kept; what has a protocol is told apart by all of it."""
+    more = "" if protocol is None else f"-{short_hash([job.network, protocol])}"
+    name = f"step_{job.trained.step:08d}_{job.trained.kind}_{words}{more}"
+    return job.trained.run.path / "evaluation" / name
+
+
 def _drawn(job: _Job, protocol: dict[str, Any]) -> Path:
     """The folder of the protocol's images, all of them drawn."""
     settings, processes = job.settings, job.processes
-    folder = samples_folder(job.trained.run, protocol)
+    words = f"{protocol['sampler']}_seed_{settings.seed}-{short_hash(_decides(job, protocol))}"
+    folder = _file(job, words)
     if processes.is_main_process:
-        about = {"sampler": protocol["sampler_settings"], "seed": settings.seed}
-        claim_folder(folder, about)
+        claim_folder(folder, _decides(job, protocol))
     processes.wait_for_everyone()
     count = settings.num_samples
     classes = job.trained.subject.classes_in_turn(count)
@@ -277,8 +296,7 @@ def _bits_per_dim(job: _Job, split: Split) -> list[Measurement]:
     found = _summed(job, split, "bits/dim", bound.bound_sums).mean()
     protocol = {**job.about, "split": split, "count": found.num_images}
     if job.processes.is_main_process:
-        name = f"rate_distortion_step_{job.trained.step:08d}_{split}"
-        path = job.trained.run.path / "evaluation" / name
+        path = _file(job, "rate_distortion", protocol)
         path.parent.mkdir(exist_ok=True)
         bound.save_rate_distortion(path.with_suffix(".png"), path.with_suffix(".csv"), found)
         print(f"rate-distortion {path.with_suffix('.png')}", flush=True)
@@ -297,42 +315,47 @@ def _summed(job: _Job, split: Split, what: str, sums: Callable[..., Any]) -> Any
     network, diffusion = job.drawing.network, job.drawing.diffusion
     training = network.training
     network.eval()
+    mine: list[Any] = []
     try:
-        mine = [
-            sums(model, diffusion, [batch], job.settings.seed)
-            for model, batch in _batches(job, split, what)
-        ]
+        for model, numbers, x0 in _batches(job, split, what):
+
+            def part(span: slice, model: Any = model, n: Any = numbers, x0: Any = x0) -> Any:
+                return sums(model(span), diffusion, [(n[span], x0[span])], job.settings.seed)
+
+            mine += halve_to_fit(part, len(x0))
     finally:
         network.train(training)
     added = [functools.reduce(operator.add, mine)] if mine else []  # a process may have no share
     return functools.reduce(operator.add, gather(added, job.processes))
 
 
-def _batches(job: _Job, split: Split, what: str) -> Iterator[tuple[Model, bound.Batch]]:
+def _batches(
+    job: _Job, split: Split, what: str
+) -> Iterator[tuple[Callable[[slice], Model], Tensor, Tensor]]:
     """This process's share of num_images pictures, evenly spaced in the set.
 
     Yields:
-        The unguided model for their classes, and (their numbers, x0).
+        The unguided model for the classes of a part of them, their numbers, and x0.
     """
     data, drawing, settings = job.splits.of(split), job.drawing, job.settings
     unguided = replace(drawing, sampler=replace(drawing.sampler, guidance_scale=1.0))
     count = min(settings.num_images, len(data))
     chosen = np.arange(count) * len(data) // count
-    conditional = job.trained.subject.classes is not None and data.labels is not None
+    conditional = job.trained.subject.classes is not None
     for start in _bar(range(0, count, settings.batch_size), what, job.processes):
         numbers = chosen[start : start + settings.batch_size]
         x0 = to_floats(torch.from_numpy(data.stored[data.rows[numbers]]).to(drawing.device))
-        labels = None
+        labels: Tensor | None = None
         if conditional and data.labels is not None:
             labels = torch.from_numpy(data.labels[numbers]).to(drawing.device)
-        yield unguided.model(labels), (torch.from_numpy(numbers).to(drawing.device), x0)
+
+        def model(part: slice, labels: Tensor | None = labels) -> Model:
+            return unguided.model(None if labels is None else labels[part])
+
+        yield model, torch.from_numpy(numbers).to(drawing.device), x0
 
 
 def _bar(starts: range, what: str, processes: PartialState) -> Iterator[int]:
     """This process's share of the batches' starts, under a progress bar on the main process."""
     hidden = None if processes.is_main_process else True
     yield from tqdm(share(starts, processes), desc=what, unit="batch", disable=hidden)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]

@@ -39,13 +39,11 @@ def run(composed: Composed) -> Path:
         RunFolder(Path(settings.run)), settings.step, settings.weights, settings.trusted_modules
     )
     subject, folder = trained.subject, Path(settings.to).expanduser()
-    folders.write(folder, subject.model, subject.weights(), subject.diffusion)
+    folders.write(folder, subject.model, subject.weights(), subject.diffusion, subject.classes)
     if subject.classes is not None:
         print(
-            (
-                "the network has classes, and DDPMPipeline gives it none when called: use its "
-                "unet with class_labels="
-            ),
+            "the network has classes, and DDPMPipeline gives it none when called: use its unet "
+            "with class_labels=, the numbers in classes.json",
             flush=True,
         )
     print(f"exported {folder}", flush=True)

@@ -4,8 +4,6 @@ The half of its configuration that is computed, and the folder's name that follo
 """
 
 import functools
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 from ddpm.config.compose import Composed, compose
 from ddpm.config.schema import Config, training_config
 from ddpm.runs.folder import RunFolder
+from ddpm.system.files import short_hash
 
 LONGEST = 120  # characters of a folder's name that say what differs
 NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no part of the name
@@ -44,7 +43,7 @@ def locate(config: Config, composed: Composed) -> RunFolder:
     shown = flat(mine)
     if config.init_from is not None:
         shown["init_from"] = Path(config.init_from).expanduser().resolve().name[-60:]
-    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:8]
+    digest = short_hash(mine)
     name = f"{composed.choices['model']}-{_typable(mine['data']['name'])}"
     own = _own_settings(
         composed.choices["model"],

@@ -36,6 +36,8 @@ class Measurement:
         protocol: All that decides it; the same figure of another protocol is another one.
         deviation: Over subsets or splits.
         floor: The same distance between two random halves of the data, which no network beats.
+        network: Hash of the weights and process measured. It is no part of the protocol: figures of
+            several networks compare, and one of a network retrained replaces that of the old.
     """
 
     metric: str
@@ -43,6 +45,7 @@ class Measurement:
     protocol: dict[str, Any] = field(hash=False)
     deviation: float | None = None
     floor: float | None = None
+    network: str | None = None
 
     @property
     def id(self) -> str:

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from ddpm.diffusion.process import GaussianDiffusion, Model
 from ddpm.diffusion.samplers import Noise, Sampler, Watch, latents, step_noise
+from ddpm.system.devices import halve_to_fit
 
 
 @dataclass(frozen=True)
@@ -61,50 +62,53 @@ class Drawing:
         """Returns the noise that the images with these indices start from: (B, C, H, W) float32."""
         return latents(self.shape, indices, self.seed, self.device)
 
-    def images(
-        self,
-        indices: Sequence[int],
-        classes: Sequence[int] | None = None,
-        watch: Watch | None = None,
-    ) -> Tensor:
+    def images(self, indices: Sequence[int], classes: Sequence[int] | None = None) -> Tensor:
         """Draws the images with these indices.
-
-        Images that do not fit the device's memory together are drawn in halves, unless somebody
-        watches.
 
         Args:
             indices: The numbers of the images.
             classes: One an index; None for a network without.
-            watch: See ddpm.diffusion.samplers.
 
         Returns:
             (B, C, H, W) float32 in [-1, 1].
 
         Raises:
-            torch.OutOfMemoryError: If one image, or a batch that is watched, does not fit the
-                memory.
+            torch.OutOfMemoryError: If one image does not fit the device's memory.
         """
-        try:
-            return self.walk(
-                self.latents(indices),
-                self.timesteps,
-                step_noise(self.shape, indices, self.seed, self.device),
-                classes,
-                watch,
-            )
-        except torch.OutOfMemoryError:
-            if len(indices) == 1 or watch is not None:
-                raise
-        # outside the except block, where the error would still hold the tensors
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        half = len(indices) // 2
-        return torch.cat(
-            [
-                self.images(indices[part], None if classes is None else classes[part])
-                for part in (slice(half), slice(half, None))
-            ]
-        )
+        return self.walk(self.latents(indices), self.timesteps, self._noise(indices), classes)
+
+    def chains(
+        self, indices: Sequence[int], classes: Sequence[int] | None, kept: set[int]
+    ) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:
+        """Draws images, and keeps what their chains were like at some timesteps.
+
+        Args:
+            indices: The numbers of the images.
+            classes: One an index; None for a network without.
+            kept: The timesteps.
+
+        Returns:
+            For each timestep kept (x_t, x0_hat), each (B, C, H, W); and the images as `images`
+            draws them.
+        """
+
+        def part(span: slice) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:
+            seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+            def watch(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
+                if t in kept and t not in seen:
+                    seen[t] = x_t.clone(), x0_hat.clone()
+
+            some, chosen = indices[span], None if classes is None else classes[span]
+            x, noise = self.latents(some), self._noise(some)
+            return seen, self._walk(x, self.timesteps, noise, chosen, watch)
+
+        parts = halve_to_fit(part, len(indices))
+        chains = {}
+        for t in parts[0][0]:
+            x_t, x0_hat = zip(*(seen[t] for seen, _ in parts), strict=True)
+            chains[t] = torch.cat(x_t), torch.cat(x0_hat)
+        return chains, torch.cat([drawn for _, drawn in parts])
 
     def walk(
         self,
@@ -112,20 +116,42 @@ class Drawing:
         timesteps: Sequence[int],
         noise: Noise,
         classes: Sequence[int] | None = None,
-        watch: Watch | None = None,
     ) -> Tensor:
         """Walks from x_t at timesteps[0] to images.
+
+        Images that do not fit the device's memory together are drawn in halves.
 
         Args:
             x: x_t, (B, C, H, W).
             timesteps: To visit, from the noisiest down.
             noise: See ddpm.diffusion.samplers.
             classes: One an image; None for a network without.
-            watch: See ddpm.diffusion.samplers.
 
         Returns:
             Images like x, in [-1, 1].
+
+        Raises:
+            torch.OutOfMemoryError: If one image does not fit the device's memory.
         """
+
+        def part(span: slice) -> Tensor:
+            chosen = None if classes is None else classes[span]
+            return self._walk(x[span], timesteps, lambda t: noise(t)[span], chosen)
+
+        parts = halve_to_fit(part, len(x))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _noise(self, indices: Sequence[int]) -> Noise:
+        return step_noise(self.shape, indices, self.seed, self.device)
+
+    def _walk(
+        self,
+        x: Tensor,
+        timesteps: Sequence[int],
+        noise: Noise,
+        classes: Sequence[int] | None,
+        watch: Watch | None = None,
+    ) -> Tensor:
         was_training = self.network.training
         self.network.eval()
         try:

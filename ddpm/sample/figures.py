@@ -54,13 +54,8 @@ def progressive(drawing: Drawing, count: int, classes: Sequence[int] | None) -> 
         if len(visited) >= frames
         else set(visited)
     )
-    found: dict[int, Tensor] = {}
-
-    def watch(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
-        if t in kept and t not in found:
-            found[t] = x0_hat.clone()
-
-    sample = drawing.images(range(count), classes, watch)
+    chains, sample = drawing.chains(range(count), classes, kept)
+    found = {t: x0_hat for t, (_, x0_hat) in chains.items()}
     found[min(found)] = sample
     order = sorted(found, reverse=True)
     stacked = torch.stack([found[t] for t in order], dim=1)  # (image, frame, C, H, W)
@@ -86,14 +81,9 @@ def shared_latents(drawing: Drawing, count: int, classes: Sequence[int] | None) 
     """
     visited, num_timesteps = drawing.timesteps, drawing.diffusion.num_timesteps
     splits = [_nearest(visited, round(share * num_timesteps) - 1) for share in SHARES]
-    found: dict[int, Tensor] = {}
-
-    def watch(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
-        if t in splits and t not in found:
-            found[t] = x_t.clone()
-
     one = None if classes is None else classes[:1]
-    drawing.images([0], one, watch)
+    chains, _ = drawing.chains([0], one, set(splits))
+    found = {t: x_t for t, (x_t, _) in chains.items()}
     branches = range(count)
     rows, samples = [], []
     for split in splits:
@@ -226,17 +216,10 @@ def denoising(
     visited = drawing.timesteps
     wanted = min(frames - 1, len(visited))
     kept = {visited[index * len(visited) // wanted] for index in range(wanted)}
-    seen: set[int] = set()
-    grids: list[np.ndarray] = []
-
-    def watch(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
-        if t in kept and t not in seen:
-            seen.add(t)
-            grids.append(images.grid(images.to_uint8(x_t), least_width=256))
-
-    sample = drawing.images(range(count), classes, watch)
+    chains, sample = drawing.chains(range(count), classes, kept)
+    shown = [*(chains[t][0] for t in visited if t in chains), sample]
     # smaller than a still: noise does not compress
-    return [*grids, images.grid(images.to_uint8(sample), least_width=256)]
+    return [images.grid(images.to_uint8(x), least_width=256) for x in shown]
 
 
 def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float, hold: float) -> None:

@@ -1,7 +1,5 @@
 """python -m ddpm.sample: draw images from a run or a folder of weights, and write them."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +17,15 @@ from ddpm.sample.drawing import Drawing
 from ddpm.sample.figures import Figure
 from ddpm.sample.folder import claim_folder, draw_missing, pack_samples, read_samples
 from ddpm.sample.images import grid, save_png
-from ddpm.sample.subject import Subject, Trained, of_folder, of_run
+from ddpm.sample.subject import (
+    Subject,
+    Trained,
+    class_number,
+    class_words,
+    of_folder,
+    of_run,
+)
+from ddpm.system.files import short_hash
 from ddpm.system.processes import device_of, find_processes
 from ddpm.weights import folders
 
@@ -68,26 +74,36 @@ def run(composed: Composed) -> Path:
     settings = settings_of(composed)
     processes = find_processes(settings.device)
     device = device_of(processes, settings.device)
-    subject, trained, name, folder = _opened(settings)
+    subject, trained, name = _opened(settings)
     sampler = build.sampler(settings.sampler, subject.diffusion)
-    classes = _classes(settings, subject.classes)
+    names = subject.classes or []
+    numbers = _class_numbers(settings, subject.classes)
+    protocol = {
+        "network": subject.identity(),
+        "sampler": build.sampler_settings(settings.sampler, subject.diffusion),
+        "seed": settings.seed,
+        "classes": None if numbers is None else [names[number] for number in numbers],
+    }
+    folder = Path(settings.to) if settings.to else _own_folder(settings, trained, name, protocol)
+    count, leads = settings.num_samples, processes.is_main_process
+    classes = None
+    if numbers is not None:
+        classes = [numbers[index % len(numbers)] for index in range(count)]
     drawing = subject.drawing(sampler, settings.seed, device)
-    leads = processes.is_main_process
     if leads and settings.figure != "grid_over_training":
-        what = settings.figure or f"{settings.num_samples} images"
+        what = settings.figure or f"{count} images"
         steps = len(drawing.timesteps)
         print(f"{what} with the weights of {name}, {steps} steps each, on {device}", flush=True)
+        if numbers:
+            print(class_words(numbers, names), flush=True)
     if settings.figure is not None:
         if leads:
             _draw_figure(settings, trained, drawing, classes, folder)
         processes.wait_for_everyone()
         return folder
     if leads:
-        sampler_settings = build.sampler_settings(settings.sampler, subject.diffusion)
-        about = {"of": name, "sampler": sampler_settings, "seed": settings.seed}
-        claim_folder(folder, {**about, "classes": settings.classes})
+        claim_folder(folder, protocol)
     processes.wait_for_everyone()
-    count = settings.num_samples
     if not _is_packed(folder, settings):
         draw_missing(drawing, folder, count, classes, settings.batch_size, processes)
         processes.wait_for_everyone()
@@ -132,35 +148,34 @@ def _is_typed(composed: Composed, key: str) -> bool:
     return any(override.startswith(f"{key}=") for override in composed.overrides)
 
 
-def _opened(settings: Settings) -> tuple[Subject, Trained | None, str, Path]:
-    """What is drawn from, the run that it is of, the weights' name, and where to write."""
+def _opened(settings: Settings) -> tuple[Subject, Trained | None, str]:
+    """What is drawn from, the run that it is of, and the weights' name for people."""
     if settings.run is None:
         subject, name = of_folder(str(settings.source))
-        folder = Path(settings.outputs) / f"samples-{name}" / _folder_name(settings, subject)
-        return subject, None, name, Path(settings.to) if settings.to else folder
+        return subject, None, name
     run = RunFolder(Path(settings.run))
     trained = of_run(run, settings.step, settings.weights, settings.trusted_modules)
     record = run.record()
     if record.get("status") != "complete":
         whole = record.get("num_steps")
         print(f"run {run.path} is not complete: this is step {trained.step} of {whole}", flush=True)
-    words = f"step_{trained.step:08d}_{trained.kind}"
-    folder = run.samples / f"{words}_{_folder_name(settings, trained.subject)}"
-    name = f"step {trained.step} {trained.kind}"
-    return trained.subject, trained, name, Path(settings.to) if settings.to else folder
+    return trained.subject, trained, f"step {trained.step} {trained.kind}"
 
 
-def _folder_name(settings: Settings, subject: Subject) -> str:
-    """Sampler, steps and seed to read, and a hash of all that decides the images."""
-    sampler: dict[str, Any] = build.sampler_settings(settings.sampler, subject.diffusion)
-    function = str(sampler["function"]["_target_"]).rpartition(".")[2]
-    decides = json.dumps([sampler, settings.classes], sort_keys=True)
-    digest = hashlib.sha256(decides.encode()).hexdigest()[:8]
-    return f"{function}{sampler['num_steps'] or ''}_seed_{settings.seed}-{digest}"
+def _own_folder(
+    settings: Settings, trained: Trained | None, name: str, protocol: dict[str, Any]
+) -> Path:
+    """Where to write if nothing is said: words to read, and a hash of all that decides."""
+    function = str(settings.sampler["function"]["_target_"]).rpartition(".")[2]
+    steps = settings.sampler["num_steps"] or ""
+    words = f"{function}{steps}_seed_{settings.seed}-{short_hash(protocol)}"
+    if trained is None:
+        return Path(settings.outputs) / f"samples-{name}" / words
+    return trained.run.samples / f"step_{trained.step:08d}_{trained.kind}_{words}"
 
 
-def _classes(settings: Settings, names: list[str] | None) -> list[int] | None:
-    """The class number of each sample: those asked for, or all in turn."""
+def _class_numbers(settings: Settings, names: list[str] | None) -> list[int] | None:
+    """The numbers of the classes that are drawn in turn; None for a network without."""
     if names is None:
         if settings.classes is not None:
             raise ValueError(
@@ -168,17 +183,9 @@ def _classes(settings: Settings, names: list[str] | None) -> list[int] | None:
                 "training.conditional=true trains with them"
             )
         return None
-    chosen = []
-    for wanted in settings.classes if settings.classes is not None else range(len(names)):
-        named = isinstance(wanted, str) and wanted in names
-        number = names.index(str(wanted)) if named else wanted
-        if not isinstance(number, int) or not 0 <= number < len(names):
-            raise ValueError(
-                f"classes has {wanted}; the run knows 0 to {len(names) - 1}: "
-                f"{', '.join(names[:24])}"
-            )
-        chosen.append(number)
-    return [chosen[index % len(chosen)] for index in range(settings.num_samples)]
+    if settings.classes is None:
+        return list(range(len(names)))
+    return [class_number(wanted, names) for wanted in settings.classes]
 
 
 def _is_packed(folder: Path, settings: Settings) -> bool:

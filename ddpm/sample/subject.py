@@ -1,6 +1,7 @@
 """One way to images: from a run, a folder of weights or a network in training, to a Drawing."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
 from ddpm.sample.drawing import Drawing
 from ddpm.system.devices import to_device
+from ddpm.system.files import short_hash
 from ddpm.weights import folders
 
 
@@ -50,6 +52,18 @@ class Subject:
         network = self.build(device)
         weights = {name: tensor.to(device) for name, tensor in self.weights().items()}
         return Drawing(network, weights, self.diffusion, sampler, self.shape, seed, self.any_class)
+
+    def identity(self) -> str:
+        """What decides the images of a noise and a class: weights, network and process, hashed."""
+        weights = hashlib.sha256()
+        for name, tensor in sorted(self.weights().items()):
+            plain = tensor.detach().cpu().contiguous()
+            weights.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+            weights.update(plain.flatten().view(torch.uint8).numpy().data)
+        process = self.diffusion
+        betas = hashlib.sha256(process.betas.numpy().data).hexdigest()
+        says = [process.prediction, process.variance, process.rescale_timesteps]
+        return short_hash([weights.hexdigest(), self.model, betas, says, self.any_class])
 
     def classes_in_turn(self, count: int) -> list[int] | None:
         """A class for each of `count` images, one after the other; None for a network without."""
@@ -118,7 +132,8 @@ def of_config(
 def of_folder(name: str) -> tuple[Subject, str]:
     """The network of a folder of weights, or of a repository of the hub, and its last name.
 
-    Such a folder knows its classes by number alone, and of none that it stands for "any".
+    It knows its classes by number alone, if ddpm.export did not write their names, and of none that
+    it stands for "any".
 
     Raises:
         ValueError: If there is nothing, or no network and process that can be expressed here.
@@ -133,7 +148,32 @@ def of_folder(name: str) -> tuple[Subject, str]:
         model=found.model,
         diffusion=found.chain().diffusion,
         shape=(found.model["in_channels"], height, width),
-        classes=None if num_classes is None else [str(number) for number in range(num_classes)],
+        classes=None if num_classes is None else found.class_names(num_classes),
         any_class=None,
     )
     return subject, Path(name).expanduser().resolve().name
+
+
+def class_number(wanted: int | str, names: list[str]) -> int:
+    """Returns the number of a class by its name, or by its number where no name is one.
+
+    Folders 1 to 12 have the numbers 0 to 11 in the order of words: a user who types 2 means the
+    folder of that name.
+
+    Raises:
+        ValueError: If there is no such class.
+    """
+    if str(wanted) in names:
+        return names.index(str(wanted))
+    by_number = not any(name.isdecimal() for name in names)
+    if by_number and isinstance(wanted, int) and 0 <= wanted < len(names):
+        return wanted
+    numbers = f"0 to {len(names) - 1}: " if by_number else ""
+    raise ValueError(f"classes has {wanted}; the network knows {numbers}{', '.join(names[:24])}")
+
+
+def class_words(numbers: Sequence[int], names: Sequence[str]) -> str:
+    """Returns which classes are drawn, such as "class 2: cat, class 0: ant"."""
+    shown = [f"class {number}: {names[number]}" for number in dict.fromkeys(numbers)]
+    more = f" and {len(shown) - 12} more" if len(shown) > 12 else ""
+    return ", ".join(shown[:12]) + more

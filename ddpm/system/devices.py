@@ -1,6 +1,7 @@
 """Devices: which there are, networks on them, and whether a network is compiled."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -8,6 +9,8 @@ from torch import nn
 from ddpm.system.internals import keep_dropout_when_compiled
 
 # share of a training step's time that compiling saved, where it was measured (README, Speed)
+T = TypeVar("T")
+
 GAIN = {"cpu": 0.0}
 
 
@@ -69,3 +72,30 @@ def device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
     if name != "auto" and name not in here:
         raise ValueError(f"device={name} is not on this machine; there are {', '.join(here)}")
     return torch.device(here[0] if name == "auto" else name)
+
+
+def halve_to_fit(call: Callable[[slice], T], count: int) -> list[T]:
+    """Returns call(slice(0, count)), or what its halves give where the device's memory runs out.
+
+    Args:
+        call: Works on these of `count` things.
+        count: How many there are.
+
+    Raises:
+        OutOfMemoryError: torch's, if one of them is too many.
+    """
+    parts, found = [slice(0, count)], []
+    while parts:
+        part = parts.pop()
+        try:
+            found.append(call(part))
+            continue
+        except torch.OutOfMemoryError:
+            if part.stop - part.start <= 1:
+                raise
+        # outside the except block, where the error would still hold the tensors
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        middle = (part.start + part.stop) // 2
+        parts += [slice(middle, part.stop), slice(part.start, middle)]
+    return found

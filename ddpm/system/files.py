@@ -1,6 +1,7 @@
 """Writing so that a reader finds the whole file or the one before it; locks; digests."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -103,6 +104,11 @@ def lock(path: Path, wait: float = -1) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def short_hash(value: Any) -> str:
+    """Eight hexadecimal digits of plain values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def sha256(file: Path) -> str:

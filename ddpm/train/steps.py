@@ -2,7 +2,6 @@
 
 import logging
 import shlex
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,13 +15,13 @@ from tqdm import tqdm
 from ddpm.config import build
 from ddpm.config.schema import Config
 from ddpm.data.batches import Batches
-from ddpm.evaluate.measure import measure, samples_folder
+from ddpm.evaluate.measure import measure
 from ddpm.runs import checkpoint, results
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import hparams
 from ddpm.runs.recording import Recorder, Speed
 from ddpm.sample.images import grid, save_png, to_uint8
-from ddpm.sample.subject import Subject, Trained, of_config
+from ddpm.sample.subject import Subject, Trained, class_words, of_config
 from ddpm.system.signals import Interruption, Preempted
 from ddpm.train import start
 from ddpm.train.device_batch import largest_fitting
@@ -176,6 +175,8 @@ def _save_previews(
     drawing = subject.drawing(sampler, config.seed, device)
     classes = subject.classes_in_turn(count)
     log.info("step %d  drawing %d previews, %d steps each", step, count, len(drawing.timesteps))
+    if classes and subject.classes:
+        log.info("step %d  in turn %s", step, class_words(classes, subject.classes))
     drawn = []
     for first in range(0, count, size):
         indices = range(first, min(first + size, count))
@@ -189,7 +190,10 @@ def _save_previews(
 def _evaluate(trained: Trained, device: torch.device) -> list[results.Measurement]:
     """Measures what evaluation.metrics asks for; all processes share the work."""
     config = trained.config
-    found, missing = measure(trained, config.sampler, config.evaluation, PartialState(), device)
+    settings, processes = config.evaluation, PartialState()
+    found, missing = measure(
+        trained, config.sampler, settings, processes, device, keep_samples=False
+    )
     if missing:
         raise ValueError("; ".join(missing))
     return found
@@ -205,8 +209,6 @@ def _record_evaluation(
     """Writes the measurements down; `best` becomes the first of them if there was no better."""
     results.record(folder.path / "evaluation.json", found)
     recorder.scalars(step, {f"eval/{one.metric}": one.value for one in found})
-    drawn = samples_folder(folder, found[0].protocol)
-    shutil.rmtree(drawn, ignore_errors=True)  # ddpm.evaluate can draw them again
     first = found[0]
     better = results.better(first.metric) or min
     if not best or better(first.value, best["value"]) != best["value"]:

@@ -7,7 +7,7 @@ another place to start from.
 import json
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from ddpm.weights.scheduler_settings import Chain, chain, scheduler_config
 from ddpm.weights.unet_settings import UNET, VERSION, unet_config, unet_model, unseen
 
 WEIGHTS = "diffusion_pytorch_model"
+CLASSES = "classes.json"  # ours: number -> name
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -112,6 +113,16 @@ class Pretrained:
                         f"model.{key}={ours[key]}"
                     )
         return weights
+
+    def class_names(self, count: int) -> list[str]:
+        """The names of so many classes, as ddpm.export wrote them; else their numbers."""
+        file = self.file.parent.parent / CLASSES
+        names = [str(number) for number in range(count)]
+        if file.is_file():
+            with _naming(f"{self.option}: {CLASSES}"):
+                found = _json(file)
+                names = [str(found.get(name, name)) for name in names]
+        return names
 
     def chain(self) -> Chain:
         """Returns what the folder's scheduler says.
@@ -202,6 +213,7 @@ def write(
     model: Mapping[str, Any],
     weights: Mapping[str, Tensor],
     diffusion: GaussianDiffusion,
+    classes: Sequence[str] | None = None,
 ) -> None:
     """Writes a folder that diffusers.DDPMPipeline.from_pretrained loads, whole or not at all.
 
@@ -210,6 +222,7 @@ def write(
         model: The network's class and arguments, all that it was built with.
         weights: By UNet's names.
         diffusion: The process that the network was trained for.
+        classes: Names of the network's classes, which go into a file beside what diffusers reads.
 
     Raises:
         ValueError: If diffusers cannot express them, with the reason, or the folder is there
@@ -218,7 +231,7 @@ def write(
     unet, scheduler = unet_config(model), scheduler_config(diffusion)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"to={folder} is already there; give another name, or remove it")
-    classes = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
     folder.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with whole(folder) as scratch:
@@ -226,11 +239,14 @@ def write(
             (
                 ".",
                 "model_index.json",
-                {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION, **classes},
+                {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION, **parts},
             ),
             ("unet", "config.json", unet),
             ("scheduler", "scheduler_config.json", scheduler),
+            (".", CLASSES, None if classes is None else dict(enumerate(classes))),
         ):
+            if content is None:
+                continue
             (scratch / part).mkdir(parents=True, exist_ok=True)
             (scratch / part / file).write_text(
                 json.dumps(content, indent=2) + "\n", encoding="utf-8"
