@@ -146,17 +146,19 @@ def test_of_a_moving_picture_the_first_is_taken(form):
     )[:, 5, 5].tolist() == [255, 0, 0]
 
 
-def test_class_folders_without_a_picture_are_named(tmp_path, pictures, caplog):
+def test_class_folders_without_a_picture_are_named(tmp_path, pictures):
     folder = pictures("set", ["cat/1.png", "dog/2.png", "fox/3.png"])
     (folder / "bird").mkdir()
     (folder / "fish").mkdir()
     (folder / "fish" / "notes.txt").touch()
     (folder / "fox" / "3.png").write_bytes(b"no picture")
-    with caplog.at_level(logging.WARNING):
-        found = decode(folder, tmp_path / "cache")
+    found = decode(folder, tmp_path / "cache")
     assert found.classes == ["cat", "dog", "fox"]
-    assert "no pictures in bird, fish" in caplog.text
-    assert "1 of 3 classes have no picture: fox" in caplog.text
+    notes = "; ".join(found.notes)
+    assert "no pictures in bird, fish" in notes
+    assert "1 .txt, no pictures (fish/notes.txt)" in notes
+    assert "fox/3.png (no picture)" in notes
+    assert "1 of 3 classes have no picture: fox" in notes
 
 
 def write_rows(path, labels):

@@ -219,7 +219,7 @@ def test_what_cannot_be_had_is_said_in_one_line_and_the_rest_is_measured(ddpm, r
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "named"), [
-    (["evaluation.split=test"], "no test split"), (["step=5"], "step=5"), (["evaluation.num_samples=1"], "evaluation.num_samples"), (["evaluation.metrics=[fdd]"], "evaluation.metrics"),
+    (["evaluation.split=test"], "no split test"), (["step=5"], "step=5"), (["evaluation.num_samples=1"], "evaluation.num_samples"), (["evaluation.metrics=[fdd]"], "evaluation.metrics"),
 ])  # fmt: skip
 def test_an_impossible_protocol_is_refused_in_one_line(typed, run, overrides, named):
     done = typed("evaluate", f"run={run}", *SETTINGS, *overrides)

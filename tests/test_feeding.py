@@ -72,13 +72,16 @@ def test_what_was_decoded_ahead_is_dropped_where_another_step_is_asked_for(folde
         assert torch.equal(jumping.images(step, 1, 3), straight.images(step, 1, 3))
 
 
-def test_a_picture_that_does_not_decode_after_all_stops_with_its_number(folder, tmp_path):
+def test_a_picture_that_does_not_decode_is_left_out_however_it_is_fed(folder, tmp_path):
     cut = folder / "a" / "0.png"
     Image.effect_noise((64, 64), 50).save(cut)
     cut.write_bytes(cut.read_bytes()[:300])  # the header is whole
-    data = ready(folder, tmp_path / "cache", True)
-    with pytest.raises(ValueError, match=r"picture 0 of the data set does not decode"):
-        data.stored[[1, 0]]
+    file, later = (
+        ready(folder, tmp_path / "cache", decode_later) for decode_later in (False, True)
+    )
+    assert file.reasons == later.reasons == {"a/0.png": "truncated"}
+    assert np.array_equal(file.images, later.images)
+    assert file.fingerprint == later.fingerprint
 
 
 def test_what_is_not_encoded_in_its_source_is_packed_without_loss(tmp_path):

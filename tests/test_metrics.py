@@ -1,10 +1,16 @@
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
+from ddpm.evaluate.distances import distance
+from ddpm.evaluate.features import Features
 from ddpm.evaluate.metrics import (
     Moments,
+    TooFew,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -188,6 +194,23 @@ def test_precision_and_recall_tell_missing_modes_from_bad_images():
     )  # every image is good, half of the real ones are missed
     assert precision_recall(modes[:50], modes) == (0.5, 1)
     assert precision_recall(modes, modes + 1000) == (0, 0)
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_of_few_pictures_each_distance_is_had_or_says_how_many_it_needs(count):
+    random = torch.Generator().manual_seed(0)
+    drawn, reference = (
+        Features(torch.randn(size, 6, generator=random), None) for size in (8, count)
+    )
+    extractor = SimpleNamespace(name="x", distance_name="fd_x", kernel_name="kd_x")
+    for metric, least in (("fd", 2), ("kd", 2), ("precision_recall", 4)):
+        if count < least:
+            with pytest.raises(TooFew, match=f"at least {least} images, got {count}"):
+                distance(metric, drawn, reference, extractor, {}, 0)
+        else:
+            for one in distance(metric, drawn, reference, extractor, {}, 0):
+                assert math.isfinite(one.value)
+                assert (one.floor is not None) == (count >= 2 * least)
 
 
 @pytest.mark.parametrize(("queries", "references"), [(20, 30), (4100, 4200)])

@@ -35,6 +35,19 @@ def test_more_steps_go_on_in_the_same_folder_and_what_changed_is_kept(command, t
         command()
 
 
+def test_a_stretched_cosine_says_where_the_rate_jumps(command, tiny, tmp_path):
+    cosine = ["lr_schedule=cosine", "lr_schedule.warmup_steps=0", "optimizer.lr=1e-3"]
+    run = command(*tiny, *cosine, f"outputs={tmp_path}")
+    assert not [note for note in notes_of(run) if "jumps" in note]
+    command(f"resume={run}", "training.steps=12")
+    # (1 + cos(5 pi / 6)) / 2 of the rate, and (1 + cos(pi / 2)) / 2
+    assert "the learning rate jumps from 6.7e-05 to 0.0005 after step 6" in notes_of(run)
+
+
+def notes_of(run):
+    return json.loads((run / "run.json").read_text())["data"]["notes"]
+
+
 def test_resumed_with_nothing_new_a_complete_run_stays_as_it_is(command, capsys):
     run = command()
     before = (run / "run.json").read_bytes()

@@ -1,5 +1,7 @@
 """Many images into a folder: the same bytes however it was cut up or cut off."""
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -79,6 +81,37 @@ def test_a_folder_of_another_protocol_is_refused(tmp_path):
     claim_folder(tmp_path, {"seed": 0, "sampler": {"num_steps": 50}})
     with pytest.raises(ValueError, match="seed=0, not 1"):
         claim_folder(tmp_path, {"seed": 1, "sampler": {"num_steps": 50}})
+
+
+def test_of_two_protocols_at_once_one_claims_the_folder(tmp_path):
+    """One process a protocol, all set off by one pipe."""
+    ready, go = os.pipe()
+    children = []
+    for seed in range(6):
+        child = os.fork()
+        if not child:
+            os.close(go)
+            os.read(ready, 1)  # returns when the parent closes its end
+            try:
+                claim_folder(tmp_path / "to", {"seed": seed})
+            except ValueError:
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    os.close(go)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert sorted(codes) == [0, 1, 1, 1, 1, 1]
+    won = json.loads((tmp_path / "to" / "protocol.json").read_text())
+    assert won == {"seed": codes.index(0)}
+
+
+def test_two_commands_at_once_draw_one_folder(run, tmp_path):
+    settings = [f"run={run}", "num_samples=6", "batch_size=2", "sampler.num_steps=20", "device=cpu"]
+    words = [sys.executable, "-m", "ddpm.sample", *settings]
+    both = [subprocess.Popen([*words, f"to={tmp_path / 'both'}"], cwd=ROOT) for _ in range(2)]
+    assert [process.wait(100) for process in both] == [0, 0]
+    assert subprocess.run([*words, f"to={tmp_path / 'one'}"], cwd=ROOT, timeout=100).returncode == 0
+    assert pngs(tmp_path / "both") == pngs(tmp_path / "one")
 
 
 @pytest.mark.parametrize("channels", [1, 3])

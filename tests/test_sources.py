@@ -62,23 +62,85 @@ def test_image_files_below_sub_folders_are_of_their_class(tmp_path):
         ("cat/1.png", 10),
         ("cat/more/2.PNG", 20),
         ("dog/3.png", 30),
-        ("dog/notes.txt", 0),
         (".hidden/4.png", 40),
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(encoded(value))
+    (tmp_path / "dog" / "notes.txt").write_text("a dog")
     source = sources.folder(str(tmp_path))
     assert source.classes == ["cat", "dog"]
+    assert source.others == {".txt, no pictures": ["dog/notes.txt"]}
     assert read(source) == [(10, 0), (20, 0), (30, 1)]
 
 
-def test_image_files_beside_sub_folders_have_no_class(tmp_path):
+def test_image_files_beside_class_folders_have_no_class_and_are_named(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("1.png", "sub/2.png"):
         (tmp_path / name).write_bytes(encoded(1))
     source = sources.folder(str(tmp_path))
-    assert source.classes == []
-    assert read(source) == [(1, None), (1, None)]
+    assert source.classes == ["sub"]
+    assert source.notes == ["1.png lie beside the folders sub, and have no class"]
+    assert read(source) == [(1, None), (1, 0)]
+
+
+def test_pictures_are_told_by_their_content_whatever_they_are_called(tmp_path):
+    for name in ("none", "wrong.jpg", "upper.PNG", "odd.txt"):
+        (tmp_path / name).write_bytes(encoded(7))
+    assert read(sources.folder(str(tmp_path))) == [(7, None)] * 4
+
+
+def test_folders_that_bear_the_names_of_splits_are_splits_and_no_classes(tmp_path):
+    for value, name in enumerate(("train/a/1.png", "train/b/2.png", "Test/b/3.png", "val/a/4.png")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(value))
+    train = sources.folder(str(tmp_path))
+    assert train.classes == ["a", "b"]
+    assert read(train) == [(0, 0), (1, 1)]
+    assert "train is used" in train.notes[0]
+    assert read(sources.folder(str(tmp_path), "test")) == [(2, 0)]
+    both = sources.hub("some/set", "train+validation", path=str(tmp_path))
+    assert sorted(read(both)) == [(0, 0), (1, 1), (3, 0)]
+    with pytest.raises(ValueError, match="no split other; it has Test, train, val"):
+        sources.folder(str(tmp_path), "other")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "5.png").write_bytes(encoded(5))
+    assert sources.folder(str(tmp_path)).classes == ["Test", "more", "train", "val"]
+    with pytest.raises(ValueError, match="no split test: it is one set"):
+        sources.folder(str(tmp_path), "test")
+
+
+def test_linked_folders_are_followed_and_loops_are_not(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1.png").write_bytes(encoded(9))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
+    source = sources.folder(str(tmp_path / "set"))
+    assert source.classes == ["linked"]
+    assert read(source) == [(9, 0)]
+
+
+def test_columns_of_other_names_are_found_and_files_without_them_are_named(tmp_path):
+    content = [encoded(4), encoded(5)]
+    write_parquet(tmp_path / "a.PARQUET", {"jpg": content, "cls": ["x", "y"]})
+    source = sources.folder(str(tmp_path))
+    assert source.classes == ["x", "y"]
+    assert read(source) == [(4, 0), (5, 1)]
+    write_parquet(tmp_path / "b.parquet", {"photo": content})
+    with pytest.raises(ValueError, match=r"b\.parquet has no column jpg, which a\.PARQUET"):
+        sources.folder(str(tmp_path))
+
+
+def test_of_tables_and_picture_files_side_by_side_none_goes_unsaid(tmp_path):
+    (tmp_path / "1.png").write_bytes(encoded(1))
+    write_parquet(tmp_path / "captions.parquet", {"text": ["one"]})
+    source = sources.folder(str(tmp_path))
+    assert read(source) == [(1, None)]
+    assert source.others == {"without pictures in them": ["captions.parquet"]}
+    write_parquet(tmp_path / "captions.parquet", {"image": [encoded(2)]})
+    source = sources.folder(str(tmp_path))
+    assert read(source) == [(2, None)]
+    assert source.others == {"beside parquet files, which are used instead": ["1.png"]}
 
 
 def test_many_files_are_cut_into_shards_that_hold_each_once(tmp_path):

@@ -17,7 +17,7 @@ from torch import nn
 
 from ddpm.config.schema import Config, Data
 from ddpm.data.batches import to_floats
-from ddpm.data.decoding import Decoding
+from ddpm.data.decoding import Decoding, reason_of
 from ddpm.data.image_set import ImageSet, decodes_later, image_set
 from ddpm.data.shards import Source
 from ddpm.diffusion.process import GaussianDiffusion
@@ -151,10 +151,8 @@ def load_images(config: Config, wanted: list[int | str]) -> torch.Tensor:
         if isinstance(name, str):
             try:
                 found.append(_decoding(config.data)(Path(name).expanduser().read_bytes()))
-            except (OSError, SyntaxError) as error:
-                raise ValueError(
-                    f"pictures has {name}, which is no picture that can be read: {error}"
-                ) from error
+            except Exception as error:  # any fault of a file is that file's
+                raise ValueError(f"pictures has {name}: {reason_of(error)}") from error
             continue
         decoded_set = images(config, source(config), workers=1)
         if not 0 <= name < len(decoded_set):
@@ -190,7 +188,9 @@ def image_size(data: Data) -> tuple[int, int]:
 
 
 def _decoding(data: Data) -> Decoding:
-    return Decoding(*image_size(data), data.channels, data.crop, data.background)
+    return Decoding(
+        *image_size(data), data.channels, data.crop, data.background, data.white, data.max_pixels
+    )
 
 
 @contextmanager

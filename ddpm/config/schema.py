@@ -44,6 +44,8 @@ class Data(Section):
     flip: bool
     holdout: Share
     background: str
+    white: PositiveFloat | None = None  # this and the next: runs of before have none
+    max_pixels: Count = 89_478_485
     max_unreadable: Share
     cache: Text
 

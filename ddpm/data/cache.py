@@ -6,19 +6,21 @@ Also what is learned of each picture on the way there.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from ddpm.data.decoding import reason_of
 from ddpm.data.shards import Item
 from ddpm.system.files import sha256, write_text
 
 CHECKED = 2**30  # bytes: a second or two
 PART = 1024  # rows held in memory when a file is written
+NEARLY_BLACK = 24  # of 255, the brightest level of a picture that shows nothing
 
 
 def find_damage(folder: Path) -> str | None:
@@ -92,47 +94,80 @@ def save_rows(path: Path, array: np.ndarray, chosen: np.ndarray) -> None:
 
 
 class Survey:
-    """Digests of content, labels, and which pictures do not decode.
+    """What is learned of each picture of a source on the way through it.
 
     Attributes:
-        digests: (N, 32) uint8, SHA-256.
+        digests: (N, 32) uint8, SHA-256 of what was listed, whether it decodes or not.
         labels: (N,) int64, -1 for none.
-        good: (N,) bool.
+        good: (N,) bool: those that decode.
+        brightest: (N,) uint8: their brightest level.
     """
 
     def __init__(self, count: int) -> None:
         self.digests = np.zeros((count, 32), dtype=np.uint8)
         self.labels = np.full(count, -1, dtype=np.int64)
-        self.good = np.ones(count, dtype=bool)
-        self._unreadable: dict[int, str] = {}
+        self.good = np.zeros(count, dtype=bool)
+        self.brightest = np.zeros(count, dtype=np.uint8)
+        self._reasons: dict[int, tuple[str, str]] = {}
 
-    def note(self, index: int, name: str, digest: bytes | None, label: int | None) -> None:
-        """Notes one picture. `digest` is of its content, None if it does not decode."""
-        self.labels[index] = -1 if label is None else label
-        if digest is None:
-            self.good[index] = False
-            self._unreadable[index] = name
-        else:
-            self.digests[index] = np.frombuffer(digest, dtype=np.uint8)
+    def note(self, index: int, seen: "Seen") -> None:
+        """Notes one picture."""
+        self.labels[index] = -1 if seen.label is None else seen.label
+        self.digests[index] = np.frombuffer(seen.digest, dtype=np.uint8)
+        self.good[index] = seen.reason is None
+        self.brightest[index] = seen.brightest
+        if seen.reason is not None:
+            self._reasons[index] = (seen.name, seen.reason)
 
     @property
-    def unreadable(self) -> list[str]:
-        """Names of those that do not decode, in order."""
-        return [self._unreadable[index] for index in sorted(self._unreadable)]
+    def reasons(self) -> dict[str, str]:
+        """Name -> why it does not decode, in the source's order."""
+        return dict(self._reasons[index] for index in sorted(self._reasons))
+
+    @property
+    def is_nearly_black(self) -> bool:
+        """Whether hardly a picture has a level that a screen would show."""
+        return bool(self.good.any() and np.median(self.brightest[self.good]) < NEARLY_BLACK)
 
     def first_digests(self) -> np.ndarray:
         """Returns the first 8 bytes of each digest, (N,) uint64."""
         return self.digests[:, :8].copy().view(">u8")[:, 0].astype(np.uint64)
 
     def fingerprint(self, classes: list[str]) -> str:
-        """Returns 16 hex digits of the content, labels and order of what decodes."""
+        """Returns 16 hex digits of content, labels and order of what was listed.
+
+        It does not depend on what decodes, and so not on Pillow's version.
+        """
         whole = hashlib.sha256(json.dumps(classes).encode())
-        whole.update(
-            np.concatenate(
-                [self.digests, self.labels.astype("<i8")[:, None].view(np.uint8)], axis=1
-            )[self.good].tobytes()
-        )
+        labels = self.labels.astype("<i8")[:, None].view(np.uint8)
+        whole.update(np.concatenate([self.digests, labels], axis=1).tobytes())
         return whole.hexdigest()[:16]
+
+
+class Seen(NamedTuple):
+    """One picture of a source: `reason` says why it does not decode, None if it does."""
+
+    name: str
+    digest: bytes
+    label: int | None
+    reason: str | None
+    brightest: int
+
+
+def see(item: Item, decode: Callable[[bytes | Image.Image], np.ndarray | Image.Image]) -> Seen:
+    """Decodes an item and says what it is like; any fault of one file is that file's.
+
+    Args:
+        item: The picture.
+        decode: Raises an exception for one that cannot be used.
+    """
+    digest, reason, brightest = digest_of(item), item.problem, 0
+    if reason is None:
+        try:
+            brightest = int(np.asarray(decode(item.content)).max())
+        except Exception as error:
+            reason = reason_of(error)
+    return Seen(item.name, digest, item.label, reason, brightest)
 
 
 def digest_of(item: Item) -> bytes:

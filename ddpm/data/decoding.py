@@ -1,22 +1,70 @@
 """From a picture as it lies in its source to an array at the run's resolution."""
 
+import contextlib
 import io
 import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageFile, ImageOps, TiffImagePlugin
 
+with contextlib.suppress(ImportError):  # the extra heic
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+Image.MAX_IMAGE_PIXELS = None  # Decoding has a bound of its own, with a key
+Image.init()
 FILTER = Image.Resampling.BICUBIC
-# what a picture that does not decode raises
-UNREADABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow names these and reads none
+SUFFIXES = {
+    suffix
+    for suffix, form in Image.registered_extensions().items()
+    if form in Image.OPEN and form not in STUBS
+}
+HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
+HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
+NO_HEIC = "HEIC needs the extra heic: pip install -e '.[heic]'"
+TURNS = {  # EXIF's orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+DEEP_GREY = {"PNG", "PPM", "JPEG2000"}  # Pillow brings them to 16 bits whatever they declare
+ORIENTATION, BITS, MAX_SAMPLE, SMAX_SAMPLE = 0x0112, 258, 281, 341  # tags of EXIF and TIFF
+
+
+class NotUsable(ValueError):
+    """A picture that is left out, and why, for people."""
+
+
+def looks_like_a_picture(start: bytes) -> bool:
+    """Returns whether a file's first bytes are those of a format that has such bytes."""
+    if _is_heic(start):
+        return True
+    for form, (_, accept) in Image.OPEN.items():
+        if form not in STUBS and accept is not None:
+            with contextlib.suppress(Exception):
+                if accept(start) is True:
+                    return True
+    return False
+
+
+def reason_of(error: Exception) -> str:
+    """Returns why a picture does not decode, in a few words."""
+    words = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "no picture"
+    if isinstance(error, NotUsable):
+        return words
+    if "truncated" in words.lower() or isinstance(error, EOFError):
+        return "truncated"
+    return f"damaged ({words or type(error).__name__})"
 
 
 @dataclass(frozen=True)
@@ -29,6 +77,9 @@ class Decoding:
         channels: 3 colour, 1 grey.
         crop: "center" cuts to the wanted shape before resizing, "none" gives the shape up.
         background: Colour that shows through transparent pixels, as Pillow spells it.
+        white: The number that is white in pictures of more than 8 bits; None for what each file
+            declares.
+        max_pixels: Larger pictures are left out: a file of a few bytes can claim to be huge.
 
     Raises:
         ValueError: If the background is no colour.
@@ -39,6 +90,8 @@ class Decoding:
     channels: Literal[1, 3]
     crop: Literal["center", "none"]
     background: str
+    white: float | None = None
+    max_pixels: int = 89_478_485
 
     def __post_init__(self) -> None:
         try:
@@ -57,37 +110,101 @@ class Decoding:
             (C, H, W) uint8.
 
         Raises:
-            OSError, ValueError, SyntaxError: Pillow's, if the picture does not decode.
+            Exception: Whatever Pillow finds wrong with the file, or NotUsable; see reason_of.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
-            image.load()
-        image = self._flat(ImageOps.exif_transpose(image))
+        image = self.whole(content)
         size = (self.width, self.height)
-        image = (
-            ImageOps.fit(image, size, FILTER)
-            if self.crop == "center"
-            else image.resize(size, FILTER)
-        )
+        if self.crop == "center":
+            image = ImageOps.fit(image, size, FILTER)
+        else:
+            image = image.resize(size, FILTER)
         pixels = np.asarray(image, dtype=np.uint8)
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
 
-    def _flat(self, image: Image.Image) -> Image.Image:
-        """The image in the wanted mode: 16-bit grey scaled to 8, transparency on the background.
+    def whole(self, content: bytes | Image.Image) -> Image.Image:
+        """Returns the picture at its own size, upright, in the wanted mode.
 
-        Raises ValueError for numbers whose black and white nobody knows.
+        Raises:
+            Exception: As when it is called.
         """
-        if image.mode == "F":
-            raise ValueError("floating point numbers have no known white")
-        if image.mode.startswith("I"):
-            deep = np.asarray(image, dtype=np.float64)
-            if deep.min() < 0 or deep.max() > 65535:
-                raise ValueError("numbers of more than 16 bits have no known white")
-            image = Image.fromarray((deep / 257).round().astype(np.uint8))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with its metadata
+            image = content if isinstance(content, Image.Image) else _opened(content)
+            if image.width * image.height > self.max_pixels:
+                raise NotUsable(
+                    f"too large: {image.width}x{image.height} pixels, "
+                    f"data.max_pixels={image.width * image.height} would take it"
+                )
+            image.load()
+            turn = TURNS.get(_orientation(image))
+            white = self._white(image)
+        if white is not None:
+            image = _shallow(image, white)
+        image = self._flat(image)
+        return image if turn is None else image.transpose(turn)
+
+    def _white(self, image: Image.Image) -> float | None:
+        """What number is white; None for pictures of 8 bits, whose white is 255."""
+        if image.mode != "F" and not image.mode.startswith("I"):
+            return None
+        if self.white is not None:
+            return self.white
+        declared = _declared_white(image)
+        if declared is None:
+            kind = "floating point" if image.mode == "F" else "more than 8 bits"
+            raise NotUsable(f"numbers of {kind}, and no white declared: give data.white")
+        return declared
+
+    def _flat(self, image: Image.Image) -> Image.Image:
+        """The image in the wanted mode, its transparent parts on the background."""
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(
                 Image.new("RGBA", image.size, ImageColor.getrgb(self.background)), image
             )
         return image.convert("L" if self.channels == 1 else "RGB")
+
+
+def _opened(content: bytes) -> ImageFile.ImageFile:
+    try:
+        return Image.open(io.BytesIO(content))
+    except Image.UnidentifiedImageError:
+        if _is_heic(content[:64]):
+            raise NotUsable(NO_HEIC) from None
+        raise
+
+
+def _is_heic(start: bytes) -> bool:
+    return start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held, as EXIF says; 1 where it cannot be read."""
+    with contextlib.suppress(Exception):
+        value = image.getexif().get(ORIENTATION, 1)
+        return int(value[0] if isinstance(value, tuple) else value)
+    return 1
+
+
+def _shallow(image: Image.Image, white: float) -> Image.Image:
+    """Numbers of more than 8 bits as 8, those that stand for transparent still transparent."""
+    numbers = np.asarray(image, dtype=np.float64)
+    levels = (numbers * (255 / white)).clip(0, 255).round().astype(np.uint8)
+    clear = image.info.get("transparency")
+    if not isinstance(clear, int):
+        return Image.fromarray(levels)
+    return Image.fromarray(
+        np.stack([levels, np.where(numbers == clear, 0, 255).astype(np.uint8)], 2)
+    )
+
+
+def _declared_white(image: Image.Image) -> float | None:
+    """The number that a file says is white, or that its format means; None if neither does."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        for tag in (MAX_SAMPLE, SMAX_SAMPLE):
+            with contextlib.suppress(Exception):
+                value = image.tag_v2[tag]
+                return float(value[0] if isinstance(value, tuple) else value)
+        bits = image.tag_v2.get(BITS, (0,))
+        return 65535 if tuple(bits) == (16,) and image.mode != "F" else None
+    return 65535 if image.mode.startswith("I") and image.format in DEEP_GREY else None

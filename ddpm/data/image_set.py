@@ -18,13 +18,13 @@ import torch
 
 from ddpm.data.cache import find_damage, naming_cache, save_rows, write_about
 from ddpm.data.decoding import Decoding
-from ddpm.data.shards import Source
+from ddpm.data.shards import Source, some
 from ddpm.data.stored import FILE, Packed, decode_into, pack_into
 from ddpm.system.files import lock, remove, whole
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 4  # of the cache; a change makes old ones be made again
+LAYOUT = 5  # of the cache; a change makes old ones be made again
 
 
 Feed = Literal["auto", "device", "file", "decode"]
@@ -40,8 +40,10 @@ class ImageSet:
         digests: (N,) uint64, the first 8 bytes of each content's SHA-256.
         labels: (N,) int64, or None.
         classes: Their names.
-        fingerprint: Of content, labels and order of the whole, the same wherever the pictures lie.
-        unreadable: Names of those left out.
+        fingerprint: Of content, labels and order of all that was listed, the same wherever it lies.
+        reasons: Name -> why it does not decode, of those left out.
+        notes: What a user should know of the set, a line each.
+        folder: Of the cache, where it lies.
     """
 
     stored: np.ndarray | Packed
@@ -50,10 +52,17 @@ class ImageSet:
     labels: np.ndarray | None
     classes: list[str]
     fingerprint: str
-    unreadable: list[str]
+    reasons: dict[str, str]
+    notes: list[str]
+    folder: Path
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Names of the pictures that do not decode."""
+        return list(self.reasons)
 
     @cached_property
     def images(self) -> np.ndarray:
@@ -136,23 +145,13 @@ def image_set(
     stored = (
         Packed(folder, decoding, workers) if decode_later else np.load(folder / FILE, mmap_mode="c")
     )
-    if about["unreadable"]:
-        names = about["unreadable"]
-        log.warning(
-            "left out %d of %d pictures that do not decode: %s",
-            len(names),
-            len(names) + len(stored),
-            _some(names),
-        )
-    empty = (
-        []
-        if labels is None
-        else [name for number, name in enumerate(about["classes"]) if number not in labels]
-    )
-    if empty:
-        log.warning(
-            "%d of %d classes have no picture: %s", len(empty), len(about["classes"]), _some(empty)
-        )
+    unused = _unused(len(stored), about["reasons"], source.others)
+    notes = [*source.notes, *unused, *about["notes"]]
+    if labels is not None:
+        empty = [name for number, name in enumerate(about["classes"]) if number not in labels]
+        if empty:
+            count = len(about["classes"])
+            notes.append(f"{len(empty)} of {count} classes have no picture: {some(empty)}")
     return ImageSet(
         stored,
         np.arange(len(stored)),
@@ -160,13 +159,18 @@ def image_set(
         labels,
         about["classes"],
         about["fingerprint"],
-        about["unreadable"],
+        about["reasons"],
+        notes,
+        folder,
     )
 
 
 def folder_of(source: Source, decoding: Decoding, cache: Path, decode_later: bool) -> Path:
     """Returns where the pictures are kept; encoded ones are the same for any resolution."""
-    key = [LAYOUT, source.stamp, source.counts, "encoded" if decode_later else asdict(decoding)]
+    made = asdict(decoding)
+    if decode_later:
+        made = {"white": decoding.white, "max_pixels": decoding.max_pixels}
+    key = [LAYOUT, source.stamp, source.counts, made]
     return cache / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
@@ -182,32 +186,50 @@ def _make(
         with naming_cache(folder.parent):
             scratch.mkdir()
         survey = (
-            pack_into(scratch, source)
+            pack_into(scratch, source, decoding, workers)
             if decode_later
             else decode_into(scratch, source, decoding, workers)
         )
-        bad = survey.unreadable
+        bad = survey.reasons
         if len(bad) == len(source) or len(bad) > max(1, max_unreadable * len(source)):
             raise ValueError(
                 f"{len(bad)} of {len(source)} pictures do not decode "
-                f"(data.max_unreadable={max_unreadable}): {_some(bad)}"
+                f"(data.max_unreadable={max_unreadable}): {_by_reason(bad)}"
             )
+        black = (
+            "nearly all pictures are nearly black: if their numbers have fewer bits than their "
+            "files, data.white=4095 (for 12 bits, say) makes them visible"
+        )
+        about = {
+            "classes": source.classes,
+            "fingerprint": survey.fingerprint(source.classes),
+            "reasons": bad,
+            "notes": [black] if survey.is_nearly_black else [],
+        }
         with naming_cache(folder.parent):
             save_rows(scratch / "digests.npy", survey.first_digests(), survey.good)
             if source.classes:
                 save_rows(scratch / "labels.npy", survey.labels, survey.good)
-            write_about(
-                scratch,
-                {
-                    "classes": source.classes,
-                    "fingerprint": survey.fingerprint(source.classes),
-                    "unreadable": bad,
-                },
-            )
+            write_about(scratch, about)
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _unused(count: int, reasons: dict[str, str], others: dict[str, list[str]]) -> list[str]:
+    """In one line, if there is any: what of a place is not used, and why."""
+    unused = len(reasons) + sum(map(len, others.values()))
+    if not unused:
+        return []
+    words = [f"{len(names)} {reason} ({some(names)})" for reason, names in others.items()]
+    if reasons:
+        words.append(f"{len(reasons)} that do not decode: {_by_reason(reasons)}")
+    return [f"{count} of {count + unused} files are used; not used are {'; '.join(words)}"]
+
+
+def _by_reason(reasons: dict[str, str]) -> str:
+    """Names with why they do not decode, those of one reason together."""
+    together: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        together.setdefault(reason, []).append(name)
+    return "; ".join(f"{some(names)} ({reason})" for reason, names in together.items())
 
 
 def decodes_later(feed: Feed, source: Source, decoding: Decoding, cache: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +18,13 @@ class Item(NamedTuple):
         name: What messages call it.
         content: Its encoded bytes, or already an image where nothing is encoded.
         label: Number of its class, None for none.
+        problem: Why its content could not be read, if so.
     """
 
     name: str
     content: bytes | Image.Image
     label: int | None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,18 @@ class Source:
         counts: Pictures of each shard.
         read: Shard number -> its items; picklable.
         classes: Label names, empty if there are no labels.
-        stamp: Changes when the pictures may have changed (names, sizes and times of files; version
+        stamp: Changes when the pictures may have changed (places, sizes and times of files; version
             of a package or hub revision).
+        notes: What a user should know of how the place was read, a line each.
+        others: Reason -> files of the place that are not used, by name.
     """
 
     counts: list[int]
     read: Callable[[int], Iterator[Item]]
     classes: list[str]
     stamp: str
+    notes: list[str] = field(default_factory=list)
+    others: dict[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -56,21 +62,33 @@ def in_shard(values: Sequence[Any], shard: int) -> Sequence[Any]:
     return values[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
 
 
+def some(names: Sequence[str]) -> str:
+    """Returns up to five of the names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def stamp_of(root: Path, files: Sequence[Path]) -> str:
-    """Returns names, sizes and times of the files in one hash."""
-    digest = hashlib.sha256()
+    """Returns places, sizes, times and identities of the files in one hash.
+
+    Two folders of files with equal names, sizes and times, as an archive unpacks them, differ.
+    """
+    digest = hashlib.sha256(str(root.resolve()).encode(errors="surrogateescape"))
     for file in files:
         status = file.stat() if file.exists() else file.lstat()
         name = file.relative_to(root) if file != root else file.name
-        digest.update(
-            f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape")
-        )
+        about = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}\0"
+        digest.update(about.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def content_of(path: Path) -> bytes:
-    """Returns a file's bytes; none if it cannot be read, which is counted when they are decoded."""
+def item_of(name: str, path: Path, label: int | None) -> Item:
+    """Returns a file as an item; one that cannot be read says why."""
     try:
-        return path.read_bytes()
-    except OSError:
-        return b""
+        return Item(name, path.read_bytes(), label)
+    except FileNotFoundError:
+        problem = "a link to nowhere" if path.is_symlink() else "vanished"
+    except PermissionError:
+        problem = "permission denied"
+    except OSError as error:
+        problem = error.strerror or type(error).__name__
+    return Item(name, b"", label, problem)

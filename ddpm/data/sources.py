@@ -4,12 +4,12 @@ Packages, hub repositories, folders, parquet files, saved arrow folders. A sourc
 shards, so that several processes can read it; it holds places, not pictures.
 """
 
-import logging
 import re
 import socket
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import metadata, resources, util
 from pathlib import Path
@@ -17,14 +17,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ddpm.data.shards import SHARD_SIZE, Item, Source, content_of, in_shard, shard_counts, stamp_of
-from ddpm.data.tables import of_arrow, of_parquet
+from ddpm.data.decoding import HEIC_SUFFIXES, SUFFIXES, looks_like_a_picture
+from ddpm.data.shards import Item, Source, in_shard, item_of, shard_counts, some, stamp_of
+from ddpm.data.tables import NoImages, of_arrow, of_parquet
 
 __all__ = ["digits", "emoji", "folder", "hub"]
 
-log = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+SPLITS = {  # a folder's or file's name -> the split that it is
+    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
+    **{"val": "validation", "valid": "validation", "validation": "validation", "dev": "validation"},
+}
 
 
 def emoji() -> Source:
@@ -89,10 +91,21 @@ def _read_digits(shard: int) -> Iterator[Item]:
         )
 
 
-def folder(path: str | None) -> Source:
+def folder(
+    path: str | None,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Source:
     """Returns the user's own pictures below `path`.
 
     They are image files (sub-folders are classes), parquet files, or a folder that datasets saved.
+
+    Args:
+        path: A file or a folder.
+        split: Of the splits that lie there, which; see `local`.
+        image_column: Of parquet files or a saved folder; None for the first of images.
+        label_column: Likewise; None for the first of labels.
 
     Raises:
         ValueError: If there is no path or nothing to read below it. It names data.path.
@@ -102,7 +115,7 @@ def folder(path: str | None) -> Source:
             "data.path is missing: this data set needs data.path=DIR, "
             "with image files (sub-folders are classes), parquet files or a saved arrow folder"
         )
-    return local(path, image_column=None, label_column=None)
+    return local(path, image_column, label_column, split)
 
 
 def hub(
@@ -193,70 +206,160 @@ def local(
             stamp=f"{split} {stamp_of(root, sorted(root.rglob('*.arrow')))}",
         )
     files = [root] if root.is_file() else _below(root)
-    parquet = [file for file in files if file.suffix == ".parquet"]
+    parquet = [file for file in files if file.suffix.lower() == ".parquet"]
+    tops = _splits(root, files, split, path)
+    chosen = [file for file in files if not tops or file.relative_to(root).parts[0] in tops]
+    pictures, others = _told_apart(root, [file for file in chosen if file not in set(parquet)])
     if parquet:
-        of_split = [
-            file
-            for file in parquet
-            if set(split.split("+"))
-            & set(re.split(r"[^A-Za-z0-9]+", file.relative_to(root).as_posix()))
-        ]
-        return of_parquet(root, of_split or parquet, image_column, label_column)
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    if not images:
+        try:
+            return _of_parquet(root, parquet, image_column, label_column, split, pictures)
+        except NoImages:
+            if not pictures:
+                raise
+            others.setdefault("without pictures in them", []).extend(_names(root, parquet))
+    if not pictures:
+        kinds = f": it has {_in_words(others)}" if others else ""
         raise ValueError(
-            f"data.path={path} has no images: expected {', '.join(sorted(IMAGE_SUFFIXES))}, "
-            f"parquet files or a saved arrow folder"
+            f"data.path={path} has no images{kinds}; expected are picture files, "
+            "parquet files or a saved arrow folder"
         )
-    if root.is_dir() and not any(file.parent == root for file in images):
-        without = sorted(
-            {
-                file.name
-                for file in root.iterdir()
-                if file.is_dir() and not file.name.startswith(".")
-            }
-            - {_top(root, file) for file in images}
-        )
-        if without:
-            log.warning(
-                "data.path=%s: no pictures in %s, so these are no classes", path, ", ".join(without)
-            )
-    return _files(root if root.is_dir() else root.parent, images)
+    return _files(root if root.is_dir() else root.parent, pictures, tops, others)
 
 
 def _below(root: Path) -> list[Path]:
-    """All files below by name, also links that lead nowhere; hidden ones are left out."""
-    files = (file for file in root.rglob("*") if not file.is_dir())
-    return sorted(
+    """All files below by name, also through linked folders; hidden ones are left out."""
+    found: list[Path] = []
+
+    def walk(folder: Path, above: frozenset[tuple[int, int]]) -> None:
+        status = folder.stat()
+        here = (status.st_dev, status.st_ino)
+        if here in above:  # a link back to where it lies
+            return
+        for entry in folder.iterdir():
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                walk(entry, above | {here})
+            else:
+                found.append(entry)
+
+    walk(root, frozenset())
+    return sorted(found)
+
+
+def _splits(root: Path, files: list[Path], split: str, path: str) -> list[str]:
+    """The folders of a split, where every folder at the top bears a split's name; else none."""
+    wanted = {SPLITS.get(name, name) for name in split.split("+")}
+    tops = sorted({file.relative_to(root).parts[0] for file in files if file.parent != root})
+    if not tops or not all(top.lower() in SPLITS for top in tops):
+        if "train" not in wanted and not any(_says_split(root, file) for file in files):
+            raise ValueError(f"data.path={path} has no split {split}: it is one set, without any")
+        return []
+    chosen = [top for top in tops if SPLITS[top.lower()] in wanted]
+    if not chosen:
+        raise ValueError(f"data.path={path} has no split {split}; it has {', '.join(tops)}")
+    return chosen
+
+
+def _says_split(root: Path, file: Path) -> bool:
+    """Whether a parquet file's name tells a split."""
+    words = re.split(r"[^A-Za-z0-9]+", file.relative_to(root).as_posix().lower())
+    return file.suffix.lower() == ".parquet" and any(word in SPLITS for word in words)
+
+
+def _told_apart(root: Path, files: list[Path]) -> tuple[list[Path], dict[str, list[str]]]:
+    """The files that are pictures, by suffix or by content; and those that are none, by kind."""
+    pictures: list[Path] = []
+    others: dict[str, list[str]] = {}
+    for file in files:
+        suffix = file.suffix.lower()
+        if suffix in SUFFIXES or suffix in HEIC_SUFFIXES or looks_like_a_picture(_start(file)):
+            pictures.append(file)
+        else:
+            kind = f"{suffix or 'without a suffix'}, no pictures"
+            others.setdefault(kind, []).extend(_names(root, [file]))
+    return pictures, others
+
+
+def _start(file: Path) -> bytes:
+    """A file's first bytes; none if it cannot be read."""
+    try:
+        with file.open("rb") as content:
+            return content.read(64)
+    except OSError:
+        return b""
+
+
+def _names(root: Path, files: Sequence[Path]) -> list[str]:
+    return [file.name if file == root else file.relative_to(root).as_posix() for file in files]
+
+
+def _in_words(others: dict[str, list[str]]) -> str:
+    return ", ".join(f"{len(names)} {kind}" for kind, names in others.items())
+
+
+def _of_parquet(
+    root: Path,
+    parquet: list[Path],
+    image_column: str | None,
+    label_column: str | None,
+    split: str,
+    pictures: list[Path],
+) -> Source:
+    """The rows of the parquet files of a split, if their names tell."""
+    wanted = set(split.split("+"))
+    told = [file for file in parquet if _says_split(root, file)]
+    chosen = [
         file
-        for file in files
-        if not any(part.startswith(".") for part in file.relative_to(root).parts)
-    )
+        for file in told
+        if wanted & set(re.split(r"[^A-Za-z0-9]+", file.relative_to(root).as_posix()))
+    ]
+    if told and not chosen and "train" not in wanted:
+        raise ValueError(
+            f"data.path={root} has no split {split}; it has {', '.join(_names(root, told))}"
+        )
+    found = of_parquet(root, chosen or parquet, image_column, label_column)
+    if not pictures:
+        return found
+    others = {"beside parquet files, which are used instead": _names(root, pictures)}
+    return replace(found, others=others)
 
 
-def _top(root: Path, file: Path) -> str:
-    return file.relative_to(root).parts[0]
-
-
-def _files(root: Path, files: Sequence[Path]) -> Source:
-    tops = [_top(root, file) if file.parent != root else None for file in files]
-    classes = sorted({top for top in tops if top is not None}) if None not in tops else []
-    labels = [classes.index(str(top)) for top in tops] if classes else None
-    names = [file.relative_to(root).as_posix() for file in files]
+def _files(
+    root: Path, files: Sequence[Path], splits: list[str], others: dict[str, list[str]]
+) -> Source:
+    """Picture files; the folders at the top, or at the top of splits, are classes."""
+    names = _names(root, files)
+    parts = [Path(name).parts[1 if splits else 0 :] for name in names]
+    tops = [part[0] if len(part) > 1 else None for part in parts]
+    classes = sorted({top for top in tops if top is not None})
+    labels = [None if top is None else classes.index(top) for top in tops]
+    notes = []
+    if splits:
+        notes.append(f"of the splits of {root}, {', '.join(splits)} is used; they are no classes")
+    stray = [name for name, top in zip(names, tops, strict=True) if top is None]
+    if classes and stray:
+        notes.append(f"{some(stray)} lie beside the folders {some(classes)}, and have no class")
+    folders = [entry for top in splits or ["."] for entry in (root / top).iterdir()]
+    empty = {entry.name for entry in folders if entry.is_dir() and entry.name[0] != "."}
+    empty -= set(classes)
+    if classes and empty:
+        notes.append(f"no pictures in {some(sorted(empty))}")
     return Source(
         shard_counts(len(names)),
         partial(_read_files, str(root), names, labels),
         classes,
         stamp_of(root, files),
+        notes,
+        others,
     )
 
 
 def _read_files(
-    root: str, names: Sequence[str], labels: Sequence[int] | None, shard: int
+    root: str, names: Sequence[str], labels: Sequence[int | None], shard: int
 ) -> Iterator[Item]:
-    of_shard = in_shard(labels, shard) if labels else [None] * SHARD_SIZE
-    for name, label in zip(in_shard(names, shard), of_shard, strict=False):
-        yield Item(name, content_of(Path(root) / name), label)
+    for name, label in zip(in_shard(names, shard), in_shard(labels, shard), strict=True):
+        yield item_of(name, Path(root) / name, label)
 
 
 def _need(module: str, wanted_by: str, package: str) -> None:

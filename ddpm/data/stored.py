@@ -7,7 +7,6 @@ for.
 import io
 import math
 import multiprocessing
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import (
     Executor,
@@ -16,18 +15,16 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     as_completed,
 )
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ddpm.data.cache import Survey, digest_of, naming_cache, reserve, save_rows
-from ddpm.data.decoding import UNREADABLE, Decoding
+from ddpm.data.cache import Seen, Survey, naming_cache, reserve, save_rows, see
+from ddpm.data.decoding import Decoding, reason_of
 from ddpm.data.shards import Item, Source
-
-# name, digest of the content (None: does not decode), label
-Found = list[tuple[str, bytes | None, int | None]]
 
 FILE, CONTENT, OFFSETS = "images.npy", "content.bin", "offsets.npy"
 
@@ -47,8 +44,8 @@ def decode_into(folder: Path, source: Source, decoding: Decoding, workers: int) 
     starts = np.cumsum([0, *source.counts])[:-1].tolist()
     survey = Survey(len(source))
     for start, found in _each_shard(source, decoding, str(raw), shape, starts, workers):
-        for offset, (name, digest, label) in enumerate(found):
-            survey.note(start + offset, name, digest, label)
+        for offset, seen in enumerate(found):
+            survey.note(start + offset, seen)
     if survey.good.any():
         with naming_cache(folder.parent):
             save_rows(folder / FILE, np.memmap(raw, np.uint8, "r", shape=shape), survey.good)
@@ -63,7 +60,7 @@ def _each_shard(
     shape: tuple[int, ...],
     starts: list[int],
     workers: int,
-) -> Iterator[tuple[int, Found]]:
+) -> Iterator[tuple[int, list[Seen]]]:
     """Yields (first index, what was found) of each shard, as they get done."""
     with tqdm(total=len(source), desc="decoding", unit="img", disable=None) as bar:
         if workers <= 1 or len(starts) == 1:
@@ -75,7 +72,7 @@ def _each_shard(
             min(workers, len(starts)), mp_context=multiprocessing.get_context("spawn")
         )
         with executor:
-            jobs: dict[Future[Found], int] = {
+            jobs: dict[Future[list[Seen]], int] = {
                 executor.submit(_decode_shard, source, decoding, raw, shape, shard, start): shard
                 for shard, start in enumerate(starts)
             }
@@ -86,16 +83,17 @@ def _each_shard(
 
 def _decode_shard(
     source: Source, decoding: Decoding, raw: str, shape: tuple[int, ...], shard: int, start: int
-) -> Found:
+) -> list[Seen]:
     images = np.memmap(raw, np.uint8, "r+", shape=shape)
-    found: Found = []
-    for offset, item in enumerate(source.read(shard)):
-        try:
-            images[start + offset] = decoding(item.content)
-        except UNREADABLE:
-            found.append((item.name, None, item.label))
-            continue
-        found.append((item.name, digest_of(item), item.label))
+
+    def decode(content: bytes | Image.Image, place: int) -> np.ndarray:
+        images[place] = decoding(content)
+        return images[place]
+
+    found = [
+        see(item, partial(decode, place=start + offset))
+        for offset, item in enumerate(source.read(shard))
+    ]
     images.flush()
     return found
 
@@ -143,18 +141,19 @@ class Packed:
         content = self._content[self._offsets[row] : self._offsets[row + 1]].tobytes()
         try:
             return self._decoding(content)
-        except UNREADABLE as error:
+        except Exception as error:
             raise ValueError(
-                f"picture {row} of the data set does not decode ({error}): "
-                f"leave it out, or use runtime.feed=file, which does"
+                f"picture {row} of {self._folder} decoded when it was packed, and does not any "
+                f"more ({reason_of(error)}): remove that folder, and it is packed anew"
             ) from error
 
 
-def pack_into(folder: Path, source: Source) -> Survey:
+def pack_into(folder: Path, source: Source, decoding: Decoding, threads: int) -> Survey:
     """Writes CONTENT and OFFSETS into a folder.
 
-    They are the encoded pictures one after the other, and where each begins. A picture whose
-    header cannot be read is left out. One that is not encoded in its source is packed as PNG.
+    They are the encoded pictures one after the other, and where each begins. Each is decoded once,
+    so that what does not decode is left out now and not met in the middle of a run. One that is
+    not encoded in its source is packed as PNG.
 
     Raises:
         ValueError: If there is no room.
@@ -165,15 +164,17 @@ def pack_into(folder: Path, source: Source) -> Survey:
     with (
         naming_cache(folder.parent),
         (folder / CONTENT).open("wb") as out,
+        ThreadPoolExecutor(threads, thread_name_prefix="packing") as pool,
         tqdm(total=len(source), desc="packing", unit="img", disable=None) as bar,
     ):
         for shard in range(len(source.counts)):
-            for item in source.read(shard):
-                content = _encoded(item)
-                survey.note(
-                    index, item.name, digest_of(item) if _opens(content) else None, item.label
-                )
-                if survey.good[index]:
+            items = list(source.read(shard))
+            for item, seen in zip(
+                items, pool.map(partial(see, decode=decoding.whole), items), strict=True
+            ):
+                survey.note(index, seen)
+                if seen.reason is None:
+                    content = _encoded(item)
                     out.write(content)
                     end += len(content)
                 ends[index] = end
@@ -189,14 +190,3 @@ def _encoded(item: Item) -> bytes:
     out = io.BytesIO()
     item.content.save(out, "PNG")
     return out.getvalue()
-
-
-def _opens(content: bytes) -> bool:
-    """Whether the header says a picture of reasonable size; decoding comes later."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            Image.open(io.BytesIO(content)).close()
-    except UNREADABLE:
-        return False
-    return True

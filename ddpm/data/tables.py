@@ -7,12 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm.data.shards import SHARD_SIZE, Item, Source, content_of, shard_counts, stamp_of
+from ddpm.data.shards import SHARD_SIZE, Item, Source, item_of, shard_counts, stamp_of
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 MOST_CLASSES = 100_000
+IMAGE_NAMES = ("image", "img", "jpg", "png", "webp")  # of columns, as data sets and tools name them
+LABEL_NAMES = ("label", "labels", "cls", "class")
+
+
+class NoImages(ValueError):
+    """A table without a column of images, where none was asked for by name."""
 
 
 def of_parquet(
@@ -21,7 +28,8 @@ def of_parquet(
     """Returns the rows of parquet files below root.
 
     Raises:
-        ValueError: For what cannot be read so, naming the file, the columns or the label.
+        NoImages: If no column of images is found.
+        ValueError: For what else cannot be read so, naming the file, the columns or the label.
     """
     groups: list[tuple[str, int]] = []
     counts: list[int] = []
@@ -37,7 +45,7 @@ def of_parquet(
         .get("info", {})
         .get("features", {})
     )
-    kinds = {
+    kinds = {field.name: "Image" for field in schema if _holds_files(field.type)} | {
         name: feature.get("_type")
         for name, feature in features.items()
         if isinstance(feature, dict)
@@ -45,6 +53,14 @@ def of_parquet(
     image_column, label_column = _columns(
         str(root), schema.names, kinds, image_column, label_column
     )
+    for file in files:
+        names = _opened(file).schema_arrow.names
+        missing = [name for name in (image_column, label_column) if name and name not in names]
+        if missing:
+            raise ValueError(
+                f"{file} has no column {missing[0]}, which {files[0].name} beside it has; "
+                f"it has {', '.join(names)}"
+            )
     classes: list[str] = []
     if label_column is not None:
         classes = features.get(label_column, {}).get("names") or _label_names(
@@ -80,11 +96,8 @@ def _read_parquet(
     for row, values in enumerate(table.to_pylist()):
         label = values[label_column] if label_column else None
         name = f"{Path(file).name} group {group} row {row}"
-        yield Item(
-            name,
-            _bytes_of(name, values[image_column], Path(file).parent, [root]),
-            _label(name, label, classes),
-        )
+        number = _label(name, label, classes)
+        yield _item(name, values[image_column], number, Path(file).parent, [root])
 
 
 def _opened(file: Path) -> Any:
@@ -152,11 +165,8 @@ def _read_arrow(
     for row in range(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, len(data))):
         values = data[row]
         label = values[label_column] if label_column else None
-        yield Item(
-            f"row {row}",
-            _bytes_of(f"row {row}", values[image_column], Path(folders[0]), folders),
-            _label(f"row {row}", label, classes),
-        )
+        number = _label(f"row {row}", label, classes)
+        yield _item(f"row {row}", values[image_column], number, Path(folders[0]), folders)
 
 
 def _columns(
@@ -164,13 +174,18 @@ def _columns(
 ) -> tuple[str, str | None]:
     """The columns of images and labels: as asked, else the first that kind or name gives away."""
     if image is None:
-        image = next((name for name in names if kinds.get(name) == "Image"), None) or next(
-            (name for name in ("image", "img") if name in names), "image"
+        image = next((name for name in IMAGE_NAMES if kinds.get(name) == "Image"), None) or next(
+            (name for name in names if kinds.get(name) == "Image"), None
         )
+        if image is None:
+            raise NoImages(
+                f"{where} has no column of images; it has {', '.join(names)}: "
+                f"give data.source.image_column=NAME"
+            )
         label = (
             label
             or next((name for name in names if kinds.get(name) == "ClassLabel"), None)
-            or ("label" if "label" in names else None)
+            or next((name for name in LABEL_NAMES if name in names), None)
         )
     for column in (image, label):
         if column is not None and column not in names:
@@ -179,6 +194,15 @@ def _columns(
                 f"(data.source.image_column, data.source.label_column)"
             )
     return image, label
+
+
+def _holds_files(kind: "pa.DataType") -> bool:
+    """Whether a column can hold encoded pictures: bytes, or datasets' {bytes, path}."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return any(kind.field(place).name in ("bytes", "path") for place in range(kind.num_fields))
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _label_names(tables: Any) -> list[str]:
@@ -212,15 +236,15 @@ def _label(name: str, value: Any, classes: list[str]) -> int | None:
     return int(number)
 
 
-def _bytes_of(name: str, value: Any, beside: Path, folders: Sequence[str]) -> bytes:
-    """The encoded image of a column's value: bytes, or datasets' {bytes, path}.
+def _item(name: str, value: Any, label: int | None, beside: Path, folders: Sequence[str]) -> Item:
+    """A row as an item: bytes, or datasets' {bytes, path}.
 
     Raises ValueError for a path that leads out of `folders`.
     """
     if isinstance(value, bytes):
-        return value
+        return Item(name, value, label)
     if isinstance(value, dict) and value.get("bytes") is not None:
-        return value["bytes"]
+        return Item(name, value["bytes"], label)
     if isinstance(value, dict) and value.get("path"):
         path = Path(os.path.normpath(beside.absolute() / value["path"]))
         if not any(
@@ -230,5 +254,6 @@ def _bytes_of(name: str, value: Any, beside: Path, folders: Sequence[str]) -> by
                 f"{name} names the file {value['path']}, "
                 f"which lies outside of the data set, so it is left unread"
             )
-        return content_of(path)
-    return b""  # nothing there: counted as unreadable when it is decoded
+        return item_of(name, path, label)
+    empty = value is None or isinstance(value, dict)
+    return Item(name, b"", label, "no image" if empty else f"no image but {type(value).__name__}")

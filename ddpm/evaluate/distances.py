@@ -1,6 +1,6 @@
 """Drawn images against the data: distances on features, nearest pictures, colours."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,64 +41,69 @@ def reference_features(images: np.ndarray, extractor: Extractor, cache: Path) ->
     return found
 
 
-def distances(
-    wanted: Sequence[str],
+def distance(
+    metric: str,
     drawn: Features,
     reference: Features,
     extractor: Extractor,
     protocol: dict[str, Any],
     seed: int,
-) -> Iterator[Measurement]:
-    """Measures the distances between drawn images and the data, each with its floor.
+) -> list[Measurement]:
+    """Measures a distance between drawn images and the data, with its floor.
+
+    The floor is None where the data has too few pictures for two halves.
 
     Args:
-        wanted: Of fd, kd, inception_score, precision_recall; others are passed over.
+        metric: fd, kd, inception_score or precision_recall.
         drawn: Features of the drawn images.
         reference: Features of the data.
         extractor: What both come from; it names the distances.
         protocol: That of the measurements.
         seed: Of the random halves and subsets.
 
-    Yields:
-        The measurements, in that order.
-
     Raises:
+        TooFew: If there are too few images.
         ValueError: If inception_score is wanted and the extractor gives no probabilities.
     """
     half, other = _halves(reference.features, len(drawn.features), seed)
-    if "fd" in wanted:
-        value = metrics.frechet_distance(
-            metrics.moments(drawn.features), metrics.moments(reference.features)
-        )
-        floor = metrics.frechet_distance(metrics.moments(half), metrics.moments(other))
-        yield Measurement(extractor.distance_name, value, protocol, floor=floor)
-    if "kd" in wanted:
+    if metric == "fd":
+        value = _frechet(drawn.features, reference.features)
+        floor = _floor(_frechet, half, other)
+        return [Measurement(extractor.distance_name, value, protocol, floor=floor)]
+    if metric == "kd":
         value, deviation = metrics.kernel_distance(drawn.features, reference.features, seed)
-        yield Measurement(
-            extractor.kernel_name,
-            value,
-            protocol,
-            deviation,
-            metrics.kernel_distance(half, other, seed)[0],
-        )
-    if "inception_score" in wanted:
+        floors = _floor(metrics.kernel_distance, half, other, seed)
+        floor = floors and floors[0]
+        return [Measurement(extractor.kernel_name, value, protocol, deviation, floor)]
+    if metric == "inception_score":
         if drawn.probabilities is None:
             raise ValueError(
                 "inception_score needs class probabilities, and "
                 f"evaluation.extractor={extractor.name} gives none"
             )
         value, deviation = metrics.inception_score(drawn.probabilities)
-        yield Measurement(
-            "inception_score" if extractor.name == "inception" else f"class_score_{extractor.name}",
-            value,
-            protocol,
-            deviation,
+        name = (
+            "inception_score" if extractor.name == "inception" else f"class_score_{extractor.name}"
         )
-    if "precision_recall" in wanted:
-        precision, recall = metrics.precision_recall(reference.features, drawn.features)
-        floors = metrics.precision_recall(half, other)
-        yield Measurement("precision", precision, protocol, floor=floors[0])
-        yield Measurement("recall", recall, protocol, floor=floors[1])
+        return [Measurement(name, value, protocol, deviation)]
+    values = metrics.precision_recall(reference.features, drawn.features)
+    floors = _floor(metrics.precision_recall, half, other) or (None, None)
+    return [
+        Measurement(name, value, protocol, floor=floor)
+        for name, value, floor in zip(("precision", "recall"), values, floors, strict=True)
+    ]
+
+
+def _frechet(some: Tensor, others: Tensor) -> float:
+    return metrics.frechet_distance(metrics.moments(some), metrics.moments(others))
+
+
+def _floor(measure: Callable[..., Any], half: Tensor, other: Tensor, *rest: Any) -> Any:
+    """The measure between two halves of the data, None where they are too small for it."""
+    try:
+        return measure(half, other, *rest)
+    except metrics.TooFew:
+        return None
 
 
 def nearest_pairs(

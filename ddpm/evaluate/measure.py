@@ -1,6 +1,7 @@
 """Measuring a run's network by a protocol: from drawn images, and from the data's own pictures."""
 
 import functools
+import hashlib
 import operator
 import shutil
 import sys
@@ -21,7 +22,7 @@ from ddpm.config.validation import Node
 from ddpm.data.batches import to_floats
 from ddpm.data.image_set import ImageSet
 from ddpm.diffusion.process import Model
-from ddpm.evaluate import bound, distances, features
+from ddpm.evaluate import bound, distances, features, metrics
 from ddpm.evaluate.features import Extractor, Features
 from ddpm.runs.results import Measurement
 from ddpm.sample.drawing import Drawing
@@ -32,7 +33,8 @@ from ddpm.system.devices import halve_to_fit
 from ddpm.system.files import short_hash
 from ddpm.system.processes import gather, share
 
-OF_FEATURES = ("fd", "kd", "inception_score", "precision_recall", "nearest")
+OF_DISTANCES = ("fd", "kd", "inception_score", "precision_recall")
+OF_FEATURES = (*OF_DISTANCES, "nearest")
 OF_SAMPLES = (*OF_FEATURES, "colour")  # metrics that need drawn images
 
 
@@ -143,7 +145,10 @@ class _Splits:
         """Of a part's pictures, kept by content, size of the pictures and extractor."""
         images, data = self.of(split), self.config.data
         about = [data.holdout, data.resolution, data.channels, data.crop, data.background]
-        digest = short_hash([images.fingerprint, split, extractor.version, *about])
+        chosen = hashlib.sha256(images.digests.tobytes()).hexdigest()
+        digest = short_hash(
+            [images.fingerprint, chosen, split, extractor.version, data.white, *about]
+        )
         cache = Path(data.cache) / "features" / f"{extractor.name}-{digest}.npz"
         return distances.reference_features(images.images, extractor, cache)
 
@@ -184,7 +189,7 @@ def _of_samples(
     if not processes.is_main_process:
         return found
     if extractor is not None and drawn is not None:
-        found += _of_features(job, extractor, drawn, folder, protocol)
+        found += _of_features(job, extractor, drawn, folder, protocol, missing)
     if "colour" in settings.metrics:
         samples = read_samples(folder, settings.num_samples)
         data = job.splits.of(settings.split).images
@@ -198,18 +203,32 @@ def _of_samples(
 
 
 def _of_features(
-    job: _Job, extractor: Extractor, drawn: Features, folder: Path, protocol: dict[str, Any]
+    job: _Job,
+    extractor: Extractor,
+    drawn: Features,
+    folder: Path,
+    protocol: dict[str, Any],
+    missing: list[str],
 ) -> list[Measurement]:
     """What is measured on features; for nearest pictures also their sheet."""
     settings = job.settings
     protocol = {**protocol, "extractor": extractor.name}
     reference = job.splits.features(settings.split, extractor)
-    found = list(
-        distances.distances(settings.metrics, drawn, reference, extractor, protocol, settings.seed)
-    )
+    found: list[Measurement] = []
+    for metric in [name for name in OF_DISTANCES if name in settings.metrics]:
+        try:
+            found += distances.distance(
+                metric, drawn, reference, extractor, protocol, settings.seed
+            )
+        except metrics.TooFew as error:
+            missing.append(str(error))
     if "nearest" in settings.metrics:
         training = job.splits.features("train", extractor)
-        ratio, pairs = distances.nearest_pairs(drawn, training, {**protocol, "split": "train"})
+        try:
+            ratio, pairs = distances.nearest_pairs(drawn, training, {**protocol, "split": "train"})
+        except metrics.TooFew as error:
+            missing.append(str(error))
+            return found
         found.append(ratio)
         samples = read_samples(folder, settings.num_samples)
         sheet = distances.pairs_sheet(pairs, samples, job.splits.of("train").images)

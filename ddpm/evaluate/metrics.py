@@ -20,6 +20,10 @@ NUMBERS_AT_ONCE = 2**24  # of a chunk of rows, and of a chunk of distances: 128 
 SAME = 1e-12
 
 
+class TooFew(ValueError):
+    """Fewer images than a measure needs."""
+
+
 class Moments(NamedTuple):
     """Mean and covariance of rows of features, float64.
 
@@ -225,7 +229,7 @@ def _rows(features: Rows, least: int, wanted_by: str) -> Tensor:
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise ValueError(f"{wanted_by} needs features of shape (N, D), got {tuple(rows.shape)}")
     if len(rows) < least:
-        raise ValueError(
+        raise TooFew(
             f"{wanted_by} needs at least {least} image{'s' if least > 1 else ''}, got {len(rows)}"
         )
     if not bool(rows.isfinite().all()):

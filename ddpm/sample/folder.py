@@ -17,7 +17,7 @@ from ddpm.system.processes import share
 
 
 def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
-    """Makes the folder that of this protocol, what decides its images.
+    """Makes the folder that of this protocol, what decides its images; of two at once, of one.
 
     Raises:
         ValueError: If it is that of another; it names the first difference.
@@ -25,9 +25,10 @@ def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     about = folder / "protocol.json"
     wanted = json.loads(json.dumps(protocol))
-    if not about.is_file():
-        files.write_text(about, json.dumps(wanted, indent=2) + "\n")
-        return
+    with files.lock(folder / ".lock"):
+        if not about.is_file():
+            files.write_text(about, json.dumps(wanted, indent=2) + "\n")
+            return
     found = json.loads(about.read_text(encoding="utf-8"))
     for key in {**found, **wanted}:
         if found.get(key) != wanted.get(key):

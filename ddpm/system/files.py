@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,15 @@ def remove(path: Path) -> None:
         shutil.rmtree(hidden)
     else:
         path.unlink(missing_ok=True)
+
+
+def size_of(folder: Path) -> int:
+    """Returns the bytes of all files below a folder; what vanishes meanwhile counts nothing."""
+    size = 0
+    for file in folder.rglob("*"):
+        with suppress(OSError):
+            size += file.lstat().st_size
+    return size
 
 
 @contextmanager

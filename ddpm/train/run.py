@@ -58,6 +58,8 @@ def run(composed: Composed) -> RunFolder:
         batches = start.batches_of(data, config, accelerator.device)
         steps_per_epoch = batches.steps_per_epoch
         num_steps = config.training.steps or (config.training.epochs or 0) * steps_per_epoch
+        notes = [*data.notes, *start.notes_on(data, config)]
+        notes += start.jump_of_rate(config, folder, num_steps) if changes else []
         stop = Interruption(any_process(accelerator.num_processes))
         if not leads:
             with stop.listening():
@@ -80,9 +82,15 @@ def run(composed: Composed) -> RunFolder:
                     "held_out": len(data) - batches.num_images,
                     "classes": data.classes,
                     "unreadable": data.unreadable,
+                    "notes": notes,
+                    "cache": str(data.folder),
                 },
             )
+            for note in notes:
+                log.warning(note)
             log.info("%d pictures, %s (runtime.feed)", len(data), start.how_fed(data, batches))
+            cache = data.folder.parent
+            log.info("the cache %s takes %.1f MB", cache, files.size_of(cache) / 1e6)
             with _conclusion(folder, config, batches, num_steps):
                 take_steps(config, folder, accelerator, batches, num_steps, data.classes, stop)
         _say_complete(folder, num_steps)

@@ -1,6 +1,7 @@
 """Starting a run: which one a command line means, its data, and the state that it goes on from."""
 
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -131,7 +132,7 @@ def check_data(data: ImageSet, config: Config, run: RunFolder) -> None:
     if config.training.conditional and data.labels is not None and (data.labels < 0).any():
         raise ValueError(
             "training.conditional=true needs a class for each picture, and "
-            f"{(data.labels < 0).sum()} of {len(data)} have none"
+            f"{(data.labels < 0).sum()} of {len(data)} have none ({'; '.join(data.notes)})"
         )
     before = run.record().get("data", {}).get("fingerprint")
     if before is not None and before != data.fingerprint:
@@ -159,6 +160,46 @@ def batches_of(data: ImageSet, config: Config, device: torch.device) -> Batches:
         rows=trained_on.rows,
         on_device=on_device,
     )
+
+
+def notes_on(data: ImageSet, config: Config) -> list[str]:
+    """What a user should know of the data and this run, a line each."""
+    notes = []
+    if config.data.flip and config.data.name == "folder":
+        notes.append("half of the pictures are mirrored in training; data.flip=false does without")
+    if config.data.holdout > 0 and data.labels is not None:
+        trained_on, held_out = data.split(config.data.holdout)
+        seen, kept = (
+            {int(label) for label in part.labels if label >= 0}
+            for part in (trained_on, held_out)
+            if part.labels is not None
+        )
+        for number in sorted(kept - seen):
+            notes.append(
+                f"class {data.classes[number]} is held out whole: training never sees it "
+                f"(data.holdout={config.data.holdout})"
+            )
+    return notes
+
+
+def jump_of_rate(config: Config, run: RunFolder, num_steps: int) -> list[str]:
+    """In a line, where the learning rate goes when other settings are carried on with.
+
+    It is for a run that still has the settings of before.
+    """
+    record = run.record()
+    step = record.get("step", 0)
+    if not step:
+        return []
+    before = run.config(config.runtime.trusted_modules)
+    old, new = (
+        build.lr_schedule(settings)(step, total, float(settings.optimizer["lr"]))
+        for settings, total in ((before, record["num_steps"]), (config, num_steps))
+    )
+    if math.isclose(old, new):
+        return []
+    last = build.lr_schedule(before)(step - 1, record["num_steps"], float(before.optimizer["lr"]))
+    return [f"the learning rate jumps from {last:.3g} to {new:.3g} after step {step}"]
 
 
 def how_fed(data: ImageSet, batches: Batches) -> str:

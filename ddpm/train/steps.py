@@ -194,8 +194,10 @@ def _evaluate(trained: Trained, device: torch.device) -> list[results.Measuremen
     found, missing = measure(
         trained, config.sampler, settings, processes, device, keep_samples=False
     )
-    if missing:
+    if missing and not found:
         raise ValueError("; ".join(missing))
+    for reason in missing:
+        log.warning("not measured: %s", reason)
     return found
 
 
