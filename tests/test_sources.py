@@ -1,5 +1,6 @@
 import io
 import json
+import os
 
 import datasets
 import numpy as np
@@ -118,6 +119,23 @@ def test_linked_folders_are_followed_and_loops_are_not(tmp_path):
     source = sources.folder(str(tmp_path / "set"))
     assert source.classes == ["linked"]
     assert read(source) == [(9, 0)]
+
+
+def test_a_pipe_among_the_pictures_is_not_waited_for(tmp_path):
+    (tmp_path / "1.png").write_bytes(encoded(3))
+    os.mkfifo(tmp_path / "2.png")
+    assert read(sources.folder(str(tmp_path))) == [(3, None)]
+
+
+def test_parquet_files_of_another_split_are_never_taken_instead(tmp_path):
+    write_parquet(tmp_path / "val-0.parquet", {"image": [encoded(1)]})
+    assert read(sources.folder(str(tmp_path), "validation")) == [(1, None)]
+    for split in ("train", "test"):
+        with pytest.raises(ValueError, match=rf"no split {split}; it has val-0\.parquet"):
+            sources.folder(str(tmp_path), split)
+    write_parquet(tmp_path / "more.parquet", {"image": [encoded(2)]})
+    assert read(sources.folder(str(tmp_path))) == [(2, None)]
+    assert read(sources.folder(str(tmp_path / "val-0.parquet"))) == [(1, None)]
 
 
 def test_columns_of_other_names_are_found_and_files_without_them_are_named(tmp_path):

@@ -235,12 +235,16 @@ def _below(root: Path) -> list[Path]:
         here = (status.st_dev, status.st_ino)
         if here in above:  # a link back to where it lies
             return
-        for entry in folder.iterdir():
+        try:
+            entries = list(folder.iterdir())
+        except PermissionError:
+            raise ValueError(f"data.path: {folder} cannot be read (permission denied)") from None
+        for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
                 walk(entry, above | {here})
-            else:
+            elif entry.is_file() or entry.is_symlink():  # no pipe, which would never end
                 found.append(entry)
 
     walk(root, frozenset())
@@ -250,9 +254,10 @@ def _below(root: Path) -> list[Path]:
 def _splits(root: Path, files: list[Path], split: str, path: str) -> list[str]:
     """The folders of a split, where every folder at the top bears a split's name; else none."""
     wanted = {SPLITS.get(name, name) for name in split.split("+")}
-    tops = sorted({file.relative_to(root).parts[0] for file in files if file.parent != root})
+    below = [file for file in files if root not in (file, file.parent)]
+    tops = sorted({file.relative_to(root).parts[0] for file in below})
     if not tops or not all(top.lower() in SPLITS for top in tops):
-        if "train" not in wanted and not any(_says_split(root, file) for file in files):
+        if "train" not in wanted and not any(_splits_of_name(root, file) for file in files):
             raise ValueError(f"data.path={path} has no split {split}: it is one set, without any")
         return []
     chosen = [top for top in tops if SPLITS[top.lower()] in wanted]
@@ -261,10 +266,10 @@ def _splits(root: Path, files: list[Path], split: str, path: str) -> list[str]:
     return chosen
 
 
-def _says_split(root: Path, file: Path) -> bool:
-    """Whether a parquet file's name tells a split."""
+def _splits_of_name(root: Path, file: Path) -> set[str]:
+    """The splits that the name of a parquet file below root tells."""
     words = re.split(r"[^A-Za-z0-9]+", file.relative_to(root).as_posix().lower())
-    return file.suffix.lower() == ".parquet" and any(word in SPLITS for word in words)
+    return {SPLITS[word] for word in words if word in SPLITS and file.suffix.lower() == ".parquet"}
 
 
 def _told_apart(root: Path, files: list[Path]) -> tuple[list[Path], dict[str, list[str]]]:
@@ -307,18 +312,15 @@ def _of_parquet(
     pictures: list[Path],
 ) -> Source:
     """The rows of the parquet files of a split, if their names tell."""
-    wanted = set(split.split("+"))
-    told = [file for file in parquet if _says_split(root, file)]
-    chosen = [
-        file
-        for file in told
-        if wanted & set(re.split(r"[^A-Za-z0-9]+", file.relative_to(root).as_posix()))
-    ]
-    if told and not chosen and "train" not in wanted:
+    wanted = {SPLITS.get(name, name) for name in split.split("+")}
+    chosen = [file for file in parquet if wanted & _splits_of_name(root, file)]
+    if not chosen and "train" in wanted:
+        chosen = [file for file in parquet if not _splits_of_name(root, file)]
+    if not chosen:
         raise ValueError(
-            f"data.path={root} has no split {split}; it has {', '.join(_names(root, told))}"
+            f"data.path={root} has no split {split}; it has {', '.join(_names(root, parquet))}"
         )
-    found = of_parquet(root, chosen or parquet, image_column, label_column)
+    found = of_parquet(root, chosen, image_column, label_column)
     if not pictures:
         return found
     others = {"beside parquet files, which are used instead": _names(root, pictures)}
