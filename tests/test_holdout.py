@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import ddpm
 from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
 from ddpm.data import sources
@@ -47,6 +48,22 @@ def decode(folder, size=(10, 12)):
 
 def contents(images) -> set[bytes]:
     return {image.tobytes() for image in images}
+
+
+def test_other_pictures_in_a_folder_of_the_same_name_are_another_run(tiny, tmp_path, pictures):
+    """Also where the run is complete, and whether the pictures were exchanged or lie elsewhere."""
+    one = pictures("one/images", [f"{number}.png" for number in range(8)])
+    other = pictures("other/images", [f"{number}.png" for number in range(9)])
+    settings = [*tiny, "data=folder", "training.steps=1", f"outputs={tmp_path / 'outputs'}"]
+    folder = ddpm.run([*settings, f"data.path={one}"]).path
+    assert ddpm.run([*settings, f"data.path={one}"]).path == folder
+    with pytest.raises(ValueError, match="the data has changed since"):
+        ddpm.run([*settings, f"data.path={other}"])
+    one.rename(tmp_path / "moved")
+    assert ddpm.run([*settings, f"data.path={one}"]).path == folder
+    other.rename(one)
+    with pytest.raises(ValueError, match="the data has changed since"):
+        ddpm.run([*settings, f"data.path={one}"])
 
 
 @pytest.mark.parametrize("holdout", [0.05, 0.2, 0.7])

@@ -44,6 +44,7 @@ def run(composed: Composed) -> RunFolder:
     start.check_history(config, folder, resumes=composed.cfg.resume is not None)
     record = folder.record()
     if record.get("status") == "complete" and not changes:
+        start.check_own_pictures(config, folder)
         _say_complete(folder, record["step"])
         return folder
     start.check_initial_weights(config, folder)

@@ -142,6 +142,23 @@ def check_data(data: ImageSet, config: Config, run: RunFolder) -> None:
         )
 
 
+def check_own_pictures(config: Config, run: RunFolder) -> None:
+    """Refuses to take a complete run for that of other pictures in a folder of the same name.
+
+    Pictures that are gone are no reason to refuse.
+
+    Raises:
+        ValueError: If the pictures at data.path are others.
+    """
+    path = config.data.path
+    if path is None or not Path(path).expanduser().exists():
+        return
+    source = build.source(config)
+    if run.record().get("data", {}).get("cache") not in build.cache_folders(config, source):
+        data = build.images(config, source, config.runtime.workers or _cores())
+        check_data(data, config, run)
+
+
 def batches_of(data: ImageSet, config: Config, device: torch.device) -> Batches:
     """The training batches of what is not held out."""
     training = config.training
