@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -48,6 +49,23 @@ def decode(folder, size=(10, 12)):
 
 def contents(images) -> set[bytes]:
     return {image.tobytes() for image in images}
+
+
+def test_a_class_that_is_held_out_whole_is_named(tiny, tmp_path, pictures):
+    folder = pictures("set", [f"common/{number}.png" for number in range(30)])
+    digests = {
+        sha256((folder / "common" / f"{number}.png").read_bytes()).digest()[0] / 256: number
+        for number in range(30)
+    }
+    rare = folder / "common" / f"{digests[min(digests)]}.png"
+    (folder / "rare").mkdir()
+    rare.rename(folder / "rare" / "1.png")
+    share = math.nextafter(min(digests) + 1 / 256, 1)
+    settings = [*tiny, "data=folder", f"data.path={folder}", "training.steps=1"]
+    run = ddpm.run([*settings, f"data.holdout={share}", f"outputs={tmp_path / 'outputs'}"])
+    assert [note for note in run.record()["data"]["notes"] if "held out whole" in note] == [
+        f"class rare is held out whole: training never sees it (data.holdout={share})"
+    ]
 
 
 def test_other_pictures_in_a_folder_of_the_same_name_are_another_run(tiny, tmp_path, pictures):

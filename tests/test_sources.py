@@ -80,7 +80,7 @@ def test_image_files_beside_class_folders_have_no_class_and_are_named(tmp_path):
         (tmp_path / name).write_bytes(encoded(1))
     source = sources.folder(str(tmp_path))
     assert source.classes == ["sub"]
-    assert source.notes == ["1.png lie beside the folders sub, and have no class"]
+    assert source.notes == ["beside the folders sub and without a class: 1.png"]
     assert read(source) == [(1, None), (1, 0)]
 
 

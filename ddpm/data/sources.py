@@ -341,7 +341,7 @@ def _files(
         notes.append(f"of the splits of {root}, {', '.join(splits)} is used; they are no classes")
     stray = [name for name, top in zip(names, tops, strict=True) if top is None]
     if classes and stray:
-        notes.append(f"{some(stray)} lie beside the folders {some(classes)}, and have no class")
+        notes.append(f"beside the folders {some(classes)} and without a class: {some(stray)}")
     folders = [entry for top in splits or ["."] for entry in (root / top).iterdir()]
     empty = {entry.name for entry in folders if entry.is_dir() and entry.name[0] != "."}
     empty -= set(classes)

@@ -179,7 +179,7 @@ def _columns(
         )
         if image is None:
             raise NoImages(
-                f"{where} has no column of images; it has {', '.join(names)}: "
+                f"{where} has no column of encoded images; it has {', '.join(names)}: "
                 f"give data.source.image_column=NAME"
             )
         label = (
