@@ -202,6 +202,26 @@ def test_white_is_as_declared_or_as_told_and_never_the_pictures_own(white, kind)
         check(saved(values, "TIFF", tiffinfo={MAX_SAMPLE: int(white)}), 200, 29, lost=1)
 
 
+def tiff(bits, sample_format, rows):
+    """A grey TIFF of bit depths and signs that Pillow does not write."""
+    body = b"".join(rows)
+    values = {256: SIZE, 257: SIZE, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: SIZE}
+    values |= {279: len(body), 339: sample_format}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())
+    directory = struct.pack("<H", len(values)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + directory
+
+
+def test_twelve_bits_of_a_tiff_declare_their_white_and_signed_numbers_none():
+    def packed(value):  # two numbers in three bytes
+        return bytes([value >> 4, (value & 15) << 4 | value >> 8, value & 255]) * (SIZE // 2)
+
+    grey, dark = 200 * 4095 // 255, 29 * 4095 // 255
+    check(tiff(12, 1, [packed(grey)] * HALF + [packed(dark)] * HALF), 200, 29, lost=1)
+    signed = [struct.pack("<h", 9000) * SIZE] * SIZE
+    assert "give data.white" in of("x", tiff(16, 2, signed)).reason
+
+
 def test_a_grey_map_declares_its_white():
     values = np.full((SIZE, SIZE), 29 * 4095 // 255, dtype=">u2")
     values[:HALF] = 200 * 4095 // 255

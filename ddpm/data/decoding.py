@@ -205,6 +205,6 @@ def _declared_white(image: Image.Image) -> float | None:
             with contextlib.suppress(Exception):
                 value = image.tag_v2[tag]
                 return float(value[0] if isinstance(value, tuple) else value)
-        bits = image.tag_v2.get(BITS, (0,))
-        return 65535 if tuple(bits) == (16,) and image.mode != "F" else None
+        bits = image.tag_v2.get(BITS, (0,))  # 12 or 16 where the mode is so; signed ones have "I"
+        return 2 ** bits[0] - 1 if image.mode.startswith("I;16") and len(bits) == 1 else None
     return 65535 if image.mode.startswith("I") and image.format in DEEP_GREY else None
