@@ -8,7 +8,7 @@ from ddpm.config import build
 from ddpm.config.compose import CONF, compose
 from ddpm.config.schema import training_config
 from ddpm.data.batches import Batches
-from ddpm.runs.identity import locate
+from ddpm.runs.finding import locate
 
 OPTIONS = [
     f"{group}={file.stem}"

@@ -16,7 +16,7 @@ from ddpm.data import sources
 from ddpm.data.batches import Batches
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import image_set
-from ddpm.runs.identity import locate
+from ddpm.runs.finding import locate
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from ddpm.config import build
 from ddpm.config.compose import CONF, compose
 from ddpm.config.schema import training_config
-from ddpm.runs.identity import locate
+from ddpm.runs.finding import locate
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,7 +13,8 @@ from ddpm.config import build
 from ddpm.config.compose import EXPERIMENTS, compose
 from ddpm.config.schema import Config, training_config
 from ddpm.runs import results
-from ddpm.runs.identity import identity, locate
+from ddpm.runs.finding import locate
+from ddpm.runs.identity import identity
 from ddpm.runs.results import Measurement
 
 NAMES = sorted(file.stem for file in EXPERIMENTS.glob("*.yaml"))

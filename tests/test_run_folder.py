@@ -9,7 +9,8 @@ from filelock import FileLock
 from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
 from ddpm.runs.folder import RunFolder
-from ddpm.runs.identity import identity, locate
+from ddpm.runs.finding import locate
+from ddpm.runs.identity import identity
 
 
 def folder(*overrides: str) -> RunFolder:

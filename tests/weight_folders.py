@@ -13,7 +13,7 @@ from ddpm.export.run import run as export
 from ddpm.models.unet import UNet
 from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
-from ddpm.runs.identity import locate
+from ddpm.runs.finding import locate
 
 CPU = torch.device("cpu")
 SMALL = [

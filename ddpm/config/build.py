@@ -19,12 +19,13 @@ from ddpm.config.schema import Config, Data
 from ddpm.data.batches import to_floats
 from ddpm.data.decoding import Decoding, reason_of
 from ddpm.data.image_set import ImageSet, decodes_later, folder_of, image_set
+from ddpm.data.listing import listed
 from ddpm.data.shards import Source
 from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.diffusion.samplers import Sampler
 from ddpm.diffusion.timesteps import LossSecondMoment, Uniform
 from ddpm.system import randomness
-from ddpm.system.devices import to_device
+from ddpm.system.devices import cores, to_device
 
 # (step, num_steps, lr) -> learning rate of that update
 LrSchedule = Callable[[int, int, float], float]
@@ -121,9 +122,14 @@ def timestep_sampler(
 
 
 def source(config: Config) -> Source:
-    """Finds the pictures, without reading them."""
+    """Finds the pictures, and what those on this machine are by content.
+
+    Raises:
+        ValueError: If there are none, naming the key.
+    """
     with _naming("data"):
-        return instantiate(config.data.source, _convert_="all")
+        found: Source = instantiate(config.data.source, _convert_="all")
+        return listed(found, Path(config.data.cache), config.runtime.workers or cores())
 
 
 def images(config: Config, found: Source, workers: int) -> ImageSet:

@@ -57,17 +57,38 @@ def compose(
     """
     register_experiments()
     refuse_paths(overrides)
+    own = [f"hydra.searchpath=['file://{config_dir}']"] if config_dir else []
     running = GlobalHydra.instance().hydra  # set when called from within a command
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            own = [f"hydra.searchpath=['file://{config_dir}']"] if config_dir else []
             cfg = hydra.compose(
                 config_name, overrides=[*map(at_home, overrides), *own], return_hydra_config=True
             )
     finally:
         GlobalHydra.instance().hydra = running
     return from_hydra(cfg, cfg.hydra)
+
+
+@functools.cache
+def shipped_option(group: str, name: str) -> dict[str, Any]:
+    """Returns what an option of conf/ sets of its own group; interpolations stay as they are.
+
+    It is read here, since Hydra takes a second to compose a dozen options one by one.
+    """
+    node = cast(DictConfig, OmegaConf.load(CONF / group / f"{name}.yaml"))
+    plain = cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
+    bases = [entry for entry in plain.pop("defaults", []) if isinstance(entry, str)]
+    found: dict[str, Any] = {}
+    for base in bases:
+        beside = Path(name).parent / base.partition("@")[0]
+        found |= shipped_option(group, beside.as_posix())
+    return found | plain.get(group, plain)
+
+
+def shipped_options(group: str) -> list[str]:
+    """Returns the names of a group's options in conf/."""
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
 @functools.cache

@@ -150,11 +150,14 @@ class Config(Section):
     Attributes:
         init_weights: Digest of what lies at init_from, found when the run is
             (folders.with_initial_weights).
+        pictures: Fingerprint of what lies at data.path for data=folder, found when the run is
+            (pictures.with_pictures).
     """
 
     resume: Text | None = None
     init_from: Text | None
     init_weights: str | None = None
+    pictures: str | None = None
     model: Node
     data: Data
     schedule: Node
@@ -170,6 +173,10 @@ class Config(Section):
     recipe: Recipe | None
 
 
+# of a run's config.yaml, not typed
+FOLLOWING = {"init_weights": "init_from", "pictures": "data.path"}
+
+
 def training_config(composed: Composed) -> Config:
     """Returns the configuration of a run, checked.
 
@@ -177,9 +184,10 @@ def training_config(composed: Composed) -> Config:
         ValueError: For what is wrong; it names the key, the value and what is allowed.
     """
     plain = plain_config(composed)
-    if "init_weights" in plain:
-        raise ValueError("init_weights: no such key; it follows from init_from")
-    return config_of({**plain, "init_weights": None}, composed.overrides)
+    for key, source in FOLLOWING.items():
+        if key in plain:
+            raise ValueError(f"{key}: no such key; it follows from {source}")
+    return config_of({**plain, **dict.fromkeys(FOLLOWING)}, composed.overrides)
 
 
 def settings_and_config(schema: type[S], composed: Composed) -> tuple[S, Config]:
@@ -216,6 +224,12 @@ def config_of(plain: dict[str, Any], overrides: list[str]) -> Config:
         raise ValueError("optimizer.lr is missing: the learning rate schedule starts from it")
     if lr <= 0:
         raise ValueError(f"optimizer.lr={lr} must be more than 0")
+    for key in ("out_channels", "num_classes"):
+        if key in config.model:
+            raise ValueError(
+                f"model.{key}: no such key; it follows from the data, the objective and "
+                "training.conditional"
+            )
     _check_shapes(config)
     _check_splits(config)
     if config.data.path is not None and "path" not in config.data.source:

@@ -109,6 +109,16 @@ def public_names() -> tuple[str, ...]:
     )
 
 
+def own_arguments(target: str) -> dict[str, Any]:
+    """Returns the arguments of something public of ours: name -> default, `...` for none."""
+    module, _, name = target.rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    return {
+        key: ... if parameter.default is inspect.Parameter.empty else parameter.default
+        for key, parameter in parameters.items()
+    }
+
+
 def _instead(target: Any, prefixes: tuple[str, ...]) -> str:
     """The part of a message that says what may stand there: a new name, the nearest, the rule."""
     last = str(target).rpartition(".")[2]

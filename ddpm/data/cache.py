@@ -138,10 +138,21 @@ class Survey:
 
         It does not depend on what decodes, and so not on Pillow's version.
         """
-        whole = hashlib.sha256(json.dumps(classes).encode())
-        labels = self.labels.astype("<i8")[:, None].view(np.uint8)
-        whole.update(np.concatenate([self.digests, labels], axis=1).tobytes())
-        return whole.hexdigest()[:16]
+        return fingerprint_of(classes, self.digests, self.labels)
+
+
+def fingerprint_of(classes: list[str], digests: np.ndarray, labels: np.ndarray) -> str:
+    """Returns 16 hex digits of content, labels and order of pictures.
+
+    Args:
+        classes: The labels' names.
+        digests: (N, 32) uint8, SHA-256 of each content.
+        labels: (N,) int64, -1 for none.
+    """
+    whole = hashlib.sha256(json.dumps(classes).encode())
+    numbers = labels.astype("<i8")[:, None].view(np.uint8)
+    whole.update(np.concatenate([digests, numbers], axis=1).tobytes())
+    return whole.hexdigest()[:16]
 
 
 class Seen(NamedTuple):

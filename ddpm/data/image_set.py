@@ -18,13 +18,14 @@ import torch
 
 from ddpm.data.cache import find_damage, naming_cache, save_rows, write_about
 from ddpm.data.decoding import Decoding
+from ddpm.data.listing import listed
 from ddpm.data.shards import Source, some
 from ddpm.data.stored import FILE, Packed, decode_into, pack_into
 from ddpm.system.files import lock, remove, whole
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 5  # of the cache; a change makes old ones be made again
+LAYOUT = 6  # of the cache; a change makes old ones be made again
 
 
 Feed = Literal["auto", "device", "file", "decode"]
@@ -127,6 +128,7 @@ def image_set(
         ValueError: If more than that share (and more than one) do not decode, naming the first of
             them; or if they cannot be kept in the cache, naming data.cache.
     """
+    source = listed(source, cache, workers)
     folder = folder_of(source, decoding, cache, decode_later)
     if find_damage(folder) is not None:
         with naming_cache(cache):
@@ -166,7 +168,11 @@ def image_set(
 
 
 def folder_of(source: Source, decoding: Decoding, cache: Path, decode_later: bool) -> Path:
-    """Returns where the pictures are kept; encoded ones are the same for any resolution."""
+    """Returns where the pictures are kept; encoded ones are the same for any resolution.
+
+    Pictures on this machine must be listed: their content names the folder.
+    """
+    assert source.root is None or source.listing is not None
     made = asdict(decoding)
     if decode_later:
         made = {"white": decoding.white, "max_pixels": decoding.max_pixels}
@@ -190,6 +196,11 @@ def _make(
             if decode_later
             else decode_into(scratch, source, decoding, workers)
         )
+        fingerprint = survey.fingerprint(source.classes)
+        if source.listing is not None and fingerprint != source.listing.fingerprint:
+            raise ValueError(
+                f"pictures below {source.root} have changed while they were read; start again"
+            )
         bad = survey.reasons
         if len(bad) == len(source) or len(bad) > max(1, max_unreadable * len(source)):
             raise ValueError(
@@ -202,7 +213,7 @@ def _make(
         )
         about = {
             "classes": source.classes,
-            "fingerprint": survey.fingerprint(source.classes),
+            "fingerprint": fingerprint,
             "reasons": bad,
             "notes": [black] if survey.is_nearly_black else [],
         }

@@ -1,12 +1,14 @@
 """What a source of pictures is: places, cut into shards so that several processes can read them."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    from ddpm.data.listing import Listing
 
 SHARD_SIZE = 64  # files, glyphs or rows that one process takes at a time
 
@@ -19,12 +21,14 @@ class Item(NamedTuple):
         content: Its encoded bytes, or already an image where nothing is encoded.
         label: Number of its class, None for none.
         problem: Why its content could not be read, if so.
+        beside: Whether the content is a file of its own, which a row of a table names.
     """
 
     name: str
     content: bytes | Image.Image
     label: int | None
     problem: str | None = None
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,14 @@ class Source:
         counts: Pictures of each shard.
         read: Shard number -> its items; picklable.
         classes: Label names, empty if there are no labels.
-        stamp: Changes when the pictures may have changed (places, sizes and times of files; version
-            of a package or hub revision).
+        stamp: What else than `files` decides the pictures: version of a package or hub revision,
+            columns of a table; once their content is known (`listing.listed`), that.
         notes: What a user should know of how the place was read, a line each.
         others: Reason -> files of the place that are not used, by name.
+        root: The folder that all lies in, where it is on this machine.
+        files: Names below root: of the pictures, in order, or of the tables that hold them.
+        labels: Of the pictures, where each is a file of its own.
+        listing: What they are by content, once `listing.listed` found it.
     """
 
     counts: list[int]
@@ -47,6 +55,10 @@ class Source:
     stamp: str
     notes: list[str] = field(default_factory=list)
     others: dict[str, list[str]] = field(default_factory=dict)
+    root: Path | None = None
+    files: list[str] = field(default_factory=list)
+    labels: list[int | None] | None = None
+    listing: "Listing | None" = None
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -65,20 +77,6 @@ def in_shard(values: Sequence[Any], shard: int) -> Sequence[Any]:
 def some(names: Sequence[str]) -> str:
     """Returns up to five of the names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def stamp_of(root: Path, files: Sequence[Path]) -> str:
-    """Returns places, sizes, times and identities of the files in one hash.
-
-    Two folders of files with equal names, sizes and times, as an archive unpacks them, differ.
-    """
-    digest = hashlib.sha256(str(root.resolve()).encode(errors="surrogateescape"))
-    for file in files:
-        status = file.stat() if file.exists() else file.lstat()
-        name = file.relative_to(root) if file != root else file.name
-        about = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}\0"
-        digest.update(about.encode(errors="surrogateescape"))
-    return digest.hexdigest()
 
 
 def item_of(name: str, path: Path, label: int | None) -> Item:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm.data.shards import SHARD_SIZE, Item, Source, item_of, shard_counts, stamp_of
+from ddpm.data.shards import SHARD_SIZE, Item, Source, item_of, shard_counts
 
 if TYPE_CHECKING:
     import datasets
@@ -23,14 +23,15 @@ class NoImages(ValueError):
 
 
 def of_parquet(
-    root: Path, files: Sequence[Path], image_column: str | None, label_column: str | None
+    root: Path, names: Sequence[str], image_column: str | None, label_column: str | None
 ) -> Source:
-    """Returns the rows of parquet files below root.
+    """Returns the rows of the parquet files of these names below root.
 
     Raises:
         NoImages: If no column of images is found.
         ValueError: For what else cannot be read so, naming the file, the columns or the label.
     """
+    files = [root / name for name in names]
     groups: list[tuple[str, int]] = []
     counts: list[int] = []
     for file in files:
@@ -54,24 +55,25 @@ def of_parquet(
         str(root), schema.names, kinds, image_column, label_column
     )
     for file in files:
-        names = _opened(file).schema_arrow.names
-        missing = [name for name in (image_column, label_column) if name and name not in names]
+        columns = _opened(file).schema_arrow.names
+        missing = [name for name in (image_column, label_column) if name and name not in columns]
         if missing:
             raise ValueError(
                 f"{file} has no column {missing[0]}, which {files[0].name} beside it has; "
-                f"it has {', '.join(names)}"
+                f"it has {', '.join(columns)}"
             )
     classes: list[str] = []
     if label_column is not None:
         classes = features.get(label_column, {}).get("names") or _label_names(
             _opened(file).read([label_column]) for file in files
         )
-    stamp = f"{image_column} {label_column} {stamp_of(root, files)}"
     return Source(
         counts,
         partial(_read_parquet, str(root), groups, image_column, label_column, classes),
         classes,
-        stamp,
+        stamp=f"{image_column} {label_column}",
+        root=root,
+        files=list(names),
     )
 
 
@@ -254,6 +256,6 @@ def _item(name: str, value: Any, label: int | None, beside: Path, folders: Seque
                 f"{name} names the file {value['path']}, "
                 f"which lies outside of the data set, so it is left unread"
             )
-        return item_of(name, path, label)
+        return item_of(name, path, label)._replace(beside=True)
     empty = value is None or isinstance(value, dict)
     return Item(name, b"", label, "no image" if empty else f"no image but {type(value).__name__}")

@@ -2,6 +2,7 @@
 
 import time
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from pydantic import Field
@@ -19,7 +20,8 @@ from ddpm.plan.sizes import (
     steps_per_epoch,
 )
 from ddpm.plan.timing import TrainingStep, random_images
-from ddpm.runs.identity import locate
+from ddpm.runs.finding import locate
+from ddpm.runs.pictures import with_pictures
 from ddpm.system.processes import accelerator_for
 from ddpm.weights.folders import with_initial_weights
 
@@ -57,7 +59,7 @@ def run(composed: Composed) -> list[Verdict]:
     config = with_initial_weights(config)
     build.check(config)
     needs, num_steps = sizes(config), number_of_steps(config)
-    _show("run", str(locate(config, composed).path))
+    _show("run", _folder(config, composed))
     _show_sizes(config, needs, num_steps)
     speed = settings.speed
     if speed is not None:
@@ -81,6 +83,15 @@ def run(composed: Composed) -> list[Verdict]:
     verdicts = expectations(config, config.recipe.expect, needs, num_steps)
     _show_recipe(config.recipe, verdicts)
     return verdicts
+
+
+def _folder(config: Config, composed: Composed) -> str:
+    """The run's folder; pictures of one's own have to be there to name it."""
+    path = config.data.path
+    if config.data.name == "folder" and not (path and Path(path).expanduser().exists()):
+        return f"known once the pictures are there (data.path={path})"
+    config, _ = with_pictures(config)
+    return str(locate(config, composed).path)
 
 
 def _show(what: str, words: str) -> None:

@@ -1,21 +1,21 @@
-"""What makes a run that run.
+"""What makes a run that run: the half of its configuration that is computed, in one canonical form.
 
-The half of its configuration that is computed, and the folder's name that follows from it.
+Two command lines that compose to equal objects have one identity, however they were typed; two that
+differ in anything computed have two.
 """
 
-import functools
-import re
+from __future__ import annotations
+
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ddpm.config.compose import Composed, compose
-from ddpm.config.schema import Config, training_config
-from ddpm.runs.folder import RunFolder
-from ddpm.system.files import short_hash
+from ddpm.config.schema import Config
+from ddpm.config.validation import own_arguments, public_names
 
-LONGEST = 120  # characters of a folder's name that say what differs
-NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no part of the name
+if TYPE_CHECKING:
+    from ddpm.runs.folder import RunFolder
+
+NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no part of the identity
     "runtime": True,
     "sampler": True,
     "evaluation": True,
@@ -23,72 +23,87 @@ NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no pa
     "resume": True,
     "recipe": True,
     "init_weights": True,  # stands where init_from does
+    "pictures": True,  # for data=folder in data
     "data": {
         "path": True,
         "cache": True,
         "max_unreadable": True,
-        "num_images": True,
+        "num_images": True,  # as published
+        "num_classes": True,  # as expected: what counts is in the data
         "source": {"path": True},
     },
 }
-
-
-def locate(config: Config, composed: Composed) -> RunFolder:
-    """Returns the folder that this configuration has.
-
-    It is outputs/<model>-<data>/<what differs from that pair's own settings>-<hash>. The same
-    configuration has the same folder, however it was typed.
-    """
-    mine, path = identity(config), config.data.path if config.data.name == "folder" else None
-    shown = flat(mine)
-    if config.init_from is not None:
-        shown["init_from"] = Path(config.init_from).expanduser().resolve().name[-60:]
-    digest = short_hash(mine)
-    name = f"{composed.choices['model']}-{_typable(mine['data']['name'])}"
-    own = _own_settings(
-        composed.choices["model"],
-        composed.choices["data"],
-        path,
-        composed.config_dir,
-        tuple(config.runtime.trusted_modules),
-    )
-    return RunFolder(Path(config.outputs) / name / f"{_difference(shown, own)}-{digest}")
-
-
-@functools.cache
-def _own_settings(
-    model: str, data: str, path: str | None, config_dir: str | None, trusted: tuple[str, ...]
-) -> dict[str, Any]:
-    """What a model and a data set are computed with if nothing else is said."""
-    pair = [f"model={model}", f"data={data}", f"runtime.trusted_modules=[{','.join(trusted)}]"]
-    return flat(
-        identity(
-            training_config(
-                compose(
-                    [*pair, *([f"data.path={_quoted(path)}"] if path else [])],
-                    config_dir=config_dir,
-                )
-            )
-        )
-    )
+FOLLOWS = ("num_classes", "path")  # arguments of ours that are given from elsewhere
+# What was added since identities stand: key -> the value that does what was done without the key.
+# There it is no part of the identity, so that the runs of before keep theirs. A key of a
+# constructor of ours is TARGET.ARGUMENT.
+ADDED: dict[str, Any] = {"data.white": None, "data.max_pixels": 89_478_485}
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """Returns the half of a configuration that decides the numbers of a run.
+    """Returns the half of a configuration that decides the numbers of a run, in canonical form.
 
-    For data=folder it has the folder's own name, for init_from its content.
+    For data=folder it has the fingerprint of the pictures, for init_from that of the weights.
     """
-    half = without(config.model_dump(mode="json"), NOT_COMPUTED)
-    if config.init_from is None:
-        del half["init_from"]
-    else:
-        assert config.init_weights is not None, "weights.folders.with_initial_weights comes first"
-        half["init_from"] = config.init_weights
+    assert config.init_from is None or config.init_weights, "with_initial_weights comes first"
+    assert config.data.name != "folder" or config.pictures, "with_pictures comes first"
+    return identity_of(config.model_dump(mode="json"))
+
+
+def identity_of(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the identity of the plain values that a configuration has, such as config.yaml."""
+    half = without(plain, NOT_COMPUTED)
+    half["init_from"] = plain["init_weights"]
     # the unit not used
-    del half["training"]["steps" if config.training.steps is None else "epochs"]
-    if config.data.name == "folder" and config.data.path:
-        half["data"]["name"] = Path(config.data.path).expanduser().resolve().name
-    return half
+    del half["training"]["steps" if half["training"]["steps"] is None else "epochs"]
+    if plain["data"]["name"] == "folder":
+        half["data"]["pictures"] = plain["pictures"]
+        if half["data"]["source"]["_target_"] == "ddpm.data.sources.folder":
+            del half["data"]["source"]  # says where in the folder they were looked for
+    return {key: canonical(value, key) for key, value in half.items()}
+
+
+def canonical(value: Any, place: str) -> Any:
+    """Returns a value as all have it that do the same.
+
+    Numbers are told by value, booleans apart; what our own constructors do where nothing is said is
+    filled in.
+
+    Args:
+        value: Plain.
+        place: Its dotted key.
+    """
+    if isinstance(value, Mapping):
+        owner, settings = place, dict(value)
+        if "_target_" in value:
+            owner = str(value["_target_"])
+            settings = {**_defaults(owner), **value}
+            if settings.get("_partial_") is False:
+                del settings["_partial_"]
+        plain = {key: canonical(inner, f"{place}.{key}") for key, inner in settings.items()}
+        return {
+            key: inner
+            for key, inner in plain.items()
+            if not (f"{owner}.{key}" in ADDED and _same(inner, ADDED[f"{owner}.{key}"]))
+        }
+    if isinstance(value, list | tuple):
+        return [canonical(inner, place) for inner in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two canonical values are; Python holds True for 1."""
+    return type(one) is type(other) and one == other
+
+
+def _defaults(target: str) -> dict[str, Any]:
+    """What a constructor of ours does where nothing is said; nothing for others, which change."""
+    if target not in public_names():
+        return {}
+    found = own_arguments(target)
+    return {key: value for key, value in found.items() if value is not ... and key not in FOLLOWS}
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -101,6 +116,16 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             else {f"{prefix}{key}": value}
         )
     return leaves
+
+
+def without(tree: Mapping[str, Any], left_out: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested settings less those that are True in left_out."""
+    kept = {}
+    for key, value in tree.items():
+        if left_out.get(key) is True:
+            continue
+        kept[key] = without(value, left_out.get(key, {})) if isinstance(value, Mapping) else value
+    return kept
 
 
 def hparams(run: RunFolder, config: Config, num_steps: int) -> dict[str, float | str | None]:
@@ -141,45 +166,3 @@ def hparams(run: RunFolder, config: Config, num_steps: int) -> dict[str, float |
         "resolution": str(config.data.resolution),
         "differs": name,
     }
-
-
-def _difference(mine: dict[str, Any], recipe: dict[str, Any]) -> str:
-    parts = []
-    for key, value in mine.items():
-        if key not in recipe or recipe[key] != value:
-            short = str(value).rpartition(".")[2] if key.endswith("._target_") else value
-            parts.append(
-                _typable(
-                    f"{key.removesuffix('._target_')}-"
-                    f"{'x'.join(map(str, short)) if isinstance(short, list) else short}"
-                )
-            )
-    while parts and len("_".join(parts)) > LONGEST:  # the hash still tells such runs apart
-        parts.pop()
-    return "_".join(parts) or "recipe"
-
-
-def _quoted(text: str) -> str:
-    """Any text for Hydra's command line: backslashes count only before a quote or at the end."""
-    return (
-        "'"
-        + re.sub(
-            r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text, count=0
-        )
-        + "'"
-    )
-
-
-def _typable(text: str) -> str:
-    """Text that Hydra's command line takes as it is."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-") or "unnamed"
-
-
-def without(tree: Mapping[str, Any], left_out: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested settings less those that are True in left_out."""
-    kept = {}
-    for key, value in tree.items():
-        if left_out.get(key) is True:
-            continue
-        kept[key] = without(value, left_out.get(key, {})) if isinstance(value, Mapping) else value
-    return kept

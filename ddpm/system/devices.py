@@ -1,5 +1,6 @@
 """Devices: which there are, networks on them, and whether a network is compiled."""
 
+import os
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
@@ -99,3 +100,10 @@ def halve_to_fit(call: Callable[[slice], T], count: int) -> list[T]:
         middle = (part.start + part.stop) // 2
         parts += [slice(middle, part.stop), slice(part.start, middle)]
     return found
+
+
+def cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

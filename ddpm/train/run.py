@@ -14,7 +14,7 @@ from ddpm.config.compose import Composed
 from ddpm.config.schema import Config
 from ddpm.data.batches import Batches
 from ddpm.evaluate.measure import check_extractor
-from ddpm.runs import recording, results
+from ddpm.runs import pictures, recording, results
 from ddpm.runs.folder import RunFolder
 from ddpm.system import files
 from ddpm.system.processes import accelerator_for, any_process
@@ -39,12 +39,15 @@ def run(composed: Composed) -> RunFolder:
         NotFinite: If a loss or gradient is not finite.
         Preempted: When told to stop, after a checkpoint.
     """
-    config, folder, changes = start.which_run(composed)
+    begun = start.which_run(composed)
+    config, folder, changes = begun.config, begun.folder, begun.changes
     build.check(config)
-    start.check_history(config, folder, resumes=composed.cfg.resume is not None)
+    start.check_history(begun, resumes=composed.cfg.resume is not None)
     record = folder.record()
     if record.get("status") == "complete" and not changes:
-        start.check_own_pictures(config, folder)
+        unseen = pictures.check_here(config, folder)
+        if unseen is not None:
+            print(f"pictures not compared: {unseen}", flush=True)
         _say_complete(folder, record["step"])
         return folder
     start.check_initial_weights(config, folder)
@@ -54,12 +57,12 @@ def run(composed: Composed) -> RunFolder:
         leads = accelerator.is_main_process
         if leads:
             print(f"run {folder.path}", flush=True)
-        data = start.load_data(config, accelerator)
-        start.check_data(data, config, folder)
+        data, source = start.load_data(config, begun.source, accelerator)
+        start.check_data(data, source, config, folder)
         batches = start.batches_of(data, config, accelerator.device)
         steps_per_epoch = batches.steps_per_epoch
         num_steps = config.training.steps or (config.training.epochs or 0) * steps_per_epoch
-        notes = [*data.notes, *start.notes_on(data, config)]
+        notes = [*begun.notes, *data.notes, *start.notes_on(data, config)]
         notes += start.jump_of_rate(config, folder, num_steps) if changes else []
         stop = Interruption(any_process(accelerator.num_processes))
         if not leads:
@@ -69,15 +72,19 @@ def run(composed: Composed) -> RunFolder:
         with folder.lock(), _log_file(folder), stop.listening():
             for place in (folder.checkpoints, folder.path):
                 files.clear_scratch(place)
-            folder.start(config, composed)
-            if changes:
-                change = {"step": record.get("step", 0), "changed": changes}
-                folder.update(changes=[*record.get("changes", []), change])
-            folder.update(
+            pictures.write_down(folder, source)
+            folder.start(
+                config,
+                composed,
+                begun.identity,
                 device=_device_name(accelerator),
+                changed=changes or None,
+            )
+            folder.update(
                 num_steps=num_steps,
                 steps_per_epoch=steps_per_epoch,
                 data={
+                    **pictures.about(config, source),
                     "fingerprint": data.fingerprint,
                     "images": len(data),
                     "held_out": len(data) - batches.num_images,
@@ -100,7 +107,7 @@ def run(composed: Composed) -> RunFolder:
 
 def facts(composed: Composed) -> dict[str, str]:
     """What the table at the end of a sweep shows of a run, by column."""
-    return results.summary(results.read(start.which_run(composed)[1]))
+    return results.summary(results.read(start.which_run(composed).folder))
 
 
 @contextmanager

@@ -2,12 +2,12 @@
 
 import logging
 import math
-import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,39 +18,85 @@ from ddpm.config.compose import Composed
 from ddpm.config.schema import Config, config_of, training_config
 from ddpm.data.batches import Batches
 from ddpm.data.image_set import ImageSet, goes_on_device
+from ddpm.data.shards import Source
 from ddpm.data.stored import Packed
 from ddpm.diffusion.process import GaussianDiffusion
-from ddpm.runs import checkpoint
+from ddpm.runs import checkpoint, finding, pictures
 from ddpm.runs.folder import RunFolder
-from ddpm.runs.identity import flat, identity, locate
-from ddpm.system.devices import compile_in_place, decide
+from ddpm.runs.identity import flat, identity
+from ddpm.system.devices import compile_in_place, cores, decide
+from ddpm.system.processes import gather
 from ddpm.train.meter import Meter
 from ddpm.train.state import EMA, TrainingState
 from ddpm.weights import folders
 
 Changes = dict[str, list[Any]]  # what is computed otherwise than before: key -> [before, now]
+# What resume= may change, since it says how a run goes on; all else says what its weights are.
+GOES_ON = (
+    *("optimizer.", "lr_schedule.", "training.", "seed"),
+    *("objective.loss", "objective.vlb_weight", "objective.min_snr_gamma"),
+    "objective.timestep_sampling",
+)
+STAYS = ("training.conditional", "optimizer._target_", "lr_schedule._target_")
 
 log = logging.getLogger("ddpm")
 
 
-def which_run(composed: Composed) -> tuple[Config, RunFolder, Changes]:
-    """The run that a command line means: its configuration, its folder, and what changed.
+@dataclass(frozen=True)
+class Start:
+    """What a command line means.
+
+    Attributes:
+        config: The run's configuration, with the fingerprints of what it is made from.
+        folder: The run's.
+        identity: What the run began as.
+        changes: What resume= changes of what is computed.
+        source: The pictures, where they had to be looked at to know which run is meant.
+        notes: What a user should know, a line each.
+    """
+
+    config: Config
+    folder: RunFolder
+    identity: dict[str, Any]
+    changes: Changes = field(default_factory=dict)
+    source: Source | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def which_run(composed: Composed) -> Start:
+    """The run that a command line means.
 
     Raises:
-        ValueError: For a configuration that cannot be, or a resume= that would make another run.
+        ValueError: For a configuration that cannot be, a resume= that would make another run, or
+            a run beside it that another start should not be mistaken for.
     """
     if composed.cfg.resume is not None:
         return load_resumed(composed)
     config = folders.with_initial_weights(training_config(composed))
-    return config, locate(config, composed), {}
+    config, source = pictures.with_pictures(config)
+    run, notes = finding.locate(config, composed), []
+    if not run.record():
+        before = finding.earlier(config)
+        if before is not None and before.record().get("status") == "complete":
+            run = before
+        elif before is not None:
+            raise ValueError(
+                f"run {before.path} is this configuration, trained by an earlier version: "
+                f"resume={before.path} carries it on, another outputs= starts anew"
+            )
+        other = finding.with_other_pictures(config)
+        if other is not None and source is not None and config.pictures is not None:
+            if other.status() != "complete":
+                pictures.check(other, config.pictures, source)
+            notes = [f"a new run beside {other.path}, which has other pictures of the same place"]
+    return Start(config, run, identity(config), source=source, notes=notes)
 
 
-def load_resumed(composed: Composed) -> tuple[Config, RunFolder, Changes]:
+def load_resumed(composed: Composed) -> Start:
     """The run at resume=DIR with the values of the command line.
 
     Raises:
-        ValueError: If there is no such run, or for what would make it another run: a group on the
-            command line, another network, less than it has done.
+        ValueError: If there is no such run, or for what would make it another run or train no step.
     """
     path = Path(str(composed.cfg.resume)).expanduser()
     instead = f"a new run can start from its weights: init_from={path}"
@@ -68,29 +114,49 @@ def load_resumed(composed: Composed) -> tuple[Config, RunFolder, Changes]:
             OmegaConf.update(plain, override.key_or_group, override.value(), force_add=adds)
         except OmegaConfBaseException as error:
             raise ValueError(f"{override.input_line}: {str(error).splitlines()[0]}") from error
+    if (
+        any(override.key_or_group == "data.path" for override in given)
+        and "path" in plain.data.source
+    ):
+        plain.data.source.path = plain.data.path
     values = cast(dict[str, Any], OmegaConf.to_container(plain))
     config = folders.with_initial_weights(config_of(values, composed.overrides))
     old, new = flat(identity(before)), flat(identity(config))
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    keys = [
+        key for key in sorted(old.keys() | new.keys()) if old.get(key, ...) != new.get(key, ...)
+    ]
+    for key in keys:
+        if not key.startswith(GOES_ON) or key in STAYS:
+            raise ValueError(
+                f"{key}={new.get(key)}: resume= changes how a run goes on, not what its weights "
+                f"are, which says {key}={old.get(key)}; {instead}"
+            )
     if keys and _shapes(before) != _shapes(config):
         raise ValueError(
             f"{', '.join(keys)}: resume= keeps the network, and this would be another; {instead}"
         )
-    _check_duration(config, run)
-    return config, run, {key: [old.get(key), new.get(key)] for key in keys}
+    _check_duration(config, run, keys, instead)
+    found = None
+    if config.data.name == "folder":
+        config, found = pictures.with_pictures(config)
+        pictures.check(run, str(config.pictures), found)
+    changes = {key: [old.get(key), new.get(key)] for key in keys}
+    began = run.record().get("identity", identity(before))
+    return Start(config, run, began, changes, source=found)
 
 
-def check_history(config: Config, run: RunFolder, resumes: bool) -> None:
+def check_history(begun: Start, resumes: bool) -> None:
     """Refuses to go on by its configuration with a run that resume= has changed since.
 
     Raises:
         ValueError: If it was.
     """
-    if resumes or not run.record().get("changes"):
+    run = begun.folder
+    if resumes or not any(start.get("changed") for start in run.record().get("starts", [])):
         return
-    if identity(config) != identity(run.config(config.runtime.trusted_modules)):
+    if begun.identity != identity(run.config(begun.config.runtime.trusted_modules)):
         raise ValueError(
-            f"run {run.path} was carried on with other settings (run.json, changes): go on with "
+            f"run {run.path} was carried on with other settings (run.json, starts): go on with "
             f"resume={run.path}, or start anew with another outputs="
         )
 
@@ -109,15 +175,31 @@ def check_initial_weights(config: Config, run: RunFolder) -> None:
     _initial_weights(config, build.network(config, meta, config.data.num_classes or 1))
 
 
-def load_data(config: Config, accelerator: Accelerator) -> ImageSet:
-    """The run's pictures, made ready by the leading process first; see `build.images`."""
-    workers = config.runtime.workers or _cores()
-    source = build.source(config)
+def load_data(
+    config: Config, source: Source | None, accelerator: Accelerator
+) -> tuple[ImageSet, Source]:
+    """The run's pictures, made ready by the leading process first, and where they are from.
+
+    Args:
+        config: The run's configuration.
+        source: Where the pictures lie, if that is known.
+        accelerator: Of the run.
+
+    Raises:
+        ValueError: As `build.images` does, or if the processes do not find the same pictures.
+    """
+    found = source or build.source(config)
     with accelerator.main_process_first():
-        return build.images(config, source, workers)
+        data = build.images(config, found, config.runtime.workers or cores())
+    fingerprints = gather([data.fingerprint], PartialState())
+    if len(set(fingerprints)) > 1:
+        raise ValueError(
+            f"the processes find different pictures: {', '.join(sorted(set(fingerprints)))}"
+        )
+    return data, found
 
 
-def check_data(data: ImageSet, config: Config, run: RunFolder) -> None:
+def check_data(data: ImageSet, source: Source, config: Config, run: RunFolder) -> None:
     """Refuses to carry a run on with other pictures, and labels that are not what was said.
 
     Raises:
@@ -134,29 +216,7 @@ def check_data(data: ImageSet, config: Config, run: RunFolder) -> None:
             "training.conditional=true needs a class for each picture, and "
             f"{(data.labels < 0).sum()} of {len(data)} have none ({'; '.join(data.notes)})"
         )
-    before = run.record().get("data", {}).get("fingerprint")
-    if before is not None and before != data.fingerprint:
-        raise ValueError(
-            f"the data has changed since {run.path} was started: fingerprint {data.fingerprint}, "
-            f"was {before}; restore it, or start anew with another outputs="
-        )
-
-
-def check_own_pictures(config: Config, run: RunFolder) -> None:
-    """Refuses to take a complete run for that of other pictures in a folder of the same name.
-
-    Pictures that are gone are no reason to refuse.
-
-    Raises:
-        ValueError: If the pictures at data.path are others.
-    """
-    path = config.data.path
-    if path is None or not Path(path).expanduser().exists():
-        return
-    source = build.source(config)
-    if run.record().get("data", {}).get("cache") not in build.cache_folders(config, source):
-        data = build.images(config, source, config.runtime.workers or _cores())
-        check_data(data, config, run)
+    pictures.check(run, data.fingerprint, source)
 
 
 def batches_of(data: ImageSet, config: Config, device: torch.device) -> Batches:
@@ -285,20 +345,19 @@ def _shapes(config: Config) -> dict[str, Size]:
     return {name: weight.shape for name, weight in network.state_dict().items()}
 
 
-def _check_duration(config: Config, run: RunFolder) -> None:
-    """Refuses a duration that is shorter than what the run has done already."""
+def _check_duration(config: Config, run: RunFolder, changed: list[str], instead: str) -> None:
+    """Refuses a duration that is shorter than what the run has done, or changes without a step."""
     record = run.record()
     training, done = config.training, record.get("step", 0)
     steps = training.steps or (training.epochs or 0) * record.get("steps_per_epoch", 0)
+    unit = "epochs" if training.steps is None else "steps"
     if 0 < steps < done:
-        unit = "epochs" if training.steps is None else "steps"
         raise ValueError(
             f"training.{unit}={getattr(training, unit)} is less than what {run.path} has done "
             f"already, {done} steps"
         )
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    if changed and steps == done > 0:
+        raise ValueError(
+            f"{', '.join(changed)}: {run.path} is complete at {done} steps, and would train none: "
+            f"give more training.{unit}=; {instead}"
+        )

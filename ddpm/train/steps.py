@@ -92,7 +92,7 @@ def take_steps(
                     checkpoint.save(
                         folder.checkpoints, saved, runtime.keep_checkpoints, best.get("step")
                     )
-                    folder.update(step=step, best=best or None, timed=speed.timed())
+                    folder.saved(step, best=best or None, timed=speed.timed())
                 speed.pause(step)
             if signal is not None and step < num_steps:
                 raise Preempted(f"{signal} after step {step}")
@@ -136,7 +136,7 @@ def _recorder(
         print(f"carrying on from step {state.step}", flush=True)
     recorder = Recorder(folder.path, state.step)
     recorder.settings(hparams(folder, config, num_steps))
-    recorder.text("command", f"```\n{shlex.join(folder.record()['command'])}\n```")
+    recorder.text("command", f"```\n{shlex.join(folder.record()['starts'][-1]['command'])}\n```")
     if not state.step:
         settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         recorder.text("config", f"```yaml\n{settings}```")

@@ -1,0 +1,233 @@
+"""Pictures at a path on this machine: files, parquet files or what datasets saved."""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from ddpm.data.decoding import HEIC_SUFFIXES, SUFFIXES, looks_like_a_picture
+from ddpm.data.shards import Item, Source, in_shard, item_of, shard_counts, some
+from ddpm.data.tables import NoImages, of_arrow, of_parquet
+
+SPLITS = {  # a folder's or file's name -> the split that it is
+    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
+    **{"val": "validation", "valid": "validation", "validation": "validation", "dev": "validation"},
+}
+
+
+def local(
+    path: str, image_column: str | None, label_column: str | None, split: str = "train"
+) -> Source:
+    """Returns the source at a local path, by what lies there.
+
+    That is a saved arrow folder, parquet files (of `split`, if their names tell) or image files.
+    Columns not named are found: the first of images, and a class label.
+
+    Raises:
+        ValueError: If nothing can be read. It names data.path.
+    """
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise ValueError(f"data.path={path} does not exist")
+    if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
+        return _saved(root, image_column, label_column, split, path)
+    # names below the root, as strings: a hundred thousand Paths take seconds
+    root, names = (root.parent, [root.name]) if root.is_file() else (root, _below(root))
+    parquet = [name for name in names if _suffix(name) == ".parquet"]
+    tops = _splits(names, split, path)
+    chosen = [name for name in names if not tops or name.partition("/")[0] in tops]
+    pictures, others = _told_apart(root, [name for name in chosen if _suffix(name) != ".parquet"])
+    if parquet:
+        try:
+            return _of_parquet(root, parquet, image_column, label_column, split, pictures)
+        except NoImages:
+            if not pictures:
+                raise
+            others.setdefault("without pictures in them", []).extend(parquet)
+    if not pictures:
+        kinds = f": it has {_in_words(others)}" if others else ""
+        raise ValueError(
+            f"data.path={path} has no images{kinds}; expected are picture files, "
+            "parquet files or a saved arrow folder"
+        )
+    return _files(root, pictures, tops, others)
+
+
+def _saved(
+    root: Path, image_column: str | None, label_column: str | None, split: str, path: str
+) -> Source:
+    """What datasets saved to the disk."""
+    import datasets
+    import pyarrow as pa
+
+    try:
+        saved = datasets.load_from_disk(str(root))
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise ValueError(
+            f"data.path={path} is not a whole folder of datasets ({str(error).splitlines()[0]})"
+        ) from error
+    if isinstance(saved, datasets.DatasetDict):
+        missing = [name for name in split.split("+") if name not in saved]
+        if missing:
+            raise ValueError(
+                f"data.path={path} has no split {missing[0]}; it has {', '.join(saved)}"
+            )
+        saved = datasets.concatenate_datasets([saved[name] for name in split.split("+")])
+    found = of_arrow(saved, image_column, label_column, [str(root)], where=path, stamp=split)
+    tables = [file.relative_to(root).as_posix() for file in sorted(root.rglob("*.arrow"))]
+    return replace(found, root=root, files=tables)
+
+
+def _below(root: Path) -> list[str]:
+    """Names of all files below, also through linked folders; hidden ones are left out."""
+    found: list[str] = []
+
+    def walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> None:
+        status = Path(folder).stat()
+        here = (status.st_dev, status.st_ino)
+        if here in above:  # a link back to where it lies
+            return
+        try:
+            entries = list(os.scandir(folder))
+        except PermissionError:
+            raise ValueError(f"data.path: {folder} cannot be read (permission denied)") from None
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if _answers(entry.is_dir):
+                walk(entry.path, f"{prefix}{entry.name}/", above | {here})
+            elif _answers(entry.is_file) or entry.is_symlink():  # no pipe, which would never end
+                found.append(prefix + entry.name)
+
+    walk(str(root), "", frozenset())
+    return sorted(found, key=lambda name: name.split("/"))
+
+
+def _answers(question: Callable[[], bool]) -> bool:
+    """Whether it is so; a link that leads round in a circle is nothing."""
+    try:
+        return question()
+    except OSError:
+        return False
+
+
+def _suffix(name: str) -> str:
+    last = name.rpartition("/")[2]
+    dot = last.rfind(".")
+    return last[dot:].lower() if 0 < dot < len(last) - 1 else ""
+
+
+def _splits(names: Sequence[str], split: str, path: str) -> list[str]:
+    """The folders of a split, where every folder at the top bears a split's name; else none."""
+    wanted = {SPLITS.get(name, name) for name in split.split("+")}
+    tops = sorted({name.partition("/")[0] for name in names if "/" in name})
+    if not tops or not all(top.lower() in SPLITS for top in tops):
+        if "train" not in wanted and not any(_splits_of_name(name) for name in names):
+            raise ValueError(f"data.path={path} has no split {split}: it is one set, without any")
+        return []
+    chosen = [top for top in tops if SPLITS[top.lower()] in wanted]
+    if not chosen:
+        raise ValueError(f"data.path={path} has no split {split}; it has {', '.join(tops)}")
+    return chosen
+
+
+def _splits_of_name(name: str) -> set[str]:
+    """The splits that the name of a parquet file tells; none of another file."""
+    if _suffix(name) != ".parquet":
+        return set()
+    words = re.split(r"[^A-Za-z0-9]+", name.lower())
+    return {SPLITS[word] for word in words if word in SPLITS}
+
+
+def _told_apart(root: Path, names: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The files that are pictures, by suffix or by content; and those that are none, by kind."""
+    pictures: list[str] = []
+    others: dict[str, list[str]] = {}
+    for name in names:
+        suffix = _suffix(name)
+        if (
+            suffix in SUFFIXES
+            or suffix in HEIC_SUFFIXES
+            or looks_like_a_picture(_start(root, name))
+        ):
+            pictures.append(name)
+        else:
+            others.setdefault(f"{suffix or 'without a suffix'}, no pictures", []).append(name)
+    return pictures, others
+
+
+def _start(root: Path, name: str) -> bytes:
+    """A file's first bytes; none if it cannot be read."""
+    try:
+        with (root / name).open("rb") as content:
+            return content.read(64)
+    except OSError:
+        return b""
+
+
+def _in_words(others: dict[str, list[str]]) -> str:
+    return ", ".join(f"{len(names)} {kind}" for kind, names in others.items())
+
+
+def _of_parquet(
+    root: Path,
+    parquet: list[str],
+    image_column: str | None,
+    label_column: str | None,
+    split: str,
+    pictures: list[str],
+) -> Source:
+    """The rows of the parquet files of a split, if their names tell."""
+    wanted = {SPLITS.get(name, name) for name in split.split("+")}
+    chosen = [name for name in parquet if wanted & _splits_of_name(name)]
+    if not chosen and "train" in wanted:
+        chosen = [name for name in parquet if not _splits_of_name(name)]
+    if not chosen:
+        raise ValueError(f"data.path={root} has no split {split}; it has {', '.join(parquet)}")
+    found = of_parquet(root, chosen, image_column, label_column)
+    if not pictures:
+        return found
+    return replace(found, others={"beside parquet files, which are used instead": pictures})
+
+
+def _files(root: Path, names: list[str], splits: list[str], others: dict[str, list[str]]) -> Source:
+    """Picture files; the folders at the top, or at the top of splits, are classes."""
+    parts = [name.split("/")[1 if splits else 0 :] for name in names]
+    tops = [part[0] if len(part) > 1 else None for part in parts]
+    classes = sorted({top for top in tops if top is not None})
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = [None if top is None else numbers[top] for top in tops]
+    notes = []
+    if splits:
+        notes.append(f"of the splits of {root}, {', '.join(splits)} is used; they are no classes")
+    stray = [name for name, top in zip(names, tops, strict=True) if top is None]
+    if classes and stray:
+        notes.append(f"beside the folders {some(classes)} and without a class: {some(stray)}")
+    empty = {
+        entry.name
+        for top in splits or ["."]
+        for entry in os.scandir(root / top)
+        if entry.name[0] != "." and _answers(entry.is_dir)
+    } - set(classes)
+    if classes and empty:
+        notes.append(f"no pictures in {some(sorted(empty))}")
+    return Source(
+        shard_counts(len(names)),
+        partial(_read_files, str(root), names, labels),
+        classes,
+        stamp="",
+        notes=notes,
+        others=others,
+        root=root,
+        files=names,
+        labels=labels,
+    )
+
+
+def _read_files(
+    root: str, names: Sequence[str], labels: Sequence[int | None], shard: int
+) -> Iterator[Item]:
+    for name, label in zip(in_shard(names, shard), in_shard(labels, shard), strict=True):
+        yield item_of(name, Path(root) / name, label)

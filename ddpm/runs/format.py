@@ -1,0 +1,86 @@
+"""Run folders of earlier versions: what they hold, as today's version would have written it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ddpm.config.compose import compose
+from ddpm.config.schema import Config, EvaluationSettings, Runtime, plain_config
+from ddpm.config.validation import Section, own_arguments, public_names
+from ddpm.runs.identity import ADDED
+
+# 1: b7d7171 and what followed without a number. 2: identity and history in run.json, public names.
+FORMAT = 2
+MOVED = {  # where things of ours were once -> the room that exports them
+    "ddpm.models.unet.": "ddpm.models.",
+    "ddpm.models.unet_readme.": "ddpm.models.",
+    "ddpm.diffusion.process.": "ddpm.diffusion.",
+    "ddpm.schedules.": "ddpm.diffusion.schedules.",
+    "ddpm.samplers.": "ddpm.diffusion.samplers.",
+    "ddpm.lr_schedules.": "ddpm.train.lr_schedules.",
+}
+CARRIED_OUT: dict[str, type[Section]] = {"runtime": Runtime, "evaluation": EvaluationSettings}
+
+
+def upgraded(plain: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of a run's config.yaml as today's version would have written them.
+
+    What is carried out takes today's defaults where it is missing, and loses what exists no more.
+    What is computed stays as it is, under today's names.
+
+    Args:
+        plain: The content of config.yaml, a table with the groups of a run.
+        record: That of run.json.
+    """
+    plain = dict(plain)
+    number = plain.pop("format", 1)
+    if number == 1:
+        plain = _of_first_format(plain, record)
+    if any(plain.get(group, {}).keys() != kind.model_fields for group, kind in CARRIED_OUT.items()):
+        today = plain_config(compose([]))
+        for group, kind in CARRIED_OUT.items():
+            given = plain.get(group) or {}
+            plain[group] = {**today[group], **given}
+            plain[group] = {key: plain[group][key] for key in kind.model_fields}
+    return {key: value for key, value in plain.items() if key in Config.model_fields}
+
+
+def _of_first_format(plain: dict[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Names that moved, keys that came since, and the precision, whose default had another name."""
+    plain = _renamed(plain)
+    for section in ("data", "training"):
+        came = {
+            key.partition(".")[2]: value
+            for key, value in ADDED.items()
+            if key.startswith(f"{section}.")
+        }
+        plain[section] = {**came, **(plain.get(section) or {})}
+    if plain["training"].get("precision") == "fp32":  # products as torch has them; now said
+        plain["training"]["precision"] = "tf32"
+    if plain["data"].get("name") == "folder":
+        plain["pictures"] = (record.get("data") or {}).get("fingerprint")
+    plain["sampler"] = _known_arguments(plain.get("sampler") or {})
+    if "_target_" not in plain["sampler"]:
+        plain["sampler"] = plain_config(compose([]))["sampler"]
+    return {"resume": None, "init_from": None, "init_weights": None, "recipe": None, **plain}
+
+
+def _renamed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _renamed(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_renamed(inner) for inner in value]
+    for old, new in MOVED.items():
+        if isinstance(value, str) and value.startswith(old):
+            return new + value.removeprefix(old)
+    return value
+
+
+def _known_arguments(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A node without arguments that what it names has no more."""
+    target = node.get("_target_")
+    known = own_arguments(target) if target in public_names() else node
+    return {
+        key: _known_arguments(value) if isinstance(value, Mapping) else value
+        for key, value in node.items()
+        if key in known or key.startswith("_")
+    }
