@@ -14,6 +14,7 @@ from ddpm.models.unet import UNet
 from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.finding import locate
+from ddpm.runs.identity import identity
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -38,7 +39,7 @@ def finished(outputs: Path, *overrides: str) -> RunFolder:
     composed = compose([f"outputs={outputs}", *overrides])
     config = training_config(composed)
     run = locate(config, composed)
-    run.start(config, composed)
+    run.start(config, composed, identity(config))
     classes = [f"class {number}" for number in range(config.data.num_classes or 0)]
     run.update(
         status="complete",

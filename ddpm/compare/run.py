@@ -51,7 +51,9 @@ def run(composed: Composed) -> list[Compared]:
     found, empty = tables.find(settings.runs, settings.outputs)
     for given in empty:
         print(f"warning: {given}: no run there", file=sys.stderr, flush=True)
-    compared = [read(one) for one in found]
+    compared, copies = tables.once([read(one) for one in found])
+    for words in copies:
+        print(f"note: {words}", file=sys.stderr, flush=True)
     if isinstance(settings.runs, str):  # a list keeps its order
         compared = tables.sort_runs(compared)
     rows = tables.list_runs(compared) if settings.runs is None else tables.rows(compared)

@@ -75,6 +75,23 @@ def find(runs: str | Sequence[str] | None, outputs: str) -> tuple[list[RunFolder
     return [RunFolder(folder) for folder in folders], empty
 
 
+def once(compared: Sequence[Compared]) -> tuple[list[Compared], list[str]]:
+    """Counts each run once: the same identity, pictures and weights are the same run.
+
+    Returns:
+        The runs without copies, and in a line each what was left out.
+    """
+    kept: dict[str, Compared] = {}
+    left_out = []
+    for one in compared:
+        fingerprint = (one.record.get("data") or {}).get("fingerprint")
+        key = json.dumps([one.identity, fingerprint, one.weights or str(one.run.path)])
+        first = kept.setdefault(key, one)
+        if first is not one:
+            left_out.append(f"{one.run.path} is left out: a copy of {first.run.path}")
+    return list(kept.values()), left_out
+
+
 def list_runs(compared: Sequence[Compared]) -> list[Row]:
     """Makes a row a run, whatever their settings: when it last wrote, and how it stands."""
     return [
@@ -125,7 +142,10 @@ def over_seeds(compared: Sequence[Compared]) -> list[Row]:
         if one.status == "complete":
             groups.setdefault(
                 json.dumps(
-                    {key: value for key, value in one.settings.items() if key != "seed"},
+                    [
+                        {key: value for key, value in one.identity.items() if key != "seed"},
+                        (one.record.get("data") or {}).get("fingerprint"),
+                    ],
                     sort_keys=True,
                 ),
                 [],

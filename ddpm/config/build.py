@@ -145,12 +145,15 @@ def cache_folders(config: Config, found: Source) -> list[str]:
     return [str(folder_of(found, decoding, cache, later)) for later in (False, True)]
 
 
-def load_images(config: Config, wanted: list[int | str]) -> torch.Tensor:
+def load_images(
+    config: Config, wanted: list[int | str], data: Callable[[], ImageSet]
+) -> torch.Tensor:
     """Reads pictures, made ready as the run's are.
 
     Args:
         config: The run's configuration.
         wanted: Numbers in the run's data set, or files.
+        data: Gives that set.
 
     Returns:
         (N, C, H, W) float32 in [-1, 1].
@@ -166,7 +169,7 @@ def load_images(config: Config, wanted: list[int | str]) -> torch.Tensor:
             except Exception as error:  # any fault of a file is that file's
                 raise ValueError(f"pictures has {name}: {reason_of(error)}") from error
             continue
-        decoded_set = images(config, source(config), workers=1)
+        decoded_set = data()
         if not 0 <= name < len(decoded_set):
             raise ValueError(f"pictures has {name}; the data set has 0 to {len(decoded_set) - 1}")
         found.append(decoded_set.images[name])

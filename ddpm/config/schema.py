@@ -50,6 +50,12 @@ class Data(Section):
     cache: Text
 
 
+class Place(Section):
+    """Where a run's pictures lie now, in commands that read a run; null: where they were."""
+
+    path: Text | None
+
+
 class Training(Section):
     """Duration, batch, precision and averaging. See conf/config.yaml for each key."""
 

@@ -24,6 +24,7 @@ from ddpm.data.image_set import ImageSet
 from ddpm.diffusion.process import Model
 from ddpm.evaluate import bound, distances, features, metrics
 from ddpm.evaluate.features import Extractor, Features
+from ddpm.runs import pictures
 from ddpm.runs.results import Measurement
 from ddpm.sample.drawing import Drawing
 from ddpm.sample.folder import claim_folder, draw_missing, read_samples, sample_file
@@ -61,6 +62,7 @@ def measure(
     processes: PartialState,
     device: torch.device,
     keep_samples: bool = True,
+    data: ImageSet | None = None,
 ) -> tuple[list[Measurement], list[str]]:
     """Measures a run's network at its step. Every process must call this.
 
@@ -71,18 +73,19 @@ def measure(
         processes: Those that share the work.
         device: Where this one works.
         keep_samples: Leave the drawn images for whoever measures them again.
+        data: The run's pictures, if they are at hand; else they are read.
 
     Returns:
         The measurements, whole on the main process; and why metrics that could not be had here
         could not.
 
     Raises:
-        ValueError: If the data has no such split.
+        ValueError: If the data has no such split, or the pictures are not the run's.
     """
     diffusion = trained.subject.diffusion
     sampler = build.sampler_settings(sampler, diffusion)
     drawing = trained.subject.drawing(build.sampler(sampler, diffusion), settings.seed, device)
-    splits = _Splits(trained.config)
+    splits = _Splits(trained, data)
     about = {
         "weights": trained.kind,
         "step": trained.step,
@@ -116,8 +119,9 @@ def check_extractor(settings: EvaluationSettings, device: torch.device) -> None:
 class _Splits:
     """The parts of a run's data, read when they are asked for."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, trained: Trained, data: ImageSet | None) -> None:
+        self.config = trained.config
+        self._run, self._data = trained.run, data
         self._found: dict[str, ImageSet] = {}
 
     def of(self, split: Split) -> ImageSet:
@@ -127,12 +131,12 @@ class _Splits:
             ValueError: If the data has no such part.
         """
         if split not in self._found:
-            config = _of_test_split(self.config) if split == "test" else self.config
-            whole = build.images(config, build.source(config), workers=1)
             if split == "test":
-                self._found[split] = whole
-                return whole
-            train, held_out = whole.split(config.data.holdout)
+                config = _of_test_split(self.config)
+                self._found[split] = build.images(config, build.source(config), workers=1)
+                return self._found[split]
+            self._data = self._data or pictures.of_run(self._run, self.config)
+            train, held_out = self._data.split(self.config.data.holdout)
             if split == "heldout" and not len(held_out):
                 raise ValueError(
                     "nothing was held out of this run: "

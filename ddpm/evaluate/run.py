@@ -9,7 +9,7 @@ from pydantic import Field
 from torch.utils.tensorboard import SummaryWriter
 
 from ddpm.config.compose import Composed
-from ddpm.config.schema import EvaluationSettings, Metric, plain_config
+from ddpm.config.schema import EvaluationSettings, Metric, Place, plain_config
 from ddpm.config.validation import Node, Section, Text, check_node, validate
 from ddpm.evaluate.measure import measure
 from ddpm.runs import recording, results
@@ -28,6 +28,7 @@ class Settings(Section):
     device: Literal["auto", "cpu", "cuda", "mps"]
     outputs: Text
     trusted_modules: list[str]
+    data: Place
     sampler: Node
     evaluation: EvaluationSettings
 
@@ -48,7 +49,8 @@ def run(composed: Composed) -> list[Measurement]:
     settings = _settings(composed)
     processes = find_processes(settings.device)
     folder = RunFolder(Path(settings.run))
-    trained = of_run(folder, settings.step, settings.weights, settings.trusted_modules)
+    trusted, path = settings.trusted_modules, settings.data.path
+    trained = of_run(folder, settings.step, settings.weights, trusted, path)
     device = device_of(processes, settings.device)
     found, missing = measure(trained, settings.sampler, settings.evaluation, processes, device)
     if processes.is_main_process:

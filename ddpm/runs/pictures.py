@@ -6,6 +6,7 @@ from typing import Any
 
 from ddpm.config import build
 from ddpm.config.schema import Config
+from ddpm.data.image_set import ImageSet
 from ddpm.data.listing import differences, read_through
 from ddpm.data.shards import Source
 from ddpm.data.sources import without_network
@@ -58,7 +59,7 @@ def check(run: RunFolder, fingerprint: str, source: Source | None) -> None:
             known.
     """
     before = (run.record().get("data") or {}).get("fingerprint")
-    if before is None or before == fingerprint:
+    if not before or before == fingerprint:
         return
     listing = None if source is None else source.listing
     where = "" if source is None or source.root is None else f" below {source.root}"
@@ -97,6 +98,22 @@ def check_here(config: Config, run: RunFolder) -> str | None:
         listing = source.listing or read_through(source, cores())
         check(run, listing.fingerprint, source)
     return None
+
+
+def of_run(run: RunFolder, config: Config) -> ImageSet:
+    """Returns the pictures of a run that was started before.
+
+    Args:
+        run: Its folder.
+        config: Its configuration, with data.path where they lie now (`moved`).
+
+    Raises:
+        ValueError: If they are not here, or are not the run's.
+    """
+    source = build.source(config)
+    found = build.images(config, source, workers=1)
+    check(run, found.fingerprint, source)
+    return found
 
 
 def about(config: Config, source: Source) -> dict[str, Any]:

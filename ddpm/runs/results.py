@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
-from ddpm.runs.identity import NOT_COMPUTED, flat, without
-from ddpm.system.files import write_text
+from ddpm.runs.format import upgraded
+from ddpm.runs.identity import flat, identity_of
+from ddpm.system.files import short_hash, write_text
 
 # one timestep bucket, one channel, one term of the bound
 PARTS = (
@@ -256,19 +258,23 @@ class Compared:
 
     Attributes:
         run: Its folder.
-        settings: What it computed, as dotted keys.
+        identity: What it computed, in canonical form; and its changes on the way.
+        settings: The same as dotted keys, in people's words.
         choices: The option chosen in each group.
         record: The content of run.json.
         results: As read_results gives them.
         status: As RunFolder.status says, or why the files cannot be read.
+        weights: Digest of its newest weights, None where there are none.
     """
 
     run: RunFolder
+    identity: dict[str, Any]
     settings: dict[str, Any]
     choices: dict[str, str]
     record: dict[str, Any]
     results: list[Result]
     status: str
+    weights: str | None = None
 
     @property
     def steps(self) -> int:
@@ -278,18 +284,51 @@ class Compared:
 def read(run: RunFolder) -> Compared:
     """Returns what the files of a run tell."""
     try:
-        plain = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
-        plain = plain if isinstance(plain, dict) else {}
+        record = run.record()
+        plain = upgraded(run.plain(), record)
+        changes = [
+            {"step": start["from_step"], "changed": start["changed"]}
+            for start in record.get("starts", [])
+            if start.get("changed")
+        ]
+        identity = {**identity_of(plain), **({"changes": changes} if changes else {})}
+        settings = {key: value for key, value in flat(identity).items() if key != "changes"}
+        if plain["data"]["name"] == "folder" and plain["data"]["path"]:
+            settings["data.name"] = Path(plain["data"]["path"]).name
+        if changes:
+            settings["changed"] = _in_words(changes)
         return Compared(
             run,
-            flat(without(plain, NOT_COMPUTED)),
+            identity,
+            settings,
             run.choices(),
-            run.record(),
+            record,
             read_results(run, plain),
             run.status(),
+            _weights(run),
         )
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        return Compared(run, {}, {}, {}, [], f"unreadable ({' '.join(str(error).split())[:60]})")
+        return Compared(
+            run, {}, {}, {}, {}, [], f"unreadable ({' '.join(str(error).split())[:60]})"
+        )
+
+
+def _in_words(changes: Sequence[Mapping[str, Any]]) -> str:
+    """What resume= changed, and after which step."""
+    return "; ".join(
+        f"{key} {old} to {new} after step {change['step']}"
+        for change in changes
+        for key, (old, new) in change["changed"].items()
+    )
+
+
+def _weights(run: RunFolder) -> str | None:
+    """A digest of the newest weights, from what was written beside them."""
+    found = checkpoint.all_in(run.checkpoints)
+    if not found:
+        return None
+    sums = json.loads((found[-1].folder / "meta.json").read_text(encoding="utf-8"))["sha256"]
+    return short_hash([sums.get(f"{kind}.safetensors") for kind in ("model", "ema")])
 
 
 def summary(found: Compared) -> dict[str, str]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ddpm.config import build
 from ddpm.config.compose import Composed
-from ddpm.config.schema import plain_config
+from ddpm.config.schema import Place, plain_config
 from ddpm.config.validation import Count, Node, Section, Text, check_node, validate
+from ddpm.runs import pictures
 from ddpm.runs.folder import RunFolder
 from ddpm.sample import figures
 from ddpm.sample.drawing import Drawing
@@ -59,6 +60,7 @@ class Settings(Section):
     to: Text | None
     outputs: Text
     trusted_modules: list[str]
+    data: Place
     sampler: Node
 
 
@@ -154,7 +156,8 @@ def _opened(settings: Settings) -> tuple[Subject, Trained | None, str]:
         subject, name = of_folder(str(settings.source))
         return subject, None, name
     run = RunFolder(Path(settings.run))
-    trained = of_run(run, settings.step, settings.weights, settings.trusted_modules)
+    trusted, path = settings.trusted_modules, settings.data.path
+    trained = of_run(run, settings.step, settings.weights, trusted, path)
     record = run.record()
     if record.get("status") != "complete":
         whole = record.get("num_steps")
@@ -251,4 +254,6 @@ def _pair(settings: Settings, trained: Trained | None) -> Tensor:
     """The two pictures to interpolate: (2, C, H, W) in [-1, 1]."""
     if trained is None:
         raise ValueError("figure=interpolate needs a run's data: give run=DIR")
-    return build.load_images(trained.config, settings.pictures)
+    return build.load_images(
+        trained.config, settings.pictures, lambda: pictures.of_run(trained.run, trained.config)
+    )

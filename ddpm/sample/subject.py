@@ -15,6 +15,7 @@ from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.diffusion.samplers import Sampler
 from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
+from ddpm.runs.pictures import moved
 from ddpm.sample.drawing import Drawing
 from ddpm.system.devices import to_device
 from ddpm.system.files import short_hash
@@ -92,14 +93,20 @@ class Trained:
 
 
 def of_run(
-    run: RunFolder, step: int | None, kind: Literal["ema", "raw"], trusted_modules: list[str]
+    run: RunFolder,
+    step: int | None,
+    kind: Literal["ema", "raw"],
+    trusted_modules: list[str],
+    data_path: str | None = None,
 ) -> Trained:
     """A run's checkpoint of a step, the newest whole one for None.
+
+    Its pictures lie at data_path now, None for where they were.
 
     Raises:
         ValueError: If there is no such run or checkpoint, or it names what is not trusted.
     """
-    config = run.config(trusted_modules)
+    config = moved(run.config(trusted_modules), data_path)
     found = checkpoint.find(run.checkpoints, step)
     classes = run.classes()
     subject = of_config(

@@ -67,7 +67,7 @@ def run(composed: Composed) -> RunFolder:
         stop = Interruption(any_process(accelerator.num_processes))
         if not leads:
             with stop.listening():
-                take_steps(config, folder, accelerator, batches, num_steps, data.classes, stop)
+                take_steps(config, folder, accelerator, batches, num_steps, data, stop)
             return folder
         with folder.lock(), _log_file(folder), stop.listening():
             for place in (folder.checkpoints, folder.path):
@@ -100,7 +100,7 @@ def run(composed: Composed) -> RunFolder:
             cache = data.folder.parent
             log.info("the cache %s takes %.1f MB", cache, files.size_of(cache) / 1e6)
             with _conclusion(folder, config, batches, num_steps):
-                take_steps(config, folder, accelerator, batches, num_steps, data.classes, stop)
+                take_steps(config, folder, accelerator, batches, num_steps, data, stop)
         _say_complete(folder, num_steps)
     return folder
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ddpm.config import build
 from ddpm.config.schema import Config
 from ddpm.data.batches import Batches
+from ddpm.data.image_set import ImageSet
 from ddpm.evaluate.measure import measure
 from ddpm.runs import checkpoint, results
 from ddpm.runs.folder import RunFolder
@@ -37,10 +38,11 @@ def take_steps(
     accelerator: Accelerator,
     batches: Batches,
     num_steps: int,
-    classes: list[str],
+    data: ImageSet,
     stop: Interruption,
 ) -> None:
     """The updates of a run, and what is done between them, in the order in which it is done."""
+    classes = data.classes
     training, runtime, leads = config.training, config.runtime, accelerator.is_main_process
     diffusion, lr_schedule = build.diffusion(config), build.lr_schedule(config)
     state = start.state_of(config, folder, accelerator, diffusion, len(classes))
@@ -81,7 +83,7 @@ def take_steps(
                 speed.pause(step)
             if evaluates:
                 trained = Trained(subject, config, folder, step, "ema")
-                found = _evaluate(trained, accelerator.device)
+                found = _evaluate(trained, data, accelerator.device)
                 if recorder is not None:
                     _record_evaluation(recorder, folder, step, found, best)
                 speed.pause(step)
@@ -187,12 +189,12 @@ def _save_previews(
     recorder.flush()
 
 
-def _evaluate(trained: Trained, device: torch.device) -> list[results.Measurement]:
+def _evaluate(trained: Trained, data: ImageSet, device: torch.device) -> list[results.Measurement]:
     """Measures what evaluation.metrics asks for; all processes share the work."""
     config = trained.config
     settings, processes = config.evaluation, PartialState()
     found, missing = measure(
-        trained, config.sampler, settings, processes, device, keep_samples=False
+        trained, config.sampler, settings, processes, device, keep_samples=False, data=data
     )
     if missing and not found:
         raise ValueError("; ".join(missing))
