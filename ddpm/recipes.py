@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ddpm.config.compose import EXPERIMENTS, Composed, compose
 from ddpm.config.schema import Config, Recipe, training_config
+from ddpm.runs.folder import starts_of
 from ddpm.runs.results import PARTS, read_measurements
 
 INTRO = """\
@@ -110,6 +111,7 @@ def summarize_results(name: str, results: Path = RESULTS) -> str:
     if not figures:
         return "not measured"
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    last = starts_of(run)[-1]
     shown = [
         f"{entry['id']} {entry['value']:.4g}"
         + (f" (floor {entry['floor']:.4g})" if entry["floor"] is not None else "")
@@ -119,7 +121,7 @@ def summarize_results(name: str, results: Path = RESULTS) -> str:
     return "<br>".join(
         [
             *(f"`{words}`" for words in shown),
-            f"{run['step']:,} steps, {run['device']}, commit {run['git']['commit'][:7]}",
+            f"{run['step']:,} steps, {last['device']}, commit {last['git']['commit'][:7]}",
         ]
     )
 

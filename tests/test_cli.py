@@ -61,9 +61,11 @@ def test_run_json_tells_how_the_run_stands_and_what_it_was_made_with(finished):
     assert (record["status"], record["step"]) == ("complete", 6)
     assert record["data"]["images"] == 1797
     assert record["data"]["fingerprint"]
-    assert "training.steps=6" in record["command"]
+    start = record["starts"][0]
+    assert "training.steps=6" in start["command"]
     assert record["versions"]["torch"] == torch.__version__
-    assert record.keys() >= {"git", "device", "created", "started", "updated"}
+    assert record.keys() >= {"format", "identity", "created", "updated"}
+    assert start.keys() >= {"git", "versions", "device", "started", "from_step", "to_step"}
 
 
 def test_tensorboard_shows_scalars_the_sample_grid_and_the_configuration(finished):

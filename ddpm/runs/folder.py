@@ -72,10 +72,11 @@ class RunFolder:
         except ValueError as error:
             if plain.get("format", 1) == FORMAT:
                 raise
-            version = (record.get("git") or {}).get("commit", "unknown")[:8]
+            last = (starts_of(record) or [{}])[-1]
+            commit = (last.get("git") or {}).get("commit", "unknown")[:8]
             raise ValueError(
                 f"{file} was written by another version (format {plain.get('format', 1)}, commit "
-                f"{version}): {error}"
+                f"{commit}): {error}"
             ) from error
 
     def plain(self, key: str = "run") -> dict[str, Any]:
@@ -164,7 +165,7 @@ class RunFolder:
         write_text(self.path / ".hydra" / "overrides.yaml", yaml.safe_dump(composed.overrides))
         write_text(self.path / ".hydra" / "choices.yaml", yaml.safe_dump(composed.choices))
         record = self.record()
-        starts, step = _starts(record), record.get("step", 0)
+        starts, step = starts_of(record), record.get("step", 0)
         start = {
             "command": _command(composed),
             "started": _now(),
@@ -223,8 +224,11 @@ class RunFolder:
         write_text(self.path / "run.json", text + "\n")
 
 
-def _starts(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The starts so far; the first format kept the last one only, beside everything else."""
+def starts_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the starts that run.json tells of.
+
+    The first format kept the last one only, beside everything else.
+    """
     if "starts" in record or "command" not in record:
         return record.get("starts", [])
     first = {key: record[key] for key in OF_A_START if key in record}

@@ -15,8 +15,8 @@ from ddpm.config.schema import Config, training_config
 from ddpm.runs.identity import canonical, flat, identity_of
 
 LONGEST = 120  # characters of words
-GROUPS = ("schedule", "objective", "optimizer", "lr_schedule")  # of options that do not set others
-OTHERS = {"optimizer.lr": "model", "lr_schedule.warmup_steps": "data"}  # key -> who sets it
+GROUPS = ("schedule", "objective", "optimizer", "lr_schedule")  # told by their options
+OTHERS = ("optimizer.lr", "lr_schedule.warmup_steps")  # which model and data may set as well
 REPEATS = {"data.resolution": "model.resolution", "model.in_channels": "data.channels"}
 ORDER = ("init_from", "optimizer", "training", "seed", "model", "data")
 
@@ -38,21 +38,19 @@ def name_of(config: Config, identity: Mapping[str, Any], typed: Mapping[str, str
     )
     if data == "folder" and config.data.path is not None:
         data = Path(config.data.path).expanduser().resolve().name
-    words, said = [], set()
+    words = []
     for group in GROUPS:
-        word, keys = _option(group, mine, own, typed.get(group, ""))
+        word, said = _option(group, mine, own)
         words += [word] if word else []
-        said |= {key for key in mine if key.startswith(f"{group}.")} - keys
+        own = {**own, **said}
     if config.init_from is not None:
         mine["init_from"] = Path(config.init_from).expanduser().resolve().name[-60:]
     differing = [
         key
-        for key, value in mine.items()
-        if key not in said
-        and not key.endswith("_target_")
+        for key in _differing(mine, own) & mine.keys()
+        if not key.endswith("_target_")
         and key != "data.pictures"
-        and value != mine.get(REPEATS.get(key, ""), ...)
-        and (key not in own or own[key] != value)
+        and mine[key] != mine.get(REPEATS.get(key, ""), ...)
     ]
     differing.sort(key=lambda key: (_rank(key), key))
     words += [_typable(f"{_short(key, mine)}-{_shown(mine[key])}") for key in differing]
@@ -70,57 +68,62 @@ def _own_settings(model: str, data: str) -> dict[str, Any]:
 
 def _model(identity: Mapping[str, Any], first: str) -> str:
     """The option that a network is or is nearest to; the class's name if it is none of ours."""
-    options = shipped_options("model")
-    if first in options and not _differing("model", first, identity):
+    mine, options = flat({"model": identity["model"]}), shipped_options("model")
+    said = {name: _settings("model", name) for name in options}
+    if first in options and not _differing(mine, said[first]):
         return first
-    target = identity["model"]["_target_"]
-    alike = [name for name in options if shipped_option("model", name)["_target_"] == target]
+    target = mine["model._target_"]
+    alike = [name for name in options if said[name]["model._target_"] == target]
     if not alike:
         return str(target).rpartition(".")[2]
-    return min(alike, key=lambda name: (len(_differing("model", name, identity)), name))
+    return min(alike, key=lambda name: (len(_differing(mine, said[name])), name))
 
 
 def _option(
-    group: str, mine: Mapping[str, Any], own: Mapping[str, Any], first: str
-) -> tuple[str, set[str]]:
-    """The word for what a group is, none if it is the pair's own, and the keys still to be said."""
-    here = {key: value for key, value in mine.items() if key.startswith(f"{group}.")}
-    changed = {key for key, value in here.items() if own.get(key, ...) != value}
-    if not changed:
-        return "", set()
-    options = shipped_options(group)
-    if first in options and not _beside_others(_differing(group, first, _tree(group, here))):
-        options = [first]
-    found = {name: _differing(group, name, _tree(group, here)) for name in options}
-    nearest = min(found, key=lambda name: (len(_beside_others(found[name])), name))
-    same_class = own[f"{group}._target_"] == here[f"{group}._target_"]
-    if same_class and len(_beside_others(changed)) <= len(_beside_others(found[nearest])):
-        return "", changed
-    if shipped_option(group, nearest)["_target_"] != here[f"{group}._target_"]:
-        return f"{group}-{str(here[f'{group}._target_']).rpartition('.')[2]}", set(here)
-    others = {key for key in OTHERS if key in changed}
+    group: str, mine: Mapping[str, Any], own: Mapping[str, Any]
+) -> tuple[str, Mapping[str, Any]]:
+    """The word for what a group is, none if it is nearest to the pair's own, and what that says."""
+    mine, own = ({key: value for key, value in settings.items() if key.startswith(f"{group}.")}
+                 for settings in (mine, own))  # fmt: skip
+    target = f"{group}._target_"
+    said = {name: _settings(group, name) for name in shipped_options(group)}
+    alike = [name for name in said if said[name][target] == own[target]]
+    # what the model or the data sets for whatever option
+    set_by_others = {
+        key: own[key] for key in OTHERS if key in own and own[key] != said[alike[0]].get(key)
+    }
+    found = {
+        name: {
+            **settings,
+            **{key: value for key, value in set_by_others.items() if key in settings},
+        }
+        for name, settings in said.items()
+        if settings[target] == mine[target]
+    }
+    nearest = min(found, key=lambda name: (len(_differing(mine, found[name])), name), default=None)
+    far = len(mine) if nearest is None else len(_differing(mine, found[nearest]))
+    if mine[target] == own[target] and len(_differing(mine, own)) <= far:
+        return "", own
+    if nearest is None:
+        return f"{group}-{str(mine[target]).rpartition('.')[2]}", own
     earlier = GROUPS[: GROUPS.index(group)]
     shared = any(nearest in shipped_options(before) for before in earlier)
-    return f"{group}-{nearest}" if shared else nearest, _beside_others(found[nearest]) | others
+    return f"{group}-{nearest}" if shared else nearest, found[nearest]
 
 
-def _differing(group: str, option: str, identity: Mapping[str, Any]) -> set[str]:
-    """The keys of a group in which an identity is not what an option of conf/ says."""
-    said = flat({group: canonical(shipped_option(group, option), group)})
-    mine = flat({group: identity[group]})
+@functools.cache
+def _settings(group: str, option: str) -> dict[str, Any]:
+    """What an option of conf/ says, in canonical form, as dotted keys."""
+    return flat({group: canonical(shipped_option(group, option), group)})
+
+
+def _differing(mine: Mapping[str, Any], said: Mapping[str, Any]) -> set[str]:
+    """The keys in which settings are not what is said; an interpolation says nothing."""
     return {
         key
         for key in said.keys() | mine.keys()
         if "${" not in str(said.get(key)) and said.get(key, ...) != mine.get(key, ...)
     }
-
-
-def _tree(group: str, here: Mapping[str, Any]) -> dict[str, Any]:
-    return {group: {key.removeprefix(f"{group}."): value for key, value in here.items()}}
-
-
-def _beside_others(keys: set[str]) -> set[str]:
-    return {key for key in keys if key not in OTHERS}
 
 
 def _rank(key: str) -> int:
