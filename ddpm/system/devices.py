@@ -6,11 +6,12 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
+from ddpm.system.environment import check_environment
 from ddpm.system.internals import keep_dropout_when_compiled
 
-# share of a training step's time that compiling saved, where it was measured (README, Speed)
 T = TypeVar("T")
 
+# share of a training step's time that compiling saved, where it was measured (README, Speed)
 GAIN = {"cpu": 0.0}
 
 
@@ -57,9 +58,12 @@ def to_device(network: nn.Module, device: torch.device) -> nn.Module:
 def device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
     """Returns the device of that name, "auto" for the fastest there is.
 
+    All that computes asks for it first, so the environment is checked here.
+
     Raises:
-        ValueError: If this machine has no such device.
+        ValueError: If this machine has no such device, or see `check_environment`.
     """
+    check_environment()
     here = [
         kind
         for kind, found in (

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 
 from ddpm.system import devices
 from ddpm.system.internals import reset_accelerate
@@ -58,7 +58,13 @@ def accelerator_for(
         _keep_freed_memory()
     reset_accelerate()
     try:
-        accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=cpu)
+        accelerator = Accelerator(
+            mixed_precision=PRECISIONS[precision],
+            cpu=cpu,
+            # else the environment says these two
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_backend="no",
+        )
         _check_all_here(accelerator.num_processes)
         yield accelerator
     finally:
