@@ -2,9 +2,18 @@ import json
 
 import numpy as np
 import pytest
+from google.protobuf import json_format
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups, metadata
 
+from ddpm.config.compose import compose
+from ddpm.config.schema import training_config
+from ddpm.runs.folder import RunFolder
+from ddpm.runs.identity import hparams
 from ddpm.runs.recording import Recorder, conclude
 
 
@@ -92,7 +101,7 @@ def test_a_run_that_goes_on_has_not_ended(tmp_path):
     conclude(tmp_path, "failed", 2, {})
     recorder = Recorder(tmp_path, 2)
     recorder.settings(
-        {"optimizer.lr": 1e-3, "model": "unet", "training.grad_clip": None, "data.flip": True}
+        {"optimizer.lr": 1e-3, "model": "unet", "grad_clip": "none", "data.flip": True}
     )
     recorder.close()
     board = EventAccumulator(str(tmp_path)).Reload()
@@ -106,5 +115,61 @@ def test_a_run_that_goes_on_has_not_ended(tmp_path):
     ) == (1e-3, 1)
     assert (
         start.hparams["model"].string_value,
-        start.hparams["training.grad_clip"].string_value,
+        start.hparams["grad_clip"].string_value,
     ) == ("unet", "none")
+
+
+# as typed and as shown; a schedule of one's own has no warm-up
+GRAD_CLIPS = {"null": "none", "1": "1.0", "0.5": "0.5"}
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory):
+    """Ask TensorBoard's HPARAMS backend for the rows of runs that differ in what may be null, by its column's parameters."""
+    folder = tmp_path_factory.mktemp("board")
+    for number, grad_clip in enumerate(GRAD_CLIPS):
+        config = training_config(compose([f"training.grad_clip={grad_clip}"]))
+        if number == 0:
+            config.lr_schedule.pop("warmup_steps")
+        run = RunFolder(folder / f"grad_clip={GRAD_CLIPS[grad_clip]}")
+        run.path.mkdir()
+        recorder = Recorder(run.path, 0)
+        recorder.settings(hparams(run, config, 6))
+        recorder.close()
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(folder))
+    context = backend_context.Context(TBContext(data_provider=provider))
+
+    def call(**column):
+        request = api_pb2.ListSessionGroupsRequest(
+            allowed_statuses=[api_pb2.STATUS_RUNNING, api_pb2.STATUS_UNKNOWN],
+            start_index=0,
+            slice_size=100,
+        )
+        json_format.ParseDict(column, request.col_params.add())
+        handler = list_session_groups.Handler(RequestContext(), context, "", request)
+        return [group.hparams for group in handler.run().session_groups]
+
+    return call
+
+
+def kinds(rows, key):
+    return {row[key].WhichOneof("kind") for row in rows}
+
+
+def test_a_column_of_tensorboard_has_one_type_and_is_sorted_where_a_setting_may_be_null(ask):
+    rows = ask(hparam="seed")
+    assert len(rows) == 3
+    assert {key: len(kinds(rows, key)) for key in rows[0]} == dict.fromkeys(rows[0], 1)
+    assert kinds(rows, "lr_schedule.warmup_steps") == {"number_value"}
+    assert {row["lr_schedule.warmup_steps"].number_value for row in rows} == {0, 100}
+    for key in rows[0]:
+        assert len(ask(hparam=key, order="ORDER_ASC")) == 3
+    clips = [row["grad_clip"].string_value for row in ask(hparam="grad_clip", order="ORDER_DESC")]
+    assert clips == ["none", "1.0", "0.5"]
+
+
+def test_a_column_of_tensorboard_is_filtered_by_the_values_that_it_shows(ask):
+    for kept in (["1.0", "0.5"], ["none"], ["1.0"], []):
+        found = ask(hparam="grad_clip", filterDiscrete=kept)
+        assert {row["grad_clip"].string_value for row in found} == set(kept)

@@ -66,17 +66,17 @@ class Recorder:
         _forget_conclusion(folder)
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
 
-    def settings(self, values: Mapping[str, float | str | None]) -> None:
-        """Writes the run's row in TensorBoard's tab HPARAMS; None is shown as "none".
+    def settings(self, values: Mapping[str, float | str]) -> None:
+        """Writes the run's row in TensorBoard's tab HPARAMS.
 
-        Every run must give the same keys.
+        Every run must give the same keys, and a key's values must be all numbers or all text.
         """
         start = SessionStartInfo(start_time_secs=time.time())
         for key, value in values.items():
             if isinstance(value, int | float):  # also bool, as 0 and 1
                 start.hparams[key].number_value = value
             else:
-                start.hparams[key].string_value = "none" if value is None else value
+                start.hparams[key].string_value = value
         self._board._get_file_writer().add_summary(
             _hparams(metadata.SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=start))
         )
