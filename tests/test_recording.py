@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 
 from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
+from ddpm.runs import results
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import hparams
 from ddpm.runs.recording import Recorder, conclude
@@ -53,6 +55,43 @@ def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
         file.write('{"step": 5, "train/l')
     record(tmp_path, 5, 6)
     assert written(tmp_path) == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"step": 4, "train/lo{"step": 4, "train/loss": 0.25}',
+        b'{"train/loss": 0.25}',
+        b'{"step": 4, "train/loss": "low"}',
+        b"[4]",
+        b'{"step": 4, "\xff": 0}',
+        b"\0\0\0",
+    ],
+)
+def test_a_damaged_line_is_left_out_and_said_and_no_other_is_lost(tmp_path, damage, caplog):
+    record(tmp_path, 0, 2, 4, 6, 8)
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([lines[0], damage + b"\n", *lines[2:]]))
+    assert results.loss_curve(tmp_path) == [(2, 1 / 2), (6, 1 / 6), (8, 1 / 8)]
+    record(tmp_path, 6, 8)
+    assert file.read_bytes() == b"".join([lines[0], *lines[2:]])
+    assert [line.getMessage().count(f"{file}, line 2") for line in caplog.records] == [1]
+
+
+def test_training_carries_on_over_a_damaged_line_and_says_where_it_was(typed, tiny, tmp_path):
+    command = [*tiny, f"outputs={tmp_path}", "runtime.log_every=1", "runtime.checkpoint_every=4"]
+    run = typed("train", *command).run
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([lines[0], lines[1][:9] + lines[1], *lines[2:5]]))
+    shutil.rmtree(run / "checkpoints" / "step_00000006")
+    (run / "run.json").write_text((run / "run.json").read_text().replace('"complete"', '"running"'))
+    done = typed("train", *command)
+    assert done.code == 0, done.err
+    assert "carrying on from step 4" in done.out
+    assert f"{file}, line 2: damaged" in done.err
+    assert file.read_text() == "".join([lines[0], *lines[2:]])
 
 
 def test_values_come_back_from_both_files(tmp_path):

@@ -52,6 +52,10 @@ def run(composed: Composed) -> list[Compared]:
     for given in empty:
         print(f"warning: {given}: no run there", file=sys.stderr, flush=True)
     compared = [read(one) for one in found]
+    for one in compared:
+        for number in one.damaged:
+            line = f"{one.run.path / 'metrics.jsonl'}, line {number}"
+            print(f"warning: {line}: damaged and left out", file=sys.stderr, flush=True)
     if isinstance(settings.runs, str):  # a list keeps its order
         compared = tables.sort_runs(compared)
     rows = tables.list_runs(compared) if settings.runs is None else tables.rows(compared)
