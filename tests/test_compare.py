@@ -277,6 +277,19 @@ def test_folders_that_are_no_runs_or_damaged_spoil_nothing(outputs, typed, tmp_p
         assert said in line
 
 
+def test_a_damaged_line_of_metrics_is_named_and_the_rest_is_compared(outputs, typed, tmp_path):
+    good, copy = path(outputs, 0, 6), tmp_path / "damaged"
+    shutil.copytree(good, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    file = copy / "metrics.jsonl"
+    first, _, *rest = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([first, '{"step": 4, "tr{"step"\n', *rest]))
+    done = typed("compare", f"runs=[{good},{copy}]", f"to={tmp_path}", "plot=true")
+    assert done.code == 0, done.err
+    assert done.err == f"warning: {file}, line 2: damaged and left out\n"
+    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [row["status"] for row in rows] == ["complete", "complete"]
+
+
 def test_no_run_at_all_is_one_line(typed, tmp_path):
     done = typed("compare", f"runs={tmp_path}")
     assert (done.code, done.out) == (1, "")

@@ -1,10 +1,21 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
+from google.protobuf import json_format
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups, metadata
 
+from ddpm.config.compose import compose
+from ddpm.config.schema import training_config
+from ddpm.runs import results
+from ddpm.runs.folder import RunFolder
+from ddpm.runs.identity import hparams
 from ddpm.runs.recording import Recorder, conclude
 
 
@@ -44,6 +55,43 @@ def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
         file.write('{"step": 5, "train/l')
     record(tmp_path, 5, 6)
     assert written(tmp_path) == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"step": 4, "train/lo{"step": 4, "train/loss": 0.25}',
+        b'{"train/loss": 0.25}',
+        b'{"step": 4, "train/loss": "low"}',
+        b"[4]",
+        b'{"step": 4, "\xff": 0}',
+        b"\0\0\0",
+    ],
+)
+def test_a_damaged_line_is_left_out_and_said_and_no_other_is_lost(tmp_path, damage, caplog):
+    record(tmp_path, 0, 2, 4, 6, 8)
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([lines[0], damage + b"\n", *lines[2:]]))
+    assert results.loss_curve(tmp_path) == [(2, 1 / 2), (6, 1 / 6), (8, 1 / 8)]
+    record(tmp_path, 6, 8)
+    assert file.read_bytes() == b"".join([lines[0], *lines[2:]])
+    assert [line.getMessage().count(f"{file}, line 2") for line in caplog.records] == [1]
+
+
+def test_training_carries_on_over_a_damaged_line_and_says_where_it_was(typed, tiny, tmp_path):
+    command = [*tiny, f"outputs={tmp_path}", "runtime.log_every=1", "runtime.checkpoint_every=4"]
+    run = typed("train", *command).run
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([lines[0], lines[1][:9] + lines[1], *lines[2:5]]))
+    shutil.rmtree(run / "checkpoints" / "step_00000006")
+    (run / "run.json").write_text((run / "run.json").read_text().replace('"complete"', '"running"'))
+    done = typed("train", *command)
+    assert done.code == 0, done.err
+    assert "carrying on from step 4" in done.out
+    assert f"{file}, line 2: damaged" in done.err
+    assert file.read_text() == "".join([lines[0], *lines[2:]])
 
 
 def test_values_come_back_from_both_files(tmp_path):
@@ -92,7 +140,7 @@ def test_a_run_that_goes_on_has_not_ended(tmp_path):
     conclude(tmp_path, "failed", 2, {})
     recorder = Recorder(tmp_path, 2)
     recorder.settings(
-        {"optimizer.lr": 1e-3, "model": "unet", "training.grad_clip": None, "data.flip": True}
+        {"optimizer.lr": 1e-3, "model": "unet", "grad_clip": "none", "data.flip": True}
     )
     recorder.close()
     board = EventAccumulator(str(tmp_path)).Reload()
@@ -106,5 +154,61 @@ def test_a_run_that_goes_on_has_not_ended(tmp_path):
     ) == (1e-3, 1)
     assert (
         start.hparams["model"].string_value,
-        start.hparams["training.grad_clip"].string_value,
+        start.hparams["grad_clip"].string_value,
     ) == ("unet", "none")
+
+
+# as typed and as shown; a schedule of one's own has no warm-up
+GRAD_CLIPS = {"null": "none", "1": "1.0", "0.5": "0.5"}
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory):
+    """Ask TensorBoard's HPARAMS backend for the rows of runs that differ in what may be null, by its column's parameters."""
+    folder = tmp_path_factory.mktemp("board")
+    for number, grad_clip in enumerate(GRAD_CLIPS):
+        config = training_config(compose([f"training.grad_clip={grad_clip}"]))
+        if number == 0:
+            config.lr_schedule.pop("warmup_steps")
+        run = RunFolder(folder / f"grad_clip={GRAD_CLIPS[grad_clip]}")
+        run.path.mkdir()
+        recorder = Recorder(run.path, 0)
+        recorder.settings(hparams(run, config, 6))
+        recorder.close()
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(folder))
+    context = backend_context.Context(TBContext(data_provider=provider))
+
+    def call(**column):
+        request = api_pb2.ListSessionGroupsRequest(
+            allowed_statuses=[api_pb2.STATUS_RUNNING, api_pb2.STATUS_UNKNOWN],
+            start_index=0,
+            slice_size=100,
+        )
+        json_format.ParseDict(column, request.col_params.add())
+        handler = list_session_groups.Handler(RequestContext(), context, "", request)
+        return [group.hparams for group in handler.run().session_groups]
+
+    return call
+
+
+def kinds(rows, key):
+    return {row[key].WhichOneof("kind") for row in rows}
+
+
+def test_a_column_of_tensorboard_has_one_type_and_is_sorted_where_a_setting_may_be_null(ask):
+    rows = ask(hparam="seed")
+    assert len(rows) == 3
+    assert {key: len(kinds(rows, key)) for key in rows[0]} == dict.fromkeys(rows[0], 1)
+    assert kinds(rows, "lr_schedule.warmup_steps") == {"number_value"}
+    assert {row["lr_schedule.warmup_steps"].number_value for row in rows} == {0, 100}
+    for key in rows[0]:
+        assert len(ask(hparam=key, order="ORDER_ASC")) == 3
+    clips = [row["grad_clip"].string_value for row in ask(hparam="grad_clip", order="ORDER_DESC")]
+    assert clips == ["none", "1.0", "0.5"]
+
+
+def test_a_column_of_tensorboard_is_filtered_by_the_values_that_it_shows(ask):
+    for kept in (["1.0", "0.5"], ["none"], ["1.0"], []):
+        found = ask(hparam="grad_clip", filterDiscrete=kept)
+        assert {row["grad_clip"].string_value for row in found} == set(kept)

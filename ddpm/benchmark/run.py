@@ -33,7 +33,12 @@ from ddpm.system.devices import compile_in_place, decide
 from ddpm.system.files import write_text
 from ddpm.system.processes import accelerator_for
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 class Settings(Section):

@@ -54,6 +54,10 @@ def run(composed: Composed) -> list[Compared]:
     compared, copies = tables.once([read(one) for one in found])
     for words in copies:
         print(f"note: {words}", file=sys.stderr, flush=True)
+    for one in compared:
+        for number in one.damaged:
+            line = f"{one.run.path / 'metrics.jsonl'}, line {number}"
+            print(f"warning: {line}: damaged and left out", file=sys.stderr, flush=True)
     if isinstance(settings.runs, str):  # a list keeps its order
         compared = tables.sort_runs(compared)
     rows = tables.list_runs(compared) if settings.runs is None else tables.rows(compared)

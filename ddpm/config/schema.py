@@ -63,7 +63,7 @@ class Training(Section):
     epochs: Count | None
     batch_size: Count
     drop_last: bool
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Literal["fp32", "tf32", "bf16", "fp16"]
     grad_clip: PositiveFloat | None
     ema_decay: Share
     ema_warmup: bool

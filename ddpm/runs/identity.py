@@ -128,8 +128,11 @@ def without(tree: Mapping[str, Any], left_out: Mapping[str, Any]) -> dict[str, A
     return kept
 
 
-def hparams(run: RunFolder, config: Config, num_steps: int) -> dict[str, float | str | None]:
-    """Returns what runs are told apart by, under the same keys whatever the run.
+def hparams(run: RunFolder, config: Config, num_steps: int) -> dict[str, float | str]:
+    """Returns what runs are told apart by, under the same keys and of the same types for all.
+
+    TensorBoard cannot sort a column of text and numbers. So what may be null is text, as
+    `grad_clip`: not under the key's own name, where runs of before have numbers.
 
     Returns:
         The options chosen, the numbers tuned most, and `differs`: all that is not the model's and
@@ -149,20 +152,21 @@ def hparams(run: RunFolder, config: Config, num_steps: int) -> dict[str, float |
         )
     }
     half = flat(config.model_dump(mode="json"))
-    numbers = {
-        key: half.get(key)
-        for key in ("optimizer.lr", "lr_schedule.warmup_steps", "data.holdout", "data.flip", "seed")
-    }
+    numbers = {key: half[key] for key in ("optimizer.lr", "data.holdout", "data.flip", "seed")}
+    elsewhere = ("training.steps", "training.epochs", "training.grad_clip")
     numbers |= {
         key: value
         for key, value in half.items()
-        if key.startswith("training.") and key not in ("training.steps", "training.epochs")
+        if key.startswith("training.") and key not in elsewhere
     }
+    grad_clip = config.training.grad_clip
     name = run.path.name.rpartition("-")[0]
     return {
         **options,
         **numbers,
+        "lr_schedule.warmup_steps": half.get("lr_schedule.warmup_steps") or 0,
         "training.steps": num_steps,
+        "grad_clip": "none" if grad_clip is None else str(grad_clip),
         "resolution": str(config.data.resolution),
         "differs": name,
     }

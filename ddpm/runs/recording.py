@@ -5,6 +5,7 @@ metrics.jsonl (the same bytes for the same run) and TensorBoard (also speed).
 
 import io
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,10 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import scalar
 
+from ddpm.runs import results
 from ddpm.system.files import write_bytes, write_text
+
+log = logging.getLogger("ddpm")
 
 Status = Literal["complete", "failed", "preempted"]
 
@@ -55,28 +59,34 @@ class Recorder:
     Args:
         folder: The run's.
         first_step: Updates done before this start. Records past it, of an earlier start that was
-            cut off, are dropped: their steps are done again.
+            cut off, are dropped: their steps are done again. So are damaged lines, which are said.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self._path = folder / "metrics.jsonl"
-        kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= first_step]
-        write_text(self._path, "".join(line + "\n" for line in kept))
+        kept = []
+        for line in results.read_lines(self._path):
+            if line.record is None:
+                where = f"{self._path}, line {line.number}"
+                log.warning("%s: damaged and left out: %.100r", where, line.text)
+            elif line.record["step"] <= first_step:
+                kept.append(line.text)
+        write_text(self._path, "".join(text + "\n" for text in kept))
         self._file = self._path.open("a", encoding="utf-8")
         _forget_conclusion(folder)
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
 
-    def settings(self, values: Mapping[str, float | str | None]) -> None:
-        """Writes the run's row in TensorBoard's tab HPARAMS; None is shown as "none".
+    def settings(self, values: Mapping[str, float | str]) -> None:
+        """Writes the run's row in TensorBoard's tab HPARAMS.
 
-        Every run must give the same keys.
+        Every run must give the same keys, and a key's values must be all numbers or all text.
         """
         start = SessionStartInfo(start_time_secs=time.time())
         for key, value in values.items():
             if isinstance(value, int | float):  # also bool, as 0 and 1
                 start.hparams[key].number_value = value
             else:
-                start.hparams[key].string_value = "none" if value is None else value
+                start.hparams[key].string_value = value
         self._board._get_file_writer().add_summary(
             _hparams(metadata.SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=start))
         )
@@ -161,13 +171,6 @@ def _forget_conclusion(folder: Path) -> None:
 def _hparams(tag: str, content: HParamsPluginData) -> Summary:
     about = metadata.create_summary_metadata(content)
     return Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)])
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file that a crash may have cut short."""
-    if not path.is_file():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
 
 
 class Speed:

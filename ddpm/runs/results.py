@@ -178,14 +178,49 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
     return found
 
 
+class Line(NamedTuple):
+    """A whole line of metrics.jsonl.
+
+    Attributes:
+        number: In the file, from 1.
+        text: As it stands there.
+        record: What it says, `step` and scalars by name; None where it is damaged.
+    """
+
+    number: int
+    text: str
+    record: dict[str, Any] | None
+
+
+def read_lines(file: Path) -> list[Line]:
+    """Returns the lines of a metrics.jsonl, none if it is not there.
+
+    A last line that a crash cut short is no line.
+    """
+    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+    return [
+        Line(number, line.decode(errors="replace"), _parse(line))
+        for number, line in enumerate(lines, start=1)
+        if line
+    ]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    sound = isinstance(record, dict) and isinstance(record.get("step"), int)
+    numbers = sound and all(isinstance(value, int | float) for value in record.values())
+    return record if numbers else None
+
+
 def loss_curve(folder: Path) -> list[tuple[int, float]]:
     """Returns the (step, training loss since the record before) of every report so far.
 
-    There are none without a metrics.jsonl. A line cut short is left out.
+    There are none without a metrics.jsonl. Lines that are cut short or damaged are left out.
     """
-    file = folder / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
-    records = [json.loads(line) for line in lines if line]
+    records = [line.record for line in read_lines(folder / "metrics.jsonl") if line.record]
     return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
 
 
@@ -265,6 +300,7 @@ class Compared:
         results: As read_results gives them.
         status: As RunFolder.status says, or why the files cannot be read.
         weights: Digest of its newest weights, None where there are none.
+        damaged: Lines of metrics.jsonl that are left out, from 1.
     """
 
     run: RunFolder
@@ -275,6 +311,7 @@ class Compared:
     results: list[Result]
     status: str
     weights: str | None = None
+    damaged: Sequence[int] = ()
 
     @property
     def steps(self) -> int:
@@ -306,6 +343,7 @@ def read(run: RunFolder) -> Compared:
             read_results(run, plain),
             run.status(),
             _weights(run),
+            [line.number for line in read_lines(run.path / "metrics.jsonl") if not line.record],
         )
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         return Compared(

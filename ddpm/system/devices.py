@@ -1,17 +1,20 @@
 """Devices: which there are, networks on them, and whether a network is compiled."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
+from ddpm.system.environment import check_environment
 from ddpm.system.internals import keep_dropout_when_compiled
 
-# share of a training step's time that compiling saved, where it was measured (README, Speed)
 T = TypeVar("T")
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]  # training.precision
 
+# share of a training step's time that compiling saved, where it was measured (README, Speed)
 GAIN = {"cpu": 0.0}
 
 
@@ -58,9 +61,12 @@ def to_device(network: nn.Module, device: torch.device) -> nn.Module:
 def device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
     """Returns the device of that name, "auto" for the fastest there is.
 
+    All that computes asks for it first, so the environment is checked here.
+
     Raises:
-        ValueError: If this machine has no such device.
+        ValueError: If this machine has no such device, or see `check_environment`.
     """
+    check_environment()
     here = [
         kind
         for kind, found in (
@@ -73,6 +79,26 @@ def device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
     if name != "auto" and name not in here:
         raise ValueError(f"device={name} is not on this machine; there are {', '.join(here)}")
     return torch.device(here[0] if name == "auto" else name)
+
+
+@contextmanager
+def products(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Says whether a GPU may multiply float32 numbers as TF32, and puts back what was before.
+
+    Matrix products and convolutions both may, but with "fp32", where neither may. A device of
+    another kind has no TF32, and nothing is touched.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    # the flags of old: torch refuses to answer if its new ones (fp32_precision) are set beside them
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision != "fp32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def halve_to_fit(call: Callable[[slice], T], count: int) -> list[T]:

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 
 from ddpm.system import devices
 from ddpm.system.internals import reset_accelerate
@@ -21,7 +21,7 @@ from ddpm.system.internals import reset_accelerate
 T = TypeVar("T")
 Name = Literal["auto", "cpu", "cuda", "mps"]
 
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
+PRECISIONS = {"fp32": "no", "tf32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
 
 
 def find_processes(device: Name) -> PartialState:
@@ -43,12 +43,10 @@ def device_of(processes: PartialState, name: Name) -> torch.device:
 
 
 @contextmanager
-def accelerator_for(
-    device: Name, precision: Literal["fp32", "bf16", "fp16"]
-) -> Iterator[Accelerator]:
-    """Gives Accelerate for one run.
+def accelerator_for(device: Name, precision: devices.Precision) -> Iterator[Accelerator]:
+    """Gives Accelerate for one run, and has its device multiply as `precision` says.
 
-    What it keeps between runs of one process is put back before and after.
+    What both keep between runs of one process is put back, Accelerate's also before.
 
     Raises:
         ValueError: Like `find_processes`.
@@ -58,9 +56,16 @@ def accelerator_for(
         _keep_freed_memory()
     reset_accelerate()
     try:
-        accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=cpu)
+        accelerator = Accelerator(
+            mixed_precision=PRECISIONS[precision],
+            cpu=cpu,
+            # else the environment says these two
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_backend="no",
+        )
         _check_all_here(accelerator.num_processes)
-        yield accelerator
+        with devices.products(accelerator.device, precision):
+            yield accelerator
     finally:
         reset_accelerate()
 
