@@ -20,10 +20,11 @@ from ddpm.data.batches import Batches
 from ddpm.data.image_set import ImageSet, goes_on_device
 from ddpm.data.stored import Packed
 from ddpm.diffusion.process import GaussianDiffusion
+from ddpm.evaluate.measure import check_extractor
 from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import flat, identity, locate
-from ddpm.system.devices import compile_in_place, decide
+from ddpm.system.devices import compile_in_place, decide, device
 from ddpm.train.meter import Meter
 from ddpm.train.state import EMA, TrainingState
 from ddpm.weights import folders
@@ -302,3 +303,28 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def check_job(composed: Composed, here: bool) -> None:
+    """Looks, before a sweep trains its first job, whether this one could start.
+
+    Args:
+        composed: The job.
+        here: Whether it would run on this machine; then the device and own pictures are looked for.
+
+    Raises:
+        ValueError: If it could not.
+    """
+    config, run, changes = which_run(composed)
+    build.check(config)
+    check_history(config, run, resumes=composed.cfg.resume is not None)
+    if run.record().get("status") == "complete" and not changes:
+        return
+    check_initial_weights(config, run)
+    if not here:
+        return
+    device(config.runtime.device)
+    if config.data.path is not None or "repo" not in config.data.source:
+        build.source(config)
+    if config.runtime.evaluate_every is not None:
+        check_extractor(config.evaluation, torch.device("cpu"))
