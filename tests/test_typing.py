@@ -97,6 +97,12 @@ def test_a_sweep_over_nothing_is_an_error(complaint, word):
     assert f"{word}: a sweep over nothing" in complaint("-m", word, "training.batch_size=4")
 
 
+def test_a_sweep_over_nothing_in_a_file_is_an_error_too(own, complaint):
+    params = "hydra: {sweeper: {params: {seed: range(0)}}}\n"
+    folder = own("experiment/mine.yaml", GLOBAL + params)
+    assert "a sweep over nothing" in complaint("--config-dir", folder, "-m", "experiment=mine")
+
+
 def jobs(done) -> list[str]:
     """What differs between the jobs, as the table has it."""
     assert done.code == 0, done.err
@@ -149,6 +155,10 @@ def test_flags_may_stand_anywhere(composes, own):
         (
             ["-m", "schedule=cosine,linear", "schedule.max_beta=0.9"],
             r"max_beta: .*schedule=cosine, sigmoid have it, linear has not \(job 1: schedule=lin",
+        ),
+        (
+            ["-m", "schedule=cosine,sigmoid", "schedule.beta_end=0.02"],
+            r"schedule\.beta_end: no such key in schedule; .*max_beta.*; schedule=linear, .* have it",
         ),
         (["-m", "optimizer.lr=interval(1e-5,1e-3)"], r"interval\(1e-5,1e-3\): .*give them"),
         (["+experiment=emoji32"], r"experiment is chosen already; .* experiment="),

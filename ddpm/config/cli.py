@@ -1,5 +1,6 @@
 """The main function that all commands share: help, jobs, errors in one line, exit codes."""
 
+import contextlib
 import functools
 import importlib
 import os
@@ -7,7 +8,7 @@ import re
 import sys
 import textwrap
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -107,25 +108,13 @@ def command(
         def told(error: Exception, words: Sequence[str]) -> str:
             return explain_composition(error, words, config_name, own)
 
-        try:
+        checked = functools.partial(sweeps.check_jobs, check, told)
+        with contextlib.nullcontext() if wants_traceback else _errors_in_a_line(told, parsed):
             refuse_paths(parsed.overrides)
             refuse_hidden([*([own] if own else []), *searchpath(parsed.overrides)])
             sweeps.refuse_in_process_group(typed)
-            checked = functools.partial(sweeps.check_jobs, check, told)
             with returns_of_sweeps(outcomes), before_sweeps(checked):
                 start()
-        except KeyboardInterrupt:
-            if wants_traceback:
-                raise
-            print("interrupted", file=sys.stderr, flush=True)
-            sys.exit(130)
-        except sweeps.WrongJobs as error:
-            sys.exit(str(error))
-        except Exception as error:
-            # what a job raises is caught in the job: this is a composition that failed
-            if wants_traceback:
-                raise
-            sys.exit(f"error: {told(error, parsed.overrides)}")
         if any(outcome.facts for outcome in outcomes):
             print(f"\n{sweeps.job_table(outcomes)}", flush=True)
         codes = {outcome.code for outcome in outcomes} - {0}
@@ -133,6 +122,22 @@ def command(
             sys.exit(max(codes))
 
     return main
+
+
+@contextlib.contextmanager
+def _errors_in_a_line(
+    told: Callable[[Exception, Sequence[str]], str], parsed: Namespace
+) -> Iterator[None]:
+    """Exits with what was wrong; what a job raises is caught in the job and does not come here."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except sweeps.WrongJobs as error:
+        sys.exit(str(error))
+    except Exception as error:
+        sys.exit(f"error: {told(error, parsed.overrides)}")
 
 
 def _run_job(

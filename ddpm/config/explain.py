@@ -102,10 +102,10 @@ def _no_such_key(
     key: str, words: Sequence[str], config_name: str, config_dir: str | None
 ) -> str | None:
     """That a key is none, with what there is beside it and which options have it."""
-    choices = [
-        word
+    choices = [  # of a sweep the first job's, which does not compose
+        word.partition(",")[0]
         for word in words
-        if re.fullmatch(r"[\w/]+=[\w/-]+", word) and not word.startswith(f"{key}=")
+        if re.fullmatch(r"[\w/]+=[\w/,-]+", word) and not word.startswith(f"{key}=")
     ]
     try:
         composed = compose(choices, config_name, config_dir)

@@ -71,9 +71,13 @@ def check_jobs(
 
     Raises:
         WrongJobs: If some cannot run.
+        ValueError: If there are none.
     """
+    if not jobs:
+        raise ValueError("hydra.sweeper.params: a sweep over nothing")
     wrong: dict[int, str] = {}
     optional = True  # whether runtime.check_sweep=false has the others run
+    first: Exception | None = None
     resumed: dict[Path, int] = {}
     for number, words in enumerate(jobs):
         composes = False
@@ -82,10 +86,11 @@ def check_jobs(
             composes = True
             _check_job(check, cfg, number, resumed)
         except Exception as error:
+            first = first or error
             wrong[number] = explain(error, words)
             optional &= composes and not isinstance(error, ResumedTwice)
     if wrong:
-        raise WrongJobs(_listed(wrong, jobs, optional))
+        raise WrongJobs(_listed(wrong, jobs, optional)) from first
 
 
 def _check_job(check: Check | None, cfg: DictConfig, number: int, resumed: dict[Path, int]) -> None:
