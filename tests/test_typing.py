@@ -150,7 +150,7 @@ def test_flags_may_stand_anywhere(composes, own):
     [
         (
             ["-m", "optimizer=adam,adamw", "optimizer.weight_decay=0.1"],
-            r"weight_decay: no such key .*adamw has it, adam has not; \+optimizer\.weight_decay=",
+            r"weight_decay: no such key .*adamw has it, adam has not; \+\+optimizer\.weight_decay=",
         ),
         (
             ["-m", "schedule=cosine,linear", "schedule.max_beta=0.9"],
