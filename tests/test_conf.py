@@ -32,7 +32,7 @@ def configured(*overrides: str):
 
 def folder(*overrides: str) -> str:
     composed = compose(overrides)
-    return str(locate(training_config(composed), composed).path)
+    return str(locate(training_config(composed)).path)
 
 
 @pytest.mark.parametrize("choice", OPTIONS)

@@ -222,7 +222,7 @@ def test_a_run_trains_on_what_is_not_held_out_and_its_name_says_so(train, tmp_pa
 def test_the_held_out_share_is_part_of_what_is_computed():
     def folder(*overrides):
         composed = compose(overrides)
-        return locate(training_config(composed), composed).path
+        return locate(training_config(composed)).path
 
     assert folder("data.holdout=0") == folder()
     assert folder("data.holdout=0.1") != folder()

@@ -20,8 +20,7 @@ EXAMPLES = int(os.environ.get("DDPM_PROPERTY_EXAMPLES", "6"))
 
 @functools.cache
 def folder(words: str) -> Path:
-    composed = compose(words.split())
-    return locate(training_config(composed), composed).path
+    return locate(training_config(compose(words.split()))).path
 
 
 SAME = [

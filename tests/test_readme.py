@@ -155,7 +155,7 @@ def test_the_commands_of_the_readme_run_as_they_are_written(typed, pictures, tmp
 )
 def test_the_example_of_a_run_is_the_quick_starts(file):
     quickstart = compose([])
-    run = locate(training_config(quickstart), quickstart)
+    run = locate(training_config(quickstart))
     assert set(re.findall(r"run=(outputs/[\w/-]+)", (ROOT / file).read_text(encoding="utf-8"))) == {
         run.path.as_posix()
     }

@@ -101,7 +101,7 @@ def test_a_recipe_opens_with_its_command_and_prints_each_figure_once(name):
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_plain_command_is_the_recipes_run(name):
     paths = {
-        locate(configured(*overrides), composed(*overrides)).path
+        locate(configured(*overrides)).path
         for overrides in ([f"experiment={name}"], PLAIN[name].split())
     }
     assert len(paths) == 1

@@ -1,23 +1,21 @@
 import json
 import re
 import threading
-from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
+from ddpm.runs.finding import locate
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.format import FORMAT
-from ddpm.runs.finding import locate
 from ddpm.runs.identity import identity
 from ddpm.runs.pictures import with_pictures
 
 
 def folder(*overrides: str) -> RunFolder:
-    composed = compose(overrides)
-    return locate(with_pictures(training_config(composed))[0], composed)
+    return locate(with_pictures(training_config(compose(overrides)))[0])
 
 
 def test_outputs_moves_the_folder_and_keeps_its_name(tmp_path):
@@ -41,7 +39,7 @@ def test_a_folder_of_ones_own_gives_its_name_and_the_run_can_be_typed(tmp_path, 
 def test_a_folder_that_was_started_tells_its_configuration_and_how_it_stands(tmp_path):
     composed = compose([f"outputs={tmp_path}", "seed=3"])
     config = training_config(composed)
-    run = locate(config, composed)
+    run = locate(config)
     assert run.record() == {}
     run.start(config, composed, identity(config))
     run.update(step=5)
@@ -59,7 +57,7 @@ def test_the_classes_of_a_run_are_checked_against_what_the_caller_trusts_and_not
 ):
     composed = compose([f"outputs={tmp_path}"])
     config = training_config(composed)
-    run = locate(config, composed)
+    run = locate(config)
     run.start(config, composed, identity(config))
     file = run.path / "config.yaml"
     file.write_text(
@@ -116,11 +114,11 @@ def test_options_of_the_users_own_folder_name_a_run_like_any_other(tmp_path, mon
     composed = compose(words, config_dir=str(tmp_path / "conf"))
     config = training_config(composed)
     assert config.model["base_channels"] == 64
-    found = locate(config, composed).path
+    found = locate(config).path
     assert found.parent.name == "quickstart-digits"
     assert found.name.startswith("schedule-betas_base_channels-64_num_timesteps-10-")
     typed = compose(["model.base_channels=64", *words[1:]], config_dir=str(tmp_path / "conf"))
-    assert locate(training_config(typed), typed).path == found
+    assert locate(training_config(typed)).path == found
 
 
 OLD_NAMES = {

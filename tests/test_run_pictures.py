@@ -66,7 +66,8 @@ def plain(tmp_path):
 
 
 def test_two_folders_of_one_name_are_two_runs_also_in_a_sweep(typed, plain, words, tmp_path):
-    plain("cats/train"), plain("dogs/train", level=100)
+    plain("cats/train")
+    plain("dogs/train", level=100)
     two = f"data.path={tmp_path / 'cats/train'},{tmp_path / 'dogs/train'}"
     done = typed("train", "-m", *words(tmp_path), two)
     assert done.code == 0, done.err
@@ -104,9 +105,7 @@ def test_the_same_pictures_moved_are_the_same_run_decoded_once(plain, words, tmp
     ],
     ids=["added", "removed", "changed"],
 )
-def test_an_unfinished_run_refuses_other_pictures_and_names_them(
-    plain, words, change, words_of_it
-):
+def test_an_unfinished_run_refuses_other_pictures_and_names_them(plain, words, change, words_of_it):
     place = plain("set")
     unfinished = run(words(place))
     unfinished.update(status="preempted")
@@ -123,8 +122,9 @@ def test_beside_a_complete_run_others_are_a_new_run_that_says_so(plain, words, t
     shutil.copy(place / "a/1.png", place / "a/more.png")
     other = run(words(place))
     assert other.path != complete.path
-    assert f"a new run beside {complete.path}, which has other pictures of the same place" in (
-        other.record()["data"]["notes"]
+    assert (
+        f"a new run beside {complete.path}, which has other pictures of the same place"
+        in (other.record()["data"]["notes"])
     )
     assert complete.record()["status"] == "complete"
 
@@ -132,7 +132,11 @@ def test_beside_a_complete_run_others_are_a_new_run_that_says_so(plain, words, t
 @pytest.mark.parametrize("status", ["complete", "preempted"])
 def test_a_named_set_compares_the_pictures_wherever_they_are_given(plain, words, status, tmp_path):
     place = plain("copy")
-    named = [word for word in words(place, "data.num_images=4") if word not in ("data=folder", "data=digits")]
+    named = [
+        word
+        for word in words(place, "data.num_images=4")
+        if word not in ("data=folder", "data=digits")
+    ]
     first = run(["data=lsun_cat256", *named])
     first.update(status=status)
     before = files_of(first.path)
@@ -142,7 +146,9 @@ def test_a_named_set_compares_the_pictures_wherever_they_are_given(plain, words,
     assert files_of(first.path) == before
 
 
-def test_a_complete_run_whose_pictures_are_not_here_says_so_and_stays(plain, words, tmp_path, capsys):
+def test_a_complete_run_whose_pictures_are_not_here_says_so_and_stays(
+    plain, words, tmp_path, capsys
+):
     place = plain("copy")
     named = [word for word in words(place) if word not in ("data=folder", "data=digits")]
     first = run(["data=cifar10", "training.conditional=false", *named])
@@ -249,7 +255,8 @@ def test_sets_of_equal_names_sizes_and_times_do_not_share_what_was_decoded(plain
     assert (second == 200).all()
     other = plain("other", level=50)
     for name in NAMES:
-        os.utime(other / name, ns=(0, 0)), os.utime(place / name, ns=(0, 0))
+        os.utime(other / name, ns=(0, 0))
+        os.utime(place / name, ns=(0, 0))
     found = image_set(folder(str(other)), decoding, tmp_path / "cache", 1, 0.0)
     assert not np.array_equal(found.images, second)
 
@@ -262,9 +269,7 @@ def test_pictures_that_change_while_they_are_read_are_not_trained_on(plain, tmp_
         image_set(source, Decoding(8, 8, 3, "none", "white"), tmp_path / "cache", 1, 0.0)
 
 
-def test_a_run_whose_pictures_moved_is_carried_on_measured_and_shown(
-    typed, plain, words, tmp_path
-):
+def test_a_run_whose_pictures_moved_is_carried_on_measured_and_shown(typed, plain, words, tmp_path):
     first = run(words(plain("old"), "data.holdout=0.5"))
     (tmp_path / "old").rename(tmp_path / "new")
     moved = f"data.path={tmp_path / 'new'}"

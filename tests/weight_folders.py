@@ -12,8 +12,8 @@ from ddpm.config.schema import training_config
 from ddpm.export.run import run as export
 from ddpm.models.unet import UNet
 from ddpm.runs import checkpoint
-from ddpm.runs.folder import RunFolder
 from ddpm.runs.finding import locate
+from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import identity
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def finished(outputs: Path, *overrides: str) -> RunFolder:
     """A run folder as it is after three steps, with random weights."""
     composed = compose([f"outputs={outputs}", *overrides])
     config = training_config(composed)
-    run = locate(config, composed)
+    run = locate(config)
     run.start(config, composed, identity(config))
     classes = [f"class {number}" for number in range(config.data.num_classes or 0)]
     run.update(

@@ -1,49 +1,51 @@
 """The main function that all commands share: help, jobs, errors in one line, exit codes."""
 
+import contextlib
+import functools
 import importlib
 import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ddpm.config import sweeps
 from ddpm.config.compose import (
-    BROKEN,
     CONF,
     EXPERIMENTS,
     Composed,
     at_home,
-    compose,
     from_hydra,
-    nearest,
+    refuse_hidden,
     refuse_paths,
     register_experiments,
+    searchpath,
 )
+from ddpm.config.explain import explain, explain_composition
 from ddpm.system import signals
-from ddpm.system.internals import hydra_parser, returns_of_sweeps
+from ddpm.system.internals import before_sweeps, flags_last, hydra_parser, returns_of_sweeps
 
 Run = Callable[[Composed], object]
 Facts = Callable[[Composed], dict[str, str]]
 
 
-def lazily(name: str) -> Callable[[Composed], Any]:
+def lazily(name: str) -> Callable[..., Any]:
     """Returns the function of that dotted name, imported only when it is called.
 
     So --help need not wait for torch.
     """
 
-    def call(composed: Composed) -> Any:
+    def call(*arguments: Any) -> Any:
         module, _, function = name.rpartition(".")
-        return getattr(importlib.import_module(module), function)(composed)
+        return getattr(importlib.import_module(module), function)(*arguments)
 
     return call
 
@@ -55,6 +57,7 @@ def command(
     examples: Sequence[str],
     config_name: str | None = None,
     facts: Facts = lambda composed: {},
+    check: sweeps.Check | None = None,
 ) -> Callable[[], None]:
     """Returns the main function of `python -m ddpm.<name>`.
 
@@ -71,6 +74,7 @@ def command(
         examples: Command lines for --help.
         config_name: Of its file in conf/; None for the command's own name.
         facts: What to show of a job in the table at the end of a sweep, by column.
+        check: Looks, before a sweep's first job, whether a job can run, on this machine or another.
     """
     config_name = config_name or name
 
@@ -79,7 +83,7 @@ def command(
             print(help_text(CONF, EXPERIMENTS, config_name, what, examples))
             return
         wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-        sys.argv[1:] = typed = [at_home(word) for word in sys.argv[1:]]
+        sys.argv[1:] = typed = flags_last([at_home(word) for word in sys.argv[1:]])
         process = os.getpid()
         outcomes: list[sweeps.Outcome] = []
 
@@ -94,25 +98,23 @@ def command(
 
         job.__module__ = f"ddpm.{name}"  # Hydra's job name is its last part
         register_experiments()
-        sweeps.set_defaults(typed)
+        sweeps.set_defaults()
         # have Hydra raise rather than print its own several lines
         os.environ["HYDRA_FULL_ERROR"] = "1"
         start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)
-        try:
-            refuse_paths(_overrides_in(typed))
+        parsed = _parsed(typed)
+        own = parsed.config_dir and str(Path(parsed.config_dir).resolve())
+
+        def told(error: Exception, words: Sequence[str]) -> str:
+            return explain_composition(error, words, config_name, own)
+
+        checked = functools.partial(sweeps.check_jobs, check, told)
+        with contextlib.nullcontext() if wants_traceback else _errors_in_a_line(told, parsed):
+            refuse_paths(parsed.overrides)
+            refuse_hidden([*([own] if own else []), *searchpath(parsed.overrides)])
             sweeps.refuse_in_process_group(typed)
-            with returns_of_sweeps(outcomes):
+            with returns_of_sweeps(outcomes), before_sweeps(checked):
                 start()
-        except KeyboardInterrupt:
-            if wants_traceback:
-                raise
-            print("interrupted", file=sys.stderr, flush=True)
-            sys.exit(130)
-        except Exception as error:
-            # what a job raises is caught in the job: this is a composition that failed
-            if wants_traceback:
-                raise
-            sys.exit(f"error: {_explain_composition(error, typed, config_name)}")
         if any(outcome.facts for outcome in outcomes):
             print(f"\n{sweeps.job_table(outcomes)}", flush=True)
         codes = {outcome.code for outcome in outcomes} - {0}
@@ -120,6 +122,22 @@ def command(
             sys.exit(max(codes))
 
     return main
+
+
+@contextlib.contextmanager
+def _errors_in_a_line(
+    told: Callable[[Exception, Sequence[str]], str], parsed: Namespace
+) -> Iterator[None]:
+    """Exits with what was wrong; what a job raises is caught in the job and does not come here."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except sweeps.WrongJobs as error:
+        sys.exit(str(error))
+    except Exception as error:
+        sys.exit(f"error: {told(error, parsed.overrides)}")
 
 
 def _run_job(
@@ -151,21 +169,8 @@ def _run_job(
     return sweeps.Outcome(composed.overrides, code, {**ended, **shown, **last})
 
 
-def explain(error: Exception) -> str:
-    """Returns an error in one line.
-
-    That is the message alone where it is meant for the user, with its type where it is a surprise.
-    """
-    message = " ".join(str(error).split())
-    return (
-        message
-        if isinstance(error, ValueError) and message
-        else f"{type(error).__name__}: {message}"
-    )
-
-
-def _overrides_in(arguments: Sequence[str]) -> list[str]:
-    """The overrides in a command line; exits with one line for flags that Hydra does not have."""
+def _parsed(arguments: Sequence[str]) -> Namespace:
+    """The flags and overrides of a command line; exits in a line for flags that are none."""
 
     def refuse(message: str) -> NoReturn:
         wrong = next((word for word in arguments if re.match("-+[a-z_.]+=", word)), None)
@@ -178,67 +183,7 @@ def _overrides_in(arguments: Sequence[str]) -> list[str]:
             )
         )
 
-    return hydra_parser(refuse).parse_args(arguments).overrides
-
-
-def _explain_composition(error: Exception, arguments: Sequence[str], config_name: str) -> str:
-    """Hydra's composition errors in one line, with the nearest valid name."""
-    if isinstance(error, OverrideParseException):
-        key, equals, _ = error.override.partition("=")
-        what = f"{error.override} cannot be read" if equals else f"{key} is no setting"
-        return (
-            f"{what}: settings are key=value; spaces, brackets and other signs in a value need "
-            "quotes: 'key=\"value\"'"
-        )
-    if (
-        isinstance(error, MissingConfigException)
-        and error.missing_cfg_file
-        and error.options is not None
-    ):
-        group, _, option = error.missing_cfg_file.rpartition("/")
-        if group == "experiment" and option in BROKEN:
-            return BROKEN[option]
-        more = (
-            "; pip install -e '.[sweep]' brings joblib, submitit_local and submitit_slurm"
-            if group == "hydra/launcher" and "joblib" not in error.options
-            else ""
-        )
-        return f"{group}={option}: no such option of {group}{nearest(option, error.options)}{more}"
-    if not isinstance(error, HydraException):
-        return explain(error)
-    message = " ".join(str(error).split("\n")[0].split())
-    if message.startswith("Ambiguous value"):
-        message += ": a sweep over values needs -m; a list needs [brackets]"
-    unknown = re.search(r"Could not override '([^']+)'", str(error))
-    if unknown is None:
-        return message
-    key = unknown[1].partition("@")[0]
-    choices = [
-        argument
-        for argument in arguments
-        if re.fullmatch(r"[\w/]+=[\w-]+", argument) and not argument.startswith(f"{key}=")
-    ]
-    own = hydra_parser().parse_args(arguments).config_dir
-    try:
-        cfg = compose(choices, config_name, own and str(Path(own).resolve())).cfg
-    except HydraException:
-        return message
-    parent, _, name = key.rpartition(".")
-    while parent and not isinstance(OmegaConf.select(cfg, parent), DictConfig):
-        parent, _, name = parent.rpartition(".")
-    section = OmegaConf.select(cfg, parent) if parent else cfg
-    names = [str(found) for found in section if not str(found).startswith("_")] + (
-        ["experiment"] if not parent else []
-    )
-    groups = {
-        str(group): inner
-        for group, inner in cfg.items_ex(resolve=False)
-        if isinstance(inner, DictConfig)
-    }
-    deeper = [f"{group}.{name}" for group, inner in groups.items() if not parent and name in inner]
-    if deeper:
-        return f"{key}: no such key{nearest('', names)}; did you mean {' or '.join(deeper)}?"
-    return f"{key}: no such key{' in ' + parent if parent else ''}{nearest(name, names)}"
+    return hydra_parser(refuse).parse_args(arguments)
 
 
 DEFAULT = re.compile(r"^  - (?P<group>\w+): (?P<option>\w+) *(?:# (?P<remark>.*))?$", re.M)

@@ -13,8 +13,14 @@ import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from ddpm.config.rules import keep_runs_folder, one_unit, words_to_compose
+from ddpm.system.internals import tap_composition
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # an installed wheel, else a checkout
@@ -195,7 +201,8 @@ def _groups() -> list[str]:
 def refuse_paths(overrides: Sequence[str]) -> None:
     """Refuses an option of a group that is no name.
 
-    A path could lead to any file, and two options would be mixed.
+    A path could lead to any file, and two options would be mixed. Own experiments may lie in
+    sub-folders; nothing else lies there that composes alone.
 
     Raises:
         ValueError: If there is one.
@@ -206,12 +213,66 @@ def refuse_paths(overrides: Sequence[str]) -> None:
         group = re.split("[/@:]", key)[0]
         if not key:
             raise ValueError(f"{override}: settings are key=value")
-        if (
-            group in groups
-            and "." not in key.partition("@")[0]
-            and re.search(r"[/\\[]|\.\.|\.ya?ml|^(null|true|false|[\d.]+)$", option)
-        ):
+        if group not in groups or "." in key.partition("@")[0]:
+            continue
+        if not all(_names_option(value, key == "experiment") for value in _options(override)):
             raise ValueError(
                 f"{key}={option}: no such option of "
                 f"{group}{nearest(option, [file.stem for file in groups[group].glob('*.yaml')])}"
             )
+
+
+def _options(override: str) -> list[Any]:
+    """The options that an override of a group names, one or those of a sweep."""
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return []  # Hydra says so itself
+    value = parsed.value()
+    if isinstance(value, Glob):
+        return [pattern.replace("[", "") for pattern in (*value.include, *value.exclude)]
+    if isinstance(value, ChoiceSweep):
+        return [one.text if isinstance(one, QuotedString) else one for one in value.list]
+    return [] if parsed.is_delete() and value is None else [value]
+
+
+def _names_option(value: Any, experiment: bool) -> bool:
+    """Whether a value can stand for a group: an option's name, or a table of the group's keys."""
+    if isinstance(value, str):
+        nested = experiment and re.fullmatch(r"[\w-]+(/[\w-]+)+", value)
+        return bool(nested) or not re.search(r"[/\\[]|\.\.|\.ya?ml", value)
+    return isinstance(value, dict) or (experiment and value is None)
+
+
+def searchpath(overrides: Sequence[str]) -> list[str]:
+    """Returns the folders of own options that hydra.searchpath adds."""
+    words = [word for word in overrides if word.startswith("hydra.searchpath=")]
+    found = [override.value() for override in OverridesParser.create().parse_overrides(words)]
+    return [str(folder) for value in found if isinstance(value, list) for folder in value]
+
+
+def refuse_hidden(folders: Sequence[str]) -> None:
+    """Refuses a file of the user's own that bears the name of one that is built in.
+
+    Hydra would take the built-in one and say nothing.
+
+    Args:
+        folders: Of own options, as --config-dir or hydra.searchpath have them.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    built_in = [(file, file.relative_to(CONF)) for file in sorted(CONF.rglob("*.yaml"))]
+    built_in += [(file, Path("experiment", file.name)) for file in EXPERIMENTS.glob("*.yaml")]
+    for folder in folders:
+        for file, name in built_in:
+            own = Path(folder.removeprefix("file://")) / name
+            if own.is_file() and not own.samefile(file):
+                option = f"{name.parent}={name.stem}" if name.parent.name else str(name)
+                raise ValueError(
+                    f"{own} is hidden by the built-in option of that name, {option}; give it "
+                    "another name"
+                )
+
+
+tap_composition(words_to_compose, one_unit, keep_runs_folder)

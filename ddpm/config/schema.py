@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
 from ddpm.config.compose import Composed
+from ddpm.config.rules import UNITS, given_units
 from ddpm.config.validation import (
     Count,
     Node,
@@ -87,6 +89,7 @@ class Runtime(Section):
     evaluate_every: Count | None
     num_previews: Count
     trusted_modules: list[str]
+    check_sweep: bool = True  # runs of before have none
 
 
 Split = Literal["train", "heldout", "test"]
@@ -333,11 +336,13 @@ def _check_splits(config: Config) -> None:
 
 def _resolve_duration(plain: dict[str, Any], overrides: list[str]) -> None:
     """Puts a duration of the command line in place of the recipe's, whatever its unit."""
-    given = {
-        key
-        for override in overrides
-        for key in ("steps", "epochs")
-        if override.lstrip("+").startswith(f"training.{key}=")
-    }
+    given: set[str] = set()
+    for override in OverridesParser.create().parse_overrides(overrides):
+        if override.key_or_group == "training":
+            given |= given_units(override.value())
+        if override.key_or_group.startswith("training."):
+            given |= given_units(
+                {override.key_or_group.removeprefix("training."): override.value()}
+            )
     if len(given) == 1 and isinstance(plain.get("training"), dict):
-        plain["training"]["epochs" if given == {"steps"} else "steps"] = None
+        plain["training"][UNITS[given.pop()]] = None

@@ -5,7 +5,7 @@ The table says what each job came to.
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +13,11 @@ from typing import Any
 
 from filelock import Timeout
 from hydra.core.config_store import ConfigLoadError, ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
+from ddpm.config.compose import Composed, from_hydra
 from ddpm.system.files import lock
 
 _claimed: list[str] = []
@@ -24,6 +26,10 @@ LAUNCHERS: dict[str, dict[str, Any]] = {  # what is not as the plugins have it
     "joblib": {"n_jobs": "${num_devices:}"},
     "submitit_slurm": {"timeout_min": 1440, "max_num_timeout": 100, "signal_delay_s": 300},
 }
+
+
+HERE = (".BasicLauncher", ".JoblibLauncher", ".LocalLauncher")  # have jobs run on this machine
+Check = Callable[[Composed, bool], object]
 
 
 @dataclass(frozen=True)
@@ -41,16 +47,98 @@ class Outcome:
     facts: dict[str, str] = field(default_factory=dict)
 
 
+class ResumedTwice(ValueError):
+    """A run that two jobs would carry on, the second where the first has left it."""
+
+
+class WrongJobs(Exception):
+    """Jobs of a sweep that cannot run, a line for each."""
+
+
+def check_jobs(
+    check: Check | None,
+    explain: Callable[[Exception, Sequence[str]], str],
+    compose_job: Callable[[list[str]], DictConfig],
+    jobs: Sequence[list[str]],
+) -> None:
+    """Looks whether each job of a sweep can run, before the first one does.
+
+    Args:
+        check: Raises ValueError for a job that cannot; None to look whether they compose, alone.
+        explain: Puts an error into a line, given the job's overrides.
+        compose_job: Composes the overrides of a job.
+        jobs: The overrides of each job.
+
+    Raises:
+        WrongJobs: If some cannot run.
+        ValueError: If there are none.
+    """
+    if not jobs:
+        raise ValueError("hydra.sweeper.params: a sweep over nothing")
+    wrong: dict[int, str] = {}
+    optional = True  # whether runtime.check_sweep=false has the others run
+    first: Exception | None = None
+    resumed: dict[Path, int] = {}
+    for number, words in enumerate(jobs):
+        composes = False
+        try:
+            cfg = compose_job(words)
+            composes = True
+            _check_job(check, cfg, number, resumed)
+        except Exception as error:
+            first = first or error
+            wrong[number] = explain(error, words)
+            optional &= composes and not isinstance(error, ResumedTwice)
+    if wrong:
+        raise WrongJobs(_listed(wrong, jobs, optional)) from first
+
+
+def _check_job(check: Check | None, cfg: DictConfig, number: int, resumed: dict[Path, int]) -> None:
+    before = HydraConfig.instance().cfg
+    try:
+        with open_dict(cfg):
+            cfg.hydra.job.id = cfg.hydra.job.num = number
+        HydraConfig.instance().set_config(cfg)
+        composed = from_hydra(cfg, cfg.hydra)
+        if composed.cfg.get("resume") is not None:
+            run = Path(str(composed.cfg.resume)).expanduser().resolve()
+            other = resumed.setdefault(run, number)
+            if other != number:
+                raise ResumedTwice(
+                    f"two jobs of this sweep carry on {run}: job {other} and job {number}"
+                )
+        if check is not None and OmegaConf.select(cfg, "runtime.check_sweep"):
+            check(composed, str(cfg.hydra.launcher.get("_target_")).endswith(HERE))
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def _listed(wrong: dict[int, str], jobs: Sequence[Sequence[str]], optional: bool) -> str:
+    """The wrong jobs in lines; in one where all are wrong for the same reason."""
+    if len(wrong) == len(jobs) and len(set(wrong.values())) == 1:
+        return f"error: {wrong[0]}"
+    lines = [
+        f"error: {why} (job {number}: {' '.join(differing(jobs)[number]) or '-'})"
+        for number, why in wrong.items()
+    ]
+    starts = optional and len(wrong) < len(jobs)
+    more = "; runtime.check_sweep=false starts the others" if starts else ""
+    return "\n".join([*lines, f"none of the {len(jobs)} jobs was started{more}"])
+
+
+def differing(jobs: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Returns of each job the overrides that not all have."""
+    everywhere = set.intersection(*map(set, jobs)) if jobs else set()
+    return [[word for word in words if word not in everywhere] for words in jobs]
+
+
 def job_table(outcomes: Sequence[Outcome]) -> str:
     """Returns the jobs in lines: number, what differs between them, and their facts."""
-    everywhere = (
-        set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if outcomes else set()
-    )
+    differ = differing([outcome.overrides for outcome in outcomes])
     rows = [
         {
             "job": str(number),
-            "what differs": " ".join(one for one in outcome.overrides if one not in everywhere)
-            or "-",
+            "what differs": " ".join(differ[number]) or "-",
             **outcome.facts,
         }
         for number, outcome in enumerate(outcomes)
@@ -112,13 +200,11 @@ def claim_device(devices: Sequence[str]) -> str | None:
         slot += 1
 
 
-def set_defaults(arguments: Sequence[str]) -> None:
+def set_defaults() -> None:
     """Sets up the launchers that are installed (extra sweep).
 
     They run a job for each device, and queue a Slurm job again as often as its time runs out.
     """
-    if not any(argument.startswith("hydra/launcher=") for argument in arguments):
-        return
     OmegaConf.register_new_resolver(
         "num_devices", lambda: max(1, len(visible_devices())), replace=True
     )

@@ -101,6 +101,16 @@ def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
         raise ValueError(_first(error, arguments, schema, prefix=f"{key}.")) from None
 
 
+def takes(target: Any, name: str) -> bool:
+    """Returns whether what `_target_` names has an argument of that name, where it is trusted."""
+    if target not in public_names() and not str(target).startswith(TRUSTED):
+        return False
+    try:
+        return name in inspect.signature(_imported("_target_", target, TRUSTED)).parameters
+    except ValueError:
+        return False
+
+
 @functools.cache
 def public_names() -> tuple[str, ...]:
     """Returns every name of ours that YAML and loaded files may name."""
@@ -201,8 +211,41 @@ def _first(
         if wrong["loc"][: len(path)] == complaint["loc"][: len(path)]
         and wrong["type"] != "needs_python_object"
     ]
-    wanted = " or ".join(dict.fromkeys(_wanted(wrong) for wrong in here))
-    return f"{key}={value if isinstance(value, str) else json.dumps(value)} should {wanted}"
+    wanted = [_wanted(wrong) for wrong in here]
+    taken = _fields_at(schema, path[:-1]).get(path[-1]) if path else None
+    optional = taken is not None and type(None) in typing.get_args(taken.annotation)
+    if optional and wanted != ["not be empty"]:
+        wanted.append("null")
+    types = {wrong["type"] for wrong in here}
+    wrong_type = _of_another_type(key, value, types)
+    bare = types == {"literal_error"} or not _looks_like_no_text(str(value))
+    shown = value if bare and isinstance(value, str) else json.dumps(value)
+    return f"{key}={shown} should {' or '.join(dict.fromkeys(wanted))}{wrong_type}"
+
+
+def _of_another_type(key: str, value: Any, complaints: set[str]) -> str:
+    """The part of a message for text that looks like a number, and for a number that is text."""
+    numbers = {"int_type", "float_type", "int_parsing", "float_parsing"}
+    if isinstance(value, str) and complaints & numbers and _is_number(value):
+        return (
+            ", and is text: type it without quotes, read it from the environment with "
+            "${oc.decode:${oc.env:NAME}}"
+        )
+    if isinstance(value, int | float) and complaints == {"string_type"} and key[-1:].isalpha():
+        return f", and is none: quote it, as '{key}={json.dumps(json.dumps(value))}'"
+    return ""
+
+
+def _looks_like_no_text(value: str) -> bool:
+    return _is_number(value) or value.lower() in ("yes", "no", "on", "off", "true", "false")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _wanted(complaint: Any) -> str:
@@ -215,13 +258,15 @@ def _wanted(complaint: Any) -> str:
         return f"have at most {complaint['ctx']['max_length']} entries"
     if complaint["type"] == "string_too_short":
         return "not be empty"
+    if complaint["type"] == "bool_type":
+        return "be a valid boolean, true or false"
     return complaint["msg"].removeprefix("Input should ")
 
 
 def _fields_at(schema: type[BaseModel], path: list[str]) -> dict[str, Any]:
     fields: dict[str, Any] = schema.model_fields
     for part in path:
-        inner = fields[part].annotation
+        inner = fields[part].annotation if part in fields else None
         fields = (
             inner.model_fields if inspect.isclass(inner) and issubclass(inner, BaseModel) else {}
         )

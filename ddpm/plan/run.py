@@ -59,7 +59,7 @@ def run(composed: Composed) -> list[Verdict]:
     config = with_initial_weights(config)
     build.check(config)
     needs, num_steps = sizes(config), number_of_steps(config)
-    _show("run", _folder(config, composed))
+    _show("run", _folder(config))
     _show_sizes(config, needs, num_steps)
     speed = settings.speed
     if speed is not None:
@@ -85,13 +85,13 @@ def run(composed: Composed) -> list[Verdict]:
     return verdicts
 
 
-def _folder(config: Config, composed: Composed) -> str:
+def _folder(config: Config) -> str:
     """The run's folder; pictures of one's own have to be there to name it."""
     path = config.data.path
     if config.data.name == "folder" and not (path and Path(path).expanduser().exists()):
         return f"known once the pictures are there (data.path={path})"
     config, _ = with_pictures(config)
-    return str(locate(config, composed).path)
+    return str(locate(config).path)
 
 
 def _show(what: str, words: str) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ddpm.config.compose import Composed
 from ddpm.config.schema import Config
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.format import FORMAT, upgraded
@@ -14,7 +13,7 @@ from ddpm.runs.pictures import place_of
 from ddpm.system.files import short_hash
 
 
-def locate(config: Config, composed: Composed) -> RunFolder:
+def locate(config: Config) -> RunFolder:
     """Returns the folder that this configuration has.
 
     A run is found by the hash of its identity among the folders below `outputs`, whatever they were
@@ -26,7 +25,7 @@ def locate(config: Config, composed: Composed) -> RunFolder:
     """
     mine = identity(config)
     digest = short_hash(mine)
-    named = name_of(config, mine, composed.choices)
+    named = name_of(config, mine)
     own = Path(config.outputs) / named.with_name(f"{named.name}-{digest}")
     found = [
         folder

@@ -21,17 +21,10 @@ REPEATS = {"data.resolution": "model.resolution", "model.in_channels": "data.cha
 ORDER = ("init_from", "optimizer", "training", "seed", "model", "data")
 
 
-def name_of(config: Config, identity: Mapping[str, Any], typed: Mapping[str, str]) -> Path:
-    """Returns <model>-<data>/<what differs from that pair's own settings>, without the hash.
-
-    Args:
-        config: The run's configuration.
-        identity: Its identity.
-        typed: The options that were typed, by group, which are looked at first. They change
-            nothing in the outcome.
-    """
+def name_of(config: Config, identity: Mapping[str, Any]) -> Path:
+    """Returns <model>-<data>/<what differs from that pair's own settings>, without the hash."""
     mine = flat(identity)
-    model, data = _model(identity, typed.get("model", "")), config.data.name
+    model, data = _model(mine), config.data.name
     own = _own_settings(
         model if model in shipped_options("model") else "quickstart",
         data if data in shipped_options("data") else "digits",
@@ -66,14 +59,11 @@ def _own_settings(model: str, data: str) -> dict[str, Any]:
     return flat(identity_of(config.model_dump(mode="json")))
 
 
-def _model(identity: Mapping[str, Any], first: str) -> str:
+def _model(mine: Mapping[str, Any]) -> str:
     """The option that a network is or is nearest to; the class's name if it is none of ours."""
-    mine, options = flat({"model": identity["model"]}), shipped_options("model")
-    said = {name: _settings("model", name) for name in options}
-    if first in options and not _differing(mine, said[first]):
-        return first
-    target = mine["model._target_"]
-    alike = [name for name in options if said[name]["model._target_"] == target]
+    mine, target = _of_group("model", mine), mine["model._target_"]
+    said = {name: _settings("model", name) for name in shipped_options("model")}
+    alike = [name for name in said if said[name]["model._target_"] == target]
     if not alike:
         return str(target).rpartition(".")[2]
     return min(alike, key=lambda name: (len(_differing(mine, said[name])), name))
@@ -83,8 +73,7 @@ def _option(
     group: str, mine: Mapping[str, Any], own: Mapping[str, Any]
 ) -> tuple[str, Mapping[str, Any]]:
     """The word for what a group is, none if it is nearest to the pair's own, and what that says."""
-    mine, own = ({key: value for key, value in settings.items() if key.startswith(f"{group}.")}
-                 for settings in (mine, own))  # fmt: skip
+    mine, own = _of_group(group, mine), _of_group(group, own)
     target = f"{group}._target_"
     said = {name: _settings(group, name) for name in shipped_options(group)}
     alike = [name for name in said if said[name][target] == own[target]]
@@ -115,6 +104,10 @@ def _option(
 def _settings(group: str, option: str) -> dict[str, Any]:
     """What an option of conf/ says, in canonical form, as dotted keys."""
     return flat({group: canonical(shipped_option(group, option), group)})
+
+
+def _of_group(group: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key.startswith(f"{group}.")}
 
 
 def _differing(mine: Mapping[str, Any], said: Mapping[str, Any]) -> set[str]:

@@ -4,7 +4,8 @@ A new release of Hydra, torch or Accelerate that breaks something breaks it here
 """
 
 import argparse
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +21,104 @@ def hydra_parser(refuse: Any = None) -> argparse.ArgumentParser:
     if refuse is not None:
         parser.error = refuse  # type: ignore[method-assign]
     return parser
+
+
+def tap_composition(
+    words: Callable[[list[str], Any, bool], list[str]],
+    file: Callable[[str, str | None, Any], None],
+    whole: Callable[[Any], None],
+) -> None:
+    """Has each composition of Hydra in this process pass through three functions.
+
+    Hydra's callbacks come when a job starts, and what they see is composed already.
+
+    Args:
+        words: Of the overrides typed, the loader, and whether it is for a sweep, makes those that
+            are composed in their place. The configuration tells of those typed.
+        file: Is called with the name, the package and the content of each file, before it is
+            merged into those before it.
+        whole: Is called with what was composed.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    load, load_file = ConfigLoaderImpl.load_configuration, ConfigLoaderImpl._load_single_config
+
+    def tapped(
+        self: Any, config_name: Any, overrides: Any, run_mode: Any, *rest: Any, **named: Any
+    ) -> Any:
+        composed = words(overrides, self, run_mode == RunMode.MULTIRUN)
+        cfg = load(self, config_name, composed, run_mode, *rest, **named)
+        cfg.hydra.overrides.task = [
+            word for word in overrides if not re.match(r"[+~]*hydra[./]", word)
+        ]
+        whole(cfg)
+        return cfg
+
+    def tapped_file(self: Any, default: Any, repo: Any) -> Any:
+        loaded = load_file(self, default, repo)
+        if OmegaConf.is_dict(loaded.config):
+            file(default.config_path, default.package, loaded.config)
+        return loaded
+
+    ConfigLoaderImpl.load_configuration = tapped  # type: ignore[method-assign]
+    ConfigLoaderImpl._load_single_config = tapped_file  # type: ignore[method-assign]
+
+
+@contextmanager
+def before_sweeps(
+    check: Callable[[Callable[[list[str]], Any], list[list[str]]], None],
+) -> Iterator[None]:
+    """Has `check` look at all jobs of a sweep before the first one starts.
+
+    It takes the place of the sweeper's own look, which stops at the first job that does not
+    compose. Hydra makes the sweeper itself.
+
+    Args:
+        check: Is called with a function that composes a job, and the overrides of each job.
+    """
+    from hydra.core.plugins import Plugins
+
+    instantiate = Plugins.instantiate_sweeper
+
+    def watched(self: Plugins, **named: Any) -> Any:
+        sweeper: Any = instantiate(self, **named)
+        loader, checked = named["hydra_context"].config_loader, False
+
+        def look(batch: Any) -> None:
+            nonlocal checked
+            known = getattr(sweeper, "overrides", None)  # all batches, where they are known
+            if not (known and checked):
+                jobs = [list(job) for part in known or [batch] for job in part]
+                check(lambda job: loader.load_sweep_config(sweeper.config, job), jobs)
+            checked = True
+
+        sweeper.validate_batch_is_legal = look
+        return sweeper
+
+    Plugins.instantiate_sweeper = watched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Plugins.instantiate_sweeper = instantiate  # type: ignore[method-assign]
+
+
+def flags_last(words: list[str]) -> list[str]:
+    """Returns a command line with Hydra's flags after the settings, if it has them among these.
+
+    Hydra's parser reads settings on one side of the flags alone (until its release after 1.3.8).
+    """
+    parser = hydra_parser()
+    settings: list[str] = []
+    flags: list[str] = []
+    takes_next = False
+    for word in words:
+        takes_next = takes_next and not word.startswith("-")
+        (flags if takes_next or word.startswith("-") else settings).append(word)
+        option = parser._option_string_actions.get(word)
+        takes_next = option is not None and option.nargs is None
+    return settings + flags
 
 
 @contextmanager

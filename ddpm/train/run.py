@@ -46,8 +46,8 @@ def run(composed: Composed) -> RunFolder:
     record = folder.record()
     if record.get("status") == "complete" and not changes:
         unseen = pictures.check_here(config, folder)
-        if unseen is not None:
-            print(f"pictures not compared: {unseen}", flush=True)
+        for note in [*begun.notes, *([f"pictures not compared: {unseen}"] if unseen else [])]:
+            print(note, flush=True)
         _say_complete(folder, record["step"])
         return folder
     start.check_initial_weights(config, folder)

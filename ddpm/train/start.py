@@ -21,10 +21,11 @@ from ddpm.data.image_set import ImageSet, goes_on_device
 from ddpm.data.shards import Source
 from ddpm.data.stored import Packed
 from ddpm.diffusion.process import GaussianDiffusion
+from ddpm.evaluate.measure import check_extractor
 from ddpm.runs import checkpoint, finding, pictures
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import flat, identity
-from ddpm.system.devices import compile_in_place, cores, decide
+from ddpm.system.devices import compile_in_place, cores, decide, device
 from ddpm.system.processes import gather
 from ddpm.train.meter import Meter
 from ddpm.train.state import EMA, TrainingState
@@ -74,18 +75,22 @@ def which_run(composed: Composed) -> Start:
         return load_resumed(composed)
     config = folders.with_initial_weights(training_config(composed))
     config, source = pictures.with_pictures(config)
-    run, notes = finding.locate(config, composed), []
+    run, notes = finding.locate(config), []
     if not run.record():
         before = finding.earlier(config)
         if before is not None and before.record().get("status") == "complete":
             run = before
+            notes = [
+                f"{before.path} was trained by an earlier version; resume={before.path} "
+                "training.steps=MORE carries it on"
+            ]
         elif before is not None:
             raise ValueError(
                 f"run {before.path} is this configuration, trained by an earlier version: "
                 f"resume={before.path} carries it on, another outputs= starts anew"
             )
         other = finding.with_other_pictures(config)
-        if other is not None and source is not None and config.pictures is not None:
+        if before is None and other is not None and config.pictures is not None:
             if other.status() != "complete":
                 pictures.check(other, config.pictures, source)
             notes = [f"a new run beside {other.path}, which has other pictures of the same place"]
@@ -361,3 +366,33 @@ def _check_duration(config: Config, run: RunFolder, changed: list[str], instead:
             f"{', '.join(changed)}: {run.path} is complete at {done} steps, and would train none: "
             f"give more training.{unit}=; {instead}"
         )
+
+
+def check_job(composed: Composed, here: bool) -> None:
+    """Looks, before a sweep trains its first job, whether this one could start.
+
+    Args:
+        composed: The job.
+        here: Whether it would run on this machine; then the device, the pictures and first weights
+            are looked for.
+
+    Raises:
+        ValueError: If it could not.
+    """
+    if not here and composed.cfg.resume is None:
+        build.check(training_config(composed))
+        return
+    begun = which_run(composed)
+    config, run = begun.config, begun.folder
+    build.check(config)
+    check_history(begun, resumes=composed.cfg.resume is not None)
+    if run.record().get("status") == "complete" and not begun.changes:
+        return
+    check_initial_weights(config, run)
+    if not here:
+        return
+    device(config.runtime.device)
+    if begun.source is None and (config.data.path is not None or "repo" not in config.data.source):
+        build.source(config)
+    if config.runtime.evaluate_every is not None:
+        check_extractor(config.evaluation, torch.device("cpu"))
