@@ -270,7 +270,7 @@ def test_pictures_that_change_while_they_are_read_are_not_trained_on(plain, tmp_
 
 
 def test_a_run_whose_pictures_moved_is_carried_on_measured_and_shown(typed, plain, words, tmp_path):
-    first = run(words(plain("old"), "data.holdout=0.5"))
+    first = run(words(plain("old"), "data.holdout=0.5", "training.batch_size=1"))
     (tmp_path / "old").rename(tmp_path / "new")
     moved = f"data.path={tmp_path / 'new'}"
     asked = ["evaluation.metrics=[losses]", "evaluation.num_images=2", "evaluation.num_samples=2"]
