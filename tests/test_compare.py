@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,6 +124,7 @@ def test_a_protocol_has_a_column_of_its_own_and_a_run_that_was_not_measured_has_
 def test_a_loss_of_another_objective_is_not_in_the_same_column(compared):
     other = results.Compared(
         compared[1].run,
+        compared[1].identity,
         {**compared[1].settings, "objective.prediction": "v"},
         compared[1].choices,
         compared[1].record,
@@ -207,8 +209,9 @@ def test_the_command_writes_the_table_in_whole_digits_and_the_pictures(outputs, 
 
 
 def test_the_grid_has_the_same_noise_in_each_column_and_a_row_a_run(outputs, typed, tmp_path):
-    """A copy of a run gives its very images; another seed's network others."""
-    shutil.copytree(path(outputs, 0, 6), tmp_path / "copy")
+    """The same weights give the very images; another seed's network others."""
+    copy = RunFolder(shutil.copytree(path(outputs, 0, 6), tmp_path / "copy"))
+    copy.update(data={**copy.record()["data"], "fingerprint": "another"})  # no mere copy, then
     runs = f"[{path(outputs, 0, 6)},{tmp_path / 'copy'},{path(outputs, 1, 6)}]"
     done = typed(
         "compare",
@@ -251,7 +254,7 @@ def test_folders_that_are_no_runs_or_damaged_spoil_nothing(outputs, typed, tmp_p
         )
         (tmp_path / name / file).write_text(content)
     running = tmp_path / "killed"
-    shutil.copytree(path(outputs, 1, 6), running)
+    shutil.copytree(path(outputs, 1, 6), running, ignore=shutil.ignore_patterns("checkpoints"))
     (running / "run.json").write_text(
         (running / "run.json").read_text().replace('"complete"', '"running"')
     )
@@ -304,3 +307,51 @@ def test_a_table_too_wide_for_the_terminal_is_turned(compared):
     across, down = tables.text(table, 10_000), tables.text(table, 60)
     assert len(across.splitlines()) == 3
     assert len(down.splitlines()) == len(table[0])
+
+
+def test_a_copy_of_a_run_counts_once_and_is_named(outputs, typed, tmp_path):
+    copies = tmp_path / "copies"
+    for seed in (0, 1):
+        shutil.copytree(path(outputs, seed, 6), copies / f"seed{seed}")
+    done = typed("compare", f"runs=[{outputs},{copies}]")
+    assert done.code == 0, done.err
+    for seed in (0, 1):
+        assert (
+            f"note: {copies / f'seed{seed}'} is left out: a copy of {path(outputs, seed, 6)}"
+            in done.err
+        )
+    alone = typed("compare", f"runs=[{outputs}]")
+    assert done.out == alone.out  # also mean and deviation over seeds
+    assert "0 1" in done.out
+
+
+def test_a_copy_that_was_carried_on_is_a_run_of_its_own(outputs, typed, tmp_path):
+    longer = tmp_path / "longer"
+    shutil.copytree(path(outputs, 0, 6), longer)
+    assert typed("train", f"resume={longer}", "training.steps=8", "optimizer.lr=5e-4").code == 0
+    read = [results.read(RunFolder(one)) for one in (path(outputs, 0, 6), longer)]
+    kept, left_out = tables.once(read)
+    assert (len(kept), left_out) == (2, [])
+    assert tables.rows(read)[1]["changed"] == (
+        "optimizer.lr 0.001 to 0.0005 after step 6; training.steps 6 to 8 after step 6"
+    )
+
+
+def test_a_run_that_was_changed_on_the_way_is_not_averaged_with_those_that_were_not(compared):
+    first, second = compared[:2]
+    changed = {**second.identity, "changes": [{"step": 3, "changed": {"optimizer.lr": [1, 2]}}]}
+    assert len(tables.over_seeds([first, second])) == 1
+    assert tables.over_seeds([first, replace(second, identity=changed)]) == []
+
+
+def test_runs_of_one_configuration_on_other_pictures_are_never_averaged(compared):
+    first, second = compared[:2]
+    data = {**second.record["data"], "fingerprint": "another"}
+    other = replace(second, record={**second.record, "data": data})
+    assert tables.over_seeds([first, other]) == []
+
+
+def test_the_same_values_typed_otherwise_do_not_differ(compared):
+    first = compared[0]
+    assert first.settings["model.dropout"] == 0
+    assert type(first.settings["model.dropout"]) is int  # 0 and 0.0 are one value

@@ -22,6 +22,7 @@ from ddpm.runs.results import (
     images_per_second,
     summary,
 )
+from ddpm.system.files import as_key
 
 Row = dict[str, Any]  # by column, in its order; None where a run has no such thing
 CHOICES = ("model", "data", "schedule", "objective", "optimizer", "lr_schedule")
@@ -81,15 +82,21 @@ def once(compared: Sequence[Compared]) -> tuple[list[Compared], list[str]]:
     Returns:
         The runs without copies, and in a line each what was left out.
     """
-    kept: dict[str, Compared] = {}
-    left_out = []
-    for one in compared:
+
+    def key(one: Compared) -> str:
         fingerprint = (one.record.get("data") or {}).get("fingerprint")
-        key = json.dumps([one.identity, fingerprint, one.weights or str(one.run.path)])
-        first = kept.setdefault(key, one)
-        if first is not one:
-            left_out.append(f"{one.run.path} is left out: a copy of {first.run.path}")
-    return list(kept.values()), left_out
+        return as_key([one.identity, fingerprint, one.weights or str(one.run.path)])
+
+    chosen: dict[str, Compared] = {}
+    for one in sorted(compared, key=lambda one: one.status != "complete"):
+        chosen.setdefault(key(one), one)
+    kept = [one for one in compared if chosen[key(one)] is one]
+    left_out = [
+        f"{one.run.path} is left out: a copy of {chosen[key(one)].run.path}"
+        for one in compared
+        if chosen[key(one)] is not one
+    ]
+    return kept, left_out
 
 
 def list_runs(compared: Sequence[Compared]) -> list[Row]:
@@ -316,7 +323,7 @@ def _values(column: str, result: Result | None, steps: int) -> Row:
 
 
 def protocol_of(result: Result) -> tuple[str, str]:
-    return result.metric, json.dumps(result.protocol, sort_keys=True)
+    return result.metric, as_key(result.protocol)
 
 
 def metric_columns(compared: Sequence[Compared]) -> dict[str, tuple[str, str]]:
@@ -334,7 +341,7 @@ def metric_columns(compared: Sequence[Compared]) -> dict[str, tuple[str, str]]:
         differing = [
             key
             for key in dict.fromkeys(key for detail in details for key in detail)
-            if len({json.dumps(detail.get(key)) for detail in details}) > 1
+            if len({as_key(detail.get(key)) for detail in details}) > 1
         ]
         for protocol, detail in zip(protocols, details, strict=True):
             said = " ".join(

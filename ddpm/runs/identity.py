@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm.config.schema import Config
 from ddpm.config.validation import own_arguments, public_names
+from ddpm.system.files import by_value
 
 if TYPE_CHECKING:
     from ddpm.runs.folder import RunFolder
@@ -86,11 +87,7 @@ def canonical(value: Any, place: str) -> Any:
             for key, inner in plain.items()
             if not (f"{owner}.{key}" in ADDED and _same(inner, ADDED[f"{owner}.{key}"]))
         }
-    if isinstance(value, list | tuple):
-        return [canonical(inner, place) for inner in value]
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
+    return by_value(value)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -15,8 +15,8 @@ import yaml
 from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.format import upgraded
-from ddpm.runs.identity import flat, identity_of
-from ddpm.system.files import short_hash, write_text
+from ddpm.runs.identity import canonical, flat, identity_of
+from ddpm.system.files import as_key, short_hash, write_text
 
 # one timestep bucket, one channel, one term of the bound
 PARTS = (
@@ -104,7 +104,7 @@ def read_measurements(path: Path) -> list[dict[str, Any]]:
 
 def key(entry: dict[str, Any]) -> str:
     """Returns what makes two entries figures of the same thing."""
-    return json.dumps([entry["metric"], entry["protocol"]], sort_keys=True)
+    return as_key([entry["metric"], entry["protocol"]])
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
         decides = {
             key: value
             for group in ("schedule", "objective")
-            for key, value in flat({group: config.get(group) or {}}).items()
+            for key, value in flat({group: canonical(config.get(group) or {}, group)}).items()
         }
         protocol = {"data": (run.record().get("data") or {}).get("fingerprint"), **decides}
         lowest = min(means, key=lambda mean: mean[1])
@@ -157,9 +157,7 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
     entries: dict[str, list[dict[str, Any]]] = {}
     for entry in read_measurements(run.path / "evaluation.json"):
         protocol = {key: value for key, value in entry["protocol"].items() if key != "step"}
-        entries.setdefault(json.dumps([entry["metric"], protocol], sort_keys=True), []).append(
-            entry
-        )
+        entries.setdefault(as_key([entry["metric"], protocol]), []).append(entry)
     for same in entries.values():
         last = max(same, key=lambda entry: entry["protocol"]["step"])
         choose = better(last["metric"])

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -115,9 +115,26 @@ def lock(path: Path, wait: float = -1) -> Iterator[None]:
         held.release()
 
 
+def by_value(value: Any) -> Any:
+    """Returns plain values as equal ones are written alike: 1 for 1.0, 0 for -0.0, tuples as lists.
+
+    Booleans stay apart.
+    """
+    if isinstance(value, Mapping):
+        return {key: by_value(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [by_value(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def as_key(value: Any) -> str:
+    """Returns one text for plain values that are equal, whatever the order of their keys."""
+    return json.dumps(by_value(value), sort_keys=True)
+
+
 def short_hash(value: Any) -> str:
-    """Eight hexadecimal digits of plain values, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+    """Eight hexadecimal digits of plain values: equal ones have the same."""
+    return hashlib.sha256(as_key(value).encode()).hexdigest()[:8]
 
 
 def sha256(file: Path) -> str:
