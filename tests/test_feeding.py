@@ -12,6 +12,7 @@ from ddpm.data import sources
 from ddpm.data.batches import Batches
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import decodes_later, goes_on_device, image_set
+from ddpm.data.listing import listed
 from ddpm.data.stored import Packed
 
 CPU = torch.device("cpu")
@@ -103,7 +104,8 @@ def test_by_itself_a_set_is_decoded_where_that_takes_half_of_the_disk_at_most(
     monkeypatch.setattr(
         shutil, "disk_usage", lambda where: SimpleNamespace(free=free) if where.exists() else None
     )
-    source, cache = sources.folder(str(folder)), tmp_path / "not" / "yet"
+    cache = tmp_path / "not" / "yet"
+    source = listed(sources.folder(str(folder)), tmp_path, 1)
     assert decodes_later("auto", source, DECODING, cache) == later
     assert decodes_later("decode", source, DECODING, cache)
     assert not decodes_later("file", source, DECODING, cache)

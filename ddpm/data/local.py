@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,9 +34,14 @@ def local(
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
         return _saved(root, image_column, label_column, split, path)
     # names below the root, as strings: a hundred thousand Paths take seconds
-    root, names = (root.parent, [root.name]) if root.is_file() else (root, _below(root))
-    parquet = [name for name in names if _suffix(name) == ".parquet"]
-    tops = _splits(names, split, path)
+    alone = root.is_file()
+    root, names = (root.parent, [root.name]) if alone else (root, _below(root))
+    parquet = {  # name -> the splits that it tells; of a file named by the user it tells none
+        name: set() if alone else _splits_of_name(name)
+        for name in names
+        if _suffix(name) == ".parquet"
+    }
+    tops = _splits(names, parquet, split, path)
     chosen = [name for name in names if not tops or name.partition("/")[0] in tops]
     pictures, others = _told_apart(root, [name for name in chosen if _suffix(name) != ".parquet"])
     if parquet:
@@ -119,12 +124,14 @@ def _suffix(name: str) -> str:
     return last[dot:].lower() if 0 < dot < len(last) - 1 else ""
 
 
-def _splits(names: Sequence[str], split: str, path: str) -> list[str]:
+def _splits(
+    names: Sequence[str], parquet: Mapping[str, set[str]], split: str, path: str
+) -> list[str]:
     """The folders of a split, where every folder at the top bears a split's name; else none."""
     wanted = {SPLITS.get(name, name) for name in split.split("+")}
     tops = sorted({name.partition("/")[0] for name in names if "/" in name})
     if not tops or not all(top.lower() in SPLITS for top in tops):
-        if "train" not in wanted and not any(_splits_of_name(name) for name in names):
+        if "train" not in wanted and not any(parquet.values()):
             raise ValueError(f"data.path={path} has no split {split}: it is one set, without any")
         return []
     chosen = [top for top in tops if SPLITS[top.lower()] in wanted]
@@ -134,9 +141,7 @@ def _splits(names: Sequence[str], split: str, path: str) -> list[str]:
 
 
 def _splits_of_name(name: str) -> set[str]:
-    """The splits that the name of a parquet file tells; none of another file."""
-    if _suffix(name) != ".parquet":
-        return set()
+    """The splits that the name of a parquet file tells."""
     words = re.split(r"[^A-Za-z0-9]+", name.lower())
     return {SPLITS[word] for word in words if word in SPLITS}
 
@@ -173,7 +178,7 @@ def _in_words(others: dict[str, list[str]]) -> str:
 
 def _of_parquet(
     root: Path,
-    parquet: list[str],
+    parquet: Mapping[str, set[str]],
     image_column: str | None,
     label_column: str | None,
     split: str,
@@ -181,9 +186,9 @@ def _of_parquet(
 ) -> Source:
     """The rows of the parquet files of a split, if their names tell."""
     wanted = {SPLITS.get(name, name) for name in split.split("+")}
-    chosen = [name for name in parquet if wanted & _splits_of_name(name)]
+    chosen = [name for name, told in parquet.items() if wanted & told]
     if not chosen and "train" in wanted:
-        chosen = [name for name in parquet if not _splits_of_name(name)]
+        chosen = [name for name, told in parquet.items() if not told]
     if not chosen:
         raise ValueError(f"data.path={root} has no split {split}; it has {', '.join(parquet)}")
     found = of_parquet(root, chosen, image_column, label_column)

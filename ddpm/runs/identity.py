@@ -54,7 +54,9 @@ def identity(config: Config) -> dict[str, Any]:
 def identity_of(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the identity of the plain values that a configuration has, such as config.yaml."""
     half = without(plain, NOT_COMPUTED)
-    half["init_from"] = plain["init_weights"]
+    del half["init_from"]
+    if plain["init_from"] is not None:
+        half["init_from"] = plain["init_weights"]
     # the unit not used
     del half["training"]["steps" if half["training"]["steps"] is None else "epochs"]
     if plain["data"]["name"] == "folder":

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 
-from ddpm.config import build
 from ddpm.config.compose import Composed
 from ddpm.config.schema import Config
 from ddpm.data.batches import Batches
@@ -41,7 +40,6 @@ def run(composed: Composed) -> RunFolder:
     """
     begun = start.which_run(composed)
     config, folder, changes = begun.config, begun.folder, begun.changes
-    build.check(config)
     start.check_history(begun, resumes=composed.cfg.resume is not None)
     record = folder.record()
     if record.get("status") == "complete" and not changes:
@@ -50,7 +48,6 @@ def run(composed: Composed) -> RunFolder:
             print(note, flush=True)
         _say_complete(folder, record["step"])
         return folder
-    start.check_initial_weights(config, folder)
     with accelerator_for(config.runtime.device, config.training.precision) as accelerator:
         if config.runtime.evaluate_every is not None:
             check_extractor(config.evaluation, accelerator.device)

@@ -67,6 +67,8 @@ class Start:
 def which_run(composed: Composed) -> Start:
     """The run that a command line means.
 
+    What can be refused before pictures are read is refused first.
+
     Raises:
         ValueError: For a configuration that cannot be, a resume= that would make another run, or
             a run beside it that another start should not be mistaken for.
@@ -74,6 +76,8 @@ def which_run(composed: Composed) -> Start:
     if composed.cfg.resume is not None:
         return load_resumed(composed)
     config = folders.with_initial_weights(training_config(composed))
+    build.check(config)
+    check_initial_weights(config)
     config, source = pictures.with_pictures(config)
     run, notes = finding.locate(config), []
     if not run.record():
@@ -126,6 +130,7 @@ def load_resumed(composed: Composed) -> Start:
         plain.data.source.path = plain.data.path
     values = cast(dict[str, Any], OmegaConf.to_container(plain))
     config = folders.with_initial_weights(config_of(values, composed.overrides))
+    build.check(config)
     old, new = flat(identity(before)), flat(identity(config))
     keys = [
         key for key in sorted(old.keys() | new.keys()) if old.get(key, ...) != new.get(key, ...)
@@ -166,13 +171,13 @@ def check_history(begun: Start, resumes: bool) -> None:
         )
 
 
-def check_initial_weights(config: Config, run: RunFolder) -> None:
+def check_initial_weights(config: Config) -> None:
     """Looks whether what lies at init_from fits, where that is known before the data is read.
 
     Raises:
         ValueError: If it does not.
     """
-    if not _starts_from_weights(config, run):
+    if config.init_from is None:
         return
     if config.training.conditional and config.data.num_classes is None:
         return
@@ -384,11 +389,9 @@ def check_job(composed: Composed, here: bool) -> None:
         return
     begun = which_run(composed)
     config, run = begun.config, begun.folder
-    build.check(config)
     check_history(begun, resumes=composed.cfg.resume is not None)
     if run.record().get("status") == "complete" and not begun.changes:
         return
-    check_initial_weights(config, run)
     if not here:
         return
     device(config.runtime.device)
