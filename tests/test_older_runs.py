@@ -131,6 +131,13 @@ def test_what_is_carried_out_may_be_missing_or_be_no_more(old):
     assert "order" not in config.sampler
 
 
+def test_a_run_of_a_later_version_says_so(old):
+    file = old / "config.yaml"
+    file.write_text(f"format: {FORMAT + 1}\n{file.read_text()}")
+    with pytest.raises(ValueError, match=rf"config\.yaml .*format {FORMAT + 1} is a later one"):
+        RunFolder(old).config([])
+
+
 def test_a_run_of_today_is_written_with_its_format(run_folder):
     record = json.loads((run_folder / "run.json").read_text())
     assert record["format"] == FORMAT

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ddpm.config.compose import compose
 from ddpm.runs import checkpoint
@@ -50,6 +52,34 @@ def test_a_stretched_cosine_says_where_the_rate_jumps(command, tiny, tmp_path):
     command(f"resume={run}", "training.steps=12")
     # (1 + cos(5 pi / 6)) / 2 of the rate, and (1 + cos(pi / 2)) / 2
     assert "the learning rate jumps from 6.7e-05 to 0.0005 after step 6" in notes_of(run)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.betas=[0.5,0.9]",
+        "optimizer.eps=1e-2",
+        "optimizer.lr=1e-4",
+        "seed=5",
+        "training.grad_clip=1e-3",
+        "training.batch_size=16",
+        "training.precision=bf16",
+        "objective.loss=min_snr",
+        "objective.timestep_sampling=loss_second_moment",
+    ],
+)
+def test_what_resume_changes_takes_effect(command, tiny, tmp_path, override):
+    """A setting that is written down and not heeded would be a wrong number in silence."""
+    run = command(*tiny, "schedule.num_timesteps=2", f"outputs={tmp_path}")
+    if "timestep" in override:  # what was learned comes into play after ten of each timestep
+        override = f"{override} training.batch_size=64"
+    copy = shutil.copytree(run, tmp_path / "copy")
+    train(compose([f"resume={run}", "training.steps=8"]))
+    train(compose([f"resume={copy}", "training.steps=8", *override.split()]))
+    plain, changed = (
+        checkpoint.find(one / "checkpoints").weights("raw") for one in (run, copy)
+    )
+    assert any(not torch.equal(tensor, changed[name]) for name, tensor in plain.items())
 
 
 def notes_of(run):

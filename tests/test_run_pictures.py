@@ -164,6 +164,22 @@ def test_a_complete_run_whose_pictures_are_not_here_says_so_and_stays(
     assert files_of(first.path) == before
 
 
+def test_a_complete_run_of_a_folder_that_is_gone_stays_complete(plain, words, tmp_path, capsys):
+    place = plain("set")
+    first = run(words(place))
+    before = files_of(first.path)
+    shutil.rmtree(place)
+    assert run(words(place)).path == first.path
+    said = capsys.readouterr().out
+    assert f"pictures not compared: data.path={place} is not here" in said
+    assert files_of(first.path) == before
+    with pytest.raises(ValueError, match="does not exist"):
+        run(words(place, "seed=1"))
+    first.update(status="preempted")
+    with pytest.raises(ValueError, match="does not exist"):
+        run(words(place))
+
+
 def test_what_only_shows_a_configuration_reads_no_picture(typed, plain, words, tmp_path):
     place = plain("set")
     for flags in (["--help"], ["--cfg", "job"], ["--cfg", "job", "--resolve"]):

@@ -66,11 +66,12 @@ def earlier(config: Config) -> RunFolder | None:
 def with_other_pictures(config: Config) -> RunFolder | None:
     """Returns the run of the same settings on other pictures in the same place, if there is one.
 
-    One that is not complete is returned first.
+    Where the pictures of `config` are not known, that is on any. One that is not complete is
+    returned first.
     """
     if config.data.path is None:
         return None
-    mine, found = identity(config), []
+    mine, found = identity_of(config.model_dump(mode="json")), []
     for folder in _run_folders(config.outputs):
         record = folder.record()
         theirs = record.get("identity")

@@ -30,9 +30,14 @@ def upgraded(plain: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, A
     Args:
         plain: The content of config.yaml, a table with the groups of a run.
         record: That of run.json.
+
+    Raises:
+        ValueError: For a format that came later.
     """
     plain = dict(plain)
     number = plain.pop("format", 1)
+    if not isinstance(number, int) or number > FORMAT:
+        raise ValueError(f"format {number} is a later one than this version reads, {FORMAT}")
     if number == 1:
         plain = _of_first_format(plain, record)
     if any(plain.get(group, {}).keys() != kind.model_fields for group, kind in CARRIED_OUT.items()):

@@ -40,6 +40,7 @@ def run(composed: Composed) -> RunFolder:
     """
     begun = start.which_run(composed)
     config, folder, changes = begun.config, begun.folder, begun.changes
+    start.check_agreement(begun)
     start.check_history(begun, resumes=composed.cfg.resume is not None)
     record = folder.record()
     if record.get("status") == "complete" and not changes:

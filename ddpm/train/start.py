@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +27,7 @@ from ddpm.runs import checkpoint, finding, pictures
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import flat, identity
 from ddpm.system.devices import compile_in_place, cores, decide, device
-from ddpm.system.processes import gather
+from ddpm.system.processes import find_processes, gather
 from ddpm.train.meter import Meter
 from ddpm.train.state import EMA, TrainingState
 from ddpm.weights import folders
@@ -78,6 +79,9 @@ def which_run(composed: Composed) -> Start:
     config = folders.with_initial_weights(training_config(composed))
     build.check(config)
     check_initial_weights(config)
+    gone = _without_its_pictures(config)
+    if gone is not None:
+        return gone
     config, source = pictures.with_pictures(config)
     run, notes = finding.locate(config), []
     if not run.record():
@@ -99,6 +103,33 @@ def which_run(composed: Composed) -> Start:
                 pictures.check(other, config.pictures, source)
             notes = [f"a new run beside {other.path}, which has other pictures of the same place"]
     return Start(config, run, identity(config), source=source, notes=notes)
+
+
+def _without_its_pictures(config: Config) -> Start | None:
+    """The complete run that was trained on what lay at data.path, where that is gone."""
+    path = config.data.path
+    if config.data.name != "folder" or path is None or Path(path).expanduser().exists():
+        return None
+    run = finding.with_other_pictures(config)
+    if run is None or run.status() != "complete":
+        return None
+    began = run.record()["identity"]
+    config = config.model_copy(update={"pictures": began["data"]["pictures"]})
+    return Start(config, run, began)
+
+
+def check_agreement(begun: Start) -> None:
+    """Looks whether all processes mean the same run, of the same pictures, before one starts it.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    mine = f"{begun.folder.path} (pictures {begun.config.pictures})"
+    found = sorted(set(gather([mine], find_processes(begun.config.runtime.device))))
+    if len(found) > 1:
+        raise ValueError(f"the processes find different runs: {', '.join(found)}")
 
 
 def load_resumed(composed: Composed) -> Start:

@@ -109,15 +109,26 @@ class TrainingState:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Puts everything back as it was after the saved step."""
+        """Puts everything back as it was after the saved step.
+
+        Settings stay those of now: torch's optimizers save theirs too, and would bring the old
+        ones back. A part that there was not then, such as a gradient scaler, begins anew.
+        """
         scaler = self.accelerator.scaler
         self.step = saved["step"]
         self.network.load_state_dict(saved["model"])
         self.ema.load_state_dict(saved["ema"], saved["ema_updates"])
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.timesteps.load_state_dict(saved["timesteps"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        if saved["timesteps"].keys() == self.timesteps.state_dict().keys():
+            self.timesteps.load_state_dict(saved["timesteps"])
         self.meter.load_state_dict(saved["meter"])
-        if scaler is not None:
+        if scaler is not None and "scaler" in saved:
             scaler.load_state_dict(saved["scaler"])
 
 
