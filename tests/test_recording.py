@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups, metadata
+from tensorboard.summary.writer import event_file_writer
 
 from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
@@ -17,6 +18,12 @@ from ddpm.runs import results
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import hparams
 from ddpm.runs.recording import Recorder, conclude
+
+
+@pytest.fixture(autouse=True)
+def first_files(monkeypatch):
+    """TensorBoard reads files of one second in the order of their names, where 10 is before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def record(folder, first_step, *steps):

@@ -46,13 +46,19 @@ def moved(config: Config, path: str | None) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update=changed)})
 
 
-def check(run: RunFolder, fingerprint: str, source: Source | None) -> None:
+def check(
+    run: RunFolder,
+    fingerprint: str,
+    source: Source | None,
+    advice: str = "put them back, or start anew with another outputs=",
+) -> None:
     """Refuses pictures that are not the run's.
 
     Args:
         run: Its folder.
         fingerprint: Of the pictures that are here.
         source: Where they are from, if they lie on this machine.
+        advice: What a user can do.
 
     Raises:
         ValueError: If they are others; it names what was added, removed or changed, where that is
@@ -69,7 +75,7 @@ def check(run: RunFolder, fingerprint: str, source: Source | None) -> None:
         more = f"; {differences(kept, listing.as_lines())}"
     raise ValueError(
         f"the pictures{where} are not those of {run.path}{more} (fingerprint {fingerprint}, was "
-        f"{before}): put them back, or start anew with another outputs="
+        f"{before}): {advice}"
     )
 
 
@@ -112,7 +118,7 @@ def of_run(run: RunFolder, config: Config) -> ImageSet:
     """
     source = build.source(config)
     found = build.images(config, source, workers=1)
-    check(run, found.fingerprint, source)
+    check(run, found.fingerprint, source, "give data.path=DIR, where they lie")
     return found
 
 
