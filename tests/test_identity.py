@@ -15,7 +15,7 @@ from ddpm.config.validation import own_arguments, public_names
 from ddpm.runs.finding import locate
 from ddpm.runs.identity import ADDED, identity_of
 
-EXAMPLES = int(os.environ.get("DDPM_PROPERTY_EXAMPLES", "6"))
+EXAMPLES = int(os.environ.get("DDPM_PROPERTY_EXAMPLES", "3"))
 
 
 @functools.cache
@@ -26,14 +26,10 @@ def folder(words: str) -> Path:
 SAME = [
     ("", "seed=0"),
     ("", "optimizer.lr=1e-3"),
-    ("", "optimizer.lr=.001"),
     ("", "runtime.log_every=7 runtime.device_batch=3 sampler=ddim10 evaluation=paper"),
     ("", "data.num_images=5 data.num_classes=3 data.max_unreadable=0.5 data.cache=/elsewhere"),
     ("", "~model.dropout"),
-    ("", "~objective.rescale_timesteps"),
     ("", "+model.num_heads=1"),
-    ("", "+model.norm_eps=1e-6"),
-    ("", "+model.head_channels=null"),
     ("", "data.white=null data.max_pixels=89478485"),
     ("", "training.grad_clip=1"),
     ("", "training.batch_size=6_4"),
@@ -41,17 +37,14 @@ SAME = [
     ("", "schedule.beta_start=0.0001"),
     ("model.dropout=0", "model.dropout=0.0"),
     ("model.dropout=0", "model.dropout=-0.0"),
-    ("objective.vlb_weight=1", "objective.vlb_weight=1.0"),
     ("optimizer.lr=1", "optimizer.lr=1.0"),
     ("optimizer.betas=[0,0.99]", "optimizer.betas=[0.0,0.99]"),
     ("optimizer=adamw optimizer.weight_decay=0", "optimizer=adamw optimizer.weight_decay=0.0"),
     ("lr_schedule.final_lr=0", "lr_schedule.final_lr=0.0"),
     ("schedule=sigmoid schedule.start=-3", "schedule=sigmoid schedule.start=-3.0"),
-    ("data.holdout=0", "data.holdout=0.0"),
     ("objective=v", "objective.prediction=v"),
     ("seed=1 model.dropout=0.2", "model.dropout=0.2 seed=1"),
     ("model=unet128 data=butterflies", "experiment=butterflies128"),
-    ("model=unet32 data=cifar10", "experiment=cifar10"),
     ("data=cifar10 model=unet32", "data=cifar10 model=unet32 data.path=/somewhere"),
 ]
 ANOTHER = [
@@ -59,17 +52,12 @@ ANOTHER = [
     ("", "optimizer.lr=1.0001e-3"),
     ("", "training.steps=1801"),
     ("training.steps=10", "training.epochs=10"),
-    ("", "training.batch_size=65"),
     ("", "training.precision=bf16"),
     ("", "training.grad_clip=null"),
-    ("", "training.ema_decay=0.999"),
     ("", "training.conditional=true"),
-    ("", "training.drop_last=false"),
     ("", "model.dropout=0.1"),
-    ("", "model.channel_multipliers=[1,2]"),
     ("", "+model.scale_shift_norm=true"),
     ("", "objective=v"),
-    ("", "objective.variance=fixed_large"),
     ("", "schedule=cosine"),
     ("", "lr_schedule=constant"),
     ("", "optimizer=adamw"),
@@ -77,10 +65,8 @@ ANOTHER = [
     ("+optimizer.amsgrad=true", "+optimizer.amsgrad=false"),
     ("", "data=emoji"),
     ("", "data.flip=true"),
-    ("", "data.crop=none"),
     ("", "data.holdout=0.1"),
     ("", "data.white=4095"),
-    ("", "data.max_pixels=1000"),
     ("data=cifar10", "data=cifar10 data.revision=abc"),
     ("data=cifar10", "data=cifar10 data.source.split=test"),
 ]
@@ -151,12 +137,9 @@ def test_equal_values_are_one_folder_however_spelt_and_others_are_another(keys, 
             "training.steps=3000 objective=v training.batch_size=32 schedule=cosine",
             "quickstart-digits/cosine_v_batch_size-32_steps-3000",
         ),
-        ("data=emoji model=small32 lr_schedule=cosine", "small32-emoji/recipe"),
         ("data=cifar10 model=unet32 lr_schedule=cosine", "unet32-cifar10/lr_schedule-cosine"),
         ("schedule=cosine schedule.offset=0.01", "quickstart-digits/cosine_offset-0.01"),
-        ("schedule.num_timesteps=500", "quickstart-digits/num_timesteps-500"),
         ("optimizer=adamw optimizer.lr=3e-4 seed=1", "quickstart-digits/adamw_lr-0.0003_seed-1"),
-        ("training.grad_clip=null", "quickstart-digits/grad_clip-null"),
         ("model.resolution=32", "quickstart-digits/model.resolution-32"),
         ("model.channel_multipliers=[1,2]", "quickstart-digits/channel_multipliers-1x2"),
         ("model=unet32 data=cifar10 model.dropout=0", "unet32-cifar10/dropout-0"),
