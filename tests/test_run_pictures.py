@@ -351,4 +351,6 @@ def test_the_source_that_named_a_run_is_the_one_that_it_trains_on(plain, words, 
     assert begun.config.pictures == begun.source.listing.fingerprint
     looked.clear()
     run(words(plain("set")))
-    assert len(looked) == 1  # one check a start
+    assert len(looked) == 1  # one look a start
+    run(words(plain("set")))
+    assert len(looked) == 2  # also where it is complete

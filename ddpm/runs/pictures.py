@@ -79,10 +79,15 @@ def check(
     )
 
 
-def check_here(config: Config, run: RunFolder) -> str | None:
+def check_here(config: Config, run: RunFolder, source: Source | None) -> str | None:
     """Refuses pictures that are not a run's, as far as they are on this machine.
 
     Nothing is downloaded.
+
+    Args:
+        config: The run's configuration.
+        run: Its folder.
+        source: The pictures, if they were looked at already.
 
     Returns:
         Why nothing could be compared, None if it was.
@@ -93,9 +98,10 @@ def check_here(config: Config, run: RunFolder) -> str | None:
     path = config.data.path
     if path is not None and not Path(path).expanduser().exists():
         return f"data.path={path} is not here"
+    hub = "repo" in config.data.source and path is None
     try:
-        with without_network() if "repo" in config.data.source and path is None else nullcontext():
-            source = build.source(config)
+        with without_network() if hub else nullcontext():
+            source = source or build.source(config)
     except ValueError as error:
         if path is not None:
             raise

@@ -44,7 +44,7 @@ def run(composed: Composed) -> RunFolder:
     start.check_history(begun, resumes=composed.cfg.resume is not None)
     record = folder.record()
     if record.get("status") == "complete" and not changes:
-        unseen = pictures.check_here(config, folder)
+        unseen = pictures.check_here(config, folder, begun.source)
         for note in [*begun.notes, *([f"pictures not compared: {unseen}"] if unseen else [])]:
             print(note, flush=True)
         _say_complete(folder, record["step"])
