@@ -11,9 +11,10 @@ import yaml
 from PIL import Image
 
 from ddpm.compare import tables
-from ddpm.runs import results
+from ddpm.runs import reader, results
 from ddpm.runs.folder import RunFolder
-from ddpm.runs.results import At, Measurement, window_means
+from ddpm.runs.reader import At
+from ddpm.runs.results import Measurement, window_means
 
 PROTOCOL = {
     "count": 1000,
@@ -77,7 +78,7 @@ def compared(outputs):
         path(outputs, 0, 4),
         path(outputs, 0, 6, 1e30),
     ]
-    return [results.read(RunFolder(folder)) for folder in wanted]
+    return [reader.read(RunFolder(folder)) for folder in wanted]
 
 
 def test_only_what_differs_has_a_column(compared):
@@ -122,7 +123,7 @@ def test_a_protocol_has_a_column_of_its_own_and_a_run_that_was_not_measured_has_
 
 
 def test_a_loss_of_another_objective_is_not_in_the_same_column(compared):
-    other = results.Compared(
+    other = reader.Compared(
         compared[1].run,
         compared[1].identity,
         {**compared[1].settings, "objective.prediction": "v"},
@@ -329,7 +330,7 @@ def test_a_copy_that_was_carried_on_is_a_run_of_its_own(outputs, typed, tmp_path
     longer = tmp_path / "longer"
     shutil.copytree(path(outputs, 0, 6), longer)
     assert typed("train", f"resume={longer}", "training.steps=8", "optimizer.lr=5e-4").code == 0
-    read = [results.read(RunFolder(one)) for one in (path(outputs, 0, 6), longer)]
+    read = [reader.read(RunFolder(one)) for one in (path(outputs, 0, 6), longer)]
     kept, left_out = tables.once(read)
     assert (len(kept), left_out) == (2, [])
     assert tables.rows(read)[1]["changed"] == (

@@ -18,7 +18,7 @@ from ddpm.data.image_set import image_set
 from ddpm.data.listing import listed
 from ddpm.data.sources import folder
 from ddpm.runs.folder import RunFolder
-from ddpm.train import start
+from ddpm.train import which
 
 NAMES = ["a/1.png", "a/2.png", "b/1.png", "b/2.png"]
 
@@ -346,7 +346,7 @@ def test_the_source_that_named_a_run_is_the_one_that_it_trains_on(plain, words, 
     monkeypatch.setattr(
         listing, "_of_files", lambda *given: looked.append(given[0]) or really(*given)
     )
-    begun = start.which_run(compose(words(plain("set"))))
+    begun = which.which_run(compose(words(plain("set"))))
     assert begun.source is not None
     assert begun.config.pictures == begun.source.listing.fingerprint
     looked.clear()

@@ -9,7 +9,7 @@ import yaml
 from ddpm.config.compose import CONF, compose
 from ddpm.config.schema import training_config
 from ddpm.system.internals import flags_last
-from ddpm.train.start import check_job
+from ddpm.train.which import check_job
 
 GLOBAL = "# @package _global_\n"
 

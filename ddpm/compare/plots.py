@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm.compare.tables import differences, label, metric_columns, protocol_of
-from ddpm.runs.results import Compared, loss_curve, window_means
+from ddpm.runs.reader import Compared
+from ddpm.runs.results import loss_curve, window_means
 from ddpm.system.files import whole
 
 

@@ -16,7 +16,7 @@ from ddpm.config import build
 from ddpm.config.compose import Composed
 from ddpm.config.schema import plain_config
 from ddpm.config.validation import Count, Node, Section, check_node, validate
-from ddpm.runs.results import Compared, read
+from ddpm.runs.reader import Compared, read
 from ddpm.sample.figures import Figure, draw_labels
 from ddpm.sample.images import save_png, to_picture, to_uint8
 from ddpm.sample.subject import of_run

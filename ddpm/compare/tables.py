@@ -12,16 +12,16 @@ from typing import Any
 from ddpm.config.sweeps import align
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import flat
-from ddpm.runs.results import (
+from ddpm.runs.reader import (
     At,
     Compared,
-    Result,
     format_steps,
     format_value,
     hours,
     images_per_second,
     summary,
 )
+from ddpm.runs.results import Result
 from ddpm.system.files import as_key
 
 Row = dict[str, Any]  # by column, in its order; None where a run has no such thing

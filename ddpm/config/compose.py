@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddpm.config.rules import keep_runs_folder, one_unit, words_to_compose
-from ddpm.system.internals import tap_composition
+from ddpm.system.internals import compose_once, tap_composition
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # an installed wheel, else a checkout
@@ -275,4 +275,5 @@ def refuse_hidden(folders: Sequence[str]) -> None:
                 )
 
 
+compose_once()
 tap_composition(words_to_compose, one_unit, keep_runs_folder)

@@ -63,6 +63,8 @@ def _of_first_format(plain: dict[str, Any], record: Mapping[str, Any]) -> dict[s
         plain["training"]["precision"] = "tf32"
     if plain["data"].get("name") == "folder":
         plain["pictures"] = (record.get("data") or {}).get("fingerprint")
+        if plain["pictures"] is None:
+            raise ValueError("run.json does not tell which pictures it had (data.fingerprint)")
     plain["sampler"] = _known_arguments(plain.get("sampler") or {})
     if "_target_" not in plain["sampler"]:
         plain["sampler"] = plain_config(compose([]))["sampler"]

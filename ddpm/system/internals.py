@@ -23,6 +23,26 @@ def hydra_parser(refuse: Any = None) -> argparse.ArgumentParser:
     return parser
 
 
+def compose_once() -> None:
+    """Has Hydra not compose everything a first time, only to find out whether hydra.mode is set.
+
+    That is half of a command's start. Where words or files of the user may set it, it still does.
+    """
+    from hydra._internal.hydra import Hydra
+
+    get_mode = Hydra.get_mode
+
+    def quick(self: Hydra, config_name: Any, overrides: list[str]) -> Any:
+        path = self.config_loader.get_search_path().get_path()
+        if any(one.provider == "command-line" for one in path) or any(
+            re.match(r"[+~]*hydra\b", word) for word in overrides
+        ):
+            return get_mode(self, config_name, overrides)
+        return None
+
+    Hydra.get_mode = quick  # type: ignore[method-assign]
+
+
 def tap_composition(
     words: Callable[[list[str], Any, bool], list[str]],
     file: Callable[[str, str | None, Any], None],

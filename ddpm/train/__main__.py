@@ -16,7 +16,7 @@ main = command(
     ],
     config_name="config",
     facts=lazily("ddpm.train.run.facts"),
-    check=lazily("ddpm.train.start.check_job"),
+    check=lazily("ddpm.train.which.check_job"),
 )
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from ddpm.config.compose import Composed
 from ddpm.config.schema import Config
 from ddpm.data.batches import Batches
 from ddpm.evaluate.measure import check_extractor
-from ddpm.runs import pictures, recording, results
+from ddpm.runs import pictures, reader, recording, results
 from ddpm.runs.folder import RunFolder
 from ddpm.system import files
 from ddpm.system.processes import accelerator_for, any_process
 from ddpm.system.signals import Interruption, Preempted
-from ddpm.train import start
+from ddpm.train import start, which
 from ddpm.train.meter import NotFinite
 from ddpm.train.steps import take_steps
 
@@ -38,10 +38,10 @@ def run(composed: Composed) -> RunFolder:
         NotFinite: If a loss or gradient is not finite.
         Preempted: When told to stop, after a checkpoint.
     """
-    begun = start.which_run(composed)
+    begun = which.which_run(composed)
     config, folder, changes = begun.config, begun.folder, begun.changes
-    start.check_agreement(begun)
-    start.check_history(begun, resumes=composed.cfg.resume is not None)
+    which.check_agreement(begun)
+    which.check_history(begun, resumes=composed.cfg.resume is not None)
     record = folder.record()
     if record.get("status") == "complete" and not changes:
         unseen = pictures.check_here(config, folder, begun.source)
@@ -105,7 +105,7 @@ def run(composed: Composed) -> RunFolder:
 
 def facts(composed: Composed) -> dict[str, str]:
     """What the table at the end of a sweep shows of a run, by column."""
-    return results.summary(results.read(start.which_run(composed).folder))
+    return reader.summary(reader.read(which.which_run(composed).folder))
 
 
 @contextmanager

@@ -52,7 +52,9 @@ def main(count: int) -> None:
         for what in ("first", "second", "third"):
             started = time.perf_counter()
             with_pictures(config)
-            print(f"{what} look at {count} files: {time.perf_counter() - started:.2f} s", flush=True)
+            print(
+                f"{what} look at {count} files: {time.perf_counter() - started:.2f} s", flush=True
+            )
         run(words)
         for what in ("again", "once more"):
             started = time.perf_counter()
