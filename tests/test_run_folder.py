@@ -12,6 +12,7 @@ from ddpm.runs.folder import RunFolder
 from ddpm.runs.format import FORMAT
 from ddpm.runs.identity import identity
 from ddpm.runs.pictures import with_pictures
+from ddpm.train.which import which_run
 
 
 def folder(*overrides: str) -> RunFolder:
@@ -34,6 +35,15 @@ def test_a_folder_of_ones_own_gives_its_name_and_the_run_can_be_typed(tmp_path, 
     assert re.fullmatch(r"[A-Za-z0-9._+/-]+", relative)
     assert compose([f"run={found}"], "sample").cfg.run == str(found)
     assert found == slashed
+
+
+def test_a_damaged_run_beside_it_keeps_none_from_being_found(tmp_path):
+    for name, content in (("cut", '{"status": "comp'), ("odd", "[3]"), ("bytes", "\x00\x01")):
+        (tmp_path / "quickstart-digits" / name).mkdir(parents=True)
+        (tmp_path / "quickstart-digits" / name / "run.json").write_text(content)
+    begun = which_run(compose([f"outputs={tmp_path}"]))
+    assert begun.folder.path.parent == tmp_path / "quickstart-digits"
+    assert begun.folder.record() == {}
 
 
 def test_a_folder_that_was_started_tells_its_configuration_and_how_it_stands(tmp_path):

@@ -29,8 +29,8 @@ def locate(config: Config) -> RunFolder:
     own = Path(config.outputs) / named.with_name(f"{named.name}-{digest}")
     found = [
         folder
-        for folder in _run_folders(config.outputs)
-        if folder.path.name.endswith(f"-{digest}") and folder.record().get("identity") == mine
+        for folder, record in _runs(config.outputs, f"*-{digest}")
+        if record.get("identity") == mine
     ]
     record = RunFolder(own).record()
     if record.get("identity", mine) != mine:
@@ -50,8 +50,7 @@ def locate(config: Config) -> RunFolder:
 def earlier(config: Config) -> RunFolder | None:
     """Returns the run of this configuration that an earlier version trained, if there is one."""
     mine = identity(config)
-    for folder in _run_folders(config.outputs):
-        record = folder.record()
+    for folder, record in _runs(config.outputs):
         if record.get("format", 1) >= FORMAT:
             continue
         try:
@@ -72,8 +71,7 @@ def with_other_pictures(config: Config) -> RunFolder | None:
     if config.data.path is None:
         return None
     mine, found = identity_of(config.model_dump(mode="json")), []
-    for folder in _run_folders(config.outputs):
-        record = folder.record()
+    for folder, record in _runs(config.outputs):
         theirs = record.get("identity")
         here = (record.get("data") or {}).get("path") == place_of(config.data.path)
         if theirs and here and theirs != mine and _but_pictures(theirs) == _but_pictures(mine):
@@ -85,9 +83,17 @@ def _but_pictures(one: Mapping[str, Any]) -> dict[str, Any]:
     return without(one, {"data": {"pictures": True}})
 
 
-def _run_folders(outputs: str) -> Iterator[RunFolder]:
-    """The runs below outputs, one or two folders deep."""
-    root = Path(outputs).expanduser()
-    for pattern in ("*/run.json", "*/*/run.json"):
-        for file in sorted(root.glob(pattern)):
-            yield RunFolder(file.parent)
+def _runs(outputs: str, name: str = "*") -> Iterator[tuple[RunFolder, dict[str, Any]]]:
+    """The runs below outputs, one or two folders deep, with what run.json says.
+
+    One that cannot be read is passed over: it must not keep others from starting.
+    """
+    for pattern in (f"{name}/run.json", f"*/{name}/run.json"):
+        for file in sorted(Path(outputs).glob(pattern)):
+            folder = RunFolder(file.parent)
+            try:
+                record = folder.record()
+            except (OSError, ValueError):
+                continue
+            if isinstance(record, dict):
+                yield folder, record
