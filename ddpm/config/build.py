@@ -18,7 +18,7 @@ from torch import nn
 from ddpm.config.schema import Config, Data
 from ddpm.data.batches import to_floats
 from ddpm.data.decoding import Decoding, reason_of
-from ddpm.data.image_set import ImageSet, decodes_later, folder_of, image_set
+from ddpm.data.image_set import ImageSet, decodes_later, image_set
 from ddpm.data.listing import listed
 from ddpm.data.shards import Source
 from ddpm.diffusion.process import GaussianDiffusion
@@ -137,12 +137,6 @@ def images(config: Config, found: Source, workers: int) -> ImageSet:
     decoding, cache = _decoding(config.data), Path(config.data.cache)
     later = decodes_later(config.runtime.feed, found, decoding, cache)
     return image_set(found, decoding, cache, workers, config.data.max_unreadable, later)
-
-
-def cache_folders(config: Config, found: Source) -> list[str]:
-    """Returns where the pictures of a source may be kept, decoded and encoded."""
-    decoding, cache = _decoding(config.data), Path(config.data.cache)
-    return [str(folder_of(found, decoding, cache, later)) for later in (False, True)]
 
 
 def load_images(
