@@ -113,7 +113,7 @@ def command(
             refuse_paths(parsed.overrides)
             refuse_hidden([*([own] if own else []), *searchpath(parsed.overrides)])
             sweeps.refuse_in_process_group(typed)
-            with returns_of_sweeps(outcomes), before_sweeps(checked):
+            with signals.commanded(), returns_of_sweeps(outcomes), before_sweeps(checked):
                 start()
         if any(outcome.facts for outcome in outcomes):
             print(f"\n{sweeps.job_table(outcomes)}", flush=True)

@@ -86,6 +86,7 @@ class Runtime(Section):
     sample_every: Count
     checkpoint_every: Count
     keep_checkpoints: Count
+    max_hours: Annotated[float, Field(gt=0)] | None = None  # runs of before have none
     evaluate_every: Count | None
     num_previews: Count
     trusted_modules: list[str]

@@ -7,14 +7,16 @@ for.
 import io
 import math
 import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import (
-    Executor,
+    FIRST_COMPLETED,
     Future,
     ProcessPoolExecutor,
     ThreadPoolExecutor,
-    as_completed,
+    wait,
 )
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from tqdm import tqdm
 from ddpm.data.cache import Seen, Survey, naming_cache, reserve, save_rows, see
 from ddpm.data.decoding import Decoding, reason_of
 from ddpm.data.shards import Item, Source
+from ddpm.system.signals import check
 
 FILE, CONTENT, OFFSETS = "images.npy", "content.bin", "offsets.npy"
 
@@ -68,17 +71,40 @@ def _each_shard(
                 yield start, _decode_shard(source, decoding, raw, shape, shard, start)
                 bar.update(source.counts[shard])
             return
-        executor: Executor = ProcessPoolExecutor(
-            min(workers, len(starts)), mp_context=multiprocessing.get_context("spawn")
-        )
-        with executor:
+        with _worker_pool(min(workers, len(starts))) as pool:
             jobs: dict[Future[list[Seen]], int] = {
-                executor.submit(_decode_shard, source, decoding, raw, shape, shard, start): shard
+                pool.submit(_decode_shard, source, decoding, raw, shape, shard, start): shard
                 for shard, start in enumerate(starts)
             }
-            for job in as_completed(jobs):
-                yield starts[jobs[job]], job.result()
-                bar.update(source.counts[jobs[job]])
+            waiting = set(jobs)
+            while waiting:
+                check()
+                done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+                for job in done:
+                    yield starts[jobs[job]], job.result()
+                    bar.update(source.counts[jobs[job]])
+
+
+@contextmanager
+def _worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end at once, in the middle of a picture, if the block raises."""
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_deaf
+    )
+    try:
+        yield pool
+    except BaseException:
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _deaf() -> None:
+    """A terminal's Ctrl-C reaches workers too; the process that they work for deals with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _decode_shard(
@@ -90,10 +116,10 @@ def _decode_shard(
         images[place] = decoding(content)
         return images[place]
 
-    found = [
-        see(item, partial(decode, place=start + offset))
-        for offset, item in enumerate(source.read(shard))
-    ]
+    found = []
+    for offset, item in enumerate(source.read(shard)):
+        check()
+        found.append(see(item, partial(decode, place=start + offset)))
     images.flush()
     return found
 
@@ -172,6 +198,7 @@ def pack_into(folder: Path, source: Source, decoding: Decoding, threads: int) ->
             for item, seen in zip(
                 items, pool.map(partial(see, decode=decoding.whole), items), strict=True
             ):
+                check()
                 survey.note(index, seen)
                 if seen.reason is None:
                     content = _encoded(item)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ddpm.diffusion.process import Denoised, GaussianDiffusion, Model, Variance
 from ddpm.system import randomness
+from ddpm.system.signals import check
 
 __all__ = ["Sampler", "ancestral", "ddim", "dpm_solver_pp", "heun"]
 
@@ -254,6 +255,7 @@ class Sampler:
         denoise = diffusion.denoiser(model, clip=self.clip)
 
         def watched(x_t: Tensor, t: Tensor) -> Denoised:
+            check()
             estimate = denoise(x_t, t)
             if watch is not None:
                 watch(int(t[0]), x_t, estimate.x0_hat)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddpm.diffusion.process import GaussianDiffusion, Model
 from ddpm.system import files, randomness
+from ddpm.system.signals import check
 
 # (numbers of the images in their data set (B,) int64, x0 (B, C, H, W) float in [-1, 1])
 Batch = tuple[Tensor, Tensor]
@@ -103,6 +104,7 @@ def bound_sums(
     for numbers, x0 in batches:
         found = []
         for index in range(num_timesteps):
+            check()
             t = torch.full((len(x0),), index, device=x0.device)
             x_t = diffusion.q_sample(x0, t, _noise(seed, index, numbers, x0))
             output = diffusion.run(model, x_t, t)
@@ -190,6 +192,7 @@ def loss_sums(
     for numbers, x0 in batches:
         found = []
         for bucket, (first, last) in enumerate(_spans(num_timesteps, num_buckets)):
+            check()
             stream = num_timesteps + 2 * bucket  # those below are the bound's
             keys = randomness.stream_keys(
                 randomness.EVALUATION, seed, stream, numbers.to(x0.device)

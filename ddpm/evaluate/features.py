@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ddpm.system.devices import halve_to_fit
+from ddpm.system.signals import check
 
 # (B, 3, H, W) uint8 -> features (B, D), probabilities (B, K) or None
 Network = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -92,6 +93,7 @@ class Extractor:
             )
         features, probabilities = [], []
         for start in range(0, len(images), self._batch_size):
+            check()
             batch = (
                 torch.from_numpy(np.array(images[start : start + self._batch_size]))
                 .permute(0, 3, 1, 2)

@@ -32,7 +32,7 @@ from ddpm.sample.images import read_png, save_png
 from ddpm.sample.subject import Trained
 from ddpm.system.devices import halve_to_fit
 from ddpm.system.files import short_hash
-from ddpm.system.processes import gather, share
+from ddpm.system.processes import agree, gather, share
 
 OF_DISTANCES = ("fd", "kd", "inception_score", "precision_recall")
 OF_FEATURES = (*OF_DISTANCES, "nearest")
@@ -263,11 +263,11 @@ def _drawn(job: _Job, protocol: dict[str, Any]) -> Path:
     folder = _file(job, words)
     if processes.is_main_process:
         claim_folder(folder, _decides(job, protocol))
-    processes.wait_for_everyone()
+    agree()
     count = settings.num_samples
     classes = job.trained.subject.classes_in_turn(count)
     draw_missing(job.drawing, folder, count, classes, settings.batch_size, processes)
-    processes.wait_for_everyone()
+    agree()
     return folder
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm.system.signals import check
+
 Rows = Tensor | np.ndarray  # (N, D)
 
 NUMBERS_AT_ONCE = 2**24  # of a chunk of rows, and of a chunk of distances: 128 MB in float64
@@ -51,6 +53,7 @@ def moments(features: Rows) -> Moments:
     mean = rows.mean(dim=0, dtype=torch.float64)
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=rows.device)
     for chunk in rows.split(_chunk_length(rows)):
+        check()
         centred = chunk.double() - mean
         covariance += centred.T @ centred
     return Moments(mean, covariance / (len(rows) - 1), len(rows))
@@ -118,6 +121,7 @@ def kernel_distance(
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(1 if size == len(a) == len(b) else num_subsets):
+        check()
         x, y = (
             rows[
                 torch.from_numpy(generator.choice(len(rows), size, replace=False)).to(rows.device)
@@ -253,6 +257,7 @@ def _chunk_length(rows: Tensor) -> int:
 
 
 def _symmetric_root(covariance: Tensor) -> Tensor:
+    check()
     values, vectors = torch.linalg.eigh(covariance.double())
     # what stands where there is no variance, negative or not
     rounding = values[-1] * len(values) * torch.finfo(torch.float64).eps
@@ -272,6 +277,7 @@ def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Ten
         for i in range(0, len(a), length)
         for j in range(0, len(b), length)
     ):
+        check()
         x, y = a[rows].double() - shift, b[columns].double() - shift
         lengths = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
         squared = torch.addmm(lengths, x, y.T, alpha=-2)

@@ -16,7 +16,14 @@ from ddpm.runs import recording, results
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.results import Measurement
 from ddpm.sample.subject import Trained, of_run
-from ddpm.system.processes import device_of, find_processes
+from ddpm.system import signals
+from ddpm.system.processes import (
+    device_of,
+    find_processes,
+    naming_lost,
+    together,
+    wait_to_leave,
+)
 
 
 class Settings(Section):
@@ -52,13 +59,14 @@ def run(composed: Composed) -> list[Measurement]:
     trusted, path = settings.trusted_modules, settings.data.path
     trained = of_run(folder, settings.step, settings.weights, trusted, path)
     device = device_of(processes, settings.device)
-    found, missing = measure(trained, settings.sampler, settings.evaluation, processes, device)
+    with naming_lost(), signals.listening(), together():
+        found, missing = measure(trained, settings.sampler, settings.evaluation, processes, device)
     if processes.is_main_process:
         _write(trained, found)
         recipe = trained.config.recipe
         print(lines(found, recipe.expect.metrics if recipe else []))
         print(f"figures {folder.path / 'evaluation.json'}", flush=True)
-    processes.wait_for_everyone()
+    wait_to_leave()
     if missing:
         raise ValueError("; ".join(missing))
     return found

@@ -29,7 +29,7 @@ from ddpm.system.files import write_bytes, write_text
 
 log = logging.getLogger("ddpm")
 
-Status = Literal["complete", "failed", "preempted"]
+Status = Literal["complete", "failed", "preempted", "running"]
 
 _CURVE = r"(?!.*_(final|best)$)"
 # TensorBoard's tab Custom Scalars: the curves worth comparing, each kind of all runs in one chart
@@ -65,16 +65,23 @@ class Recorder:
     def __init__(self, folder: Path, first_step: int) -> None:
         self._path = folder / "metrics.jsonl"
         kept = []
+        self._last: dict[str, float] = {}  # of first_step
         for line in results.read_lines(self._path):
             if line.record is None:
                 where = f"{self._path}, line {line.number}"
                 log.warning("%s: damaged and left out: %.100r", where, line.text)
             elif line.record["step"] <= first_step:
                 kept.append(line.text)
+                if line.record["step"] == first_step:
+                    self._last.update(line.record)
         write_text(self._path, "".join(text + "\n" for text in kept))
         self._file = self._path.open("a", encoding="utf-8")
         _forget_conclusion(folder)
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def has(self, prefix: str) -> bool:
+        """Returns whether the step before this start has records of such names."""
+        return any(name.startswith(prefix) for name in self._last)
 
     def settings(self, values: Mapping[str, float | str]) -> None:
         """Writes the run's row in TensorBoard's tab HPARAMS.
@@ -141,6 +148,7 @@ def conclude(folder: Path, status: Status, step: int, values: Mapping[str, float
         "complete": api_pb2.STATUS_SUCCESS,
         "failed": api_pb2.STATUS_FAILURE,
         "preempted": api_pb2.STATUS_UNKNOWN,
+        "running": api_pb2.STATUS_UNKNOWN,
     }[status]
     end = SessionEndInfo(status=ended, end_time_secs=time.time())
     now = time.time()

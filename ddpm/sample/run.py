@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from accelerate import PartialState
 from pydantic import Field
 from torch import Tensor
 
@@ -26,8 +27,17 @@ from ddpm.sample.subject import (
     of_folder,
     of_run,
 )
+from ddpm.system import signals
 from ddpm.system.files import short_hash
-from ddpm.system.processes import device_of, find_processes
+from ddpm.system.processes import (
+    agree,
+    device_of,
+    find_processes,
+    naming_lost,
+    together,
+    wait_to_leave,
+)
+from ddpm.system.signals import Preempted
 from ddpm.weights import folders
 
 
@@ -72,6 +82,7 @@ def run(composed: Composed) -> Path:
 
     Raises:
         ValueError: If there is no such run, checkpoint, folder or device, or a key cannot be.
+        Preempted: When told to stop.
     """
     settings = settings_of(composed)
     processes = find_processes(settings.device)
@@ -98,26 +109,44 @@ def run(composed: Composed) -> Path:
         print(f"{what} with the weights of {name}, {steps} steps each, on {device}", flush=True)
         if numbers:
             print(class_words(numbers, names), flush=True)
-    if settings.figure is not None:
+    with naming_lost(), signals.listening(), together():
+        if settings.figure is not None:
+            if leads:
+                _draw_figure(settings, trained, drawing, classes, folder)
+            return folder
         if leads:
-            _draw_figure(settings, trained, drawing, classes, folder)
-        processes.wait_for_everyone()
-        return folder
+            claim_folder(folder, protocol)
+        agree()
+        _fill(folder, settings, drawing, classes, processes)
     if leads:
-        claim_folder(folder, protocol)
-    processes.wait_for_everyone()
+        print(f"samples {folder / 'grid.png'}", flush=True)
+    wait_to_leave()
+    return folder
+
+
+def _fill(
+    folder: Path,
+    settings: Settings,
+    drawing: Drawing,
+    classes: list[int] | None,
+    processes: PartialState,
+) -> None:
+    """All images that are not there yet, and what is made of them."""
+    count, leads = settings.num_samples, processes.is_main_process
     if not _is_packed(folder, settings):
-        draw_missing(drawing, folder, count, classes, settings.batch_size, processes)
-        processes.wait_for_everyone()
+        try:
+            draw_missing(drawing, folder, count, classes, settings.batch_size, processes)
+            agree()
+        except Preempted:
+            if leads:
+                print(f"images so far in {folder}; the same command draws the rest", flush=True)
+            raise
         if leads:
             save_png(folder / "grid.png", grid(read_samples(folder, min(count, 100))))
             if "npz" in settings.format:
                 pack_samples(folder, count, keep="png" in settings.format)
-    if leads:
-        if settings.animate:
-            _animate(drawing, classes, folder / "denoising.gif", min(count, 36), settings.frames)
-        print(f"samples {folder / 'grid.png'}", flush=True)
-    return folder
+    if leads and settings.animate:
+        _animate(drawing, classes, folder / "denoising.gif", min(count, 36), settings.frames)
 
 
 def settings_of(composed: Composed) -> Settings:

@@ -175,6 +175,17 @@ def reset_accelerate() -> None:
     GradientState._reset_state()
 
 
+def default_store(name: str) -> Any:
+    """Returns the store of the process group, by a connection and with names of its own.
+
+    Its blocking calls hold a lock, so each thread needs a connection.
+    """
+    import torch
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return torch.distributed.PrefixStore(f"ddpm/{name}", _get_default_store().clone())
+
+
 def keep_dropout_when_compiled() -> None:
     """Has compiled code draw the random numbers that eager code would.
 

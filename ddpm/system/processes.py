@@ -7,7 +7,8 @@ import atexit
 import ctypes
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, TypeVar
 
@@ -15,8 +16,10 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, gather_object
 
-from ddpm.system import devices
+from ddpm.system import devices, signals
 from ddpm.system.internals import reset_accelerate
+from ddpm.system.peers import PeerLost, Peers
+from ddpm.system.signals import Preempted
 
 T = TypeVar("T")
 Name = Literal["auto", "cpu", "cuda", "mps"]
@@ -33,7 +36,7 @@ def find_processes(device: Name) -> PartialState:
     """
     # else Accelerate leaves processes without a GPU alone
     state = PartialState(cpu=devices.device(device).type == "cpu")
-    _check_all_here(state.num_processes)
+    _meet(state.num_processes, state.process_index)
     return state
 
 
@@ -63,28 +66,74 @@ def accelerator_for(device: Name, precision: devices.Precision) -> Iterator[Acce
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dynamo_backend="no",
         )
-        _check_all_here(accelerator.num_processes)
+        _meet(accelerator.num_processes, accelerator.process_index)
         with devices.products(accelerator.device, precision):
             yield accelerator
     finally:
         reset_accelerate()
 
 
-def any_process(num_processes: int) -> Callable[[bool], bool] | None:
-    """Returns a function that tells whether any process says yes; None for one process alone.
+class Asking:
+    """Whether a run is to stop after a step; several processes stop after the same.
 
-    All must call it equally often. No device waits.
+    They ask each other so seldom that steps of milliseconds do not notice, and steps of seconds
+    each time. No device waits.
     """
-    if num_processes == 1:
-        return None
-    group = torch.distributed.new_group(backend="gloo")
 
-    def ask(mine: bool) -> bool:
-        flag = torch.tensor([int(mine)])
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=group)
-        return bool(flag)
+    def __init__(self) -> None:
+        self._next, self._last, self._since = 0, 0, time.monotonic()
 
-    return ask
+    def after(self, step: int) -> str | None:
+        """Returns why to stop after `step` updates, None to go on; all must ask at every step."""
+        if _Group.peers is None:
+            return signals.told()
+        if step < self._next and _Group.peers.verdict is None:
+            return None
+        seconds = (time.monotonic() - self._since) / max(step - self._last, 1)
+        why, self._next = _Group.peers.ask(step, seconds)
+        self._last, self._since = step, time.monotonic()
+        return why
+
+
+class _Group:
+    peers: Peers | None = None  # where there are several processes
+
+
+def agree() -> None:
+    """Waits for all processes here, and gives up what is under way on all if on one.
+
+    Raises:
+        Preempted: If one was told to stop.
+    """
+    if _Group.peers is None:
+        signals.check()
+        return
+    why, _ = _Group.peers.ask()
+    if why is not None:
+        raise Preempted(why)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Has all processes end what follows at once, also where one gives it up.
+
+    Each may do something else in it, if collectives in it come after `agree`.
+
+    Raises:
+        Preempted: On all, if one was told to stop.
+    """
+    try:
+        yield
+    except Preempted:
+        agree()  # the others come here too, or to an `agree` before
+        raise
+    agree()
+
+
+def wait_to_leave() -> None:
+    """Waits for all processes, told to stop or not: none leaves while another still saves."""
+    if _Group.peers is not None:
+        _Group.peers.meet()
 
 
 def share(items: Sequence[T], processes: PartialState) -> Sequence[T]:
@@ -93,7 +142,12 @@ def share(items: Sequence[T], processes: PartialState) -> Sequence[T]:
 
 
 def gather(mine: list[T], processes: PartialState) -> list[T]:
-    """Returns the lists of all processes as one, on each of them; sent as pickles among our own."""
+    """Returns the lists of all processes as one, on each of them; sent as pickles among our own.
+
+    Raises:
+        Preempted: Like `agree`.
+    """
+    agree()
     return gather_object(mine) if processes.num_processes > 1 else mine
 
 
@@ -105,17 +159,46 @@ def _keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink it
 
 
+@contextmanager
+def naming_lost() -> Iterator[None]:
+    """Has a failure that another process's end has caused name that process.
+
+    Of any other failure the others are told.
+
+    Raises:
+        PeerLost: In place of the first.
+    """
+    try:
+        yield
+    except PeerLost:
+        raise
+    except Exception as error:
+        peers = _Group.peers
+        if peers is not None and isinstance(error, RuntimeError):
+            happened = peers.what_happened()
+            if happened is not None:
+                raise PeerLost(happened) from error
+        if peers is not None:
+            peers.leave(str(error))
+        raise
+
+
 @atexit.register
 def _leave_group() -> None:
     """Gloo's threads, left running, may abort a process that ends well."""
+    if _Group.peers is not None:
+        _Group.peers.leave()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def _check_all_here(found: int) -> None:
+def _meet(found: int, rank: int) -> None:
+    """Has the processes that work together know each other; refuses if some are not there."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != found:
         raise ValueError(
             f"WORLD_SIZE={started} processes were started, and {found} work together: "
             "start them with torchrun, or unset WORLD_SIZE"
         )
+    if found > 1 and _Group.peers is None:
+        _Group.peers = Peers(rank, found)

@@ -1,21 +1,31 @@
-"""Being told to stop: finish the step, save, leave with a code that says "start me again"."""
+"""Being told to stop, by a signal or a clock: what is under way ends soon and can be carried on.
 
+Signals come to a process, so this is a process's own state. Whatever takes long calls `check`
+between its parts, and is thereby given up when the process was told to stop.
+"""
+
+import os
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Literal
 
-# EX_TEMPFAIL, the exit code of a run that was told to stop: the same command carries on
+# EX_TEMPFAIL, the exit code of what was told to stop: the same command carries on
 CARRIES_ON = 75
-AGREE_EVERY = 10  # steps after which several processes tell each other
+SAME_CTRL_C = 1.0  # seconds; a terminal and a launcher may both pass one Ctrl-C on
+MARGIN = 3.0  # seconds that a process takes to leave, once it has saved
+
+_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+TAKEN = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 class Preempted(SystemExit):
-    """A run that was told to stop has saved and stops.
+    """What was told to stop stops, and can be carried on.
 
-    It ends a sweep too, and the process with CARRIES_ON.
+    It ends the process with CARRIES_ON.
     """
 
     def __init__(self, why: str) -> None:
@@ -23,64 +33,207 @@ class Preempted(SystemExit):
         self.why = why
 
 
-class Interruption:
-    """Whether SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 has come since, on any process of the run.
+class Clock:
+    """Says so early that time is up that a run can still save.
 
-    The second SIGINT ends the process at once.
+    That is by twice the longest time between two looks at it, which is the longest single call,
+    and twice the longest save.
 
     Args:
-        any_process: Tells whether any of several processes says yes (processes.any_process); None
-            for one alone. They ask each other every AGREE_EVERY steps, and all then stop at the
-            same.
+        ends: When all must be over, as time.time() counts.
+        why: What sets the end, in a word.
     """
 
-    def __init__(self, any_process: Callable[[bool], bool] | None = None) -> None:
-        self._told: str | None = None
-        self._any_process = any_process
+    def __init__(self, ends: float, why: str) -> None:
+        self._ends, self._why = ends, why
+        self._longest_call = self._longest_save = 0.0
+        self._looked: float | None = None
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._told == "SIGINT":
-            raise KeyboardInterrupt
-        self._told = signal.Signals(number).name
-        print(
-            f"{self._told}: stopping after this step, to carry on later "
-            "(Ctrl-C twice leaves at once)",
-            file=sys.stderr,
-            flush=True,
+    def up(self) -> str | None:
+        """Returns why to stop; None while there is time."""
+        now = time.time()
+        if self._looked is not None:
+            self._longest_call = max(self._longest_call, now - self._looked)
+        self._looked = now
+        reserve = MARGIN + 2 * (self._longest_call + self._longest_save)
+        return self._why if now + reserve >= self._ends else None
+
+    def pause(self) -> None:
+        """Leaves out the time until the next look."""
+        self._looked = None
+
+    def saved_in(self, seconds: float) -> None:
+        """Notes how long a save took, or is expected to."""
+        self._longest_save = max(self._longest_save, seconds)
+
+
+class _State:
+    """Of this process."""
+
+    told: str | None = None  # why to stop, once told
+    was_told: str | None = None  # the same of what ended
+    first: float = 0.0  # when SIGINT came first
+    # what a signal does: what it always does; it is noted; it gives up what runs; nothing
+    mode: Literal["default", "noted", "at once", "ignored"] = "default"
+    clock: Clock | None = None
+
+
+def told() -> str | None:
+    """Returns why this process, or one that it works with, is to stop; None to go on."""
+    if _State.told is None and _State.clock is not None:
+        up = _State.clock.up()
+        if up is not None:
+            tell(up)
+    return _State.told
+
+
+def noted() -> str | None:
+    """Returns what `told` would, without a look at the clock; for other threads."""
+    return _State.told
+
+
+def was_told() -> str | None:
+    """Returns why what ran in this process before was to stop; None if it was not."""
+    return _State.was_told
+
+
+def check() -> None:
+    """Gives up what is under way if this process was told to stop.
+
+    Raises:
+        Preempted: If so.
+    """
+    why = told()
+    if why is not None:
+        raise Preempted(why)
+
+
+def tell(why: str) -> None:
+    """Tells this process to stop."""
+    if _State.told is None:
+        _State.told = why
+        # no print: a signal may come in the middle of one
+        os.write(
+            2, f"\n{why}: stopping, to carry on later (Ctrl-C twice leaves at once)\n".encode()
         )
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Takes the signals over, and gives them back afterwards.
 
-        Only the main thread of a process can; elsewhere nothing is taken. A signal that came is
-        then handed on to who held it before: submitit queues the job again.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        taken = [
-            getattr(signal, name)
-            for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
-            if hasattr(signal, name)
-        ]
-        before = {number: signal.signal(number, self._handle) for number in taken}
+def set_clock(clock: Clock | None) -> None:
+    """Has a clock tell this process to stop; None for no clock."""
+    _State.clock = clock
+
+
+def clock() -> Clock | None:
+    """Returns the clock that was set."""
+    return _State.clock
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    name, now, mode = signal.Signals(number).name, time.monotonic(), _State.mode
+    if mode == "ignored":
+        return
+    if mode == "default":
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+        return
+    if number == signal.SIGINT and _State.first and now - _State.first > SAME_CTRL_C:
+        raise KeyboardInterrupt
+    if number == signal.SIGINT and not _State.first:
+        _State.first = now
+    fresh = _State.told is None
+    tell(name)
+    if fresh and mode == "at once":
+        raise Preempted(name)
+
+
+@contextmanager
+def commanded() -> Iterator[None]:
+    """Holds the signals of a command: they do what they always do until it is `listening`.
+
+    Once it has listened, they do nothing any more: what it was told to do is done.
+    """
+    with _taken("default"):
+        yield
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Has signals noted meanwhile; see `check`.
+
+    Only the main thread of a process can; elsewhere nothing is taken. Afterwards they are given
+    back, and one that came is handed on to who held it before: submitit queues the job again.
+    Inside another `listening` or a sweep nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread() or _State.mode in (
+        "noted",
+        "at once",
+    ):
+        yield
+        return
+    if signal.getsignal(signal.SIGINT) is _handle:  # in a command
+        _State.mode = "noted"
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            held = before[signal.Signals[self._told]] if self._told is not None else None
-            if callable(held) and held is not signal.default_int_handler:
-                signal.raise_signal(signal.Signals[str(self._told)])
+            _State.mode = "ignored"
+        return
+    with _taken("noted"):
+        yield
 
-    def after(self, step: int) -> str | None:
-        """Returns the signal's name if the run is to stop after `step` updates, None to go on.
 
-        With several processes, all must ask at every step.
-        """
-        if self._any_process is None:
-            return self._told
-        if step % AGREE_EVERY or not self._any_process(self._told is not None):
-            return None
-        return self._told or "a signal to another process"
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Has a signal give up what runs meanwhile, in the middle of it.
+
+    It is for what keeps nothing half done and waits for no other process.
+
+    Raises:
+        Preempted: If the process is told to stop meanwhile, or was before.
+    """
+    check()
+    before = _State.mode
+    if before == "noted" and threading.current_thread() is threading.main_thread():
+        _State.mode = "at once"
+    try:
+        check()
+        yield
+    finally:
+        _State.mode = before
+
+
+@contextmanager
+def _taken(mode: Literal["default", "noted"]) -> Iterator[None]:
+    """Takes the signals over, and gives them back; and lets those through that are blocked."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _State.told = _State.was_told = None
+    _State.first, _State.mode = 0.0, mode
+    before = {number: signal.signal(number, _handle) for number in TAKEN}
+    mask = _unblock()
+    try:
+        yield
+    finally:
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _State.mode, _State.clock = "default", None
+        _State.told, _State.was_told = None, _State.told
+        _hand_on(_State.was_told, before)
+
+
+def _unblock() -> set[int] | None:
+    """Lets the signals through, which a sweep blocks for its jobs until they listen."""
+    if not hasattr(signal, "pthread_sigmask"):
+        return None
+    return {int(one) for one in signal.pthread_sigmask(signal.SIG_UNBLOCK, TAKEN)}
+
+
+def _hand_on(name: str | None, before: dict[signal.Signals, object]) -> None:
+    if name in _NAMES:
+        number = signal.Signals[str(name)]
+        if callable(before[number]) and before[number] is not signal.default_int_handler:
+            signal.raise_signal(number)

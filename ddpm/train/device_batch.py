@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from ddpm.data.batches import Batches
 from ddpm.diffusion.process import GaussianDiffusion
+from ddpm.system.processes import agree
 from ddpm.train.loop import backward
 from ddpm.train.state import TrainingState
 
@@ -48,8 +49,10 @@ def halve_until_it_fits(
 
     Raises:
         ValueError: If one image is too many.
+        Preempted: If told to stop meanwhile.
     """
     while True:
+        agree()
         fits = True
         try:
             attempt(size)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ddpm.data.batches import Batches
 from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.system import randomness
+from ddpm.system.signals import at_once
 from ddpm.train.state import TrainingState
 
 
@@ -47,31 +48,35 @@ def updates(
     """
     accelerator = state.accelerator
     parameters = list(state.model.parameters())
-    for step in range(state.step, num_steps):
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr_at(step)
-        size = batches.size(step)
-        spans = micro_batches(
-            size, accelerator.num_processes, accelerator.process_index, device_batch
-        )
-        seen: list[tuple[Tensor, Tensor]] = []
-        for span in spans:
-            last = span == spans[-1]
-            with nullcontext() if last else accelerator.no_sync(state.model):
-                t, losses = backward(state, diffusion, batches, seed, step, *span)
-            state.meter.add_losses(losses, t)
-            seen.append((t, losses))
-        norm = accelerator.clip_grad_norm_(
-            parameters, float("inf") if grad_clip is None else grad_clip
-        )
-        state.meter.add_norm(step, norm, state.optimizer)
-        state.optimizer.step()
-        state.optimizer.zero_grad()
-        state.ema.update()
-        if state.timesteps.learns:
-            t, losses = (torch.cat(parts) for parts in zip(*seen, strict=True))
-            state.timesteps.update(*of_all_processes(accelerator, t, losses, size))
-        state.step = step + 1
+    first = state.step
+    for step in range(first, num_steps):
+        # the first may compile for minutes, and if it is given up nothing is lost
+        alone = step == first and accelerator.num_processes == 1
+        with at_once() if alone else nullcontext():
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr_at(step)
+            size = batches.size(step)
+            spans = micro_batches(
+                size, accelerator.num_processes, accelerator.process_index, device_batch
+            )
+            seen: list[tuple[Tensor, Tensor]] = []
+            for span in spans:
+                last = span == spans[-1]
+                with nullcontext() if last else accelerator.no_sync(state.model):
+                    t, losses = backward(state, diffusion, batches, seed, step, *span)
+                state.meter.add_losses(losses, t)
+                seen.append((t, losses))
+            norm = accelerator.clip_grad_norm_(
+                parameters, float("inf") if grad_clip is None else grad_clip
+            )
+            state.meter.add_norm(step, norm, state.optimizer)
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            state.ema.update()
+            if state.timesteps.learns:
+                t, losses = (torch.cat(parts) for parts in zip(*seen, strict=True))
+                state.timesteps.update(*of_all_processes(accelerator, t, losses, size))
+            state.step = step + 1
         yield state.step
 
 

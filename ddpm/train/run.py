@@ -3,11 +3,12 @@
 import logging
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from ddpm.config.compose import Composed
 from ddpm.config.schema import Config
@@ -15,9 +16,11 @@ from ddpm.data.batches import Batches
 from ddpm.evaluate.measure import check_extractor
 from ddpm.runs import pictures, reader, recording, results
 from ddpm.runs.folder import RunFolder
-from ddpm.system import files
-from ddpm.system.processes import accelerator_for, any_process
-from ddpm.system.signals import Interruption, Preempted
+from ddpm.system import files, signals
+from ddpm.system.peers import PeerLost
+from ddpm.system.processes import accelerator_for, naming_lost, wait_to_leave
+from ddpm.system.signals import Preempted
+from ddpm.system.slurm import clock_of
 from ddpm.train import start, which
 from ddpm.train.meter import NotFinite
 from ddpm.train.steps import take_steps
@@ -38,69 +41,82 @@ def run(composed: Composed) -> RunFolder:
         NotFinite: If a loss or gradient is not finite.
         Preempted: When told to stop, after a checkpoint.
     """
+    began = time.time()
     begun = which.which_run(composed)
-    config, folder, changes = begun.config, begun.folder, begun.changes
+    config, folder = begun.config, begun.folder
     which.check_agreement(begun)
     which.check_history(begun, resumes=composed.cfg.resume is not None)
     record = folder.record()
-    if record.get("status") == "complete" and not changes:
+    if record.get("status") == "complete" and not begun.changes:
         unseen = pictures.check_here(config, folder, begun.source)
         for note in [*begun.notes, *([f"pictures not compared: {unseen}"] if unseen else [])]:
             print(note, flush=True)
         _say_complete(folder, record["step"])
         return folder
-    with accelerator_for(config.runtime.device, config.training.precision) as accelerator:
+    with (
+        naming_lost(),
+        accelerator_for(config.runtime.device, config.training.precision) as accelerator,
+    ):
         if config.runtime.evaluate_every is not None:
             check_extractor(config.evaluation, accelerator.device)
         leads = accelerator.is_main_process
+        with signals.listening(), _leaving_together():
+            if leads:
+                print(f"run {folder.path}", flush=True)
+                signals.set_clock(clock_of(config.runtime.max_hours, began))
+            num_steps = _train(begun, composed, accelerator)
         if leads:
-            print(f"run {folder.path}", flush=True)
-        data, source = start.load_data(config, begun.source, accelerator)
-        start.check_data(data, source, config, folder)
-        batches = start.batches_of(data, config, accelerator.device)
-        steps_per_epoch = batches.steps_per_epoch
-        num_steps = config.training.steps or (config.training.epochs or 0) * steps_per_epoch
-        notes = [*begun.notes, *data.notes, *start.notes_on(data, config)]
-        notes += start.jump_of_rate(config, folder, num_steps) if changes else []
-        stop = Interruption(any_process(accelerator.num_processes))
-        if not leads:
-            with stop.listening():
-                take_steps(config, folder, accelerator, batches, num_steps, data, stop)
-            return folder
-        with folder.lock(), _log_file(folder), stop.listening():
-            for place in (folder.checkpoints, folder.path):
-                files.clear_scratch(place)
-            pictures.write_down(folder, source)
-            folder.start(
-                config,
-                composed,
-                begun.identity,
-                device=_device_name(accelerator),
-                changed=changes or None,
-            )
-            folder.update(
-                num_steps=num_steps,
-                steps_per_epoch=steps_per_epoch,
-                data={
-                    **pictures.about(config, source),
-                    "fingerprint": data.fingerprint,
-                    "images": len(data),
-                    "held_out": len(data) - batches.num_images,
-                    "classes": data.classes,
-                    "unreadable": data.unreadable,
-                    "notes": notes,
-                    "cache": str(data.folder),
-                },
-            )
-            for note in notes:
-                log.warning(note)
-            log.info("%d pictures, %s (runtime.feed)", len(data), start.how_fed(data, batches))
-            cache = data.folder.parent
-            log.info("the cache %s takes %.1f MB", cache, files.size_of(cache) / 1e6)
-            with _conclusion(folder, config, batches, num_steps):
-                take_steps(config, folder, accelerator, batches, num_steps, data, stop)
-        _say_complete(folder, num_steps)
+            _say_complete(folder, num_steps)
     return folder
+
+
+def _train(begun: which.Start, composed: Composed, accelerator: Accelerator) -> int:
+    """From the pictures to the last step, whose number is returned."""
+    config, folder, changes = begun.config, begun.folder, begun.changes
+    with _saying_where(folder):
+        data, source = start.load_data(config, begun.source, accelerator)
+    start.check_data(data, source, config, folder)
+    batches = start.batches_of(data, config, accelerator.device)
+    steps_per_epoch = batches.steps_per_epoch
+    num_steps = config.training.steps or (config.training.epochs or 0) * steps_per_epoch
+    notes = [*begun.notes, *data.notes, *start.notes_on(data, config)]
+    notes += start.jump_of_rate(config, folder, num_steps) if changes else []
+    if not accelerator.is_main_process:
+        take_steps(config, folder, accelerator, batches, num_steps, data)
+        return num_steps
+    with folder.lock(), _log_file(folder):
+        for place in (folder.checkpoints, folder.path):
+            files.clear_scratch(place)
+        pictures.write_down(folder, source)
+        folder.start(
+            config,
+            composed,
+            begun.identity,
+            device=_device_name(accelerator),
+            changed=changes or None,
+        )
+        folder.update(
+            num_steps=num_steps,
+            steps_per_epoch=steps_per_epoch,
+            data={
+                **pictures.about(config, source),
+                "fingerprint": data.fingerprint,
+                "images": len(data),
+                "held_out": len(data) - batches.num_images,
+                "classes": data.classes,
+                "unreadable": data.unreadable,
+                "notes": notes,
+                "cache": str(data.folder),
+            },
+        )
+        for note in notes:
+            log.warning(note)
+        log.info("%d pictures, %s (runtime.feed)", len(data), start.how_fed(data, batches))
+        cache = data.folder.parent
+        log.info("the cache %s takes %.1f MB", cache, files.size_of(cache) / 1e6)
+        with _conclusion(folder, config, batches):
+            take_steps(config, folder, accelerator, batches, num_steps, data)
+    return num_steps
 
 
 def facts(composed: Composed) -> dict[str, str]:
@@ -109,9 +125,35 @@ def facts(composed: Composed) -> dict[str, str]:
 
 
 @contextmanager
-def _conclusion(
-    folder: RunFolder, config: Config, batches: Batches, num_steps: int
-) -> Iterator[None]:
+def _leaving_together() -> Iterator[None]:
+    """Has no process leave, when told to stop, while the one that saves still does."""
+    try:
+        yield
+    except Preempted:
+        wait_to_leave()
+        raise
+
+
+@contextmanager
+def _saying_where(folder: RunFolder) -> Iterator[None]:
+    """Tells how far a run is that stops."""
+    try:
+        yield
+    except (Preempted, KeyboardInterrupt):
+        if PartialState().is_main_process:
+            record = folder.record()
+            state = "has saved nothing yet; the same command begins it"
+            if record.get("step"):
+                state = (
+                    f"is saved at step {record['step']} of {record['num_steps']}; "
+                    "the same command carries on from there"
+                )
+            print(f"run {folder.path} {state}", flush=True)
+        raise
+
+
+@contextmanager
+def _conclusion(folder: RunFolder, config: Config, batches: Batches) -> Iterator[None]:
     """Writes down how the run ended, also for TensorBoard, however it ends."""
 
     def conclude(status: recording.Status, error: str | None) -> None:
@@ -120,21 +162,17 @@ def _conclusion(
         recording.conclude(folder.path, status, folder.record().get("step", 0), ended)
 
     try:
-        yield
-    except (Preempted, KeyboardInterrupt) as stopped:
-        saved = folder.record().get("step")
-        state = "has saved nothing yet"
-        if saved:
-            state = (
-                f"is saved at step {saved} of {num_steps}; the same command carries on from there"
-            )
-        print(f"run {folder.path} {state}", flush=True)
-        why = (
-            stopped.why
-            if isinstance(stopped, Preempted)
-            else f"{type(stopped).__name__}: {stopped}"
-        )
-        conclude("preempted", why)
+        with _saying_where(folder), naming_lost():
+            yield
+    except Preempted as stopped:
+        conclude("preempted", stopped.why)
+        raise
+    except KeyboardInterrupt:
+        conclude("preempted", "KeyboardInterrupt")
+        raise
+    except PeerLost as lost:
+        # read as cut off, once this process is gone too
+        conclude("running", str(lost))
         raise
     except BaseException as error:
         conclude("failed", f"{type(error).__name__}: {error}")

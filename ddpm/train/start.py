@@ -17,7 +17,8 @@ from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.runs import checkpoint, pictures
 from ddpm.runs.folder import RunFolder
 from ddpm.system.devices import compile_in_place, cores, decide
-from ddpm.system.processes import gather
+from ddpm.system.processes import gather, together
+from ddpm.system.signals import at_once
 from ddpm.train.meter import Meter
 from ddpm.train.state import EMA, TrainingState
 from ddpm.weights import folders
@@ -37,10 +38,17 @@ def load_data(
 
     Raises:
         ValueError: As `build.images` does, or if the processes do not find the same pictures.
+        Preempted: If told to stop meanwhile.
     """
-    found = source or build.source(config)
-    with accelerator.main_process_first():
-        data = build.images(config, found, config.runtime.workers or cores())
+    loaded: list[tuple[ImageSet, Source]] = []
+    for leads in (True, False):  # the others find what the first has made ready
+        with together():
+            if accelerator.is_main_process == leads:
+                with at_once():
+                    found = source or build.source(config)
+                    workers = config.runtime.workers or cores()
+                    loaded.append((build.images(config, found, workers), found))
+    data, found = loaded[0]
     fingerprints = gather([data.fingerprint], PartialState())
     if len(set(fingerprints)) > 1:
         raise ValueError(

@@ -1,0 +1,158 @@
+"""The processes of one run tell each other, through torch's store, whether to stop and who lives.
+
+No device and no collective is used for it, so it works while some draw and others wait.
+"""
+
+import os
+import platform
+import threading
+import time
+
+from ddpm.system import signals
+from ddpm.system.internals import default_store
+
+BEAT = 0.5  # seconds from one sign of life to the next
+DEAD = 20.0  # seconds without one
+LEAVING = 5.0  # seconds that the first process waits for the others to leave
+ASK = 0.5  # seconds of steps after which the processes ask each other anew
+
+
+class PeerLost(RuntimeError):
+    """A process that this one works with is gone; the message names it."""
+
+
+class Peers:
+    """What one of several processes knows of the others.
+
+    Args:
+        rank: Of this process.
+        count: Of processes.
+    """
+
+    def __init__(self, rank: int, count: int) -> None:
+        self.rank, self.count = rank, count
+        self.verdict: str | None = None  # why all stop, once they agreed
+        self._store, self._beats = default_store("main"), default_store("beats")
+        self._round = 0
+        self._ended = threading.Event()
+        self._store.set(f"who/{rank}", f"process {os.getpid()} on {platform.node()}")
+        self._beats.set(f"beat/{rank}", "0")
+        threading.Thread(target=self._live, name="peers", daemon=True).start()
+
+    def _live(self) -> None:
+        """Gives signs of life, and passes on that one was told to stop."""
+        number, passed = 0, False
+        while not self._ended.wait(BEAT):
+            try:
+                number += 1
+                self._beats.set(f"beat/{self.rank}", str(number))
+                if not passed and (why := signals.noted()):
+                    self._beats.set("told", f"{why} to process {self.rank}")
+                    passed = True
+                elif not passed and self._beats.check(["told"]):
+                    signals.tell(self._beats.get("told").decode())
+                    passed = True
+            except RuntimeError:  # the store went with the process that held it
+                return
+
+    def ask(self, step: int = 0, step_seconds: float = ASK) -> tuple[str | None, int]:
+        """Waits for all processes here; each gets the same answer.
+
+        Args:
+            step: Of this process, where it asks between steps.
+            step_seconds: What one takes.
+
+        Returns:
+            Why all stop, None if all go on; and the step to ask at next.
+
+        Raises:
+            PeerLost: If one does not come any more.
+        """
+        if self.verdict is not None:
+            return self.verdict, step
+        key, self._round = f"round/{self._round}", self._round + 1
+        why = signals.told()
+        if why is not None:
+            self._store.set(f"{key}/told", why)
+        if self._store.add(key, 1) == self.count:
+            following = step + max(1, int(ASK / max(step_seconds, 1e-6)))
+            told = self._store.get(f"{key}/told") if self._store.check([f"{key}/told"]) else b""
+            self._store.set(f"{key}/answer", f"{following} {told.decode()}")
+            for part in ("", "/told", "/answer"):  # of two rounds ago, which all have left
+                self._store.delete_key(f"round/{self._round - 3}{part}")
+        self._wait_for(f"{key}/answer")
+        following_step, _, reason = self._store.get(f"{key}/answer").decode().partition(" ")
+        self.verdict = reason or None
+        return self.verdict, int(following_step)
+
+    def meet(self) -> None:
+        """Waits for all processes here, whatever they were told.
+
+        Raises:
+            PeerLost: If one does not come any more.
+        """
+        key, self._round = f"round/{self._round}", self._round + 1
+        if self._store.add(key, 1) == self.count:
+            self._store.set(f"{key}/answer", "")
+        self._wait_for(f"{key}/answer")
+
+    def _wait_for(self, key: str) -> None:
+        pause, seen, since = 0.0005, self._signs(), time.monotonic()
+        while not self._store.check([key]):
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+            if self._store.check(["failed"]):
+                raise PeerLost(self._store.get("failed").decode())
+            if time.monotonic() - since > DEAD:
+                now = self._signs()
+                gone = [rank for rank, sign in enumerate(now) if sign == seen[rank]]
+                if gone:
+                    raise PeerLost(self._named(gone[0]))
+                seen, since = now, time.monotonic()
+
+    def what_happened(self) -> str | None:
+        """Returns what became of a process that is gone, None if all live.
+
+        Call it when a collective failed. It takes two beats; one that was killed comes before those
+        that ended because of it.
+        """
+        try:
+            before = self._signs()
+            time.sleep(4 * BEAT)
+            now = self._signs()
+            if self._store.check(["failed"]):
+                return self._store.get("failed").decode()
+            for rank, sign in enumerate(now):
+                if sign == before[rank] and not self._store.check([f"ended/{rank}"]):
+                    return self._named(rank)
+        except RuntimeError:  # torch's DistError is one
+            return f"process 0 of {self.count}, which leads the others, was killed or lost"
+        return None
+
+    def leave(self, failure: str | None = None) -> None:
+        """Says that this process ends, and why if it fails.
+
+        The process that holds the store stays until the others have left, or some seconds.
+        """
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        try:
+            if failure is not None and not self._store.check(["failed"]):
+                self._store.set("failed", f"process {self.rank} of {self.count}: {failure}")
+            self._store.set(f"ended/{self.rank}", "")
+            if self.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                return
+            until = time.monotonic() + LEAVING
+            others = [f"ended/{rank}" for rank in range(1, self.count)]
+            while not self._store.check(others) and time.monotonic() < until:
+                time.sleep(0.01)
+        except RuntimeError:  # the store went with the process that held it
+            return
+
+    def _named(self, rank: int) -> str:
+        who = self._store.get(f"who/{rank}").decode()
+        return f"process {rank} of {self.count} ({who}) was killed or lost"
+
+    def _signs(self) -> list[bytes]:
+        return [self._beats.get(f"beat/{rank}") for rank in range(self.count)]

@@ -1,0 +1,121 @@
+"""Writing a run's checkpoints: how long it takes, and what is done where the disk is full or slow."""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ddpm.config.schema import Config
+from ddpm.runs import checkpoint
+from ddpm.runs.folder import RunFolder
+from ddpm.runs.recording import Recorder, Speed
+from ddpm.system import signals
+from ddpm.train.state import TrainingState
+
+log = logging.getLogger("ddpm")
+
+BYTES = 16  # a parameter in a checkpoint: its weight, average and Adam's two moments, float32
+DISK_SPEED = 50e6  # bytes per second that a disk is trusted with before it was measured
+SLOW = 10.0  # seconds after which a stopping run says that it waits for the disk, then each time
+LIMIT = 900.0  # seconds after which it waits no more
+
+
+@dataclass
+class Saver:
+    """Saves a run, once a step at most. All processes must call it alike.
+
+    Attributes:
+        folder: The run's.
+        config: Its configuration.
+        state: What is saved.
+        recorder: Of the process that leads and writes; None on the others.
+        speed: What the run's time went into.
+    """
+
+    folder: RunFolder
+    config: Config
+    state: TrainingState
+    recorder: Recorder | None
+    speed: Speed
+    saved: int | None = None
+
+    def save(self, stopping: str | None) -> None:
+        """Writes a checkpoint of the present step, if there is none.
+
+        Args:
+            stopping: Why the run stops after it, None if it does not. Then the wait for the disk
+                is bounded.
+
+        Raises:
+            ValueError: If it cannot be written.
+        """
+        if self.saved == self.state.step:
+            return
+        saved = self.state.state_dict()
+        if self.recorder is not None:
+            started = time.perf_counter()
+            self.recorder.flush()
+
+            def write() -> None:
+                keep = self.config.runtime.keep_checkpoints
+                best = (self.folder.record().get("best") or {}).get("step")
+                checkpoint.save(self.folder.checkpoints, saved, keep, best)
+
+            _in_bounds(write, self.folder) if stopping else write()
+            seconds = time.perf_counter() - started
+            self._note(seconds)
+            timed = {**self.speed.timed(), "seconds_to_save": seconds}
+            self.folder.saved(self.state.step, timed=timed)
+        self.saved = self.state.step
+
+    def _note(self, seconds: float) -> None:
+        clock = signals.clock()
+        if clock is not None:
+            clock.saved_in(seconds)
+            clock.pause()
+
+
+def look_at_disk(folder: RunFolder, keep: int, parameters: int) -> None:
+    """Warns where the checkpoints that are kept will not fit the disk, before the first step."""
+    size, free = BYTES * parameters, shutil.disk_usage(folder.path).free
+    there = len(checkpoint.all_in(folder.checkpoints))
+    wanted = max(keep + 1 - there, 1) * size  # a new one is whole before an old one goes
+    if wanted > free:
+        log.warning(
+            "the disk of %s has %.1f GB free, and %d checkpoints of %.1f GB are to be kept there "
+            "(runtime.keep_checkpoints), with room for one more while it is written: give less, "
+            "or another outputs=",
+            folder.path,
+            free / 1e9,
+            keep,
+            size / 1e9,
+        )
+
+
+def _in_bounds(write: Callable[[], None], folder: RunFolder) -> None:
+    """Writes while a stopping run waits, says so where it takes long, and not for ever."""
+    failed: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            write()
+        except BaseException as error:
+            failed.append(error)
+
+    writing, started = threading.Thread(target=call, daemon=True), time.monotonic()
+    writing.start()
+    while True:
+        writing.join(SLOW)
+        waited = time.monotonic() - started
+        if not writing.is_alive():
+            break
+        if waited > LIMIT:
+            raise ValueError(
+                f"{folder.checkpoints}: the disk has not taken the checkpoint in {waited:.0f} s; "
+                "those before it stay"
+            )
+        log.warning("still writing the checkpoint, %.0f s so far", waited)
+    if failed:
+        raise failed[0]

@@ -1,0 +1,127 @@
+"""What a run shows of itself after a step: previews and measures, each once.
+
+They are no part of its state. Those that a stop or a kill cut off are made up for.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from ddpm.config import build
+from ddpm.data.image_set import ImageSet
+from ddpm.evaluate.measure import measure
+from ddpm.runs import results
+from ddpm.runs.recording import Recorder
+from ddpm.sample.images import grid, save_png, to_uint8
+from ddpm.sample.subject import Trained, class_words
+from ddpm.system.processes import gather, together
+from ddpm.train.loop import is_due
+
+log = logging.getLogger("ddpm")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Previews and measures of one step. All processes must call the same.
+
+    Attributes:
+        trained: The network after the step.
+        data: The run's pictures.
+        num_steps: Of the whole run.
+        device: Where this process works.
+        recorder: Of the process that leads; None on the others.
+    """
+
+    trained: Trained
+    data: ImageSet
+    num_steps: int
+    device: torch.device
+    recorder: Recorder | None
+
+    def make_up_for(self) -> None:
+        """Does what is due at this step and not there yet."""
+        step, runtime = self.trained.step, self.trained.config.runtime
+        previewed = self._preview_file().is_file()
+        evaluated = self.recorder is not None and self.recorder.has("eval/")
+        # what the leading process sees counts
+        previewed, evaluated = gather([(previewed, evaluated)], PartialState())[0]
+        if not previewed and is_due(step, runtime.sample_every, self.num_steps):
+            self.preview()
+        if not evaluated and is_due(step, runtime.evaluate_every, self.num_steps):
+            self.evaluate()
+
+    def preview(self) -> None:
+        """Draws the grid of the step, always from the same noise, with the averaged weights.
+
+        Raises:
+            Preempted: If told to stop.
+        """
+        with together():
+            if self.recorder is not None:
+                sheet = self._sheet()
+                self.recorder.picture(self.trained.step, "samples", sheet)
+                self.recorder.flush()
+                save_png(self._preview_file(), sheet)  # last: it says that all is there
+
+    def evaluate(self) -> None:
+        """Measures what evaluation.metrics asks for; all processes share the work.
+
+        Raises:
+            Preempted: If told to stop.
+            ValueError: If nothing could be measured.
+        """
+        config = self.trained.config
+        with together():
+            found, missing = measure(
+                self.trained,
+                config.sampler,
+                config.evaluation,
+                PartialState(),
+                self.device,
+                keep_samples=False,
+                data=self.data,
+            )
+        if missing and not found and self.recorder is not None:
+            raise ValueError("; ".join(missing))
+        for reason in missing:
+            log.warning("not measured: %s", reason)
+        if self.recorder is not None:
+            self._write_down(self.recorder, found)
+
+    def _preview_file(self) -> Path:
+        return self.trained.run.samples / f"step_{self.trained.step:08d}.png"
+
+    def _sheet(self) -> np.ndarray:
+        """The grid, (H, W, C) uint8."""
+        subject, config, step = self.trained.subject, self.trained.config, self.trained.step
+        count, size = config.runtime.num_previews, config.training.batch_size
+        sampler = build.sampler(config.sampler, subject.diffusion)
+        drawing = subject.drawing(sampler, config.seed, self.device)
+        classes = subject.classes_in_turn(count)
+        steps = len(drawing.timesteps)
+        log.info("step %d  drawing %d previews, %d steps each", step, count, steps)
+        if classes and subject.classes:
+            log.info("step %d  in turn %s", step, class_words(classes, subject.classes))
+        drawn = []
+        for first in range(0, count, size):
+            indices = range(first, min(first + size, count))
+            drawn.append(drawing.images(indices, classes and classes[first : first + size]))
+        return grid(np.concatenate([to_uint8(images) for images in drawn]))
+
+    def _write_down(self, recorder: Recorder, found: list[results.Measurement]) -> None:
+        """Writes the measurements down; the best checkpoint is that of the best first of them."""
+        run, step = self.trained.run, self.trained.step
+        results.record(run.path / "evaluation.json", found)
+        first, best = found[0], run.record().get("best") or {}
+        better = results.better(first.metric) or min
+        if not best or better(first.value, best["value"]) != best["value"]:
+            run.update(best={"id": first.id, "value": first.value, "step": step})
+        # last: it says that all is there
+        recorder.scalars(step, {f"eval/{one.metric}": one.value for one in found})
+        recorder.flush()
+        words = "  ".join(f"{one.metric} {one.value:.4f}" for one in found)
+        log.info("step %d  %s", step, words)
