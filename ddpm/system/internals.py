@@ -183,7 +183,8 @@ def default_store(name: str) -> Any:
     import torch
     from torch.distributed.distributed_c10d import _get_default_store
 
-    return torch.distributed.PrefixStore(f"ddpm/{name}", _get_default_store().clone())
+    store: Any = _get_default_store()
+    return torch.distributed.PrefixStore(f"ddpm/{name}", store.clone())
 
 
 def keep_dropout_when_compiled() -> None:

@@ -8,10 +8,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 # EX_TEMPFAIL, the exit code of what was told to stop: the same command carries on
 CARRIES_ON = 75
@@ -232,7 +232,7 @@ def _unblock() -> set[int] | None:
     return {int(one) for one in signal.pthread_sigmask(signal.SIG_UNBLOCK, TAKEN)}
 
 
-def _hand_on(name: str | None, before: dict[signal.Signals, object]) -> None:
+def _hand_on(name: str | None, before: Mapping[Any, Any]) -> None:
     if name in _NAMES:
         number = signal.Signals[str(name)]
         if callable(before[number]) and before[number] is not signal.default_int_handler:

@@ -1,4 +1,4 @@
-"""Writing a run's checkpoints: how long it takes, and what is done where the disk is full or slow."""
+"""Writing a run's checkpoints: how long it takes, and what is done on a full or slow disk."""
 
 import logging
 import shutil
