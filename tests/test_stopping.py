@@ -283,7 +283,7 @@ def test_the_first_step_of_a_start_is_given_up_in_the_middle():
         accelerator=accelerator,
         model=torch.nn.Linear(1, 1),
         step=0,
-        optimizer=SimpleNamespace(param_groups=[{}]),
+        optimizer=SimpleNamespace(param_groups=[{"params": []}]),
     )
     batches = SimpleNamespace(size=lambda step: prepare())
     updates = loop.updates(state, None, batches, lambda step: 0.0, 0, 10, None, None)

@@ -10,6 +10,7 @@ from torch.func import functional_call
 from ddpm.diffusion.process import GaussianDiffusion, Model
 from ddpm.diffusion.samplers import Noise, Sampler, Watch, latents, step_noise
 from ddpm.system.devices import halve_to_fit
+from ddpm.system.signals import at_once
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,10 @@ class Drawing:
         self.network.eval()
         try:
             of_batch = None if classes is None else torch.tensor(list(classes), device=self.device)
-            return self.sampler.walk(
-                self.model(of_batch), self.diffusion, x, timesteps, noise, watch
-            )
+            with at_once():  # a call may compile for minutes
+                return self.sampler.walk(
+                    self.model(of_batch), self.diffusion, x, timesteps, noise, watch
+                )
         finally:
             self.network.train(was_training)
 

@@ -63,12 +63,12 @@ class Saver:
                 keep = self.config.runtime.keep_checkpoints
                 best = (self.folder.record().get("best") or {}).get("step")
                 checkpoint.save(self.folder.checkpoints, saved, keep, best)
+                seconds = time.perf_counter() - started
+                timed = {**self.speed.timed(), "seconds_to_save": seconds}
+                self.folder.saved(self.state.step, timed=timed)
 
             _in_bounds(write, self.folder)
-            seconds = time.perf_counter() - started
-            self._note(seconds)
-            timed = {**self.speed.timed(), "seconds_to_save": seconds}
-            self.folder.saved(self.state.step, timed=timed)
+            self._note(time.perf_counter() - started)
         self.saved = self.state.step
 
     def _note(self, seconds: float) -> None:
