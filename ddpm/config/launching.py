@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from ddpm.config.explain import explain
 from ddpm.config.sweeps import HERE, Facts, Outcome, as_job, left
 from ddpm.system import relay, signals
-from ddpm.system.internals import end_loky_workers, start_loky_tracker
+from ddpm.system.internals import end_loky_workers, start_loky_trackers
 from ddpm.system.signals import Preempted
 
 
@@ -97,7 +97,7 @@ def _telling(launcher: Any) -> Iterator[None]:
     """Tells the processes of jobs to stop when this one is told, and waits for their end."""
     kind = type(launcher).__name__
     if kind == "JoblibLauncher" and _joblib_starts_processes(launcher):
-        start_loky_tracker()
+        start_loky_trackers()
         with relay.passing_on(relay.own_children):
             try:
                 yield
