@@ -132,6 +132,4 @@ def test_told_at_any_instant_a_parallel_sweep_saves_leaves_no_process_and_is_com
                 for one in (ours, run.parent)
             )
             assert found.read_bytes() == expected.read_bytes()
-        assert (ours / "metrics.jsonl").read_bytes() == (
-            run.parent / "metrics.jsonl"
-        ).read_bytes()
+        assert (ours / "metrics.jsonl").read_bytes() == (run.parent / "metrics.jsonl").read_bytes()
