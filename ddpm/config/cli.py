@@ -98,7 +98,7 @@ def command(
         sweep = launching.Sweep(facts, heeds, wants_traceback)
         ended = sweep.ended
 
-        def job(cfg: DictConfig) -> sweeps.Outcome:
+        def job(cfg: DictConfig) -> sweeps.Outcome | None:
             elsewhere = os.getpid() != process  # where the launcher has put the job
             if elsewhere:
                 sys.argv[1:] = typed
@@ -108,7 +108,8 @@ def command(
             with _as_worker(heeds) if elsewhere else contextlib.nullcontext():
                 outcome = _run_job(cfg, run, facts, wants_traceback)
             if not elsewhere:
-                ended[HydraConfig.get().job.num] = outcome
+                if outcome is not None:
+                    ended[HydraConfig.get().job.num] = outcome
                 if heeds:
                     signals.check()
             return outcome
@@ -178,11 +179,14 @@ def _run_alone(cfg: DictConfig, run: Run, wants_traceback: bool) -> sweeps.Outco
 
 def _run_job(
     cfg: DictConfig, run: Run, facts: sweeps.Facts, wants_traceback: bool
-) -> sweeps.Outcome:
-    """A job of a sweep: its error in a line, how it ended, and what to show of it."""
+) -> sweeps.Outcome | None:
+    """A job of a sweep: its error in a line, how it ended, and what to show of it.
+
+    None if the sweep was told to stop before.
+    """
     composed = from_hydra(cfg, HydraConfig.get())
     if signals.noted():
-        return sweeps.left(composed, facts, signals.CARRIES_ON)
+        return None
     code, ended, known = 0, "done", True
     try:
         with signals.one_of_several():
@@ -211,7 +215,8 @@ def _as_worker(heeds: bool) -> Iterator[None]:
         return
     if heeds:
         signals.obey()
-    sweeps.claim_device(sweeps.visible_devices())
+    if not signals.noted():
+        sweeps.claim_device(sweeps.visible_devices())
     yield
 
 

@@ -67,8 +67,9 @@ class Sweep:
         try:
             with _telling(launcher):
                 if not signals.noted():
-                    returned = [one.return_value for one in launcher.launch(jobs, first)]
-                    self.ended.update(enumerate(returned, first))
+                    for number, done in enumerate(launcher.launch(jobs, first), first):
+                        if done.return_value is not None:  # it was started
+                            self.ended[number] = done.return_value
         except Preempted:  # raised by a job in this process
             pass
         except Exception as caught:

@@ -193,8 +193,8 @@ def obey() -> None:
     tell its parent. It does not leave at once; the parent ends it.
     """
     if _State.mode == "default":
+        _State.obeys = True  # first: one that waits comes at once
         _take("noted")
-        _State.obeys = True
 
 
 @contextmanager
