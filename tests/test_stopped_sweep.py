@@ -20,14 +20,14 @@ from ddpm.runs.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 STOPS = int(os.environ.get("DDPM_TORTURE_KILLS", "2"))
-STEPS = 60
+STEPS = 30
 FOUR = ["-m", "seed=0,1,2,3"]
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def settings(tiny):
-    changed = [f"training.steps={STEPS}", "runtime.log_every=1", "runtime.sample_every=20"]
+    changed = [f"training.steps={STEPS}", "runtime.log_every=1", "runtime.sample_every=15"]
     return [*(one for one in tiny if one != "training.steps=6"), *changed]
 
 
@@ -54,7 +54,7 @@ class Sweep:
                 self.seen |= set(psutil.Process(self.process.pid).children(recursive=True))
             except psutil.NoSuchProcess:
                 break
-            time.sleep(0.02)
+            time.sleep(0.1)
 
     def press_ctrl_c(self):
         os.killpg(self.process.pid, signal.SIGINT)

@@ -209,15 +209,12 @@ def _run_job(
 @contextlib.contextmanager
 def _as_worker(heeds: bool) -> Iterator[None]:
     """Has a job run in a process that a launcher started for it."""
-    if not str(HydraConfig.get().launcher.get("_target_")).endswith(".JoblibLauncher"):
-        with signals.listening() if heeds else contextlib.nullcontext():
-            yield
-        return
-    if heeds:
-        signals.obey()
-    if not signals.noted():
-        sweeps.claim_device(sweeps.visible_devices())
-    yield
+    stays = str(HydraConfig.get().launcher.get("_target_")).endswith(".JoblibLauncher")
+    held = signals.obeying if stays else signals.listening
+    with held() if heeds else contextlib.nullcontext():
+        if stays and not signals.noted():
+            sweeps.claim_device(sweeps.visible_devices())
+        yield
 
 
 def _parsed(arguments: Sequence[str]) -> Namespace:

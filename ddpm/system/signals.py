@@ -74,6 +74,7 @@ class _State:
     was_told: str | None = None  # the same of what ended
     first: float = 0.0  # when SIGINT came first
     obeys: bool = False  # whether another process speaks with the user for this one
+    busy: bool = False  # whether it does a job for that one
     # what a signal does: what it always does; it is noted; it gives up what runs; nothing
     mode: Literal["default", "noted", "at once", "ignored"] = "default"
     clock: Clock | None = None
@@ -186,15 +187,32 @@ def listening() -> Iterator[None]:
         yield
 
 
-def obey() -> None:
-    """Has signals noted from now on, and nothing else: in a worker, whose parent deals with users.
+@contextmanager
+def obeying() -> Iterator[None]:
+    """Has signals noted meanwhile, and ever after, in a worker, whose parent deals with users.
 
     They stay noted between two jobs, when a signal would end the worker and lose what it has to
-    tell its parent. It does not leave at once; the parent ends it.
+    tell its parent. It does not leave at once; the parent ends it. Where the parent is gone, there
+    is nobody to work for: it stops, and leaves.
     """
     if _State.mode == "default":
         _State.obeys = True  # first: one that waits comes at once
         _take("noted")
+        threading.Thread(target=_mind, args=(os.getppid(),), name="mind", daemon=True).start()
+    _State.busy = True
+    try:
+        yield
+    finally:
+        _State.busy = False
+
+
+def _mind(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    tell("the process of the sweep is gone")
+    while _State.busy:
+        time.sleep(0.1)
+    os._exit(CARRIES_ON)
 
 
 @contextmanager
