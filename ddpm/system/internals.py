@@ -163,6 +163,63 @@ def returns_of_sweeps(outcomes: list[Any]) -> Iterator[None]:
         Hydra.multirun = multirun  # type: ignore[method-assign]
 
 
+@contextmanager
+def around_launches(
+    launch: Callable[[Any, Callable[[list[str]], Any], list[list[str]], int], list[Any]],
+) -> Iterator[None]:
+    """Has `launch` start the jobs of a sweep in place of its launcher.
+
+    Hydra makes the launcher itself, and a callback of Hydra's sees neither what it raises nor
+    what the jobs return.
+
+    Args:
+        launch: Is called with the launcher, a function that composes a job, the overrides of each
+            job, and the first one's number; it returns what has a `return_value` for each.
+    """
+    from types import SimpleNamespace
+
+    from hydra.core.plugins import Plugins
+
+    instantiate = Plugins.instantiate_launcher
+
+    def watched(self: Plugins, hydra_context: Any, task_function: Any, config: Any) -> Any:
+        launcher = instantiate(self, hydra_context, task_function, config)
+
+        def compose_job(words: list[str]) -> Any:
+            return hydra_context.config_loader.load_sweep_config(config, words)
+
+        def launched(job_overrides: Any, initial_job_idx: int) -> list[Any]:
+            return launch(launcher, compose_job, [*map(list, job_overrides)], initial_job_idx)
+
+        return SimpleNamespace(launch=launched)
+
+    Plugins.instantiate_launcher = watched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Plugins.instantiate_launcher = instantiate  # type: ignore[method-assign]
+
+
+def start_loky_trackers() -> None:
+    """Starts the processes that clear up after joblib's workers, if they are not there.
+
+    joblib starts them right before the first worker, and thereby unblocks signals for all workers.
+    """
+    from multiprocessing import resource_tracker
+
+    from joblib.externals.loky.backend import resource_tracker as loky_tracker
+
+    resource_tracker.ensure_running()
+    loky_tracker.ensure_running()
+
+
+def end_loky_workers() -> None:
+    """Ends joblib's workers, which else wait for more to do, and waits for them."""
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor(reuse=True).shutdown(wait=True)
+
+
 def reset_accelerate() -> None:
     """Puts back what Accelerate keeps between two runs of one process, the process group aside.
 

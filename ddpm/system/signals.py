@@ -45,7 +45,7 @@ class Clock:
     """
 
     def __init__(self, ends: float, why: str) -> None:
-        self._ends, self._why = ends, why
+        self._ends, self.why = ends, why
         self._longest_call = self._longest_save = 0.0
         self._looked: float | None = None
 
@@ -56,7 +56,7 @@ class Clock:
             self._longest_call = max(self._longest_call, now - self._looked)
         self._looked = now
         reserve = MARGIN + 2 * (self._longest_call + self._longest_save)
-        return self._why if now + reserve >= self._ends else None
+        return self.why if now + reserve >= self._ends else None
 
     def pause(self) -> None:
         """Leaves out the time until the next look."""
@@ -73,6 +73,8 @@ class _State:
     told: str | None = None  # why to stop, once told
     was_told: str | None = None  # the same of what ended
     first: float = 0.0  # when SIGINT came first
+    obeys: bool = False  # whether another process speaks with the user for this one
+    busy: bool = False  # whether it does a job for that one
     # what a signal does: what it always does; it is noted; it gives up what runs; nothing
     mode: Literal["default", "noted", "at once", "ignored"] = "default"
     clock: Clock | None = None
@@ -112,10 +114,11 @@ def tell(why: str) -> None:
     """Tells this process to stop."""
     if _State.told is None:
         _State.told = why
-        # no print: a signal may come in the middle of one
-        os.write(
-            2, f"\n{why}: stopping, to carry on later (Ctrl-C twice leaves at once)\n".encode()
-        )
+        if not _State.obeys:
+            # no print: a signal may come in the middle of one
+            os.write(
+                2, f"\n{why}: stopping, to carry on later (Ctrl-C twice leaves at once)\n".encode()
+            )
 
 
 def set_clock(clock: Clock | None) -> None:
@@ -138,7 +141,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
         return
-    if number == signal.SIGINT and _State.first and now - _State.first > SAME_CTRL_C:
+    again = _State.first and now - _State.first > SAME_CTRL_C
+    if number == signal.SIGINT and again and not _State.obeys:
         raise KeyboardInterrupt
     if number == signal.SIGINT and not _State.first:
         _State.first = now
@@ -184,6 +188,45 @@ def listening() -> Iterator[None]:
 
 
 @contextmanager
+def obeying() -> Iterator[None]:
+    """Has signals noted meanwhile, and ever after, in a worker, whose parent deals with users.
+
+    They stay noted between two jobs, when a signal would end the worker and lose what it has to
+    tell its parent. It does not leave at once; the parent ends it. Where the parent is gone, there
+    is nobody to work for: it stops, and leaves.
+    """
+    if _State.mode == "default":
+        _State.obeys = True  # first: one that waits comes at once
+        _take("noted")
+        threading.Thread(target=_mind, args=(os.getppid(),), name="mind", daemon=True).start()
+    _State.busy = True
+    try:
+        yield
+    finally:
+        _State.busy = False
+
+
+def _mind(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    tell("the process of the sweep is gone")
+    while _State.busy:
+        time.sleep(0.1)
+    os._exit(CARRIES_ON)
+
+
+@contextmanager
+def one_of_several() -> Iterator[None]:
+    """Has a clock that is set meanwhile stop what runs meanwhile, and not what comes after it."""
+    try:
+        yield
+    finally:
+        if _State.clock is not None and _State.clock.why == _State.told:
+            _State.told = None
+        _State.clock = None
+
+
+@contextmanager
 def at_once() -> Iterator[None]:
     """Has a signal give up what runs meanwhile, in the middle of it.
 
@@ -209,10 +252,7 @@ def _taken(mode: Literal["default", "noted"]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _State.told = _State.was_told = None
-    _State.first, _State.mode = 0.0, mode
-    before = {number: signal.signal(number, _handle) for number in TAKEN}
-    mask = _unblock()
+    before, mask = _take(mode)
     try:
         yield
     finally:
@@ -225,6 +265,16 @@ def _taken(mode: Literal["default", "noted"]) -> Iterator[None]:
         _hand_on(_State.was_told, before)
 
 
+def _take(
+    mode: Literal["default", "noted"],
+) -> tuple[dict[signal.Signals, Any], set[int] | None]:
+    """Takes the signals over; returns who held them, and which were blocked."""
+    _State.told = _State.was_told = None
+    _State.first, _State.mode = 0.0, mode
+    before = {number: signal.signal(number, _handle) for number in TAKEN}
+    return before, _unblock()
+
+
 def _unblock() -> set[int] | None:
     """Lets the signals through, which a sweep blocks for its jobs until they listen."""
     if not hasattr(signal, "pthread_sigmask"):
@@ -233,7 +283,9 @@ def _unblock() -> set[int] | None:
 
 
 def _hand_on(name: str | None, before: Mapping[Any, Any]) -> None:
+    """Calls who held a signal that came; sent again it would wait where it is blocked."""
     if name in _NAMES:
         number = signal.Signals[str(name)]
-        if callable(before[number]) and before[number] is not signal.default_int_handler:
-            signal.raise_signal(number)
+        handler = before[number]
+        if callable(handler) and handler is not signal.default_int_handler:
+            handler(number, None)
