@@ -145,3 +145,10 @@ def test_the_name_that_something_had_once_is_answered_with_todays(complaint, nam
         f"schedule._target_={name} is not trusted: it is called {OLD_NAMES[name]}\n"
         in complaint(f"schedule._target_={name}")
     )
+
+
+def test_every_step_counts_in_the_time_that_a_run_took(run_folder):
+    timed = json.loads((run_folder / "run.json").read_text())["timed"]
+    assert timed["images"] == 6 * 8
+    assert 0 < timed["seconds_in_steps"] <= timed["seconds"]
+    assert timed["seconds_to_save"] > 0

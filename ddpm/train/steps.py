@@ -71,28 +71,30 @@ def take_steps(
         for step in steps:
             told = asking.after(step)
             logs = is_due(step, runtime.log_every, num_steps)
+            previews = is_due(step, runtime.sample_every, num_steps)
             evaluates = is_due(step, runtime.evaluate_every, num_steps)
-            saves = is_due(step, runtime.checkpoint_every, num_steps) or evaluates
+            saves = is_due(step, runtime.checkpoint_every, num_steps) or evaluates or told
 
-            if logs or saves or told:
+            if logs or saves or previews:
                 means = state.meter.means()  # raises NotFinite: nothing is saved unseen
             if logs:
                 state.meter.reset()
                 if recorder is not None:
                     _report(recorder, steps, speed, step, {**means, "train/lr": lr_at(step - 1)})
-            if saves or told:
+            if saves:
                 saver.save()
             if told and step < num_steps:
                 raise Preempted(told)
             try:
-                if is_due(step, runtime.sample_every, num_steps):
+                if previews:
                     shown(step).preview()
                 if evaluates:
                     shown(step).evaluate()
             except Preempted:
                 saver.save()
                 raise
-            speed.pause(step)
+            if saves or previews:
+                speed.pause(step)
     if recorder is not None:
         recorder.close()
 
