@@ -30,7 +30,7 @@ from ddpm.config.compose import (
     searchpath,
 )
 from ddpm.config.explain import explain, explain_composition
-from ddpm.system import signals
+from ddpm.system import signals, slurm
 from ddpm.system.internals import before_sweeps, flags_last, hydra_parser, returns_of_sweeps
 
 Run = Callable[[Composed], object]
@@ -83,6 +83,7 @@ def command(
             print(help_text(CONF, EXPERIMENTS, config_name, what, examples))
             return
         wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+        slurm.join_step()
         sys.argv[1:] = typed = flags_last([at_home(word) for word in sys.argv[1:]])
         process = os.getpid()
         outcomes: list[sweeps.Outcome] = []
