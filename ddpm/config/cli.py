@@ -1,6 +1,7 @@
 """The main function that all commands share: help, jobs, errors in one line, exit codes."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import os
@@ -17,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from ddpm.config import sweeps
+from ddpm.config import submitit_jobs, sweeps
 from ddpm.config.compose import (
     CONF,
     EXPERIMENTS,
@@ -30,8 +31,14 @@ from ddpm.config.compose import (
     searchpath,
 )
 from ddpm.config.explain import explain, explain_composition
-from ddpm.system import signals, slurm
-from ddpm.system.internals import before_sweeps, flags_last, hydra_parser, returns_of_sweeps
+from ddpm.system import signals, slurm, torchrun
+from ddpm.system.internals import (
+    before_sweeps,
+    flags_last,
+    hydra_parser,
+    returns_of_sweeps,
+    waiting_for_slurm_jobs,
+)
 
 Run = Callable[[Composed], object]
 Facts = Callable[[Composed], dict[str, str]]
@@ -92,6 +99,7 @@ def command(
             elsewhere = os.getpid() != process  # where the launcher has put the job
             if elsewhere:
                 sys.argv[1:] = typed
+                slurm.join_step()
             outcome = _run_job(cfg, run, facts, elsewhere, wants_traceback)
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 outcomes.append(outcome)
@@ -114,7 +122,12 @@ def command(
             refuse_paths(parsed.overrides)
             refuse_hidden([*([own] if own else []), *searchpath(parsed.overrides)])
             sweeps.refuse_in_process_group(typed)
-            with signals.commanded(), returns_of_sweeps(outcomes), before_sweeps(checked):
+            with (
+                signals.commanded(),
+                returns_of_sweeps(outcomes),
+                before_sweeps(checked),
+                waiting_for_slurm_jobs(functools.partial(_wait_for_slurm_jobs, facts)),
+            ):
                 start()
         if any(outcome.facts for outcome in outcomes):
             print(f"\n{sweeps.job_table(outcomes)}", flush=True)
@@ -156,18 +169,42 @@ def _run_job(
             raise
         code, ended = 1, {"status": "failed"}
         print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+        torchrun.leave_word(explain(error))
     except SystemExit as stopped:
+        torchrun.leave_word(f"told to stop: {getattr(stopped, 'why', stopped.code)}")
         if not (elsewhere and stopped.code == signals.CARRIES_ON):
             raise
+        if slurm.submitted_by_submitit() and slurm.queued_again():
+            raise  # without a result, for which the submitting command waits: it has not ended
         code, ended = signals.CARRIES_ON, {"status": "preempted"}
     if hydra_cfg.mode != RunMode.MULTIRUN:
         return sweeps.Outcome(composed.overrides, code)
-    try:
-        shown = facts(composed)
-    except (OSError, ValueError):  # a configuration that is none has no run
-        shown = {}
+    shown = _shown(composed, facts)
     last = ended if code else {}
     return sweeps.Outcome(composed.overrides, code, {**ended, **shown, **last})
+
+
+def _shown(composed: Composed, facts: Facts) -> dict[str, str]:
+    try:
+        return facts(composed)
+    except (OSError, ValueError):  # a configuration that is none has no run
+        return {}
+
+
+def _wait_for_slurm_jobs(
+    facts: Facts, jobs: list[Any], compose: Sequence[Callable[[], DictConfig]]
+) -> list[sweeps.Outcome]:
+    """How the jobs of a sweep ended that submitit gave to Slurm."""
+    composed = {}
+    for number, one in enumerate(compose):
+        cfg = one()
+        HydraConfig.instance().set_config(cfg)
+        composed[number] = from_hydra(cfg, cfg.hydra)
+    ended = submitit_jobs.wait_for(jobs, lambda number: _shown(composed[number], facts))
+    return [
+        dataclasses.replace(outcome, overrides=composed[number].overrides)
+        for number, outcome in enumerate(ended)
+    ]
 
 
 def _parsed(arguments: Sequence[str]) -> Namespace:

@@ -4,10 +4,14 @@ A new release of Hydra, torch or Accelerate that breaks something breaks it here
 """
 
 import argparse
+import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
+
+from omegaconf import open_dict
 
 
 def hydra_parser(refuse: Any = None) -> argparse.ArgumentParser:
@@ -161,6 +165,59 @@ def returns_of_sweeps(outcomes: list[Any]) -> Iterator[None]:
         yield
     finally:
         Hydra.multirun = multirun  # type: ignore[method-assign]
+
+
+@contextmanager
+def waiting_for_slurm_jobs(
+    wait: Callable[[list[Any], Sequence[Callable[[], Any]]], list[Any]],
+) -> Iterator[None]:
+    """Has `wait` wait for the jobs that submitit gave to Slurm, in place of its launcher.
+
+    That raises at the first job without a result, and asks accounting alone whether one lives.
+
+    Args:
+        wait: Of submitit's jobs and functions that compose the configuration of each, makes what
+            each returned.
+    """
+    try:
+        from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
+    except ImportError:  # not installed
+        yield
+        return
+    from hydra.core.utils import JobReturn, JobStatus
+
+    def launch(self: Any, job_overrides: Any, initial_job_idx: int) -> Any:
+        import submitit
+
+        map_array = submitit.AutoExecutor.map_array
+        loader = self.hydra_context.config_loader
+
+        def composed(number: int) -> Any:
+            cfg = loader.load_sweep_config(self.config, list(job_overrides[number]))
+            with open_dict(cfg):
+                cfg.hydra.job.id = cfg.hydra.job.num = initial_job_idx + number
+            return cfg
+
+        def submit(executor: Any, *arguments: Any) -> Any:
+            jobs = map_array(executor, *arguments)
+            compose = [functools.partial(composed, number) for number in range(len(jobs))]
+            done = [
+                JobReturn(status=JobStatus.COMPLETED, _return_value=value)
+                for value in wait(jobs, compose)
+            ]
+            return [SimpleNamespace(results=lambda one=one: [one]) for one in done]
+
+        submitit.AutoExecutor.map_array = submit  # type: ignore[method-assign, assignment]
+        try:
+            return super(SlurmLauncher, self).launch(job_overrides, initial_job_idx)
+        finally:
+            submitit.AutoExecutor.map_array = map_array  # type: ignore[method-assign]
+
+    SlurmLauncher.launch = launch
+    try:
+        yield
+    finally:
+        del SlurmLauncher.launch
 
 
 def reset_accelerate() -> None:

@@ -163,7 +163,8 @@ def listening() -> Iterator[None]:
     """Has signals noted meanwhile; see `check`.
 
     Only the main thread of a process can; elsewhere nothing is taken. Afterwards they are given
-    back, and one that came is handed on to who held it before: submitit queues the job again.
+    back, and one that came is handed on to who held it before: submitit queues the job again, for
+    a preemption too.
     Inside another `listening` or a sweep nothing changes.
     """
     if threading.current_thread() is not threading.main_thread() or _State.mode in (
@@ -232,8 +233,13 @@ def _unblock() -> set[int] | None:
     return {int(one) for one in signal.pthread_sigmask(signal.SIG_UNBLOCK, TAKEN)}
 
 
-def _hand_on(name: str | None, before: Mapping[Any, Any]) -> None:
-    if name in _NAMES:
-        number = signal.Signals[str(name)]
-        if callable(before[number]) and before[number] is not signal.default_int_handler:
-            signal.raise_signal(number)
+def _hand_on(why: str | None, before: Mapping[Any, Any]) -> None:
+    from ddpm.system import slurm  # which has a clock
+
+    number = signal.Signals[why] if why in _NAMES else None
+    if why is not None and slurm.submitted_by_submitit():
+        number = slurm.for_submitit(why, number)
+    if number is None or before[number] is signal.default_int_handler:
+        return
+    if callable(before[number]):
+        signal.raise_signal(number)

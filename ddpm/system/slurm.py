@@ -5,6 +5,7 @@ Nothing here needs torch, and outside of Slurm nothing is asked.
 
 import os
 import re
+import signal
 import subprocess
 import time
 from contextlib import suppress
@@ -12,6 +13,7 @@ from contextlib import suppress
 from ddpm.system.signals import Clock
 
 ANSWER = 10.0  # seconds that Slurm's commands have to answer
+END = "the end of the Slurm job"  # what tells a run to stop in time for it
 PORTS = range(10_000, 30_000)  # below those that systems hand out by themselves
 
 
@@ -27,7 +29,7 @@ def clock_of(max_hours: float | None, began: float) -> Clock | None:
         ends.append((began + 3600 * max_hours, f"runtime.max_hours={max_hours:g}"))
     end = end_time()
     if end is not None:
-        ends.append((end, "the end of the Slurm job"))
+        ends.append((end, END))
     return Clock(*min(ends)) if ends else None
 
 
@@ -75,6 +77,22 @@ def join_step() -> None:
 def submitted_by_submitit() -> bool:
     """Returns whether this process is a job that submitit gave to Slurm."""
     return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+
+
+def for_submitit(why: str, number: signal.Signals | None) -> signal.Signals | None:
+    """Returns the signal to hand on to submitit, in a job of its own, that was told to stop.
+
+    It queues a job again for one signal alone, and only logs SIGTERM, which preempts.
+
+    Args:
+        why: The job was told to stop.
+        number: Of the signal that told it so; None if none did.
+    """
+    if queued_again():
+        return None
+    if why == END or (number == signal.SIGTERM and preempted()):
+        return signal.Signals["SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")]
+    return number
 
 
 def preempted() -> bool:

@@ -11,7 +11,7 @@ from ddpm.config.schema import Config
 from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.recording import Recorder, Speed
-from ddpm.system import signals
+from ddpm.system import signals, torchrun
 from ddpm.train.state import TrainingState
 
 log = logging.getLogger("ddpm")
@@ -66,6 +66,8 @@ class Saver:
             _in_bounds(write, self.folder) if stopping else write()
             seconds = time.perf_counter() - started
             self._note(seconds)
+            if expected_seconds(self.folder) is None:
+                warn_of_torchrun(seconds)
             timed = {**self.speed.timed(), "seconds_to_save": seconds}
             self.folder.saved(self.state.step, timed=timed)
         self.saved = self.state.step
@@ -75,6 +77,29 @@ class Saver:
         if clock is not None:
             clock.saved_in(seconds)
             clock.pause()
+
+
+def expected_seconds(folder: RunFolder) -> float | None:
+    """Returns what the run's last checkpoint took to write; None before the first."""
+    return (folder.record().get("timed") or {}).get("seconds_to_save")
+
+
+def warn_of_torchrun(seconds: float | None) -> None:
+    """Warns where torchrun would kill a run that is told to stop before it is saved.
+
+    Args:
+        seconds: That a checkpoint takes; None where that is not known yet.
+    """
+    granted = torchrun.seconds_to_stop()
+    if seconds is not None and granted is not None and seconds + signals.MARGIN > granted:
+        log.warning(
+            "a checkpoint takes %.0f s, and torchrun ends its processes %.0f s after a signal: "
+            "start it with --shutdown-timeout %d (torch 2.12 and later), or without torchrun, "
+            "as experiments/slurm/train.sh does",
+            seconds,
+            granted,
+            60 * int(seconds // 30 + 2),
+        )
 
 
 def look_at_disk(folder: RunFolder, keep: int, parameters: int) -> None:

@@ -17,13 +17,13 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 # seconds for the others once one has 
 
 on_each_node() {
     trap '' TERM INT USR1
-    export TORCHELASTIC_ERROR_FILE
-    TORCHELASTIC_ERROR_FILE=$(mktemp)
+    folder=$(mktemp -d)
+    export TORCHELASTIC_ERROR_FILE=$folder/error.json
     torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$PER_NODE" --signals-to-handle SIGHUP \
         --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "$SLURM_JOB_ID" -m ddpm.train "$@"
     code=$?
-    grep -q '"errorCode": 75' "$TORCHELASTIC_ERROR_FILE" && code=75
-    rm -f "$TORCHELASTIC_ERROR_FILE"
+    grep -qs '"errorCode": 75' "$TORCHELASTIC_ERROR_FILE" && code=75
+    rm -r "$folder"
     exit $code
 }
 export -f on_each_node
