@@ -305,3 +305,404 @@ def test_the_time_that_torchrun_grants_is_known(command, monkeypatch):
     ):
         monkeypatch.setattr(type(parent), "cmdline", lambda self, words=words: words)
         assert torchrun.seconds_to_stop() == seconds
+
+
+# On a real Slurm.
+
+STEPS = 300
+RUN = [
+    *(
+        "data=digits",
+        "model.base_channels=8",
+        "model.norm_groups=4",
+        "model.channel_multipliers=[1,2]",
+    ),
+    *(
+        "model.attention_resolutions=[8]",
+        "training.batch_size=8",
+        "runtime.num_previews=4",
+        "sampler=ddim",
+    ),
+    *(
+        "sampler.num_steps=2",
+        "runtime.log_every=10",
+        "runtime.sample_every=100000",
+        "runtime.checkpoint_every=100000",
+    ),
+]
+PARTITION = os.environ.get("DDPM_SLURM_PARTITION", "work")
+URGENT = os.environ.get("DDPM_SLURM_URGENT", "urgent")
+SLOW = """
+import os, time
+really = os.fsync
+def fsync(handle):
+    time.sleep(6)
+    really(handle)
+os.fsync = fsync
+"""
+
+
+def ask(*words: str) -> str:
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False).stdout
+
+
+def until(true, seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, what
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def asked_for(request):
+    """Skips what needs Slurm where it is not asked for, or not there."""
+    if "slurm" not in request.config.option.markexpr:
+        pytest.skip("-m slurm runs this")
+    if not shutil.which("sbatch") or "is UP" not in ask("scontrol", "ping"):
+        pytest.skip("no Slurm answers here")
+
+
+class Job:
+    """A job of experiments/slurm/, of two tasks on a CPU, and its run."""
+
+    def __init__(
+        self, folder: Path, *words: str, script="train.sh", options=(), **environment: str
+    ) -> None:
+        self.log, self.outputs = folder / "log", folder / "outputs"
+        tasks = [
+            "--ntasks-per-node=1",
+            "--nodes=2",
+            "--gpus-per-node=0",
+            "--cpus-per-task=1",
+            f"--partition={PARTITION}",
+        ]
+        own = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "PER_NODE": "1",
+        }
+        own |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment}
+        self.id = subprocess.run(
+            [
+                "sbatch",
+                "--parsable",
+                f"--output={self.log}",
+                *tasks,
+                *options,
+                str(ROOT / "experiments" / "slurm" / script),
+                *(*RUN, f"outputs={self.outputs}", *words),
+            ],
+            env={**os.environ, **own},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    def says(self, text: str, seconds: float = 90, times: int = 1) -> None:
+        until(
+            lambda: self.log.exists() and self.log.read_text().count(text) >= times,
+            seconds,
+            f"{text!r} is not in {self.log}",
+        )
+
+    def shown(self, field: str) -> str:
+        return dict(re.findall(r"(\w+)=(\S*)", ask("scontrol", "show", "job", self.id)))[field]
+
+    def is_in(self, *states: str, seconds: float = 60) -> None:
+        until(
+            lambda: self.shown("JobState") in states,
+            seconds,
+            f"{self.shown('JobState')}, not {states}: {self.log}",
+        )
+
+    def goes_on(self) -> None:
+        """It is queued again, begins at once, and carries on to the end."""
+        self.is_in("PENDING")
+        assert self.shown("Restarts") == "1"
+        ask("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+        self.says("carrying on from step")
+        self.says("is complete", 120)
+        self.is_in("COMPLETED")
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(next(self.outputs.glob("*/*/run.json")).parent)
+
+    def kill_task(self, rank: int) -> None:
+        for process in psutil.process_iter():
+            try:
+                words, environment = process.cmdline(), process.environ()
+            except psutil.Error:
+                continue
+            at = "SLURM_PROCID" if "torchrun" not in str(words[:3]) else "RANK"
+            if (
+                f"outputs={self.outputs}" in words
+                and "python" in words[0]
+                and environment.get(at) == str(rank)
+            ):
+                process.kill()
+
+
+def content(run: RunFolder, steps: int = STEPS) -> dict[str, bytes]:
+    last = [
+        run.path / "metrics.jsonl",
+        *(run.checkpoints / f"step_{steps:08d}").iterdir(),
+        *run.samples.glob("*.png"),
+    ]
+    return {file.name: file.read_bytes() for file in last if file.name != "meta.json"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(request, tmp_path_factory):
+    if "slurm" not in request.config.option.markexpr or not shutil.which("sbatch"):
+        pytest.skip("-m slurm runs this")
+    job = Job(tmp_path_factory.mktemp("undisturbed"), f"training.steps={STEPS}")
+    job.says("is complete", 120)
+    job.is_in("COMPLETED")
+    return content(job.run)
+
+
+def preempt(grace: int) -> None:
+    ask("scontrol", "update", f"PartitionName={PARTITION}", f"GraceTime={grace}")
+    if f"GraceTime={grace} " not in ask("scontrol", "show", "partition", PARTITION):
+        pytest.skip("its user may not change the partition")
+    ask("srun", f"--partition={URGENT}", "--nodes=2", "--exclusive", "--time=1", "sleep", "1")
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("script", ["train.sh", "torchrun.sh"])
+@pytest.mark.parametrize("happens", ["USR1", 0, 20])
+def test_a_job_that_saves_is_queued_again_and_comes_to_the_same_bytes(
+    asked_for, undisturbed, tmp_path, script, happens
+):
+    job = Job(tmp_path, f"training.steps={STEPS}", script=script)
+    job.says("step 30 ")
+    if happens == "USR1":
+        ask("scancel", "--signal=USR1", job.id)
+    else:
+        preempt(happens)
+    job.goes_on()
+    assert content(job.run) == undisturbed
+
+
+@pytest.mark.slurm
+def test_out_of_time_a_job_saves_before_and_is_queued_again(asked_for, tmp_path):
+    job = Job(tmp_path, "training.steps=1000000", options=["--time=1", "--signal=USR1@1"])
+    job.says("step 30 ")
+    end = datetime.fromisoformat(job.shown("EndTime"))
+    job.is_in("PENDING", seconds=120)
+    assert job.shown("Restarts") == "1"
+    ask("scancel", job.id)
+    assert datetime.now() < end
+    assert (job.run.record()["status"], job.run.record()["error"]) == ("preempted", slurm.END)
+    assert job.run.record()["step"] > 30
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("script", ["train.sh", "torchrun.sh"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["training.steps=abc"],
+        [
+            "training.steps=90",
+            "optimizer.lr=1e30",
+            "training.grad_clip=null",
+            "lr_schedule.warmup_steps=0",
+        ],
+    ],
+)
+def test_what_fails_is_failed_to_slurm(asked_for, tmp_path, script, wrong):
+    job = Job(tmp_path, *wrong, script=script)
+    job.is_in("FAILED", seconds=90)
+    assert job.shown("ExitCode") == "1:0"
+    assert "error: " in job.log.read_text()
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_task_that_is_killed_ends_the_job_and_is_named(asked_for, tmp_path, rank):
+    job = Job(tmp_path, "training.steps=1000000")
+    job.says("step 30 ")
+    job.kill_task(rank)
+    job.is_in("FAILED")
+    assert f"process {rank} of 2" in job.log.read_text()
+    assert job.run.status() == "cut off"
+
+
+@pytest.mark.slurm
+def test_cancelled_a_job_saves_and_is_not_queued_again(asked_for, tmp_path):
+    job = Job(tmp_path, "training.steps=1000000")
+    job.says("step 30 ")
+    ask("scancel", job.id)
+    job.is_in("CANCELLED")
+    job.says("is saved at step")
+    time.sleep(2)
+    assert (job.shown("JobState"), job.shown("Restarts")) == ("CANCELLED", "0")
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("script", ["train.sh", "torchrun.sh"])
+def test_none_leaves_while_another_saves_to_a_slow_disk(asked_for, tmp_path, script):
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    job = Job(
+        tmp_path,
+        "training.steps=1000000",
+        script=script,
+        SLURM_KILL_BAD_EXIT="1",
+        PYTHONPATH=f"{ROOT}:{tmp_path}",
+    )
+    job.says("step 30 ", 240)
+    ask("scancel", "--signal=USR1", job.id)
+    job.is_in("PENDING", seconds=200)
+    ask("scancel", job.id)
+    job.says("is saved at step")
+    assert job.run.status() == "preempted"
+    assert (job.run.checkpoints / f"step_{job.run.record()['step']:08d}").is_dir()
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("mpi", ["none", "pmi2"])
+def test_srun_without_a_script_starts_a_group(asked_for, undisturbed, tmp_path, mpi):
+    if (
+        mpi
+        not in ask("srun", "--mpi=list")
+        + subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True).stderr
+    ):
+        pytest.skip(f"this Slurm has no {mpi}")
+    own = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    words = [
+        "srun",
+        f"--mpi={mpi}",
+        f"--partition={PARTITION}",
+        "-n",
+        "2",
+        sys.executable,
+        "-m",
+        "ddpm.train",
+        *RUN,
+    ]
+    words += [f"training.steps={STEPS}", f"outputs={tmp_path}"]
+    done = subprocess.run(
+        words, env={**os.environ, **own}, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert content(RunFolder(next(tmp_path.glob("*/*/run.json")).parent)) == undisturbed
+    refused = subprocess.run(
+        [*words, "-m", "seed=1,2"],
+        env={**os.environ, **own},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert refused.returncode == 1
+    assert "no sweep inside" in refused.stderr
+
+
+class Sweep:
+    """A sweep of two jobs that submitit gives to Slurm."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        self.outputs, self.log = folder / "outputs", folder / "log"
+        launcher = {
+            "partition": PARTITION,
+            "array_parallelism": 2,
+            "cpus_per_task": 1,
+            "timeout_min": 20,
+        }
+        own = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "ddpm.train",
+                    "-m",
+                    "hydra/launcher=submitit_slurm",
+                    *RUN,
+                    f"outputs={self.outputs}",
+                ]
+                + [f"hydra.launcher.{key}={value}" for key, value in launcher.items()]
+                + ["seed=0,1", *words],
+                env={**os.environ, **own},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def says(self, text: str, seconds: float = 90) -> None:
+        """Both jobs say it."""
+        logs = self.outputs / ".submitit"
+        until(
+            lambda: sum(text in log.read_text() for log in logs.glob("*/*_log.err")) == 2,
+            seconds,
+            f"{text!r} is not in {logs}",
+        )
+        self.id = next(logs.glob("*_0")).name.partition("_")[0]
+
+    def ends(self, seconds: float) -> tuple[int, str]:
+        self.process.wait(seconds)
+        return self.process.returncode, self.log.read_text()
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("grace", [0, 20])
+def test_jobs_of_submitit_that_are_preempted_are_queued_again_and_waited_for(
+    asked_for, tmp_path, grace
+):
+    sweep = Sweep(tmp_path, f"training.steps={STEPS}")
+    sweep.says("step 30 ")
+    preempt(grace)
+    until(
+        lambda: ask("squeue", "-h", "-r", "-j", sweep.id, "-o", "%T").split() == ["PENDING"] * 2,
+        60,
+        "not queued again",
+    )
+    for number in (0, 1):
+        ask("scontrol", "update", f"JobId={sweep.id}_{number}", "StartTime=now")
+    code, said = sweep.ends(200)
+    assert (code, said.count("complete")) == (0, 4), said  # a line and a row each
+    for log in sweep.outputs.glob(".submitit/*/*_log.out"):
+        assert "carrying on from step" in log.read_text()
+
+
+@pytest.mark.slurm
+def test_a_job_of_submitit_that_is_killed_does_not_keep_the_others_from_their_end(
+    asked_for, tmp_path
+):
+    sweep = Sweep(tmp_path, f"training.steps={STEPS}")
+    sweep.says("step 10 ")
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        ours = "submitit.core._submit" in words and any(
+            str(sweep.outputs) in word for word in words
+        )
+        if ours and "python" in words[0] and process.environ().get("SLURM_ARRAY_TASK_ID") == "0":
+            process.kill()
+    code, said = sweep.ends(200)
+    assert code == 1
+    assert f"job {sweep.id}_0: cut off (" in said
+    assert f"job {sweep.id}_1: complete" in said
+    table = said.splitlines()[-2:]
+    assert "cut off" in table[0]
+    assert "complete" in table[1]
+
+
+@pytest.mark.slurm
+def test_ctrl_c_leaves_the_jobs_of_submitit_and_typed_again_they_are_running_elsewhere(
+    asked_for, tmp_path
+):
+    sweep = Sweep(tmp_path, "training.steps=1000000")
+    sweep.says("step 10 ")
+    sweep.process.send_signal(signal.SIGINT)
+    code, said = sweep.ends(20)
+    assert code == 130
+    assert (
+        said.splitlines()[-1]
+        == f"jobs {sweep.id}_0, {sweep.id}_1 go on in Slurm; scancel {sweep.id} stops them"
+    )
+    try:
+        code, said = Sweep(tmp_path, "training.steps=1000000").ends(100)
+        assert said.count("running elsewhere") == 4, said
+    finally:
+        ask("scancel", sweep.id)
