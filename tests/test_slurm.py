@@ -188,7 +188,7 @@ def test_preempted_is_what_slurm_says_of_this_job(command, monkeypatch, said, pr
         (f"{RUNNING}\n   PreemptTime=2026-11-26T13:36:02", "SIGTERM", ["SIGUSR2"]),
         (f"{RUNNING}\n   PreemptTime=None", "SIGTERM", ["SIGTERM"]),
         (f"{RUNNING}\n   PreemptTime=None", "SIGUSR2", ["SIGUSR2"]),
-        (f"{RUNNING}\n   PreemptTime=None", slurm.END, ["SIGUSR2"]),
+        (f"{RUNNING}\n   PreemptTime=None", signals.JOB_ENDS, ["SIGUSR2"]),
         (f"{RUNNING}\n   PreemptTime=None", "runtime.max_hours=1", []),
         (RUNNING.replace("Restarts=0", "Restarts=1"), "SIGTERM", []),
     ],
@@ -237,11 +237,11 @@ def test_all_jobs_are_waited_for_and_the_folder_tells_of_one_that_was_killed(
     jobs[1].paths.stderr.write_text("step 10\nerror: no room\n")
     seen: list[int] = []
 
-    def of_folder(number: int) -> dict[str, str]:
+    def of_folder(number: int) -> Outcome:
         seen.append(number)
         if number == 1:
             ended(tmp_path, "26_0", Outcome(["seed=0"], 75, {"status": "preempted"}))
-        return {"status": "cut off", "steps": "20/100"}
+        return Outcome(["seed=1"], 1, {"status": "cut off", "steps": "20/100"})
 
     outcomes = submitit_jobs.wait_for(jobs, of_folder)
     assert [outcome.code for outcome in outcomes] == [75, 1, 0]
@@ -271,7 +271,7 @@ def test_ctrl_c_while_jobs_are_waited_for_says_that_they_go_on(
         submitit_jobs.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT)
     )
     with pytest.raises(SystemExit) as stopped:
-        submitit_jobs.wait_for(jobs, lambda number: {})
+        submitit_jobs.wait_for(jobs, lambda number: Outcome([], 1))
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "jobs 26_0, 26_1 go on in Slurm; scancel 26 stops them\n"
 
@@ -494,7 +494,10 @@ def test_out_of_time_a_job_saves_before_and_is_queued_again(asked_for, tmp_path)
     assert job.shown("Restarts") == "1"
     ask("scancel", job.id)
     assert datetime.now() < end
-    assert (job.run.record()["status"], job.run.record()["error"]) == ("preempted", slurm.END)
+    assert (job.run.record()["status"], job.run.record()["error"]) == (
+        "preempted",
+        signals.JOB_ENDS,
+    )
     assert job.run.record()["step"] > 30
 
 

@@ -1,7 +1,6 @@
 """The main function that all commands share: help, jobs, errors in one line, exit codes."""
 
 import contextlib
-import dataclasses
 import functools
 import importlib
 import os
@@ -18,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from ddpm.config import submitit_jobs, sweeps
+from ddpm.config import launching, sweeps
 from ddpm.config.compose import (
     CONF,
     EXPERIMENTS,
@@ -32,16 +31,17 @@ from ddpm.config.compose import (
 )
 from ddpm.config.explain import explain, explain_composition
 from ddpm.system import signals, slurm, torchrun
+from ddpm.system.files import InUse
 from ddpm.system.internals import (
+    around_launches,
     before_sweeps,
     flags_last,
     hydra_parser,
     returns_of_sweeps,
-    waiting_for_slurm_jobs,
 )
+from ddpm.system.signals import Preempted
 
 Run = Callable[[Composed], object]
-Facts = Callable[[Composed], dict[str, str]]
 
 
 def lazily(name: str) -> Callable[..., Any]:
@@ -63,8 +63,9 @@ def command(
     what: str,
     examples: Sequence[str],
     config_name: str | None = None,
-    facts: Facts = lambda composed: {},
+    facts: sweeps.Facts = lambda composed: {},
     check: sweeps.Check | None = None,
+    heeds: bool = False,
 ) -> Callable[[], None]:
     """Returns the main function of `python -m ddpm.<name>`.
 
@@ -82,6 +83,7 @@ def command(
         config_name: Of its file in conf/; None for the command's own name.
         facts: What to show of a job in the table at the end of a sweep, by column.
         check: Looks, before a sweep's first job, whether a job can run, on this machine or another.
+        heeds: Whether it stops when told, to carry on later (ddpm.system.signals); so a sweep does.
     """
     config_name = config_name or name
 
@@ -94,15 +96,23 @@ def command(
         sys.argv[1:] = typed = flags_last([at_home(word) for word in sys.argv[1:]])
         process = os.getpid()
         outcomes: list[sweeps.Outcome] = []
+        sweep = launching.Sweep(facts, heeds, wants_traceback)
+        ended = sweep.ended
 
         def job(cfg: DictConfig) -> sweeps.Outcome:
             elsewhere = os.getpid() != process  # where the launcher has put the job
             if elsewhere:
                 sys.argv[1:] = typed
                 slurm.join_step()
-            outcome = _run_job(cfg, run, facts, elsewhere, wants_traceback)
             if HydraConfig.get().mode != RunMode.MULTIRUN:
-                outcomes.append(outcome)
+                outcomes.append(_run_alone(cfg, run, wants_traceback))
+                return outcomes[-1]
+            with _as_worker(heeds) if elsewhere else contextlib.nullcontext():
+                outcome = _run_job(cfg, run, facts, wants_traceback)
+            if not elsewhere:
+                ended[HydraConfig.get().job.num] = outcome
+                if heeds:
+                    signals.check()
             return outcome
 
         job.__module__ = f"ddpm.{name}"  # Hydra's job name is its last part
@@ -122,15 +132,16 @@ def command(
             refuse_paths(parsed.overrides)
             refuse_hidden([*([own] if own else []), *searchpath(parsed.overrides)])
             sweeps.refuse_in_process_group(typed)
-            with (
-                signals.commanded(),
-                returns_of_sweeps(outcomes),
-                before_sweeps(checked),
-                waiting_for_slurm_jobs(functools.partial(_wait_for_slurm_jobs, facts)),
-            ):
-                start()
-        if any(outcome.facts for outcome in outcomes):
-            print(f"\n{sweeps.job_table(outcomes)}", flush=True)
+            with signals.commanded():
+                with (
+                    contextlib.closing(sweep),
+                    returns_of_sweeps(outcomes),
+                    before_sweeps(checked),
+                    around_launches(sweep.launch),
+                ):
+                    start()
+                if any(outcome.facts for outcome in outcomes):
+                    print(f"\n{sweeps.job_table(outcomes)}", flush=True)
         codes = {outcome.code for outcome in outcomes} - {0}
         if codes:
             sys.exit(max(codes))
@@ -154,57 +165,63 @@ def _errors_in_a_line(
         sys.exit(f"error: {told(error, parsed.overrides)}")
 
 
-def _run_job(
-    cfg: DictConfig, run: Run, facts: Facts, elsewhere: bool, wants_traceback: bool
-) -> sweeps.Outcome:
-    """One job: its error in a line, how it ended, and in a sweep what to show of it."""
-    hydra_cfg = HydraConfig.get()
-    composed, code, ended = from_hydra(cfg, hydra_cfg), 0, {"status": "done"}
-    if elsewhere and str(hydra_cfg.launcher.get("_target_")).endswith(".JoblibLauncher"):
-        sweeps.claim_device(sweeps.visible_devices())
+def _run_alone(cfg: DictConfig, run: Run, wants_traceback: bool) -> sweeps.Outcome:
+    """The one job of a command that is no sweep: its error in a line."""
+    composed = from_hydra(cfg, HydraConfig.get())
     try:
         run(composed)
     except Exception as error:
         if wants_traceback:
             raise
-        code, ended = 1, {"status": "failed"}
         print(f"error: {explain(error)}", file=sys.stderr, flush=True)
         torchrun.leave_word(explain(error))
+        return sweeps.Outcome(composed.overrides, 1)
     except SystemExit as stopped:
         torchrun.leave_word(f"told to stop: {getattr(stopped, 'why', stopped.code)}")
-        if not (elsewhere and stopped.code == signals.CARRIES_ON):
-            raise
-        if slurm.submitted_by_submitit() and slurm.queued_again():
-            raise  # without a result, for which the submitting command waits: it has not ended
-        code, ended = signals.CARRIES_ON, {"status": "preempted"}
-    if hydra_cfg.mode != RunMode.MULTIRUN:
-        return sweeps.Outcome(composed.overrides, code)
-    shown = _shown(composed, facts)
-    last = ended if code else {}
-    return sweeps.Outcome(composed.overrides, code, {**ended, **shown, **last})
+        raise
+    return sweeps.Outcome(composed.overrides, 0)
 
 
-def _shown(composed: Composed, facts: Facts) -> dict[str, str]:
+def _run_job(
+    cfg: DictConfig, run: Run, facts: sweeps.Facts, wants_traceback: bool
+) -> sweeps.Outcome:
+    """A job of a sweep: its error in a line, how it ended, and what to show of it."""
+    composed = from_hydra(cfg, HydraConfig.get())
+    if signals.noted():
+        return sweeps.left(composed, facts, signals.CARRIES_ON)
+    code, ended, known = 0, "done", True
     try:
-        return facts(composed)
-    except (OSError, ValueError):  # a configuration that is none has no run
-        return {}
+        with signals.one_of_several():
+            run(composed)
+    except InUse as error:
+        code, ended = signals.CARRIES_ON, "running elsewhere"
+        print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+    except Exception as error:
+        if wants_traceback:
+            raise
+        code, ended = 1, "failed"
+        print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+    except Preempted:
+        code, ended, known = signals.CARRIES_ON, "preempted", False
+    shown = sweeps.shown(facts, composed)
+    last = {"status": ended} if code and known else {}
+    return sweeps.Outcome(composed.overrides, code, {"status": ended, **shown, **last})
 
 
-def _wait_for_slurm_jobs(
-    facts: Facts, jobs: list[Any], compose: Sequence[Callable[[], DictConfig]]
-) -> list[sweeps.Outcome]:
-    """How the jobs of a sweep ended that submitit gave to Slurm."""
-    composed = {}
-    for number, one in enumerate(compose):
-        cfg = one()
-        HydraConfig.instance().set_config(cfg)
-        composed[number] = from_hydra(cfg, cfg.hydra)
-    ended = submitit_jobs.wait_for(jobs, lambda number: _shown(composed[number], facts))
-    return [
-        dataclasses.replace(outcome, overrides=composed[number].overrides)
-        for number, outcome in enumerate(ended)
-    ]
+@contextlib.contextmanager
+def _as_worker(heeds: bool) -> Iterator[None]:
+    """Has a job run in a process that a launcher started for it."""
+    if not str(HydraConfig.get().launcher.get("_target_")).endswith(".JoblibLauncher"):
+        with signals.listening() if heeds else contextlib.nullcontext():
+            yield
+        if slurm.submitted_by_submitit() and signals.was_told() and slurm.queued_again():
+            # without a result, for which the submitting command waits: it has not ended
+            sys.exit(signals.CARRIES_ON)
+        return
+    if heeds:
+        signals.obey()
+    sweeps.claim_device(sweeps.visible_devices())
+    yield
 
 
 def _parsed(arguments: Sequence[str]) -> Namespace:

@@ -10,20 +10,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ddpm.config.sweeps import Outcome
-from ddpm.system import signals, slurm
+from ddpm.system import slurm
 
 LOOK = 1.0  # seconds from one look for results to the next
 ASK = 10.0  # seconds after which Slurm is asked anew
 LATE = 20.0  # seconds that a result may come after Slurm has forgotten its job
-CODES = {"complete": 0, "done": 0, "preempted": signals.CARRIES_ON}  # a status -> exit code
 
 
-def wait_for(jobs: Sequence[Any], of_folder: Callable[[int], dict[str, str]]) -> list[Outcome]:
+def wait_for(jobs: Sequence[Any], of_folder: Callable[[int], Outcome]) -> list[Outcome]:
     """Waits for all jobs of a sweep, whatever becomes of one, and says how each ends.
 
     Args:
         jobs: submitit's.
-        of_folder: What the run's folder shows of the job of that number, by column.
+        of_folder: Says how the job of that number ended by what its run's folder tells.
 
     Returns:
         How each ended, in their order.
@@ -41,8 +40,6 @@ def wait_for(jobs: Sequence[Any], of_folder: Callable[[int], dict[str, str]]) ->
     try:
         while len(ended) < len(jobs):
             time.sleep(LOOK)
-            if signals.noted() is not None:
-                raise KeyboardInterrupt
             waiting = [number for number in range(len(jobs)) if number not in ended]
             if time.monotonic() - asked >= ASK:
                 asked = time.monotonic()
@@ -55,7 +52,7 @@ def wait_for(jobs: Sequence[Any], of_folder: Callable[[int], dict[str, str]]) ->
             for number in waiting:
                 late = time.monotonic() - gone.get(number, float("inf")) > LATE
                 if late or jobs[number].paths.result_pickle.exists():
-                    ended[number] = _outcome(jobs[number], of_folder(number))
+                    ended[number] = _returned(jobs[number]) or of_folder(number)
                     _say(jobs[number], ended[number])
     except KeyboardInterrupt:
         left = [names[number] for number in range(len(jobs)) if number not in ended]
@@ -65,16 +62,15 @@ def wait_for(jobs: Sequence[Any], of_folder: Callable[[int], dict[str, str]]) ->
     return [ended[number] for number in range(len(jobs))]
 
 
-def _outcome(job: Any, shown: dict[str, str]) -> Outcome:
-    """What a job has returned, or what its run's folder says if it could not."""
-    if job.paths.result_pickle.exists():
-        try:
-            returned: Outcome = job.results()[0].return_value
-            return returned
-        except Exception:  # submitit's own, of what the job raised
-            pass
-    shown = {"status": "no result", **shown}
-    return Outcome([], CODES.get(shown["status"], 1), shown)
+def _returned(job: Any) -> Outcome | None:
+    """What a job has returned; None if it could not."""
+    if not job.paths.result_pickle.exists():
+        return None
+    try:
+        returned: Outcome = job.results()[0].return_value
+    except Exception:  # submitit's own, of whatever the job raised
+        return None
+    return returned
 
 
 def _say(job: Any, outcome: Outcome) -> None:

@@ -5,8 +5,8 @@ The table says what each job came to.
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ LAUNCHERS: dict[str, dict[str, Any]] = {  # what is not as the plugins have it
 }
 
 
-HERE = (".BasicLauncher", ".JoblibLauncher", ".LocalLauncher")  # have jobs run on this machine
+HERE = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")  # have jobs run on this machine
 Check = Callable[[Composed, bool], object]
+Facts = Callable[[Composed], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,7 @@ def check_jobs(
 
 
 def _check_job(check: Check | None, cfg: DictConfig, number: int, resumed: dict[Path, int]) -> None:
-    before = HydraConfig.instance().cfg
-    try:
-        with open_dict(cfg):
-            cfg.hydra.job.id = cfg.hydra.job.num = number
-        HydraConfig.instance().set_config(cfg)
-        composed = from_hydra(cfg, cfg.hydra)
+    with as_job(cfg, number) as composed:
         if composed.cfg.get("resume") is not None:
             run = Path(str(composed.cfg.resume)).expanduser().resolve()
             other = resumed.setdefault(run, number)
@@ -109,8 +105,41 @@ def _check_job(check: Check | None, cfg: DictConfig, number: int, resumed: dict[
                 )
         if check is not None and OmegaConf.select(cfg, "runtime.check_sweep"):
             check(composed, str(cfg.hydra.launcher.get("_target_")).endswith(HERE))
+
+
+@contextmanager
+def as_job(cfg: DictConfig, number: int) -> Iterator[Composed]:
+    """Gives what the job of this number is composed of, as in the job itself."""
+    before = HydraConfig.instance().cfg
+    try:
+        with open_dict(cfg):
+            cfg.hydra.job.id = cfg.hydra.job.num = number
+        HydraConfig.instance().set_config(cfg)
+        yield from_hydra(cfg, cfg.hydra)
     finally:
         HydraConfig.instance().cfg = before
+
+
+def shown(facts: Facts, composed: Composed) -> dict[str, str]:
+    """Returns the facts of a job; none where its configuration is none, and so has no run."""
+    try:
+        return facts(composed)
+    except (OSError, ValueError):
+        return {}
+
+
+def left(composed: Composed, facts: Facts, code: int, lost: bool = False) -> Outcome:
+    """Returns how a job stands that nothing was heard of, as its run's folder has it.
+
+    Args:
+        composed: Of the job.
+        facts: What to show of it.
+        code: Its exit code, unless its run is complete or has failed.
+        lost: Whether it may have been started.
+    """
+    known = {"status": "lost" if lost else "not started", **shown(facts, composed)}
+    own = {"complete": 0, "failed": 1}
+    return Outcome(composed.overrides, own.get(known["status"], code), known)
 
 
 def _listed(wrong: dict[int, str], jobs: Sequence[Sequence[str]], optional: bool) -> str:

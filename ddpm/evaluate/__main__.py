@@ -20,6 +20,7 @@ main = command(
             "evaluation.num_samples=5000"
         ),
     ],
+    heeds=True,
 )
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from filelock import Timeout
 from ddpm.config.compose import Composed
 from ddpm.config.schema import Config, read_config
 from ddpm.runs.format import FORMAT, upgraded
-from ddpm.system.files import lock, write_text
+from ddpm.system.files import InUse, lock, write_text
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is ten times as fast
 # what the first format kept of the last start only
@@ -198,7 +198,7 @@ class RunFolder:
         The system lets go when the process ends, however it ends.
 
         Raises:
-            ValueError: If another process holds it, naming that process.
+            InUse: If another process holds it, naming that process.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / ".lock"
@@ -211,7 +211,7 @@ class RunFolder:
                 yield
         except Timeout:
             holder = file.read_text(encoding="utf-8").strip() or "another process"
-            raise ValueError(
+            raise InUse(
                 f"run {self.path} is being trained by {holder}; wait for it, or stop it"
             ) from None
 

@@ -102,6 +102,11 @@ def read(run: RunFolder) -> Compared:
         )
 
 
+def not_started(run: RunFolder) -> Compared:
+    """Returns what there is to tell of a run that has no files yet."""
+    return Compared(run, {}, {}, {}, {}, [], run.status())
+
+
 def _in_words(changes: Sequence[Mapping[str, Any]]) -> str:
     """What resume= changed, and after which step."""
     return "; ".join(

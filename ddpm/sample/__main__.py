@@ -11,6 +11,7 @@ main = command(
         "python -m ddpm.sample run=DIR sampler=ddim sampler.num_steps=50 num_samples=16",
         "python -m ddpm.sample from=google/ddpm-cifar10-32",
     ],
+    heeds=True,
 )
 
 if __name__ == "__main__":

@@ -86,6 +86,10 @@ def size_of(folder: Path) -> int:
     return size
 
 
+class InUse(ValueError):
+    """What another process works on; it can be had when that one is done."""
+
+
 @contextmanager
 def lock(path: Path, wait: float = -1) -> Iterator[None]:
     """Holds a lock on a file made for it; the system ends it with the process, however it ends.

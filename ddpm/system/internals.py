@@ -4,14 +4,11 @@ A new release of Hydra, torch or Accelerate that breaks something breaks it here
 """
 
 import argparse
-import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
-
-from omegaconf import open_dict
 
 
 def hydra_parser(refuse: Any = None) -> argparse.ArgumentParser:
@@ -168,56 +165,76 @@ def returns_of_sweeps(outcomes: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def waiting_for_slurm_jobs(
-    wait: Callable[[list[Any], Sequence[Callable[[], Any]]], list[Any]],
+def around_launches(
+    launch: Callable[[Any, Callable[[list[str]], Any], list[list[str]], int], list[Any]],
 ) -> Iterator[None]:
-    """Has `wait` wait for the jobs that submitit gave to Slurm, in place of its launcher.
+    """Has `launch` start the jobs of a sweep in place of its launcher.
 
-    That raises at the first job without a result, and asks accounting alone whether one lives.
+    Hydra makes the launcher itself, and a callback of Hydra's sees neither what it raises nor
+    what the jobs return.
 
     Args:
-        wait: Of submitit's jobs and functions that compose the configuration of each, makes what
-            each returned.
+        launch: Is called with the launcher, a function that composes a job, the overrides of each
+            job, and the first one's number; it returns what has a `return_value` for each.
     """
-    try:
-        from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
-    except ImportError:  # not installed
-        yield
-        return
-    from hydra.core.utils import JobReturn, JobStatus
+    from hydra.core.plugins import Plugins
 
-    def launch(self: Any, job_overrides: Any, initial_job_idx: int) -> Any:
-        import submitit
+    instantiate = Plugins.instantiate_launcher
 
-        map_array = submitit.AutoExecutor.map_array
-        loader = self.hydra_context.config_loader
+    def watched(self: Plugins, hydra_context: Any, task_function: Any, config: Any) -> Any:
+        launcher = instantiate(self, hydra_context, task_function, config)
 
-        def composed(number: int) -> Any:
-            cfg = loader.load_sweep_config(self.config, list(job_overrides[number]))
-            with open_dict(cfg):
-                cfg.hydra.job.id = cfg.hydra.job.num = initial_job_idx + number
-            return cfg
+        def compose_job(words: list[str]) -> Any:
+            return hydra_context.config_loader.load_sweep_config(config, words)
 
-        def submit(executor: Any, *arguments: Any) -> Any:
-            jobs = map_array(executor, *arguments)
-            compose = [functools.partial(composed, number) for number in range(len(jobs))]
-            done = [
-                JobReturn(status=JobStatus.COMPLETED, _return_value=value)
-                for value in wait(jobs, compose)
-            ]
-            return [SimpleNamespace(results=lambda one=one: [one]) for one in done]
+        def launched(job_overrides: Any, initial_job_idx: int) -> list[Any]:
+            return launch(launcher, compose_job, [*map(list, job_overrides)], initial_job_idx)
 
-        submitit.AutoExecutor.map_array = submit  # type: ignore[method-assign, assignment]
-        try:
-            return super(SlurmLauncher, self).launch(job_overrides, initial_job_idx)
-        finally:
-            submitit.AutoExecutor.map_array = map_array  # type: ignore[method-assign]
+        return SimpleNamespace(launch=launched)
 
-    SlurmLauncher.launch = launch
+    Plugins.instantiate_launcher = watched  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del SlurmLauncher.launch
+        Plugins.instantiate_launcher = instantiate  # type: ignore[method-assign]
+
+
+def submit_to_slurm(launcher: Any, jobs: Sequence[Sequence[str]], first: int) -> list[Any]:
+    """Has submitit's launcher submit jobs, and returns submitit's jobs without waiting for them.
+
+    The launcher itself waits, raises at the first job without a result, and asks accounting
+    alone whether one lives.
+    """
+    import submitit
+
+    map_array = submitit.AutoExecutor.map_array
+
+    def submit(executor: Any, *arguments: Any) -> Any:
+        submitted = map_array(executor, *arguments)
+        return [SimpleNamespace(results=lambda job=job: [job]) for job in submitted]
+
+    submitit.AutoExecutor.map_array = submit  # type: ignore[method-assign, assignment]
+    try:
+        return launcher.launch(jobs, first)
+    finally:
+        submitit.AutoExecutor.map_array = map_array  # type: ignore[method-assign]
+
+
+def start_loky_tracker() -> None:
+    """Starts the process that clears up after joblib's workers, if it is not there.
+
+    joblib starts it right before the first worker, and thereby unblocks signals for all workers.
+    """
+    from joblib.externals.loky.backend import resource_tracker
+
+    resource_tracker.ensure_running()
+
+
+def end_loky_workers() -> None:
+    """Ends joblib's workers, which else wait for more to do, and waits for them."""
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor(reuse=True).shutdown(wait=True)
 
 
 def reset_accelerate() -> None:

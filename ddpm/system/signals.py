@@ -16,6 +16,7 @@ from typing import Any, Literal
 # EX_TEMPFAIL, the exit code of what was told to stop: the same command carries on
 CARRIES_ON = 75
 SAME_CTRL_C = 1.0  # seconds; a terminal and a launcher may both pass one Ctrl-C on
+JOB_ENDS = "the end of the Slurm job"  # the reason of a clock that counts for the whole process
 MARGIN = 3.0  # seconds that a process takes to leave, once it has saved
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
@@ -45,7 +46,7 @@ class Clock:
     """
 
     def __init__(self, ends: float, why: str) -> None:
-        self._ends, self._why = ends, why
+        self._ends, self.why = ends, why
         self._longest_call = self._longest_save = 0.0
         self._looked: float | None = None
 
@@ -56,7 +57,7 @@ class Clock:
             self._longest_call = max(self._longest_call, now - self._looked)
         self._looked = now
         reserve = MARGIN + 2 * (self._longest_call + self._longest_save)
-        return self._why if now + reserve >= self._ends else None
+        return self.why if now + reserve >= self._ends else None
 
     def pause(self) -> None:
         """Leaves out the time until the next look."""
@@ -73,6 +74,7 @@ class _State:
     told: str | None = None  # why to stop, once told
     was_told: str | None = None  # the same of what ended
     first: float = 0.0  # when SIGINT came first
+    aloud: bool = True  # whether it says so when told
     # what a signal does: what it always does; it is noted; it gives up what runs; nothing
     mode: Literal["default", "noted", "at once", "ignored"] = "default"
     clock: Clock | None = None
@@ -112,10 +114,11 @@ def tell(why: str) -> None:
     """Tells this process to stop."""
     if _State.told is None:
         _State.told = why
-        # no print: a signal may come in the middle of one
-        os.write(
-            2, f"\n{why}: stopping, to carry on later (Ctrl-C twice leaves at once)\n".encode()
-        )
+        if _State.aloud:
+            # no print: a signal may come in the middle of one
+            os.write(
+                2, f"\n{why}: stopping, to carry on later (Ctrl-C twice leaves at once)\n".encode()
+            )
 
 
 def set_clock(clock: Clock | None) -> None:
@@ -184,6 +187,29 @@ def listening() -> Iterator[None]:
         yield
 
 
+def obey() -> None:
+    """Has signals noted from now on, without a word: in a worker, whose parent tells the user.
+
+    They stay noted between two jobs, when a signal would end the worker or, worse, interrupt what
+    it has to say to its parent.
+    """
+    if _State.mode == "default":
+        _take("noted")
+        _State.aloud = False
+
+
+@contextmanager
+def one_of_several() -> Iterator[None]:
+    """Has a clock that is set meanwhile stop what runs meanwhile, and not what comes after it."""
+    try:
+        yield
+    finally:
+        why = None if _State.clock is None else _State.clock.why
+        if why == _State.told != JOB_ENDS:
+            _State.told = None
+        _State.clock = None
+
+
 @contextmanager
 def at_once() -> Iterator[None]:
     """Has a signal give up what runs meanwhile, in the middle of it.
@@ -210,10 +236,7 @@ def _taken(mode: Literal["default", "noted"]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _State.told = _State.was_told = None
-    _State.first, _State.mode = 0.0, mode
-    before = {number: signal.signal(number, _handle) for number in TAKEN}
-    mask = _unblock()
+    before, mask = _take(mode)
     try:
         yield
     finally:
@@ -226,6 +249,16 @@ def _taken(mode: Literal["default", "noted"]) -> Iterator[None]:
         _hand_on(_State.was_told, before)
 
 
+def _take(
+    mode: Literal["default", "noted"],
+) -> tuple[dict[signal.Signals, Any], set[int] | None]:
+    """Takes the signals over; returns who held them, and which were blocked."""
+    _State.told = _State.was_told = None
+    _State.first, _State.mode = 0.0, mode
+    before = {number: signal.signal(number, _handle) for number in TAKEN}
+    return before, _unblock()
+
+
 def _unblock() -> set[int] | None:
     """Lets the signals through, which a sweep blocks for its jobs until they listen."""
     if not hasattr(signal, "pthread_sigmask"):
@@ -234,12 +267,12 @@ def _unblock() -> set[int] | None:
 
 
 def _hand_on(why: str | None, before: Mapping[Any, Any]) -> None:
+    """Calls who held a signal that came; sent again it would wait where it is blocked."""
     from ddpm.system import slurm  # which has a clock
 
     number = signal.Signals[why] if why in _NAMES else None
     if why is not None and slurm.submitted_by_submitit():
         number = slurm.for_submitit(why, number)
-    if number is None or before[number] is signal.default_int_handler:
-        return
-    if callable(before[number]):
-        signal.raise_signal(number)
+    handler = None if number is None else before[number]
+    if callable(handler) and handler is not signal.default_int_handler:
+        handler(number, None)

@@ -10,10 +10,9 @@ import subprocess
 import time
 from contextlib import suppress
 
-from ddpm.system.signals import Clock
+from ddpm.system.signals import JOB_ENDS, Clock
 
 ANSWER = 10.0  # seconds that Slurm's commands have to answer
-END = "the end of the Slurm job"  # what tells a run to stop in time for it
 PORTS = range(10_000, 30_000)  # below those that systems hand out by themselves
 
 
@@ -29,7 +28,7 @@ def clock_of(max_hours: float | None, began: float) -> Clock | None:
         ends.append((began + 3600 * max_hours, f"runtime.max_hours={max_hours:g}"))
     end = end_time()
     if end is not None:
-        ends.append((end, END))
+        ends.append((end, JOB_ENDS))
     return Clock(*min(ends)) if ends else None
 
 
@@ -90,7 +89,7 @@ def for_submitit(why: str, number: signal.Signals | None) -> signal.Signals | No
     """
     if queued_again():
         return None
-    if why == END or (number == signal.SIGTERM and preempted()):
+    if why == JOB_ENDS or (number == signal.SIGTERM and preempted()):
         return signal.Signals["SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")]
     return number
 

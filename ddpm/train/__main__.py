@@ -17,6 +17,7 @@ main = command(
     config_name="config",
     facts=lazily("ddpm.train.run.facts"),
     check=lazily("ddpm.train.which.check_job"),
+    heeds=True,
 )
 
 if __name__ == "__main__":

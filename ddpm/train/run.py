@@ -121,7 +121,10 @@ def _train(begun: which.Start, composed: Composed, accelerator: Accelerator) -> 
 
 def facts(composed: Composed) -> dict[str, str]:
     """What the table at the end of a sweep shows of a run, by column."""
-    return reader.summary(reader.read(which.which_run(composed).folder))
+    folder = which.which_run(composed).folder
+    if not folder.record():
+        return reader.summary(reader.not_started(folder))
+    return reader.summary(reader.read(folder))
 
 
 @contextmanager

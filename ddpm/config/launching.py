@@ -1,0 +1,138 @@
+"""Launching the jobs of a sweep, and stopping them; each has an outcome, however it all ends."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from omegaconf import DictConfig
+
+from ddpm.config import submitit_jobs
+from ddpm.config.explain import explain
+from ddpm.config.sweeps import HERE, Facts, Outcome, as_job, left
+from ddpm.system import relay, signals
+from ddpm.system.internals import end_loky_workers, start_loky_tracker, submit_to_slurm
+from ddpm.system.signals import Preempted
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What a launcher gives back of a job, as Hydra's JobReturn."""
+
+    return_value: Outcome
+
+
+@dataclass
+class Sweep:
+    """The jobs of one command line.
+
+    Attributes:
+        facts: What to show of a job, by column.
+        heeds: Whether a job heeds signals, so that one can stop the sweep.
+        wants_traceback: Whether an error is to be raised, not told in a line.
+        ended: How those ended that ran in this process, by their number.
+    """
+
+    facts: Facts
+    heeds: bool
+    wants_traceback: bool
+    ended: dict[int, Outcome] = field(default_factory=dict)
+    _held: ExitStack = field(default_factory=ExitStack)
+
+    def launch(
+        self,
+        launcher: Any,
+        compose_job: Callable[[list[str]], DictConfig],
+        jobs: Sequence[list[str]],
+        first: int,
+    ) -> list[Returned]:
+        """Launches jobs, and waits for them.
+
+        A launcher that raises keeps what it knows to itself. So what is missing is asked of the
+        runs' folders.
+
+        Args:
+            launcher: Hydra's.
+            compose_job: Composes the overrides of a job.
+            jobs: The overrides of each job.
+            first: The number of the first one.
+
+        Raises:
+            Exception: What the launcher raises, where no job got under way.
+        """
+        if type(launcher).__name__ == "SlurmLauncher":
+            return self._on_slurm(launcher, compose_job, jobs, first)
+        if not (self.heeds and type(launcher).__name__ in HERE):
+            return launcher.launch(jobs, first)
+        self._held.enter_context(signals.listening())
+        error: Exception | None = None
+        try:
+            with _telling(launcher):
+                if not signals.noted():
+                    returned = [one.return_value for one in launcher.launch(jobs, first)]
+                    self.ended.update(enumerate(returned, first))
+        except Preempted:  # raised by a job in this process
+            pass
+        except Exception as caught:
+            error = caught
+            if self.wants_traceback:
+                raise
+        code = signals.CARRIES_ON if signals.noted() else 1
+        for number, words in enumerate(jobs, first):
+            if number not in self.ended:
+                with as_job(compose_job(words), number) as composed:
+                    self.ended[number] = left(composed, self.facts, code, lost=error is not None)
+        outcomes = [self.ended[number] for number in range(first, first + len(jobs))]
+        if error is not None and not signals.noted():
+            if all(one.facts["status"] == "not started" for one in outcomes):
+                raise error
+            print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+        return [Returned(one) for one in outcomes]
+
+    def _on_slurm(
+        self,
+        launcher: Any,
+        compose_job: Callable[[list[str]], DictConfig],
+        jobs: Sequence[list[str]],
+        first: int,
+    ) -> list[Returned]:
+        def of_folder(number: int) -> Outcome:
+            with as_job(compose_job(jobs[number]), first + number) as composed:
+                outcome = left(composed, self.facts, 1, lost=True)
+            told = outcome.facts["status"] == "preempted"
+            return replace(outcome, code=signals.CARRIES_ON) if told else outcome
+
+        submitted = submit_to_slurm(launcher, jobs, first)
+        return [Returned(one) for one in submitit_jobs.wait_for(submitted, of_folder)]
+
+    def close(self) -> None:
+        """Lets go of the signals."""
+        self._held.close()
+
+
+@contextmanager
+def _telling(launcher: Any) -> Iterator[None]:
+    """Tells the processes of jobs to stop when this one is told, and waits for their end."""
+    kind = type(launcher).__name__
+    if kind == "JoblibLauncher" and _joblib_starts_processes(launcher):
+        start_loky_tracker()
+        with relay.passing_on(relay.own_children):
+            try:
+                yield
+            finally:
+                end_loky_workers()
+    elif kind == "LocalLauncher":
+        with relay.passing_on(lambda: relay.descendants("submitit.core._submit")):
+            try:
+                yield
+            finally:
+                relay.wait_for(relay.descendants("submitit.local._local"))
+    else:
+        yield
+
+
+def _joblib_starts_processes(launcher: Any) -> bool:
+    from joblib import effective_n_jobs
+
+    return effective_n_jobs(int(launcher.joblib["n_jobs"])) > 1
