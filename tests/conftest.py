@@ -11,12 +11,12 @@ import contextlib
 import functools
 import importlib
 import io
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -75,24 +75,15 @@ def tiny() -> list[str]:
 
 @pytest.fixture(scope="session")
 def ddpm() -> Callable[..., Done]:
-    """Run `python -m ddpm.<name> <overrides>`, in several processes under torchrun."""
+    """Run `python -m ddpm.<name> <overrides>`, in one process or several that work together."""
 
     def call(name: str, *overrides: str, processes: int = 1, **environment: str) -> Done:
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-            if processes > 1
-            else []
-        )
-        words = [sys.executable, *launcher, "-m", f"ddpm.{name}", *overrides]
-        done = subprocess.run(
-            words,
-            cwd=ROOT,
-            env={**os.environ, "HYDRA_FULL_ERROR": "0", **environment},
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        return Done(done.returncode, done.stdout, done.stderr)
+        if processes == 1:
+            started = [forked.command(name, *overrides, **environment)]
+        else:
+            started = forked.group(name, *overrides, processes=processes, **environment)
+        codes = [one.wait(200) for one in started]
+        return Done(max(codes), started[0].out, "".join(one.err for one in started))
 
     return call
 

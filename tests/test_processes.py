@@ -1,4 +1,7 @@
-"""Several processes (gloo) train the run that one trains; a process that dies or is told to stop takes the others with it, and nothing is lost."""
+"""Several processes (gloo) train the run that one trains.
+
+One that dies or is told to stop takes the others with it, and nothing is lost.
+"""
 
 import json
 import os
@@ -11,11 +14,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import psutil
 import pytest
 import torch
 
 from ddpm.runs import checkpoint
+from ddpm.runs.folder import RunFolder
 from ddpm.system import processes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,27 +116,6 @@ def test_a_run_carries_on_with_another_number_of_processes(
     assert_nearly_same(run, whole)
 
 
-def start(settings, outputs):
-    """Two processes of one run, under torchrun."""
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "ddpm.train",
-    ]
-    return subprocess.Popen(
-        [*words, f"outputs={outputs}", *settings],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def until_checkpoint(outputs):
     """The run's folder, as soon as there is a checkpoint."""
     until = time.monotonic() + 100
@@ -140,27 +124,38 @@ def until_checkpoint(outputs):
     return next(outputs.glob("*/*/run.json")).parent
 
 
-def test_when_one_of_two_dies_the_other_ends_and_the_same_command_carries_on_to_the_same_bytes(
-    ddpm, settings, trained, tmp_path
+@pytest.mark.parametrize(("number", "dies"), [(2, 1), (2, 0), (4, 2)])
+def test_when_one_dies_the_others_end_naming_it_and_the_same_command_carries_on(
+    ddpm, settings, trained, tmp_path, number, dies
 ):
-    agent = start(settings, tmp_path)
+    started = forked.group("train", f"outputs={tmp_path}", *settings, processes=number)
     run = until_checkpoint(tmp_path)
-    second = next(
-        process
-        for process in psutil.Process(agent.pid).children()
-        if process.environ().get("RANK") == "1"
-    )
-    os.kill(second.pid, signal.SIGKILL)
-    agent.communicate(timeout=100)
-    assert agent.returncode != 0
+    started[dies].send(signal.SIGKILL)
+    codes = [one.wait(100) for one in started]
+    assert codes == [-signal.SIGKILL if rank == dies else 1 for rank in range(number)]
+    for rank, one in enumerate(started):
+        if rank != dies:
+            assert f"process {dies} of {number}" in one.err.splitlines()[-1], one.err
+            assert sum(line.startswith("error: ") for line in one.err.splitlines()) == 1
+    assert RunFolder(run).status() == "cut off"
+    if dies:
+        assert f"process {dies} of {number}" in RunFolder(run).record()["error"]
     assert checkpoint.newest_whole(run / "checkpoints").step < 30
     done = ddpm("train", f"outputs={tmp_path}", *settings, processes=2)
     assert done.code == 0, done.err
-    assert_same(run, trained(2))
+    assert_nearly_same(run, trained(2))
 
 
-def test_a_signal_to_one_of_two_stops_both_after_the_same_step(ddpm, settings, trained, tmp_path):
-    agent = start(settings, tmp_path)
+def test_under_torchrun_a_signal_stops_all_after_the_same_step(ddpm, settings, trained, tmp_path):
+    """The exit code of each process is 75; torchrun's own is 1."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    agent = subprocess.Popen(
+        [sys.executable, *words, "-m", "ddpm.train", f"outputs={tmp_path}", *settings],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     run = until_checkpoint(tmp_path)
     second = next(
         process
@@ -171,6 +166,7 @@ def test_a_signal_to_one_of_two_stops_both_after_the_same_step(ddpm, settings, t
     printed, _ = agent.communicate(timeout=100)
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "preempted"
+    assert agent.returncode == 1
     assert re.findall(r"exitcode *: (\d+)", printed)[-1:] == ["75"]
     assert checkpoint.newest_whole(run / "checkpoints").step == record["step"] < 30
     done = ddpm("train", f"outputs={tmp_path}", *settings, processes=2)
@@ -179,7 +175,9 @@ def test_a_signal_to_one_of_two_stops_both_after_the_same_step(ddpm, settings, t
 
 
 def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
-    monkeypatch.setattr(processes, "PartialState", lambda cpu: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(
+        processes, "PartialState", lambda cpu: SimpleNamespace(num_processes=1, process_index=0)
+    )
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE=2"):
         processes.find_processes("cpu")

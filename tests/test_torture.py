@@ -1,6 +1,7 @@
-"""What clusters do to a run: kills at any instant, signals, damaged files, full disks, two starts at once. It carries on, to the same bytes.
+"""What clusters do to a run: kills and signals at any instant, damaged files, full and slow disks,
+two starts at once. It carries on, to the same bytes.
 
-DDPM_TORTURE_KILLS=20 makes the long form; the suite runs a short one.
+DDPM_TORTURE_KILLS=20 makes the long form (of signals twice as many); the suite runs a short one.
 """
 
 import json
@@ -8,146 +9,186 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import forked
 import pytest
 import torch
 
 from ddpm.runs import checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
-KILLS = int(os.environ.get("DDPM_TORTURE_KILLS", "5"))
+KILLS = int(os.environ.get("DDPM_TORTURE_KILLS", "4"))
+LAST = 12
 pytestmark = pytest.mark.slow
-
-# Starts a command in which the n-th fsync, that is some instant within writing a checkpoint, run.json or metrics.jsonl, is a kill.
-DYING = """
-import os, runpy, signal, sys
-left, really = int(sys.argv[1]), os.fsync
-def fsync(handle):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    really(handle)
-os.fsync = fsync
-sys.argv = ["ddpm.train", *sys.argv[2:]]
-runpy.run_module("ddpm.train", run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="module")
 def settings(tiny):
     changed = [
-        "training.steps=40",
+        f"training.steps={LAST}",
         "model.dropout=0.1",
+        "lr_schedule.warmup_steps=3",
+        "sampler.num_steps=6",
+        "evaluation.metrics=[colour,losses]",
+        "evaluation.num_samples=4",
+        "evaluation.num_images=4",
+        "evaluation.batch_size=4",
         "runtime.device_batch=3",
-        "runtime.log_every=7",
+        "runtime.log_every=2",
+        "runtime.sample_every=4",
+        "runtime.evaluate_every=6",
+        "runtime.checkpoint_every=5",
         "runtime.keep_checkpoints=3",
-        "runtime.sample_every=100",
     ]
     return [*(one for one in tiny if one != "training.steps=6"), *changed]
 
 
 @pytest.fixture(scope="module")
 def whole(ddpm, settings, tmp_path_factory):
-    """The run that nothing happened to."""
-    done = ddpm(
-        "train",
-        f"outputs={tmp_path_factory.mktemp('whole')}",
-        *settings,
-        "runtime.checkpoint_every=5",
-    )
-    assert done.code == 0, done.err
-    return done.run
+    """The run that nothing happened to, in one process or several."""
+    kept = {}
+
+    def call(processes=1):
+        if processes not in kept:
+            outputs = f"outputs={tmp_path_factory.mktemp('whole')}"
+            done = ddpm("train", outputs, *settings, processes=processes)
+            assert done.code == 0, done.err
+            kept[processes] = done.run
+        return kept[processes]
+
+    return call
 
 
-def start(settings, outputs, *more, program=("-m", "ddpm.train")):
-    environment = {**os.environ, "HYDRA_FULL_ERROR": "0"}
-    words = [
-        sys.executable,
-        *program,
-        f"outputs={outputs}",
-        *settings,
-        "runtime.checkpoint_every=5",
-        *more,
-    ]
-    return subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(settings, outputs, *more, processes=1, before=None):
+    """All processes of a run."""
+    words = (f"outputs={outputs}", *settings, *more)
+    if processes > 1:
+        return forked.group("train", *words, processes=processes)
+    return [forked.command("train", *words, before=before)]
 
 
 def run_of(outputs):
     return next(outputs.glob("*/*/run.json")).parent
 
 
+def of_run(run):
+    """All that a run comes to, byte for byte: pictures, figures, records, weights."""
+    last = checkpoint.find(run / "checkpoints", LAST).folder
+    files = [run / "metrics.jsonl", run / "evaluation.json"]
+    files += [last / "model.safetensors", last / "ema.safetensors"]
+    files += [*run.glob("samples/*"), *run.glob("evaluation/*")]
+    return {str(file.relative_to(run)): file.read_bytes() for file in files if file.is_file()}
+
+
 def assert_same(run, whole):
-    last = checkpoint.find(run / "checkpoints", 40)
-    expected = checkpoint.find(whole / "checkpoints", 40)
-    for name in ("model.safetensors", "ema.safetensors"):
-        assert (last.folder / name).read_bytes() == (expected.folder / name).read_bytes()
-    torch.testing.assert_close(last.state(), expected.state(), rtol=0, atol=0)
-    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    found, expected = of_run(run), of_run(whole)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
+    torch.testing.assert_close(
+        checkpoint.find(run / "checkpoints", LAST).state(),
+        checkpoint.find(whole / "checkpoints", LAST).state(),
+        rtol=0,
+        atol=0,
+    )
     assert json.loads((run / "run.json").read_text())["status"] == "complete"
 
 
-def test_killed_at_many_instants_a_run_ends_with_the_same_bytes_and_never_loses_a_checkpoint(
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+
+
+def dying():
+    """Has the n-th fsync, an instant within writing a file, be a kill."""
+    left, really = int(os.environ["DYING"]), os.fsync
+
+    def fsync(handle):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        really(handle)
+
+    os.fsync = fsync
+
+
+def test_killed_at_many_instants_it_ends_with_the_same_bytes_and_never_loses_a_checkpoint(
     settings, whole, tmp_path
 ):
     chance = random.Random(0)
     newest = 0
     for turn in range(KILLS):
+        words = (f"outputs={tmp_path}", *settings)
         if turn % 2:
-            process = start(settings, tmp_path)
-            time.sleep(chance.uniform(3, 6))
-            process.kill()
+            process = forked.command("train", *words)
+            until(lambda process=process: process.out)
+            time.sleep(chance.uniform(0, 1.5))
+            process.send(signal.SIGKILL)
         else:
-            process = start(settings, tmp_path, program=("-c", DYING, str(chance.randrange(2, 45))))
-        process.communicate(timeout=120)
-        found = (
-            checkpoint.newest_whole(run_of(tmp_path) / "checkpoints")
-            if list(tmp_path.glob("*/*/checkpoints"))
-            else None
-        )
+            dies = str(chance.randrange(2, 60))
+            process = forked.command("train", *words, before="test_torture:dying", DYING=dies)
+        process.wait()
+        there = list(tmp_path.glob("*/*/checkpoints"))
+        found = checkpoint.newest_whole(there[0]) if there else None
         step = found.step if found else 0
         assert step >= newest
         newest = step
-    process = start(settings, tmp_path)
-    _, error = process.communicate(timeout=200)
-    assert process.returncode == 0, error
-    assert_same(run_of(tmp_path), whole)
+    (process,) = start(settings, tmp_path)
+    assert process.wait() == 0, process.err
+    assert_same(run_of(tmp_path), whole())
     assert not list((run_of(tmp_path) / "checkpoints").glob(".*"))
     assert {file.name for file in run_of(tmp_path).glob(".*")} == {".hydra", ".lock"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_told_to_stop_it_saves_and_carries_on_to_the_same_bytes(settings, whole, tmp_path, number):
-    process = start(settings, tmp_path)
-    until = time.monotonic() + 60
-    while not list(tmp_path.glob("*/*/checkpoints/step_*")) and time.monotonic() < until:
-        time.sleep(0.01)
-    process.send_signal(number)
-    process.communicate(timeout=100)
-    run = run_of(tmp_path)
-    record = json.loads((run / "run.json").read_text())
-    assert (process.returncode, record["status"]) == (75, "preempted")
-    assert signal.Signals(number).name in record["error"]
-    assert checkpoint.newest_whole(run / "checkpoints").step == record["step"]
-    process = start(settings, tmp_path)
-    process.communicate(timeout=200)
-    assert process.returncode == 0
-    assert_same(run, whole)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_told_to_stop_at_many_instants_it_ends_with_the_same_bytes(
+    settings, whole, tmp_path, processes
+):
+    chance = random.Random(processes)
+    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    outputs = tmp_path / "0"
+    codes = []
+    for turn in range(2 * KILLS if processes == 1 else KILLS):
+        number, late = signals[turn % 3], chance.uniform(-0.3, 1.5)
+        started = start(settings, outputs, processes=processes)
+        leading, told = started[0], started[chance.randrange(processes)]
+        early = late < 0 and processes == 1
+        until(lambda c=leading, early=early: (c.begun if early else c.out) or not c.runs)
+        time.sleep(abs(late))
+        printed = leading.out
+        told.send(number)
+        ends = [one.wait() for one in started]
+        codes.append(ends[0])
+        errors = [one.err for one in started]
+        assert len(set(ends)) == 1, errors
+        run = run_of(outputs) if list(outputs.glob("*/*/run.json")) else None
+        record = json.loads((run / "run.json").read_text()) if run else {}
+        if ends[0] == 0:
+            assert record["status"] == "complete"
+            assert_same(run, whole(processes))
+            outputs = tmp_path / str(turn + 1)
+        elif ends[0] == 75:
+            assert "the same command" in leading.out
+            assert record.get("status", "preempted") == "preempted"
+            saved = checkpoint.newest_whole(run / "checkpoints") if run else None
+            assert (saved.step if saved else 0) == record.get("step", 0)
+        else:
+            assert not printed.startswith("run "), errors
+            assert ends[0] in (-number, 130), errors
+    assert 75 in codes
+    started = start(settings, outputs, processes=processes)
+    assert [one.wait() for one in started] == [0] * processes, [one.err for one in started]
+    assert_same(run_of(outputs), whole(processes))
 
 
 @pytest.mark.parametrize("hurt", ["cut", "flipped", "gone"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(settings, whole, tmp_path, hurt):
-    shutil.copytree(whole.parent, tmp_path / whole.parent.name)
-    run = tmp_path / whole.parent.name / whole.name
+    shutil.copytree(whole().parent, tmp_path / whole().parent.name)
+    run = tmp_path / whole().parent.name / whole().name
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**record, "status": "running"}))
-    file = run / "checkpoints" / "step_00000040" / "state.pt"
+    file = run / "checkpoints" / f"step_{LAST:08d}" / "state.pt"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     {
@@ -155,57 +196,50 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(settings, whole,
         "flipped": lambda: file.write_bytes(content),
         "gone": file.unlink,
     }[hurt]()
-    process = start(settings, tmp_path)
-    out, error = process.communicate(timeout=200)
-    assert process.returncode == 0, error
-    assert "carrying on from step 35" in out
-    assert "step_00000040: state.pt" in error
-    assert_same(run, whole)
+    (process,) = start(settings, tmp_path)
+    assert process.wait() == 0, process.err
+    assert "carrying on from step 10" in process.out
+    assert f"step_{LAST:08d}: state.pt" in process.err
+    assert_same(run, whole())
 
 
 def test_a_second_start_in_the_same_folder_is_refused_and_names_the_first(settings, tmp_path):
-    first = start([*settings, "training.steps=100000"], tmp_path)
-    until = time.monotonic() + 60
-    while not list(tmp_path.glob("*/*/run.json")) and time.monotonic() < until:
-        time.sleep(0.01)
-    second = start([*settings, "training.steps=100000"], tmp_path)
-    _, error = second.communicate(timeout=60)
-    first.kill()
-    first.communicate(timeout=60)
-    assert second.returncode == 1
-    assert f"process {first.pid}" in error.splitlines()[-1]
+    more = ("training.steps=100000", "runtime.sample_every=1000000", "runtime.evaluate_every=null")
+    (first,) = start(settings, tmp_path, *more)
+    until(lambda: list(tmp_path.glob("*/*/run.json")))
+    (second,) = start(settings, tmp_path, *more)
+    assert second.wait() == 1
+    first.send(signal.SIGKILL)
+    first.wait()
+    assert f"process {first.pid}" in second.err.splitlines()[-1]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(settings, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    process = start(settings, tmp_path / "file" / "outputs")
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert [
-        line for line in error.splitlines() if line.startswith("error: ")
-    ] == error.splitlines()[-1:]
+    (process,) = start(settings, tmp_path / "file" / "outputs")
+    assert process.wait() == 1
+    lines = process.err.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(settings, tmp_path):
-    process = start(
-        [
-            *settings,
-            "optimizer.lr=1e30",
-            "lr_schedule=constant",
-            "lr_schedule.warmup_steps=0",
-            "runtime.log_every=1000",
-        ],
+    (process,) = start(
+        settings,
         tmp_path,
+        "optimizer.lr=1e30",
+        "lr_schedule=constant",
+        "lr_schedule.warmup_steps=0",
+        "runtime.log_every=1000",
+        "runtime.sample_every=1000",
+        "runtime.evaluate_every=null",
         "runtime.checkpoint_every=1000",
     )
-    _, error = process.communicate(timeout=100)
-    assert process.returncode == 1
+    assert process.wait() == 1
     run = run_of(tmp_path)
     kept = torch.load(next(run.glob("trouble_step_*.pt")), weights_only=True)
-    assert (
-        f"step {kept['update'] + 1}: " in error.splitlines()[-1]
-    )  # noticed at the last step, the first bad update named
-    assert kept["update"] < 39
+    # noticed at the last step, the first bad update named
+    assert f"step {kept['update'] + 1}: " in process.err.splitlines()[-1]
+    assert kept["update"] < LAST - 1
     assert kept["images"].shape == (8, 1, 16, 16)
     assert len(kept["indices"]) == 8
     assert not list((run / "checkpoints").glob("step_*"))

@@ -1,0 +1,28 @@
+"""What the process that tests fork from has imported: all that commands import sooner or later."""
+
+import contextlib
+
+with contextlib.suppress(ImportError):
+    import sklearn.datasets  # noqa: F401
+
+import torch
+import torch.utils.tensorboard  # noqa: F401
+
+import ddpm.config.cli
+import ddpm.evaluate.run
+import ddpm.sample.run
+import ddpm.train.run
+from ddpm.models import UNet
+
+with torch.device("meta"):  # imports the meta functions of what a network is made with
+    UNet(
+        resolution=8,
+        in_channels=1,
+        out_channels=1,
+        base_channels=8,
+        channel_multipliers=[1],
+        num_res_blocks=1,
+        attention_resolutions=[8],
+        norm_groups=4,
+        dropout=0.0,
+    )
