@@ -198,6 +198,12 @@ def obey() -> None:
         _State.aloud = False
 
 
+def deafen() -> None:
+    """Has signals do nothing any more, in a process that ends: its exit code tells how it did."""
+    for number in TAKEN:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def one_of_several() -> Iterator[None]:
     """Has a clock that is set meanwhile stop what runs meanwhile, and not what comes after it."""

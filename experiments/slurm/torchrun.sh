@@ -1,6 +1,6 @@
 #!/bin/bash
 #SBATCH --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64 --time=24:00:00
-#SBATCH --requeue --open-mode=append --signal=USR1@300
+#SBATCH --requeue --open-mode=append --signal=USR1@120
 #
 #   sbatch experiments/slurm/torchrun.sh experiment=lsun_bedroom256 outputs=/a/folder/that/all/nodes/see
 #
