@@ -67,7 +67,7 @@ def _returned(job: Any) -> Outcome | None:
     if not job.paths.result_pickle.exists():
         return None
     try:
-        returned: Outcome = job.results()[0].return_value
+        returned: Outcome = job.task(0).result().return_value
     except Exception:  # submitit's own, of whatever the job raised
         return None
     return returned
