@@ -487,7 +487,7 @@ def test_a_job_that_saves_is_queued_again_and_comes_to_the_same_bytes(
 
 @pytest.mark.slurm
 def test_out_of_time_a_job_saves_before_and_is_queued_again(asked_for, tmp_path):
-    job = Job(tmp_path, "training.steps=1000000", options=["--time=1", "--signal=USR1@1"])
+    job = Job(tmp_path, "training.steps=1000000", options=["--time=1", "--signal=CONT@1"])
     job.says("step 30 ")
     end = datetime.fromisoformat(job.shown("EndTime"))
     job.is_in("PENDING", seconds=120)

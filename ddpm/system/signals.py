@@ -276,7 +276,8 @@ def _hand_on(why: str | None, before: Mapping[Any, Any]) -> None:
     """Calls who held a signal that came; sent again it would wait where it is blocked."""
     from ddpm.system import slurm  # which has a clock
 
-    number = signal.Signals[why] if why in _NAMES else None
+    name = (why or "").partition(" ")[0]  # it may have come to another process of the group
+    number = signal.Signals[name] if name in _NAMES else None
     if why is not None and slurm.submitted_by_submitit():
         number = slurm.for_submitit(why, number)
     handler = None if number is None else before[number]
