@@ -1,6 +1,7 @@
 """What the process that tests fork from has imported: all that commands import sooner or later."""
 
 import contextlib
+import importlib
 
 with contextlib.suppress(ImportError):
     import sklearn.datasets  # noqa: F401
@@ -8,11 +9,10 @@ with contextlib.suppress(ImportError):
 import torch
 import torch.utils.tensorboard  # noqa: F401
 
-import ddpm.config.cli
-import ddpm.evaluate.run
-import ddpm.sample.run
-import ddpm.train.run
 from ddpm.models import UNet
+
+for name in ("config.cli", "train.run", "sample.run", "evaluate.run"):
+    importlib.import_module(f"ddpm.{name}")
 
 with torch.device("meta"):  # imports the meta functions of what a network is made with
     UNet(

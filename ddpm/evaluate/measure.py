@@ -2,11 +2,12 @@
 
 import functools
 import hashlib
+import json
 import operator
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ddpm.sample.folder import claim_folder, draw_missing, read_samples, sample_
 from ddpm.sample.images import read_png, save_png
 from ddpm.sample.subject import Trained
 from ddpm.system.devices import halve_to_fit
-from ddpm.system.files import short_hash
+from ddpm.system.files import short_hash, write_text
 from ddpm.system.processes import agree, gather, share
 
 OF_DISTANCES = ("fd", "kd", "inception_score", "precision_recall")
@@ -96,14 +97,46 @@ def measure(
     job = _Job(trained, settings, processes, drawing, splits, about, network)
     found: list[Measurement] = []
     missing: list[str] = []
+    parts: dict[str, Callable[[], list[Measurement]]] = {}
     if set(OF_SAMPLES) & set(settings.metrics):
-        found += _of_samples(job, sampler, missing, keep_samples)
+        parts["samples"] = lambda: _of_samples(job, sampler, missing, keep_samples)
     if "losses" in settings.metrics:
         for split in dict.fromkeys(["train", settings.bound_split]):
-            found += _losses(job, split)
+            parts[f"losses {split}"] = functools.partial(_losses, job, split)
     if "bits_per_dim" in settings.metrics:
-        found += _bits_per_dim(job, settings.bound_split)
+        parts["bits_per_dim"] = lambda: _bits_per_dim(job, settings.bound_split)
+    unfinished = _unfinished(job, sampler)
+    for name, part in parts.items():
+        found += _once(name, part, unfinished, processes, missing)
+    if processes.is_main_process:
+        unfinished.unlink(missing_ok=True)
     return [replace(one, network=network) for one in found], missing
+
+
+def _unfinished(job: _Job, sampler: Node) -> Path:
+    """What is kept of a call that was given up, for the same call again."""
+    return _file(job, "unfinished", {"sampler": sampler, **job.settings.model_dump(mode="json")})
+
+
+def _once(
+    name: str,
+    part: Callable[[], list[Measurement]],
+    unfinished: Path,
+    processes: PartialState,
+    missing: list[str],
+) -> list[Measurement]:
+    """What a part of a call measures, or what it did before the call was given up."""
+    kept = json.loads(unfinished.read_text()) if unfinished.is_file() else {}
+    kept = gather([kept], processes)[0]  # what the main process sees counts
+    if name in kept:
+        return [Measurement(**entry) for entry in kept[name]] if processes.is_main_process else []
+    reasons = len(missing)
+    found = part()
+    if processes.is_main_process and len(missing) == reasons:
+        unfinished.parent.mkdir(exist_ok=True)
+        kept[name] = [asdict(one) for one in found]
+        write_text(unfinished, json.dumps(kept))
+    return found
 
 
 def check_extractor(settings: EvaluationSettings, device: torch.device) -> None:

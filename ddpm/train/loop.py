@@ -45,39 +45,51 @@ def updates(
 
     Raises:
         NotFinite: See Meter.add_norm.
+        Preempted: If told to stop in the first update, whose part is lost.
     """
-    accelerator = state.accelerator
-    parameters = list(state.model.parameters())
     first = state.step
     for step in range(first, num_steps):
         # the first may compile for minutes, and if it is given up nothing is lost
-        alone = step == first and accelerator.num_processes == 1
+        alone = step == first and state.accelerator.num_processes == 1
         with at_once() if alone else nullcontext():
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr_at(step)
-            size = batches.size(step)
-            spans = micro_batches(
-                size, accelerator.num_processes, accelerator.process_index, device_batch
-            )
-            seen: list[tuple[Tensor, Tensor]] = []
-            for span in spans:
-                last = span == spans[-1]
-                with nullcontext() if last else accelerator.no_sync(state.model):
-                    t, losses = backward(state, diffusion, batches, seed, step, *span)
-                state.meter.add_losses(losses, t)
-                seen.append((t, losses))
-            norm = accelerator.clip_grad_norm_(
-                parameters, float("inf") if grad_clip is None else grad_clip
-            )
-            state.meter.add_norm(step, norm, state.optimizer)
-            state.optimizer.step()
-            state.optimizer.zero_grad()
-            state.ema.update()
-            if state.timesteps.learns:
-                t, losses = (torch.cat(parts) for parts in zip(*seen, strict=True))
-                state.timesteps.update(*of_all_processes(accelerator, t, losses, size))
-            state.step = step + 1
+            _update(state, diffusion, batches, lr_at(step), seed, step, device_batch, grad_clip)
         yield state.step
+
+
+def _update(
+    state: TrainingState,
+    diffusion: GaussianDiffusion,
+    batches: Batches,
+    lr: float,
+    seed: int,
+    step: int,
+    device_batch: int | None,
+    grad_clip: float | None,
+) -> None:
+    """Update number `step`, counted from 0."""
+    accelerator, optimizer = state.accelerator, state.optimizer
+    parameters: list[Tensor] = []
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        parameters += group["params"]
+    size = batches.size(step)
+    spans = micro_batches(size, accelerator.num_processes, accelerator.process_index, device_batch)
+    seen: list[tuple[Tensor, Tensor]] = []
+    for span in spans:
+        last = span == spans[-1]
+        with nullcontext() if last else accelerator.no_sync(state.model):
+            t, losses = backward(state, diffusion, batches, seed, step, *span)
+        state.meter.add_losses(losses, t)
+        seen.append((t, losses))
+    norm = accelerator.clip_grad_norm_(parameters, float("inf") if grad_clip is None else grad_clip)
+    state.meter.add_norm(step, norm, optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+    state.ema.update()
+    if state.timesteps.learns:
+        t, losses = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        state.timesteps.update(*of_all_processes(accelerator, t, losses, size))
+    state.step = step + 1
 
 
 def backward(

@@ -23,6 +23,7 @@ from ddpm.system.signals import Preempted
 from ddpm.system.slurm import clock_of
 from ddpm.train import start, which
 from ddpm.train.meter import NotFinite
+from ddpm.train.saving import DiskHangs
 from ddpm.train.steps import take_steps
 
 log = logging.getLogger("ddpm")
@@ -172,6 +173,8 @@ def _conclusion(folder: RunFolder, config: Config, batches: Batches) -> Iterator
         raise
     except KeyboardInterrupt:
         conclude("preempted", "KeyboardInterrupt")
+        raise
+    except DiskHangs:
         raise
     except PeerLost as lost:
         # read as cut off, once this process is gone too

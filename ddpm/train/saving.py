@@ -18,8 +18,12 @@ log = logging.getLogger("ddpm")
 
 BYTES = 16  # a parameter in a checkpoint: its weight, average and Adam's two moments, float32
 DISK_SPEED = 50e6  # bytes per second that a disk is trusted with before it was measured
-SLOW = 10.0  # seconds after which a stopping run says that it waits for the disk, then each time
-LIMIT = 900.0  # seconds after which it waits no more
+SLOW = 10.0  # seconds after which it is said that a checkpoint is still being written, then each
+LIMIT = 900.0  # seconds after which a run that is to stop waits no more
+
+
+class DiskHangs(ValueError):
+    """A disk that takes nothing, so nothing more is written to it."""
 
 
 @dataclass
@@ -41,15 +45,12 @@ class Saver:
     speed: Speed
     saved: int | None = None
 
-    def save(self, stopping: str | None) -> None:
+    def save(self) -> None:
         """Writes a checkpoint of the present step, if there is none.
-
-        Args:
-            stopping: Why the run stops after it, None if it does not. Then the wait for the disk
-                is bounded.
 
         Raises:
             ValueError: If it cannot be written.
+            DiskHangs: If the disk does not take it.
         """
         if self.saved == self.state.step:
             return
@@ -63,7 +64,7 @@ class Saver:
                 best = (self.folder.record().get("best") or {}).get("step")
                 checkpoint.save(self.folder.checkpoints, saved, keep, best)
 
-            _in_bounds(write, self.folder) if stopping else write()
+            _in_bounds(write, self.folder)
             seconds = time.perf_counter() - started
             self._note(seconds)
             if expected_seconds(self.folder) is None:
@@ -120,7 +121,7 @@ def look_at_disk(folder: RunFolder, keep: int, parameters: int) -> None:
 
 
 def _in_bounds(write: Callable[[], None], folder: RunFolder) -> None:
-    """Writes while a stopping run waits, says so where it takes long, and not for ever."""
+    """Writes, says so where it takes long, and for a run that is to stop does not wait for ever."""
     failed: list[BaseException] = []
 
     def call() -> None:
@@ -130,14 +131,18 @@ def _in_bounds(write: Callable[[], None], folder: RunFolder) -> None:
             failed.append(error)
 
     writing, started = threading.Thread(target=call, daemon=True), time.monotonic()
+    since: float | None = None  # when it was first seen that the run is to stop
     writing.start()
     while True:
         writing.join(SLOW)
-        waited = time.monotonic() - started
+        now = time.monotonic()
+        waited = now - started
         if not writing.is_alive():
             break
-        if waited > LIMIT:
-            raise ValueError(
+        if since is None and signals.noted() is not None:
+            since = now
+        if since is not None and now - since > LIMIT:
+            raise DiskHangs(
                 f"{folder.checkpoints}: the disk has not taken the checkpoint in {waited:.0f} s; "
                 "those before it stay"
             )

@@ -81,7 +81,7 @@ def take_steps(
                 if recorder is not None:
                     _report(recorder, steps, speed, step, {**means, "train/lr": lr_at(step - 1)})
             if saves or told:
-                saver.save(told)
+                saver.save()
             if told and step < num_steps:
                 raise Preempted(told)
             try:
@@ -89,8 +89,8 @@ def take_steps(
                     shown(step).preview()
                 if evaluates:
                     shown(step).evaluate()
-            except Preempted as stopped:
-                saver.save(stopped.why)
+            except Preempted:
+                saver.save()
                 raise
             speed.pause(step)
     if recorder is not None:
