@@ -15,8 +15,10 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 
+from ddpm.config.cli import command
 from ddpm.runs import checkpoint
-from ddpm.system.signals import Interruption
+from ddpm.runs.folder import RunFolder
+from ddpm.system import signals
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DYING = """
 import os, runpy, signal, sys
 from ddpm.runs import checkpoint
+from ddpm.runs.folder import RunFolder
 left, save = int(sys.argv[1]), checkpoint.save
 def dying(*arguments):
     global left
@@ -130,14 +133,14 @@ def test_nothing_leaks_from_one_job_of_a_sweep_to_the_next(typed, tiny, tmp_path
         tensors = sum(
             one.numel() for one in gc.get_objects() if issubclass(type(one), torch.Tensor)
         )
-        signals = [
+        handlers = [
             signal.getsignal(number)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
         ]
         states = [dict(AcceleratorState._shared_state), dict(GradientState._shared_state)]
         return (
             tensors,
-            signals,
+            handlers,
             states,
             threading.active_count(),
             list(logging.getLogger("ddpm").handlers),
@@ -197,6 +200,40 @@ def test_jobs_at_once_have_a_device_each_and_how_they_end_is_known(tmp_path):
     assert [row.split()[-1] for row in done.stdout.splitlines()[-3:]] == ["done", "done", "failed"]
 
 
+def test_a_run_that_another_process_trains_is_called_so_and_the_others_go_on(typed, tiny, tmp_path):
+    words = [*tiny, f"outputs={tmp_path}"]
+    folder = RunFolder(typed("train", *words, "seed=0").run)
+    (folder.path / "run.json").unlink()
+    with folder.lock():
+        done = typed("train", "-m", *words, "seed=0,1")
+    assert done.code == 75
+    assert done.err.count("error: ") == done.err.count(f"process {os.getpid()}") == 1
+    rows = done.out.splitlines()[-2:]
+    assert ["running elsewhere" in row for row in rows] == [True, False]
+    assert "complete" in rows[1]
+
+
+@pytest.mark.parametrize("more", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=1"]])
+def test_a_sweep_of_one_job_at_a_time_stops_with_its_table(more, tmp_path, monkeypatch, capsys):
+    if more:
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+
+    def task(composed):
+        if composed.cfg.seed == 1:
+            signal.raise_signal(signal.SIGTERM)
+        signals.check()
+
+    words = ["ddpm", "-m", "seed=0,1,2,3", f"outputs={tmp_path}", *more]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit) as stopped:
+        command("train", task, "Stop.", [], config_name="config", heeds=True)()
+    assert stopped.value.code == 75
+    rows = [row.split(maxsplit=2)[2] for row in capsys.readouterr().out.splitlines()[-4:]]
+    assert rows == ["done", "preempted", "not started", "not started"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_a_launcher_that_is_not_there_is_named_with_those_that_are(complaint):
     assert "there are basic" in complaint("-m", "hydra/launcher=nope", "seed=0,1")
 
@@ -205,10 +242,9 @@ def test_a_signal_is_handed_on_to_who_held_it_once_the_run_has_let_go():
     came = []
     before = signal.signal(signal.SIGUSR2, lambda number, frame: came.append(number))
     try:
-        interruption = Interruption()
-        with interruption.listening():
+        with signals.listening():
             signal.raise_signal(signal.SIGUSR2)
-            assert interruption.after(1) == "SIGUSR2"
+            assert signals.told() == "SIGUSR2"
             assert came == []
         assert came == [signal.SIGUSR2]
     finally:

@@ -99,7 +99,7 @@ def command(
         sweep = launching.Sweep(facts, heeds, wants_traceback)
         ended = sweep.ended
 
-        def job(cfg: DictConfig) -> sweeps.Outcome:
+        def job(cfg: DictConfig) -> sweeps.Outcome | None:
             elsewhere = os.getpid() != process  # where the launcher has put the job
             if elsewhere:
                 sys.argv[1:] = typed
@@ -110,7 +110,8 @@ def command(
             with _as_worker(heeds) if elsewhere else contextlib.nullcontext():
                 outcome = _run_job(cfg, run, facts, wants_traceback)
             if not elsewhere:
-                ended[HydraConfig.get().job.num] = outcome
+                if outcome is not None:
+                    ended[HydraConfig.get().job.num] = outcome
                 if heeds:
                     signals.check()
             return outcome
@@ -184,11 +185,14 @@ def _run_alone(cfg: DictConfig, run: Run, wants_traceback: bool) -> sweeps.Outco
 
 def _run_job(
     cfg: DictConfig, run: Run, facts: sweeps.Facts, wants_traceback: bool
-) -> sweeps.Outcome:
-    """A job of a sweep: its error in a line, how it ended, and what to show of it."""
+) -> sweeps.Outcome | None:
+    """A job of a sweep: its error in a line, how it ended, and what to show of it.
+
+    None if the sweep was told to stop before.
+    """
     composed = from_hydra(cfg, HydraConfig.get())
     if signals.noted():
-        return sweeps.left(composed, facts, signals.CARRIES_ON)
+        return None
     code, ended, known = 0, "done", True
     try:
         with signals.one_of_several():
@@ -211,17 +215,15 @@ def _run_job(
 @contextlib.contextmanager
 def _as_worker(heeds: bool) -> Iterator[None]:
     """Has a job run in a process that a launcher started for it."""
-    if not str(HydraConfig.get().launcher.get("_target_")).endswith(".JoblibLauncher"):
-        with signals.listening() if heeds else contextlib.nullcontext():
-            yield
-        if slurm.submitted_by_submitit() and signals.was_told() and slurm.queued_again():
-            # without a result, for which the submitting command waits: it has not ended
-            sys.exit(signals.CARRIES_ON)
-        return
-    if heeds:
-        signals.obey()
-    sweeps.claim_device(sweeps.visible_devices())
-    yield
+    stays = str(HydraConfig.get().launcher.get("_target_")).endswith(".JoblibLauncher")
+    held = signals.obeying if stays else signals.listening
+    with held() if heeds else contextlib.nullcontext():
+        if stays and not signals.noted():
+            sweeps.claim_device(sweeps.visible_devices())
+        yield
+    if slurm.submitted_by_submitit() and signals.was_told() and slurm.queued_again():
+        # without a result, for which the submitting command waits: it has not ended
+        sys.exit(signals.CARRIES_ON)
 
 
 def _parsed(arguments: Sequence[str]) -> Namespace:

@@ -12,7 +12,7 @@ from ddpm.config import submitit_jobs
 from ddpm.config.explain import explain
 from ddpm.config.sweeps import HERE, Facts, Outcome, as_job, left
 from ddpm.system import relay, signals
-from ddpm.system.internals import end_loky_workers, start_loky_tracker, submit_to_slurm
+from ddpm.system.internals import end_loky_workers, start_loky_trackers, submit_to_slurm
 from ddpm.system.signals import Preempted
 
 
@@ -70,8 +70,9 @@ class Sweep:
         try:
             with _telling(launcher):
                 if not signals.noted():
-                    returned = [one.return_value for one in launcher.launch(jobs, first)]
-                    self.ended.update(enumerate(returned, first))
+                    for number, done in enumerate(launcher.launch(jobs, first), first):
+                        if done.return_value is not None:  # it was started
+                            self.ended[number] = done.return_value
         except Preempted:  # raised by a job in this process
             pass
         except Exception as caught:
@@ -116,7 +117,7 @@ def _telling(launcher: Any) -> Iterator[None]:
     """Tells the processes of jobs to stop when this one is told, and waits for their end."""
     kind = type(launcher).__name__
     if kind == "JoblibLauncher" and _joblib_starts_processes(launcher):
-        start_loky_tracker()
+        start_loky_trackers()
         with relay.passing_on(relay.own_children):
             try:
                 yield

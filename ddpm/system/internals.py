@@ -220,14 +220,17 @@ def submit_to_slurm(launcher: Any, jobs: Sequence[Sequence[str]], first: int) ->
         submitit.AutoExecutor.map_array = map_array  # type: ignore[method-assign]
 
 
-def start_loky_tracker() -> None:
-    """Starts the process that clears up after joblib's workers, if it is not there.
+def start_loky_trackers() -> None:
+    """Starts the processes that clear up after joblib's workers, if they are not there.
 
-    joblib starts it right before the first worker, and thereby unblocks signals for all workers.
+    joblib starts them right before the first worker, and thereby unblocks signals for all workers.
     """
-    from joblib.externals.loky.backend import resource_tracker
+    from multiprocessing import resource_tracker
+
+    from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
     resource_tracker.ensure_running()
+    loky_tracker.ensure_running()
 
 
 def end_loky_workers() -> None:

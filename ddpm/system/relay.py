@@ -76,9 +76,11 @@ def _tell(reads: int, workers: Workers) -> None:
 
 def _leave() -> None:
     """Ends this process and all that work for it, in the middle of everything."""
-    for worker in descendants():
+    workers = descendants()
+    for worker in workers:
         with suppress(psutil.Error):
             worker.kill()
+    psutil.wait_procs(workers, timeout=AGAIN)
     os.write(2, b"interrupted\n")
     os._exit(130)
 

@@ -74,7 +74,8 @@ class _State:
     told: str | None = None  # why to stop, once told
     was_told: str | None = None  # the same of what ended
     first: float = 0.0  # when SIGINT came first
-    aloud: bool = True  # whether it says so when told
+    obeys: bool = False  # whether another process speaks with the user for this one
+    busy: bool = False  # whether it does a job for that one
     # what a signal does: what it always does; it is noted; it gives up what runs; nothing
     mode: Literal["default", "noted", "at once", "ignored"] = "default"
     clock: Clock | None = None
@@ -114,7 +115,7 @@ def tell(why: str) -> None:
     """Tells this process to stop."""
     if _State.told is None:
         _State.told = why
-        if _State.aloud:
+        if not _State.obeys:
             # no print: a signal may come in the middle of one
             os.write(
                 2, f"\n{why}: stopping, to carry on later (Ctrl-C twice leaves at once)\n".encode()
@@ -141,7 +142,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
         return
-    if number == signal.SIGINT and _State.first and now - _State.first > SAME_CTRL_C:
+    again = _State.first and now - _State.first > SAME_CTRL_C
+    if number == signal.SIGINT and again and not _State.obeys:
         raise KeyboardInterrupt
     if number == signal.SIGINT and not _State.first:
         _State.first = now
@@ -187,15 +189,32 @@ def listening() -> Iterator[None]:
         yield
 
 
-def obey() -> None:
-    """Has signals noted from now on, without a word: in a worker, whose parent tells the user.
+@contextmanager
+def obeying() -> Iterator[None]:
+    """Has signals noted meanwhile, and ever after, in a worker, whose parent deals with users.
 
-    They stay noted between two jobs, when a signal would end the worker or, worse, interrupt what
-    it has to say to its parent.
+    They stay noted between two jobs, when a signal would end the worker and lose what it has to
+    tell its parent. It does not leave at once; the parent ends it. Where the parent is gone, there
+    is nobody to work for: it stops, and leaves.
     """
     if _State.mode == "default":
+        _State.obeys = True  # first: one that waits comes at once
         _take("noted")
-        _State.aloud = False
+        threading.Thread(target=_mind, args=(os.getppid(),), name="mind", daemon=True).start()
+    _State.busy = True
+    try:
+        yield
+    finally:
+        _State.busy = False
+
+
+def _mind(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    tell("the process of the sweep is gone")
+    while _State.busy:
+        time.sleep(0.1)
+    os._exit(CARRIES_ON)
 
 
 def deafen() -> None:
