@@ -33,6 +33,8 @@ def run(overrides: Sequence[str] = ()) -> "RunFolder":
         ValueError: For what the command would refuse in one line.
     """
     from ddpm.config.compose import compose
+    from ddpm.system.slurm import join_step
     from ddpm.train.run import run as train
 
+    join_step()
     return train(compose(overrides))

@@ -123,9 +123,11 @@ def _child(
 ) -> None:
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
-    sys.stdin = open(os.devnull)  # noqa: SIM115
-    sys.stdout = open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    sys.stdin, sys.stdout, sys.stderr = (
+        os.fdopen(os.open(os.devnull, os.O_RDONLY)),
+        os.fdopen(1, "w", closefd=False),
+        os.fdopen(2, "w", buffering=1, closefd=False),
+    )
     os.chdir(ROOT)
     os.environ.update({"HYDRA_FULL_ERROR": "0", **environment})
     sys.argv = [f"ddpm.{name}", *overrides]

@@ -46,10 +46,15 @@ def test_a_signal_is_noted_and_gives_up_what_looks_for_it_or_what_may_end_in_the
             signals.check()
     assert signals.told() is None
     reached = []
-    with signals.listening(), pytest.raises(Preempted), signals.at_once():
-        reached.append(1)
-        signal.raise_signal(signal.SIGTERM)
-        reached.append(2)
+
+    def given_up():
+        with signals.at_once():
+            reached.append(1)
+            signal.raise_signal(signal.SIGTERM)
+            reached.append(2)
+
+    with signals.listening(), pytest.raises(Preempted):
+        given_up()
     assert reached == [1]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 

@@ -7,7 +7,7 @@ with contextlib.suppress(ImportError):
     import sklearn.datasets  # noqa: F401
 
 import torch
-import torch.utils.tensorboard  # noqa: F401
+import torch.utils.tensorboard
 
 from ddpm.models import UNet
 

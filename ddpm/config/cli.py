@@ -30,7 +30,7 @@ from ddpm.config.compose import (
     searchpath,
 )
 from ddpm.config.explain import explain, explain_composition
-from ddpm.system import signals
+from ddpm.system import signals, slurm, torchrun
 from ddpm.system.files import InUse
 from ddpm.system.internals import (
     around_launches,
@@ -92,6 +92,7 @@ def command(
             print(help_text(CONF, EXPERIMENTS, config_name, what, examples))
             return
         wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+        slurm.join_step()
         sys.argv[1:] = typed = flags_last([at_home(word) for word in sys.argv[1:]])
         process = os.getpid()
         outcomes: list[sweeps.Outcome] = []
@@ -102,6 +103,7 @@ def command(
             elsewhere = os.getpid() != process  # where the launcher has put the job
             if elsewhere:
                 sys.argv[1:] = typed
+                slurm.join_step()
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 outcomes.append(_run_alone(cfg, run, wants_traceback))
                 return outcomes[-1]
@@ -173,7 +175,11 @@ def _run_alone(cfg: DictConfig, run: Run, wants_traceback: bool) -> sweeps.Outco
         if wants_traceback:
             raise
         print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+        torchrun.leave_word(explain(error))
         return sweeps.Outcome(composed.overrides, 1)
+    except SystemExit as stopped:
+        torchrun.leave_word(f"told to stop: {getattr(stopped, 'why', stopped.code)}")
+        raise
     return sweeps.Outcome(composed.overrides, 0)
 
 
@@ -215,6 +221,9 @@ def _as_worker(heeds: bool) -> Iterator[None]:
         if stays and not signals.noted():
             sweeps.claim_device(sweeps.visible_devices())
         yield
+    if slurm.submitted_by_submitit() and signals.was_told() and slurm.queued_again():
+        # without a result, for which the submitting command waits: it has not ended
+        sys.exit(signals.CARRIES_ON)
 
 
 def _parsed(arguments: Sequence[str]) -> Namespace:

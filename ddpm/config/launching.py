@@ -3,15 +3,16 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omegaconf import DictConfig
 
+from ddpm.config import submitit_jobs
 from ddpm.config.explain import explain
 from ddpm.config.sweeps import HERE, Facts, Outcome, as_job, left
 from ddpm.system import relay, signals
-from ddpm.system.internals import end_loky_workers, start_loky_trackers
+from ddpm.system.internals import end_loky_workers, start_loky_trackers, submit_to_slurm
 from ddpm.system.signals import Preempted
 
 
@@ -60,6 +61,8 @@ class Sweep:
         Raises:
             Exception: What the launcher raises, where no job got under way.
         """
+        if type(launcher).__name__ == "SlurmLauncher":
+            return self._on_slurm(launcher, compose_job, jobs, first)
         if not (self.heeds and type(launcher).__name__ in HERE):
             return launcher.launch(jobs, first)
         self._held.enter_context(signals.listening())
@@ -87,6 +90,22 @@ class Sweep:
                 raise error
             print(f"error: {explain(error)}", file=sys.stderr, flush=True)
         return [Returned(one) for one in outcomes]
+
+    def _on_slurm(
+        self,
+        launcher: Any,
+        compose_job: Callable[[list[str]], DictConfig],
+        jobs: Sequence[list[str]],
+        first: int,
+    ) -> list[Returned]:
+        def of_folder(number: int) -> Outcome:
+            with as_job(compose_job(jobs[number]), first + number) as composed:
+                outcome = left(composed, self.facts, 1, lost=True)
+            told = outcome.facts["status"] == "preempted"
+            return replace(outcome, code=signals.CARRIES_ON) if told else outcome
+
+        submitted = submit_to_slurm(launcher, jobs, first)
+        return [Returned(one) for one in submitit_jobs.wait_for(submitted, of_folder)]
 
     def close(self) -> None:
         """Lets go of the signals."""

@@ -186,7 +186,7 @@ def align(lines: Sequence[Sequence[str]]) -> str:
 
 
 def refuse_in_process_group(arguments: Sequence[str]) -> None:
-    """Refuses a sweep in one of several processes that torchrun or accelerate started.
+    """Refuses a sweep in one of several processes that torchrun, accelerate or srun started.
 
     Raises:
         ValueError: If one is asked for there.
@@ -194,7 +194,7 @@ def refuse_in_process_group(arguments: Sequence[str]) -> None:
     sweeps = {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments)
     if sweeps and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            f"{min(sweeps)}: no sweep inside torchrun or accelerate launch, whose "
+            f"{min(sweeps)}: no sweep inside torchrun, accelerate launch or srun -n, whose "
             f"{os.environ['WORLD_SIZE']} processes are one job's for good; start one of these for "
             "each job, or a sweep without, with hydra/launcher=joblib for a device each"
         )

@@ -5,8 +5,9 @@ A new release of Hydra, torch or Accelerate that breaks something breaks it here
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -176,8 +177,6 @@ def around_launches(
         launch: Is called with the launcher, a function that composes a job, the overrides of each
             job, and the first one's number; it returns what has a `return_value` for each.
     """
-    from types import SimpleNamespace
-
     from hydra.core.plugins import Plugins
 
     instantiate = Plugins.instantiate_launcher
@@ -198,6 +197,27 @@ def around_launches(
         yield
     finally:
         Plugins.instantiate_launcher = instantiate  # type: ignore[method-assign]
+
+
+def submit_to_slurm(launcher: Any, jobs: Sequence[Sequence[str]], first: int) -> list[Any]:
+    """Has submitit's launcher submit jobs, and returns submitit's jobs without waiting for them.
+
+    The launcher itself waits, raises at the first job without a result, and asks accounting
+    alone whether one lives.
+    """
+    import submitit
+
+    map_array = submitit.AutoExecutor.map_array
+
+    def submit(executor: Any, *arguments: Any) -> Any:
+        submitted = map_array(executor, *arguments)
+        return [SimpleNamespace(results=lambda job=job: [job]) for job in submitted]
+
+    submitit.AutoExecutor.map_array = submit  # type: ignore[method-assign, assignment]
+    try:
+        return launcher.launch(jobs, first)
+    finally:
+        submitit.AutoExecutor.map_array = map_array  # type: ignore[method-assign]
 
 
 def start_loky_trackers() -> None:

@@ -187,6 +187,7 @@ def naming_lost() -> Iterator[None]:
 def _leave_group() -> None:
     """Gloo's threads, left running, may abort a process that ends well."""
     if _Group.peers is not None:
+        signals.deafen()  # who started it may end all once the first has left
         _Group.peers.leave()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -16,6 +16,7 @@ from typing import Any, Literal
 # EX_TEMPFAIL, the exit code of what was told to stop: the same command carries on
 CARRIES_ON = 75
 SAME_CTRL_C = 1.0  # seconds; a terminal and a launcher may both pass one Ctrl-C on
+JOB_ENDS = "the end of the Slurm job"  # the reason of a clock that counts for the whole process
 MARGIN = 3.0  # seconds that a process takes to leave, once it has saved
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
@@ -167,7 +168,8 @@ def listening() -> Iterator[None]:
     """Has signals noted meanwhile; see `check`.
 
     Only the main thread of a process can; elsewhere nothing is taken. Afterwards they are given
-    back, and one that came is handed on to who held it before: submitit queues the job again.
+    back, and one that came is handed on to who held it before: submitit queues the job again, for
+    a preemption too.
     Inside another `listening` or a sweep nothing changes.
     """
     if threading.current_thread() is not threading.main_thread() or _State.mode in (
@@ -215,13 +217,20 @@ def _mind(parent: int) -> None:
     os._exit(CARRIES_ON)
 
 
+def deafen() -> None:
+    """Has signals do nothing any more, in a process that ends: its exit code tells how it did."""
+    for number in TAKEN:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def one_of_several() -> Iterator[None]:
     """Has a clock that is set meanwhile stop what runs meanwhile, and not what comes after it."""
     try:
         yield
     finally:
-        if _State.clock is not None and _State.clock.why == _State.told:
+        why = None if _State.clock is None else _State.clock.why
+        if why == _State.told != JOB_ENDS:
             _State.told = None
         _State.clock = None
 
@@ -282,10 +291,14 @@ def _unblock() -> set[int] | None:
     return {int(one) for one in signal.pthread_sigmask(signal.SIG_UNBLOCK, TAKEN)}
 
 
-def _hand_on(name: str | None, before: Mapping[Any, Any]) -> None:
+def _hand_on(why: str | None, before: Mapping[Any, Any]) -> None:
     """Calls who held a signal that came; sent again it would wait where it is blocked."""
-    if name in _NAMES:
-        number = signal.Signals[str(name)]
-        handler = before[number]
-        if callable(handler) and handler is not signal.default_int_handler:
-            handler(number, None)
+    from ddpm.system import slurm  # which has a clock
+
+    name = (why or "").partition(" ")[0]  # it may have come to another process of the group
+    number = signal.Signals[name] if name in _NAMES else None
+    if why is not None and slurm.submitted_by_submitit():
+        number = slurm.for_submitit(why, number)
+    handler = None if number is None else before[number]
+    if callable(handler) and handler is not signal.default_int_handler:
+        handler(number, None)

@@ -11,7 +11,7 @@ from ddpm.config.schema import Config
 from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.recording import Recorder, Speed
-from ddpm.system import signals
+from ddpm.system import signals, torchrun
 from ddpm.train.state import TrainingState
 
 log = logging.getLogger("ddpm")
@@ -57,6 +57,7 @@ class Saver:
         saved = self.state.state_dict()
         if self.recorder is not None:
             started = time.perf_counter()
+            first = _measured_seconds(self.folder) is None
             self.recorder.flush()
 
             def write() -> None:
@@ -68,7 +69,10 @@ class Saver:
                 self.folder.saved(self.state.step, timed=timed)
 
             _in_bounds(write, self.folder)
-            self._note(time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self._note(seconds)
+            if first:
+                warn_of_torchrun(seconds)
         self.saved = self.state.step
 
     def _note(self, seconds: float) -> None:
@@ -76,6 +80,46 @@ class Saver:
         if clock is not None:
             clock.saved_in(seconds)
             clock.pause()
+
+
+def expect(folder: RunFolder, keep: int, parameters: int) -> None:
+    """Says before the first step what a checkpoint needs that is not there: room, or time.
+
+    Args:
+        folder: Of the run.
+        keep: Checkpoints that are kept.
+        parameters: Of the network.
+    """
+    look_at_disk(folder, keep, parameters)
+    measured = _measured_seconds(folder)
+    if measured is not None:
+        warn_of_torchrun(measured)
+    clock = signals.clock()
+    if clock is not None:
+        clock.saved_in(BYTES * parameters / DISK_SPEED if measured is None else measured)
+
+
+def _measured_seconds(folder: RunFolder) -> float | None:
+    """What the run's last checkpoint took to write; None before the first."""
+    return (folder.record().get("timed") or {}).get("seconds_to_save")
+
+
+def warn_of_torchrun(seconds: float) -> None:
+    """Warns where torchrun would kill a run that is told to stop before it is saved.
+
+    Args:
+        seconds: That a checkpoint takes.
+    """
+    granted = torchrun.seconds_to_stop()
+    if granted is not None and seconds + signals.MARGIN > granted:
+        log.warning(
+            "a checkpoint takes %.0f s, and torchrun ends its processes %.0f s after a signal: "
+            "start it with --shutdown-timeout %d (torch 2.12 and later), or without torchrun, "
+            "as experiments/slurm/train.sh does",
+            seconds,
+            granted,
+            60 * int(seconds // 30 + 2),
+        )
 
 
 def look_at_disk(folder: RunFolder, keep: int, parameters: int) -> None:

@@ -133,7 +133,7 @@ def _recorder(
         )
     if state.step:
         print(f"carrying on from step {state.step}", flush=True)
-    saving.look_at_disk(folder, config.runtime.keep_checkpoints, parameters)
+    saving.expect(folder, config.runtime.keep_checkpoints, parameters)
     recorder = Recorder(folder.path, state.step)
     recorder.settings(hparams(folder, config, num_steps))
     recorder.text("command", f"```\n{shlex.join(folder.record()['starts'][-1]['command'])}\n```")

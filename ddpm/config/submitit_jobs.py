@@ -1,0 +1,91 @@
+"""The jobs of a sweep that submitit gave to Slurm, as seen by the command that waits for them.
+
+Slurm's queue says whether a job still waits or runs (accounting, sacct, is not needed), and the
+run's folder says what it came to where the job itself could not.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ddpm.config.sweeps import Outcome
+from ddpm.system import slurm
+
+LOOK = 1.0  # seconds from one look for results to the next
+ASK = 10.0  # seconds after which Slurm is asked anew
+LATE = 20.0  # seconds that a result may come after Slurm has forgotten its job
+
+
+def wait_for(jobs: Sequence[Any], of_folder: Callable[[int], Outcome]) -> list[Outcome]:
+    """Waits for all jobs of a sweep, whatever becomes of one, and says how each ends.
+
+    Args:
+        jobs: submitit's.
+        of_folder: Says how the job of that number ended by what its run's folder tells.
+
+    Returns:
+        How each ended, in their order.
+
+    Raises:
+        SystemExit: With 130 at Ctrl-C; the jobs go on.
+    """
+    names = [str(job.job_id) for job in jobs]
+    print(
+        f"Slurm has {_listed(names)}; their logs are in {jobs[0].paths.folder.parent}", flush=True
+    )
+    ended: dict[int, Outcome] = {}
+    gone: dict[int, float] = {}  # job -> since when Slurm does not know it
+    asked = time.monotonic()
+    try:
+        while len(ended) < len(jobs):
+            time.sleep(LOOK)
+            waiting = [number for number in range(len(jobs)) if number not in ended]
+            if time.monotonic() - asked >= ASK:
+                asked = time.monotonic()
+                known = slurm.still_queued([names[number] for number in waiting])
+                for number in waiting if known is not None else []:
+                    if names[number] in (known or ()):
+                        gone.pop(number, None)
+                    else:
+                        gone.setdefault(number, asked)
+            for number in waiting:
+                late = time.monotonic() - gone.get(number, float("inf")) > LATE
+                if late or jobs[number].paths.result_pickle.exists():
+                    ended[number] = _returned(jobs[number]) or of_folder(number)
+                    _say(jobs[number], ended[number])
+    except KeyboardInterrupt:
+        left = [names[number] for number in range(len(jobs)) if number not in ended]
+        stop = " ".join(dict.fromkeys(name.partition("_")[0] for name in left))
+        print(f"{_listed(left)} go on in Slurm; scancel {stop} stops them", file=sys.stderr)
+        sys.exit(130)
+    return [ended[number] for number in range(len(jobs))]
+
+
+def _returned(job: Any) -> Outcome | None:
+    """What a job has returned; None if it could not."""
+    if not job.paths.result_pickle.exists():
+        return None
+    try:
+        returned: Outcome = job.task(0).result().return_value
+    except Exception:  # submitit's own, of whatever the job raised
+        return None
+    return returned
+
+
+def _say(job: Any, outcome: Outcome) -> None:
+    status = outcome.facts.get("status", "has ended")
+    errors = []
+    if outcome.code == 1 and job.paths.stderr.exists():
+        text = job.paths.stderr.read_text(encoding="utf-8", errors="replace")
+        errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    why = f", {errors[-1]}" if errors else ""
+    where = f" ({job.paths.stderr})" if outcome.code == 1 else ""
+    print(f"job {job.job_id}: {status}{why}{where}", flush=True)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Job 26; jobs 26_0 to 26_7."""
+    if len(names) > 4:
+        return f"jobs {names[0]} to {names[-1]}"
+    return f"{'jobs' if len(names) > 1 else 'job'} {', '.join(names)}"
