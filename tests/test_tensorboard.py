@@ -43,7 +43,7 @@ def board(tmp_path_factory, typed, tiny):
     (second / "samples" / "step_00000006.png").rmdir()
     again = typed("train", *sweep)
     assert again.code == 0, again.err
-    assert again.out.count("carrying on from step 4") == 1
+    assert again.out.count("carrying on from step 6") == 1
 
     words = [
         sys.executable,

@@ -100,6 +100,8 @@ def measure(
     parts: dict[str, Callable[[], list[Measurement]]] = {}
     if set(OF_SAMPLES) & set(settings.metrics):
         parts["samples"] = lambda: _of_samples(job, sampler, missing, keep_samples)
+    if {"losses", "bits_per_dim"} & set(settings.metrics):
+        splits.of(settings.bound_split)  # is refused before anything is measured
     if "losses" in settings.metrics:
         for split in dict.fromkeys(["train", settings.bound_split]):
             parts[f"losses {split}"] = functools.partial(_losses, job, split)

@@ -129,10 +129,15 @@ def save(
             f"{folder} cannot be written, and those before it stay: {error}"
         ) from error
     files.write_text(checkpoints / "latest", folder.name + "\n")
+    drop_old(checkpoints, keep, best)
+    return Checkpoint(folder, step)
+
+
+def drop_old(checkpoints: Path, keep: int, best: int | None) -> None:
+    """Removes all checkpoints but the newest `keep` and that of step `best`."""
     for old in all_in(checkpoints)[:-keep]:
         if old.step != best:
             files.remove(old.folder)
-    return Checkpoint(folder, step)
 
 
 def all_in(checkpoints: Path) -> list[Checkpoint]:

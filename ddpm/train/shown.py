@@ -14,7 +14,7 @@ from accelerate import PartialState
 from ddpm.config import build
 from ddpm.data.image_set import ImageSet
 from ddpm.evaluate.measure import measure
-from ddpm.runs import results
+from ddpm.runs import checkpoint, results
 from ddpm.runs.recording import Recorder
 from ddpm.sample.images import grid, save_png, to_uint8
 from ddpm.sample.subject import Trained, class_words
@@ -114,12 +114,13 @@ class Shown:
 
     def _write_down(self, recorder: Recorder, found: list[results.Measurement]) -> None:
         """Writes the measurements down; the best checkpoint is that of the best first of them."""
-        run, step = self.trained.run, self.trained.step
+        run, step, config = self.trained.run, self.trained.step, self.trained.config
         results.record(run.path / "evaluation.json", found)
         first, best = found[0], run.record().get("best") or {}
         better = results.better(first.metric) or min
         if not best or better(first.value, best["value"]) != best["value"]:
             run.update(best={"id": first.id, "value": first.value, "step": step})
+            checkpoint.drop_old(run.checkpoints, config.runtime.keep_checkpoints, step)
         # last: it says that all is there
         recorder.scalars(step, {f"eval/{one.metric}": one.value for one in found})
         recorder.flush()
