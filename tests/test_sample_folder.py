@@ -3,18 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 
+from ddpm.sample import folder as sample_folder
 from ddpm.sample import images
-from ddpm.sample.folder import claim_folder, pack_samples, read_samples, sample_file
-
-ROOT = Path(__file__).resolve().parent.parent
+from ddpm.sample.folder import claim_folder, pack_samples, read_samples
 
 
 @pytest.fixture(scope="module")
@@ -46,33 +42,30 @@ def test_images_are_the_same_bytes_from_one_process_and_two_and_nearly_so_from_o
         assert np.abs(difference).max() <= 1
 
 
+def killed_after_five_images():
+    """Has the process be killed in the middle of a batch of images."""
+    really, count = sample_folder.save_png, iter(range(1000))
+
+    def save_png(path, image):
+        really(path, image)
+        if next(count) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sample_folder.save_png = save_png
+
+
 @pytest.mark.slow
 def test_killed_and_typed_again_it_makes_only_what_is_missing(ddpm, run, tmp_path):
-    settings = (
-        f"run={run}",
-        "num_samples=12",
-        "batch_size=2",
-        "sampler.num_steps=250",
-        "device=cpu",
-    )
-    assert ddpm("sample", *settings, f"to={tmp_path / 'whole'}").code == 0
-    cut = tmp_path / "cut"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ddpm.sample", *settings, f"to={cut}"],
-        cwd=ROOT,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        until = time.monotonic() + 100
-        while not sample_file(cut, 3).is_file() and time.monotonic() < until:
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait(30)
+    settings = (f"run={run}", "num_samples=12", "batch_size=2", "sampler.num_steps=10")
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    assert ddpm("sample", *settings, f"to={whole}").code == 0
+    hook = "test_sample_folder:killed_after_five_images"
+    process = forked.command("sample", *settings, f"to={cut}", before=hook)
+    assert process.wait() == -signal.SIGKILL
     made = {file: file.stat().st_mtime_ns for file in cut.glob("[0-9]*.png")}
-    assert 4 <= len(made) < 12
+    assert len(made) == 5
     assert ddpm("sample", *settings, f"to={cut}").code == 0
-    assert pngs(cut) == pngs(tmp_path / "whole")
+    assert pngs(cut) == pngs(whole)
     assert {file: file.stat().st_mtime_ns for file in made} == made
 
 
