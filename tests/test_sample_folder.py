@@ -10,7 +10,7 @@ import pytest
 
 from ddpm.sample import folder as sample_folder
 from ddpm.sample import images
-from ddpm.sample.folder import claim_folder, pack_samples, read_samples
+from ddpm.sample.folder import claim_folder, pack_samples, read_samples, sample_file
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +99,10 @@ def test_of_two_protocols_at_once_one_claims_the_folder(tmp_path):
 
 
 def test_two_commands_at_once_draw_one_folder(run, tmp_path):
-    settings = [f"run={run}", "num_samples=6", "batch_size=2", "sampler.num_steps=20", "device=cpu"]
-    words = [sys.executable, "-m", "ddpm.sample", *settings]
-    both = [subprocess.Popen([*words, f"to={tmp_path / 'both'}"], cwd=ROOT) for _ in range(2)]
-    assert [process.wait(100) for process in both] == [0, 0]
-    assert subprocess.run([*words, f"to={tmp_path / 'one'}"], cwd=ROOT, timeout=100).returncode == 0
+    settings = (f"run={run}", "num_samples=6", "batch_size=2", "sampler.num_steps=20")
+    both = [forked.command("sample", *settings, f"to={tmp_path / 'both'}") for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert forked.command("sample", *settings, f"to={tmp_path / 'one'}").wait() == 0
     assert pngs(tmp_path / "both") == pngs(tmp_path / "one")
 
 
