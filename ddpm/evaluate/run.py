@@ -1,9 +1,11 @@
 """python -m ddpm.evaluate: measure a run's network, and write the figures down."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
+from accelerate import PartialState
 from omegaconf import OmegaConf
 from pydantic import Field
 from torch.utils.tensorboard import SummaryWriter
@@ -24,6 +26,7 @@ from ddpm.system.processes import (
     together,
     wait_to_leave,
 )
+from ddpm.system.signals import Preempted
 
 
 class Settings(Section):
@@ -52,6 +55,7 @@ def run(composed: Composed) -> list[Measurement]:
     Raises:
         ValueError: If there is no such run or checkpoint; or, after the others, if a metric could
             not be had.
+        Preempted: When told to stop.
     """
     settings = _settings(composed)
     processes = find_processes(settings.device)
@@ -59,7 +63,7 @@ def run(composed: Composed) -> list[Measurement]:
     trusted, path = settings.trusted_modules, settings.data.path
     trained = of_run(folder, settings.step, settings.weights, trusted, path)
     device = device_of(processes, settings.device)
-    with naming_lost(), signals.listening(), together():
+    with naming_lost(), signals.listening(), _saying_what_stays(processes), together():
         found, missing = measure(trained, settings.sampler, settings.evaluation, processes, device)
     if processes.is_main_process:
         _write(trained, found)
@@ -70,6 +74,16 @@ def run(composed: Composed) -> list[Measurement]:
     if missing:
         raise ValueError("; ".join(missing))
     return found
+
+
+@contextmanager
+def _saying_what_stays(processes: PartialState) -> Iterator[None]:
+    try:
+        yield
+    except Preempted:
+        if processes.is_main_process:
+            print("what is drawn and measured so far is kept; the same command goes on", flush=True)
+        raise
 
 
 def lines(found: Sequence[Measurement], expected: Sequence[Metric]) -> str:
