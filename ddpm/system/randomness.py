@@ -27,6 +27,7 @@ from torch import Tensor
 ) = range(1, 11)
 
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+_INVERSE_GAMMA = pow(_GOLDEN_GAMMA, -1, 2**64)
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 
@@ -91,7 +92,9 @@ def random_bits(keys: Tensor, count: int, start: int = 0) -> Tensor:
         (B, count) int64, all 64 bits random.
     """
     counter = torch.arange(start + 1, start + count + 1, device=keys.device, dtype=torch.int64)
-    return _mix(keys[:, None] + counter.mul_(_signed(_GOLDEN_GAMMA)))
+    # keys + counter * gamma; torch's compiler folds a product of the counter alone, and overflows
+    places = keys[:, None] * _signed(_INVERSE_GAMMA) + counter
+    return _mix(places.mul_(_signed(_GOLDEN_GAMMA)))
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:
