@@ -12,7 +12,6 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from ddpm.system import randomness
@@ -20,6 +19,10 @@ from ddpm.system import randomness
 Init = Literal["fan_avg", "torch"]
 TimeOrder = Literal["sin_cos", "cos_sin"]
 Padding = Literal["same", "symmetric"]
+DROPOUTS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 WORDS_OF_A_LAYER = 2**40  # of an image's stream; a layer needs one for four elements
 
 
@@ -179,7 +182,11 @@ def number_dropout(network: nn.Module) -> None:
 
 def drops(network: nn.Module) -> bool:
     """Whether a network has a layer that drops something in training."""
-    return any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in network.modules())
+    return any(
+        (isinstance(layer, DROPOUTS) and layer.p > 0)
+        or (isinstance(layer, nn.MultiheadAttention) and layer.dropout > 0)
+        for layer in network.modules()
+    )
 
 
 def takes_dropout_keys(network: nn.Module) -> bool:
