@@ -6,6 +6,7 @@ import torch
 from ddpm.config import build
 from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
+from ddpm.models.layers import takes_dropout_keys
 from ddpm.train.device_batch import halve_until_it_fits
 
 
@@ -65,9 +66,9 @@ def kept_and_gradients(*overrides):
     x = torch.randn(
         2, 1, *build.image_size(config.data), generator=torch.Generator().manual_seed(0)
     )
-    torch.manual_seed(1)
+    given = {"dropout_keys": torch.tensor([5, -6])} if takes_dropout_keys(network) else {}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = network(x, torch.tensor([3, 900]))
+        out = network(x, torch.tensor([3, 900]), **given)
     size = sum(size for pointer, size in kept.items() if pointer not in own)
     (out * x).sum().backward()
     return size, [parameter.grad for parameter in network.parameters()]

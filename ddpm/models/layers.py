@@ -3,6 +3,7 @@
 Parameter names are diffusers' own, so that weights move both ways as they are.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ddpm.system import randomness
+
 Init = Literal["fan_avg", "torch"]
 TimeOrder = Literal["sin_cos", "cos_sin"]
 Padding = Literal["same", "symmetric"]
+DROPOUTS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
+WORDS_OF_A_LAYER = 2**40  # of an image's stream; a layer needs one for four elements
 
 
 def init_(layer: nn.Conv2d | nn.Linear, init: Init, zero: bool = False) -> None:
@@ -130,23 +138,60 @@ class TimestepEmbedding(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """Dropout that needs few random bits on a CPU.
+    """Dropout whose mask of an image is a function of the image's key and of the layer alone.
 
-    It zeroes elements with probability p and scales the others up to keep the mean. On a CPU 16
-    random bits decide each, so p is rounded to 2^-16 there. PyTorch's own dropout draws several
-    times as many bits, on one core: 4% of a training step of unet32.
+    So it does not depend on what an image is batched with, on the memory format, or on the kind of
+    device. It zeroes elements with probability p and scales the others up to keep the mean. 16 bits
+    of a word of the key's stream decide an element, so p is rounded to 2^-16.
+
+    Attributes:
+        number: Of the layer in its network. It says which words of a stream are the layer's.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Drops elements of x, which has any shape and is dense in memory."""
-        if not self.training or self.p == 0 or x.device.type != "cpu":
+    number = 0
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Drops elements of x.
+
+        Args:
+            x: (B, C, H, W).
+            keys: (B,) int64, one an image; None for a mask from torch's own generator.
+        """
+        if not self.training or self.p == 0:
+            return x
+        if keys is None:
             return super().forward(x)
         dropped = min(round(self.p * 2**16), 2**16 - 1)
-        draws = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), dtype=torch.int64).view(
-            torch.int16
-        )
-        kept = draws.as_strided(x.shape, x.stride()) >= dropped - 2**15
-        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+        least, scale = dropped - 2**15, 2**16 / (2**16 - dropped)
+        # the channels of a pixel are neighbours, as they are in memory in channels_last
+        pixels = (*x.shape[2:], x.shape[1])
+        count = math.prod(pixels)
+        words = randomness.random_bits(keys, -(-count // 4), self.number * WORDS_OF_A_LAYER)
+        draws = words.view(torch.int16)[:, :count].unflatten(1, pixels).permute(0, 3, 1, 2)
+        if x.device.type == "cpu":  # where booleans are slow
+            return x * draws.ge_(least).to(x.dtype).mul_(scale)
+        return x * (draws >= least) * scale
+
+
+def number_dropout(network: nn.Module) -> None:
+    """Gives each Dropout in a network a number of its own."""
+    layers = [module for module in network.modules() if isinstance(module, Dropout)]
+    for number, layer in enumerate(layers):
+        layer.number = number
+
+
+def drops(network: nn.Module) -> bool:
+    """Whether a network has a layer that drops something in training."""
+    return any(
+        (isinstance(layer, DROPOUTS) and layer.p > 0)
+        or (isinstance(layer, nn.MultiheadAttention) and layer.dropout > 0)
+        for layer in network.modules()
+    )
+
+
+def takes_dropout_keys(network: nn.Module) -> bool:
+    """Whether a network's masks can be a function of keys, one an image (see UNet.forward)."""
+    return "dropout_keys" in inspect.signature(type(network).forward).parameters
 
 
 class ResBlock(nn.Module):
@@ -188,12 +233,13 @@ class ResBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
             init_(self.conv_shortcut, style.init)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         """Returns (B, out_channels, H', W'), resampled if so chosen.
 
         Args:
             x: (B, in_channels, H, W).
             time: (B, time_width), after its swish.
+            dropout_keys: (B,) int64, see Dropout.
         """
         h = F.silu(self.norm1(x))
         if self.resample == "down":
@@ -207,7 +253,7 @@ class ResBlock(nn.Module):
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h + shift)
-        return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(h)))
+        return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(h), dropout_keys))
 
 
 class AttentionBlock(nn.Module):
@@ -294,8 +340,8 @@ class Downsample(nn.Module):
         )
         init_(self.conv, init)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Halves x; time is unused. The residual block that may stand here instead needs it."""
+    def forward(self, x: Tensor, time: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
+        """Halves x. The residual block that may stand here instead needs the rest."""
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == "same" else x)
 
 
@@ -309,8 +355,8 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = conv3x3(channels, channels, init)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Doubles x. For time, see Downsample."""
+    def forward(self, x: Tensor, time: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
+        """Doubles x. For the rest, see Downsample."""
         return F.conv_transpose2d(
             x, transpose_kernel(self.conv.weight), self.conv.bias, stride=2, padding=1
         )

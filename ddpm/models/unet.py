@@ -23,6 +23,7 @@ from ddpm.models.layers import (
     call_recomputing,
     check_levels,
     conv3x3,
+    number_dropout,
 )
 
 Resample = Literal["conv", "resblock"]
@@ -47,15 +48,15 @@ class Level(nn.Module):
         self.upsamplers = nn.ModuleList()
         self.recomputes = False
 
-    def block(self, index: int, h: Tensor, time: Tensor) -> Tensor:
+    def block(self, index: int, h: Tensor, time: Tensor, dropout_keys: Tensor | None) -> Tensor:
         return (
-            call_recomputing(self._block, index, h, time)
+            call_recomputing(self._block, index, h, time, dropout_keys)
             if self.recomputes
-            else self._block(index, h, time)
+            else self._block(index, h, time, dropout_keys)
         )
 
-    def _block(self, index: int, h: Tensor, time: Tensor) -> Tensor:
-        h = self.resnets[index](h, time)
+    def _block(self, index: int, h: Tensor, time: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        h = self.resnets[index](h, time, dropout_keys)
         return self.attentions[index](h) if self.attentions else h
 
 
@@ -203,40 +204,55 @@ class UNet(nn.Module):
 
         self.conv_norm_out = style.norm(width)
         self.conv_out = conv3x3(width, out_channels, init, zero=True)
+        number_dropout(self)
 
-    def forward(self, x_t: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        classes: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
+    ) -> Tensor:
         """Returns what the network says about x_t.
 
         Args:
             x_t: (B, in_channels, H, W).
             t: (B,) int64 in [0, T-1], or float where they were rescaled.
             classes: (B,) int64 in [0, num_classes-1]; None exactly when num_classes is.
+            dropout_keys: (B,) int64: an image's masks in training are a function of its key. None:
+                they come from torch's own generator.
 
         Returns:
             (B, out_channels, H, W).
 
         Raises:
-            ValueError: If classes is missing, not wanted or of the wrong shape.
+            ValueError: If classes is missing, not wanted or of the wrong shape, or dropout_keys is
+                of the wrong shape.
         """
+        if dropout_keys is not None and dropout_keys.shape != t.shape:
+            raise ValueError(
+                f"dropout_keys must be {tuple(t.shape)}, one an image; "
+                f"got {tuple(dropout_keys.shape)}"
+            )
         time = F.silu(self._embedding(t, classes))
         h = self.conv_in(x_t)
         skips = [h]
         for down in cast(list[Level], self.down_blocks):
             for index in range(len(down.resnets)):
-                h = down.block(index, h, time)
+                h = down.block(index, h, time, dropout_keys)
                 skips.append(h)
             for downsample in down.downsamplers:
-                h = downsample(h, time)
+                h = downsample(h, time, dropout_keys)
                 skips.append(h)
 
-        h = self.mid_block.block(0, h, time)
-        h = self.mid_block.resnets[1](h, time)
+        h = self.mid_block.block(0, h, time, dropout_keys)
+        h = self.mid_block.resnets[1](h, time, dropout_keys)
 
         for up in cast(list[Level], self.up_blocks):
             for index in range(len(up.resnets)):
-                h = up.block(index, torch.cat([h, skips.pop()], dim=1), time)
+                h = up.block(index, torch.cat([h, skips.pop()], dim=1), time, dropout_keys)
             for upsample in up.upsamplers:
-                h = upsample(h, time)
+                h = upsample(h, time, dropout_keys)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
     def recompute(self, levels: Sequence[int]) -> None:

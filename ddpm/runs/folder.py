@@ -17,7 +17,7 @@ from filelock import Timeout
 
 from ddpm.config.compose import Composed
 from ddpm.config.schema import Config, read_config
-from ddpm.runs.format import FORMAT, upgraded
+from ddpm.runs.format import COMPUTATION, FORMAT, upgraded
 from ddpm.system.files import InUse, lock, write_text
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is ten times as fast
@@ -171,6 +171,7 @@ class RunFolder:
             "started": _now(),
             "from_step": step,
             "to_step": step,
+            "computation": COMPUTATION,
             **about,
             **_provenance(),
         }
@@ -233,6 +234,16 @@ def starts_of(record: dict[str, Any]) -> list[dict[str, Any]]:
         return record.get("starts", [])
     first = {key: record[key] for key in OF_A_START if key in record}
     return [{**first, "from_step": 0, "to_step": record.get("step", 0)}]
+
+
+def steps_of_before(record: dict[str, Any], computation: int) -> int:
+    """Returns the last step that a version with another, earlier computation has made, or 0."""
+    earlier = [
+        start["to_step"]
+        for start in starts_of(record)
+        if start.get("computation", 1) < computation and start["to_step"] > start["from_step"]
+    ]
+    return max(earlier, default=0)
 
 
 def _command(composed: Composed) -> list[str]:

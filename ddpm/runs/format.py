@@ -10,6 +10,9 @@ from ddpm.runs.identity import ADDED
 
 # 1: b7d7171 and what followed without a number. 2: identity and history in run.json, public names.
 FORMAT = 2
+# What an unchanged configuration computes; each start in run.json has it, but for those of 1. From
+# 2 on dropout's masks are a function of the image's place in the global batch.
+COMPUTATION = DROPOUT_BY_PLACE = 2
 MOVED = {  # where things of ours were once -> the room that exports them
     "ddpm.models.unet.": "ddpm.models.",
     "ddpm.models.unet_readme.": "ddpm.models.",

@@ -1,5 +1,6 @@
 """Devices: which there are, networks on them, and whether a network is compiled."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,13 +10,16 @@ import torch
 from torch import nn
 
 from ddpm.system.environment import check_environment
-from ddpm.system.internals import keep_dropout_when_compiled
+from ddpm.system.internals import compile_up_to, keep_dropout_when_compiled
 
+log = logging.getLogger("ddpm")
 T = TypeVar("T")
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]  # training.precision
 
 # share of a training step's time that compiling saved, where it was measured (README, Speed)
 GAIN = {"cpu": 0.0}
+# batches of so many shapes are compiled; torch's own limit, 8, is reached by previews and measures
+SHAPES = 64
 
 
 def decide(choice: bool | Literal["auto"], device: torch.device) -> tuple[bool, str]:
@@ -46,10 +50,20 @@ def compile_in_place(network: nn.Module) -> None:
 
     Its weights keep their plain names, and dropout its masks. Each shape is compiled by itself: the
     code for all shapes that torch otherwise makes at the second one fails in attention on a CPU
-    (torch 2.13), as in a sweep over resolutions.
+    (torch 2.13), as in a sweep over resolutions. A last, short batch of an epoch is a shape more.
     """
     keep_dropout_when_compiled()
+    compile_up_to(SHAPES, _say_eager)
     network.compile(dynamic=False)
+
+
+def _say_eager(limit: int) -> None:
+    log.warning(
+        "not compiled: the compiler has made code for %d shapes of batches and makes no more; all "
+        "others run as they are, with the same results, slower. There are fewer shapes with "
+        "training.drop_last=true, and with a runtime.device_batch that divides the batch",
+        limit,
+    )
 
 
 def to_device(network: nn.Module, device: torch.device) -> nn.Module:

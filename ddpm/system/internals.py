@@ -4,9 +4,11 @@ A new release of Hydra, torch or Accelerate that breaks something breaks it here
 """
 
 import argparse
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -272,6 +274,33 @@ def keep_dropout_when_compiled() -> None:
     import torch._inductor.config
 
     torch._inductor.config.fallback_random = True
+
+
+def compile_up_to(shapes: int, given_up: Callable[[int], None]) -> None:
+    """Has the compiler make code for so many shapes of a function, and tell when it makes no more.
+
+    It then runs the function as it is, for all other shapes, and tells its own log alone.
+
+    Args:
+        shapes: How many; where torch's limit is higher already, it stays.
+        given_up: Is called with the limit, when the compiler reaches it.
+    """
+    import torch._dynamo.config as settings
+
+    settings.recompile_limit = max(shapes, settings.recompile_limit)
+    logging.getLogger("torch._dynamo.convert_frame").addHandler(_at_limit(given_up))
+
+
+@cache  # a logger holds a handler once
+def _at_limit(given_up: Callable[[int], None]) -> logging.Handler:
+    import torch._dynamo.config as settings
+
+    class AtLimit(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "recompile_limit" in record.getMessage():
+                given_up(settings.recompile_limit)
+
+    return AtLimit()
 
 
 def skip_updates_if(optimizer: Any, failed: Any) -> bool:

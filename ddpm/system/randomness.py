@@ -27,6 +27,7 @@ from torch import Tensor
 ) = range(1, 11)
 
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+_INVERSE_GAMMA = pow(_GOLDEN_GAMMA, -1, 2**64)
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 
@@ -39,13 +40,13 @@ def _signed(value: int) -> int:
 
 def _shift_xor(z: Tensor, bits: int) -> Tensor:
     # >> on int64 copies the sign; the mask makes it logical
-    return z ^ ((z >> bits) & (2 ** (64 - bits) - 1))
+    return (z >> bits).bitwise_and_(2 ** (64 - bits) - 1).bitwise_xor_(z)
 
 
 def _mix(z: Tensor) -> Tensor:
     """SplitMix64's output function, a bijection of the 64-bit integers."""
-    z = _shift_xor(z, 30) * _signed(_MIX_1)
-    z = _shift_xor(z, 27) * _signed(_MIX_2)
+    z = _shift_xor(z, 30).mul_(_signed(_MIX_1))
+    z = _shift_xor(z, 27).mul_(_signed(_MIX_2))
     return _shift_xor(z, 31)
 
 
@@ -79,20 +80,21 @@ def stream_keys(purpose: int, seed: int, step: int, positions: Tensor) -> Tensor
     return _mix((positions ^ host_key(purpose, seed, step)) + _signed(_GOLDEN_GAMMA))
 
 
-def random_bits(keys: Tensor, count: int) -> Tensor:
-    """Returns the first `count` outputs of each stream.
+def random_bits(keys: Tensor, count: int, start: int = 0) -> Tensor:
+    """Returns `count` outputs of each stream.
 
     Args:
         keys: (B,) int64.
         count: How many.
+        start: How many come before them in the stream.
 
     Returns:
         (B, count) int64, all 64 bits random.
     """
-    counter = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64) * _signed(
-        _GOLDEN_GAMMA
-    )
-    return _mix(keys[:, None] + counter)
+    counter = torch.arange(start + 1, start + count + 1, device=keys.device, dtype=torch.int64)
+    # keys + counter * gamma; torch's compiler folds a product of the counter alone, and overflows
+    places = keys[:, None] * _signed(_INVERSE_GAMMA) + counter
+    return _mix(places.mul_(_signed(_GOLDEN_GAMMA)))
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:

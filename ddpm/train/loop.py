@@ -116,9 +116,12 @@ def backward(
     t, weights = state.timesteps.draw(keys(randomness.TRAIN_TIMESTEP))
     noise = randomness.normal(keys(randomness.TRAIN_NOISE), tuple(x0.shape[1:]))
     noise = noise.contiguous(memory_format=torch.channels_last)
+    # for what a network of one's own draws; ours take their masks from keys
     torch.manual_seed(randomness.host_key(randomness.TRAIN_DROPOUT, seed, step, start))
-    model = state.model if classes is None else partial(state.model, classes=classes)
-    losses = diffusion.losses(model, x0, t, noise)  # (B,)
+    given = {} if classes is None else {"classes": classes}
+    if state.uses_dropout_keys:
+        given["dropout_keys"] = keys(randomness.TRAIN_DROPOUT)
+    losses = diffusion.losses(partial(state.model, **given), x0, t, noise)  # (B,)
     total = losses.sum() if weights is None else (weights * losses).sum()
     processes = state.accelerator.num_processes
     state.accelerator.backward(total * (processes / batches.size(step)))  # DDP takes the mean

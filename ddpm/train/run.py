@@ -81,6 +81,7 @@ def _train(begun: which.Start, composed: Composed, accelerator: Accelerator) -> 
     steps_per_epoch = batches.steps_per_epoch
     num_steps = config.training.steps or (config.training.epochs or 0) * steps_per_epoch
     notes = [*begun.notes, *data.notes, *start.notes_on(data, config)]
+    notes += start.notes_on_dropout(config, folder, len(data.classes))
     notes += start.jump_of_rate(config, folder, num_steps) if changes else []
     if not accelerator.is_main_process:
         take_steps(config, folder, accelerator, batches, num_steps, data)

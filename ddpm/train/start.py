@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from ddpm.config import build
 from ddpm.config.schema import Config
+from ddpm.config.validation import public_names
 from ddpm.data.batches import Batches
 from ddpm.data.image_set import ImageSet, goes_on_device
 from ddpm.data.shards import Source
 from ddpm.data.stored import Packed
 from ddpm.diffusion.process import GaussianDiffusion
+from ddpm.models.layers import drops, takes_dropout_keys
 from ddpm.runs import checkpoint, pictures
-from ddpm.runs.folder import RunFolder
+from ddpm.runs.folder import RunFolder, steps_of_before
+from ddpm.runs.format import DROPOUT_BY_PLACE
 from ddpm.system.devices import compile_in_place, cores, decide
 from ddpm.system.processes import gather, together
 from ddpm.system.signals import at_once
@@ -115,6 +118,35 @@ def notes_on(data: ImageSet, config: Config) -> list[str]:
                 f"(data.holdout={config.data.holdout})"
             )
     return notes
+
+
+def notes_on_dropout(config: Config, run: RunFolder, num_classes: int) -> list[str]:
+    """In a line, what a user should know of this run's dropout, if anything.
+
+    Args:
+        config: The run's configuration.
+        run: Its folder, before this start is written down.
+        num_classes: Classes of the data.
+    """
+    target = config.model["_target_"]
+    before = steps_of_before(run.record(), DROPOUT_BY_PLACE)
+    if not before and target in public_names():
+        return []
+    network = build.network(config, torch.device("meta"), num_classes)
+    if not drops(network):
+        return []
+    if not takes_dropout_keys(network):
+        return [
+            f"{target} has dropout whose masks depend on how a batch is cut up (number of devices, "
+            "runtime.device_batch); a forward that takes dropout_keys, as that of "
+            "ddpm.models.UNet, makes them a function of the image's place in the batch"
+        ]
+    if before:
+        return [
+            f"an earlier version made the steps to {before}, with other dropout masks: this run's "
+            "numbers are not those of the same configuration begun anew"
+        ]
+    return []
 
 
 def jump_of_rate(config: Config, run: RunFolder, num_steps: int) -> list[str]:

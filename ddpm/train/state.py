@@ -1,6 +1,7 @@
 """All that training changes: what is saved in a checkpoint and restored from one."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ddpm.diffusion.timesteps import LossSecondMoment, Uniform
+from ddpm.models.layers import drops, takes_dropout_keys
 from ddpm.train.meter import Meter
 
 
@@ -77,7 +79,7 @@ class TrainingState:
     Attributes:
         accelerator: Accelerate's; it owns the gradient scaler, if there is one (fp16).
         network: The bare network, whose names the checkpoints have.
-        model: The network as Accelerate prepared it: (x_t, t) or (x_t, t, classes) -> output.
+        model: The network as Accelerate prepared it: (x_t, t[, classes][, dropout_keys]) -> output.
         ema: Its average.
         optimizer: As Accelerate prepared it.
         timesteps: How timesteps are drawn; one that learns has a state.
@@ -93,6 +95,11 @@ class TrainingState:
     timesteps: Uniform | LossSecondMoment
     meter: Meter
     step: int = 0
+
+    @cached_property
+    def uses_dropout_keys(self) -> bool:
+        """Whether the network drops something, by keys."""
+        return drops(self.network) and takes_dropout_keys(self.network)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values. All processes must call this."""
