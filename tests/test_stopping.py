@@ -84,10 +84,10 @@ def test_the_clock_leaves_time_for_the_longest_call_and_save(monkeypatch):
 
 
 def an_hour_passes():
-    """Has an hour pass, to the clock that stops a run, after thirty looks at it."""
+    """Has an hour pass, to the clock that stops a run, after so many looks at it (1,797 while digits are decoded)."""
     looks = iter(range(1_000_000))
     signals.time = SimpleNamespace(
-        time=lambda: time.time() + (3600 if next(looks) >= 30 else 0), monotonic=time.monotonic
+        time=lambda: time.time() + (3600 if next(looks) >= 1850 else 0), monotonic=time.monotonic
     )
 
 
