@@ -83,23 +83,21 @@ def test_the_clock_leaves_time_for_the_longest_call_and_save(monkeypatch):
     assert clock.up() == "end"
 
 
-def quick_to_leave():
-    signals.MARGIN = 0.2
+def an_hour_passes():
+    """Has an hour pass, to the clock that stops a run, after so many looks at it (1,797 while digits are decoded)."""
+    looks = iter(range(1_000_000))
+    signals.time = SimpleNamespace(
+        time=lambda: time.time() + (3600 if next(looks) >= 1850 else 0), monotonic=time.monotonic
+    )
 
 
 def test_max_hours_ends_a_run_that_can_be_carried_on(tiny, tmp_path):
-    words = [*tiny, f"outputs={tmp_path}", "lr_schedule.warmup_steps=0"]
-    process = forked.command(
-        "train",
-        *words,
-        "training.steps=100000",
-        "runtime.max_hours=0.0008",
-        before="test_stopping:quick_to_leave",
-    )
+    words = [*tiny, f"outputs={tmp_path}", "training.steps=100000", "runtime.max_hours=0.9"]
+    process = forked.command("train", *words, before="test_stopping:an_hour_passes")
     assert process.wait() == 75, process.err
     run = run_of(tmp_path)
     record = run.record()
-    assert (record["status"], record["error"]) == ("preempted", "runtime.max_hours=0.0008")
+    assert (record["status"], record["error"]) == ("preempted", "runtime.max_hours=0.9")
     assert checkpoint.newest_whole(run.checkpoints).step == record["step"] > 0
 
 
