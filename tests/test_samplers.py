@@ -5,7 +5,8 @@ import torch
 
 from ddpm.diffusion import schedules
 from ddpm.diffusion.process import Denoised, GaussianDiffusion
-from ddpm.diffusion.samplers import Sampler, ancestral, ddim, dpm_solver_pp, heun, spaced_timesteps
+from ddpm.diffusion.samplers import ancestral, ddim, dpm_solver_pp, heun
+from ddpm.diffusion.spacing import spaced_timesteps
 
 ABAR = GaussianDiffusion(schedules.linear(1000, 1e-4, 0.02)).alphas_cumprod
 ALL = list(range(999, -1, -1))
@@ -130,47 +131,6 @@ def test_learned_range_reaches_from_the_posterior_variance_to_beta():
             rtol=1e-12,
             atol=0,
         )
-
-
-def test_timesteps_are_the_papers():
-    assert spaced_timesteps(ABAR, 50, "respaced")[::-1][:6] == [0, 20, 41, 61, 82, 102]
-    assert spaced_timesteps(ABAR, 50, "respaced")[:3] == [999, 979, 958]
-    assert spaced_timesteps(torch.linspace(0.999, 1e-4, 4000), 50, "respaced")[::-1][:4] == [
-        0,
-        82,
-        163,
-        245,
-    ]
-    assert spaced_timesteps(ABAR, 50, "linear") == list(range(980, -1, -20))
-    assert spaced_timesteps(ABAR, 10, "quadratic")[::-1] == [
-        0,
-        9,
-        39,
-        88,
-        158,
-        246,
-        355,
-        483,
-        632,
-        800,
-    ]
-    assert spaced_timesteps(ABAR, 1000, "respaced") == ALL
-
-
-def test_more_steps_than_timesteps_are_refused():
-    with pytest.raises(ValueError, match="num_steps=1001 must lie between 1 and .*1000"):
-        spaced_timesteps(ABAR, 1001, "respaced")
-    with pytest.raises(ValueError, match="num_steps=900 is too many for quadratic"):
-        spaced_timesteps(ABAR, 900, "quadratic")
-
-
-def test_a_chain_that_skips_pure_noise_is_refused_at_zero_terminal_snr():
-    process = GaussianDiffusion(
-        schedules.linear(1000, 1e-4, 0.02, zero_terminal_snr=True), prediction="v"
-    )
-    with pytest.raises(ValueError, match="zero terminal SNR"):
-        Sampler(ddim, num_steps=50, spacing="linear").timesteps(process)
-    assert Sampler(ddim, num_steps=50, spacing="respaced").timesteps(process)[0] == 999
 
 
 def same_weights():
