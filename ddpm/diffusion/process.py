@@ -187,6 +187,12 @@ class GaussianDiffusion:
             x0_hat, mean = (output - of_x_t * x_t) / of_x0, output
         return Denoised(x0_hat, (x_t - signal * x0_hat) / sigma, variance_output, mean)
 
+    def clipped(self, estimate: Denoised, x_t: Tensor, t: Tensor) -> Denoised:
+        """Returns an estimate with x0_hat held in [-1, 1] and the noise that agrees with it."""
+        x0_hat = estimate.x0_hat.clamp(-1, 1)
+        eps_hat = (x_t - self._at("signal", t, x_t) * x0_hat) / self._at("sigma", t, x_t)
+        return estimate._replace(x0_hat=x0_hat, eps_hat=eps_hat)
+
     def denoiser(self, model: Model, clip: bool = True) -> Callable[[Tensor, Tensor], Denoised]:
         """Returns the function (x_t, t) -> Denoised that samplers walk with.
 
@@ -198,7 +204,7 @@ class GaussianDiffusion:
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:
             estimate = self.estimate(self.run(model, x_t, t), x_t, t)
-            return self._clipped(estimate, x_t, t) if clip else estimate
+            return self.clipped(estimate, x_t, t) if clip else estimate
 
         return denoise
 
@@ -282,7 +288,7 @@ class GaussianDiffusion:
         """
         estimate = self.estimate(output, x_t, t)
         if clip:
-            estimate = self._clipped(estimate, x_t, t)
+            estimate = self.clipped(estimate, x_t, t)
         log_variance = self.log_variance(estimate.variance_output, t, x_t)
         mean = estimate.mean
         if mean is None:
@@ -309,11 +315,6 @@ class GaussianDiffusion:
         abar = self.alphas_cumprod[-1].to(x0.device)
         kl = 0.5 * (-1 - torch.log1p(-abar) + (1 - abar) + abar * x0.double().square())
         return kl.flatten(1).mean(dim=1) / math.log(2)
-
-    def _clipped(self, estimate: Denoised, x_t: Tensor, t: Tensor) -> Denoised:
-        x0_hat = estimate.x0_hat.clamp(-1, 1)
-        eps_hat = (x_t - self._at("signal", t, x_t) * x0_hat) / self._at("sigma", t, x_t)
-        return estimate._replace(x0_hat=x0_hat, eps_hat=eps_hat)
 
     def _alphas_cumprod_before(self) -> Tensor:
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
