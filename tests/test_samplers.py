@@ -107,6 +107,21 @@ def test_ddim_at_eta_1_has_the_golden_sigma_and_is_ancestral_of_fixed_small(t, f
     )
 
 
+def test_a_fixed_variance_can_be_typed_for_a_network_that_learned_one():
+    x, one = torch.zeros_like(ONE), ONE
+
+    def denoise(x_t, t):  # what the network says of its variance would be 3
+        return Denoised(
+            torch.zeros_like(x_t) if t[0] == 500 else x_t, torch.zeros_like(x_t), 3 * one
+        )
+
+    beta = 1 - ABAR[500] / ABAR[480]
+    small = beta * (1 - ABAR[480]) / (1 - ABAR[500])
+    for variance, expected in (("fixed_large", beta), ("fixed_small", small)):
+        drawn = ancestral(denoise, x, ABAR, [500, 480], lambda t: one, variance)
+        assert drawn.item() == pytest.approx(expected.item() ** 0.5, rel=1e-12)
+
+
 def test_learned_range_reaches_from_the_posterior_variance_to_beta():
     x, one = (
         torch.zeros(1, 1, 1, 1, dtype=torch.float64),

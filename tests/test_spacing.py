@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from ddpm.config import build
 from ddpm.config.compose import CONF, compose
-from ddpm.config.schema import plain_config
+from ddpm.config.schema import plain_config, training_config
 from ddpm.diffusion import schedules
 from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.diffusion.samplers import Sampler, ddim
@@ -105,6 +105,15 @@ def test_sections_of_their_example():
         (100, 199),
         (200, 299),
     ]
+
+
+@pytest.mark.parametrize("typed", ["[10,15,20]", '"10,15,20"', "ddim125"])
+def test_a_spacing_is_typed_and_the_number_of_its_steps_is_known(typed):
+    config = training_config(compose([f"sampler.spacing={typed}"]))
+    diffusion = build.diffusion(config)
+    count = 125 if typed == "ddim125" else 45
+    assert len(build.sampler(config.sampler, diffusion).timesteps(diffusion)) == count
+    assert build.sampler_settings(config.sampler, diffusion)["num_steps"] == count
 
 
 @pytest.mark.parametrize(("count", "stride"), [(10, 100), (50, 20), (30, 34), (1000, 1), (2, 500)])

@@ -109,7 +109,17 @@ def sampler_settings(node: Mapping[str, Any], process: GaussianDiffusion) -> dic
 
 
 def sampler(node: Mapping[str, Any], process: GaussianDiffusion) -> Sampler:
-    """Builds a sampler that fits this diffusion."""
+    """Builds a sampler that fits this diffusion.
+
+    Raises:
+        ValueError: If it does not; the message names the key.
+    """
+    variance = node["function"].get("variance")
+    if variance in ("learned", "learned_range") and variance != process.variance:
+        raise ValueError(
+            f"sampler.function.variance={variance}: the network's own is {process.variance}; use "
+            "null, fixed_small or fixed_large"
+        )
     with _naming("sampler"):
         built = instantiate(sampler_settings(node, process), _convert_="all")
         built.timesteps(process)

@@ -277,8 +277,9 @@ def _deviation(
     variance: Variance, output: Tensor | None, beta: float, posterior_variance: float
 ) -> Tensor | float:
     """Standard deviation of one reverse step."""
-    if output is None:
+    if variance in ("fixed_small", "fixed_large"):
         return (beta if variance == "fixed_large" else posterior_variance) ** 0.5
+    assert output is not None
     if variance == "learned":
         return torch.exp(0.5 * output)
     share = (output + 1) / 2
