@@ -86,6 +86,8 @@ def test_the_bound_of_gaussian_data_has_its_closed_form(variance):
         found.terms[1:], kls, rtol=0.01
     )  # 262,144 draws: a relative spread of 0.28%
     np.testing.assert_allclose(found.rmse, 127.5 * error.sqrt(), rtol=0.005)
+    snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
+    np.testing.assert_allclose(found.epsilon_mse, snr * error, rtol=0.01)
     abar_T = abar[-1].item()
     prior = 0.5 * (-math.log(1 - abar_T) - abar_T + abar_T * STD**2) / math.log(2)
     assert found.prior == pytest.approx(prior, rel=0.01)
@@ -151,6 +153,32 @@ def test_an_estimate_outside_the_range_of_pixels_is_held_in_it():
     )
     assert torch.equal(far.terms, edge.terms)
     np.testing.assert_allclose(far.rmse, 127.5 * 0.5)
+    snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
+    np.testing.assert_allclose(far.epsilon_mse, snr * 0.5**2, rtol=1e-4)  # of the clipped x0_hat
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_a_predicted_mean_is_believed_as_it_is(variance):
+    """Off by 0.01 everywhere it costs 0.01^2 / (2 sigma^2) nats at each t (Ho et al.'s p_mean_variance, "xprev"); rebuilt from a clipped x0_hat it would cost less: 16.76 bits/dim in all for 21.84 with fixed_large."""
+    process = diffusion("mean", variance, betas=LINEAR)
+    x0 = torch.full((1, 1, 4, 4), GREY, dtype=torch.float64)
+
+    def model(x_t, t):
+        return process.posterior_mean(x0, x_t, t) + 0.01
+
+    found = variational_bound(model, process, [(torch.arange(1), x0)], seed=0)
+    abar = torch.cumprod(1 - LINEAR, dim=0)
+    posterior = (LINEAR[1:] * (1 - abar[:-1]) / (1 - abar[1:])).numpy()
+    sigma2 = posterior if variance == "fixed_small" else LINEAR[1:].numpy()
+    gap = np.log(posterior / sigma2)
+    kls = 0.5 * (-1 - gap + np.exp(gap) + 0.01**2 / sigma2) / np.log(2)
+    np.testing.assert_allclose(found.terms[1:], kls, rtol=1e-8)
+    deviation = posterior[0] ** 0.5
+    z = [(edge / 255 - 0.01) / deviation for edge in (-1, 1)]
+    lower, upper = (0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))) for z in z)
+    assert found.distortion == pytest.approx(-np.log2(upper - lower), rel=1e-8)
+    if variance == "fixed_large":
+        assert found.total == pytest.approx(21.84, abs=0.005)
 
 
 def test_neither_batches_nor_their_order_nor_processes_change_a_figure():
@@ -221,7 +249,8 @@ def test_no_images_have_no_mean():
 def some_bound(num_timesteps):
     """A bound with a KL of 2^-t bits at t and an error of t at t."""
     t = torch.arange(num_timesteps, dtype=torch.float64)
-    return bound.Bound(prior=0.001, terms=torch.where(t == 0, 2.0, 0.5**t), rmse=t, num_images=1)
+    terms = torch.where(t == 0, 2.0, 0.5**t)
+    return bound.Bound(prior=0.001, terms=terms, rmse=t, epsilon_mse=t / 9, num_images=1)
 
 
 def test_the_curve_adds_up_what_was_sent_before_each_timestep():
@@ -248,6 +277,7 @@ def test_the_curve_is_saved_as_numbers_and_as_a_picture(tmp_path):
     assert [int(row["t"]) for row in rows] == list(range(20))
     assert [float(row["term_bits_per_dim"]) for row in rows] == found.terms.tolist()
     assert [float(row["rmse"]) for row in rows] == found.rmse.tolist()
+    assert [float(row["epsilon_mse"]) for row in rows] == found.epsilon_mse.tolist()
     assert (int(rows[0]["reverse_time"]), float(rows[0]["rate_bits_per_dim"])) == (
         20,
         pytest.approx(found.rate),

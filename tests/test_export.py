@@ -15,7 +15,8 @@ from ddpm.config import build
 from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
 from ddpm.diffusion.process import GaussianDiffusion
-from ddpm.diffusion.samplers import ancestral, spaced_timesteps
+from ddpm.diffusion.samplers import ancestral
+from ddpm.diffusion.spacing import spaced_timesteps
 from ddpm.export.run import run as export
 from ddpm.weights import folders
 

@@ -48,7 +48,18 @@ def test_a_number_does_not_depend_on_what_it_is_drawn_with():
     assert torch.equal(whole[6:7], alone)
 
 
-def test_every_purpose_seed_step_and_position_has_a_stream_of_its_own():
+def test_streams_are_pieces_of_one_cycle_that_begin_far_apart():
+    """How near two of 20,000 begin, in words of the cycle: by chance about 2^64 / 20,000^2."""
+    gamma = 0x9E3779B97F4A7C15
+    one = random_bits(KEYS[:1], 9)[0]
+    later = random_bits(KEYS[:1] + ((3 * gamma + 2**63) % 2**64 - 2**63), 6)[0]
+    assert torch.equal(later, one[3:])
+    places = sorted(key * pow(gamma, -1, 2**64) % 2**64 for key in KEYS.tolist())
+    nearest = min(after - before for before, after in itertools.pairwise(places))
+    assert 1e-3 < nearest / (2**64 / len(KEYS) ** 2) < 10
+
+
+def test_purposes_seeds_steps_and_positions_begin_different_streams():
     streams = [
         stream_keys(*keys, torch.arange(20))
         for keys in itertools.product(PURPOSES, [0, 1, 2**62], [0, 1, 2])

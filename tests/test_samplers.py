@@ -1,27 +1,25 @@
 """Samplers, by an exact denoiser: for Gaussian data each is a linear map that is known in closed form."""
 
+import functools
+import itertools
+import math
+
+import gaussian
 import pytest
 import torch
+from gaussian import ONE, ONE_COLOUR, no_noise
 
 from ddpm.diffusion import schedules
 from ddpm.diffusion.process import Denoised, GaussianDiffusion
-from ddpm.diffusion.samplers import Sampler, ancestral, ddim, dpm_solver_pp, heun, spaced_timesteps
+from ddpm.diffusion.samplers import Sampler, ancestral, ddim, dpm_solver_pp, heun
+from ddpm.diffusion.spacing import spaced_timesteps
 
 ABAR = GaussianDiffusion(schedules.linear(1000, 1e-4, 0.02)).alphas_cumprod
 ALL = list(range(999, -1, -1))
 
 
 def gaussian_denoiser(std):
-    def denoise(x, t):
-        abar = ABAR[t].reshape(-1, 1, 1, 1)
-        x0 = abar.sqrt() * std**2 / (abar * std**2 + 1 - abar) * x
-        return Denoised(x0, (x - abar.sqrt() * x0) / (1 - abar).sqrt())
-
-    return denoise
-
-
-def no_noise(t):
-    raise AssertionError("a deterministic sampler asked for noise")
+    return gaussian.denoiser(ABAR, std**2)
 
 
 def test_ancestral_reproduces_mean_and_spread_of_gaussian_data():
@@ -109,6 +107,21 @@ def test_ddim_at_eta_1_has_the_golden_sigma_and_is_ancestral_of_fixed_small(t, f
     )
 
 
+def test_a_fixed_variance_can_be_typed_for_a_network_that_learned_one():
+    x, one = torch.zeros_like(ONE), ONE
+
+    def denoise(x_t, t):  # what the network says of its variance would be 3
+        return Denoised(
+            torch.zeros_like(x_t) if t[0] == 500 else x_t, torch.zeros_like(x_t), 3 * one
+        )
+
+    beta = 1 - ABAR[500] / ABAR[480]
+    small = beta * (1 - ABAR[480]) / (1 - ABAR[500])
+    for variance, expected in (("fixed_large", beta), ("fixed_small", small)):
+        drawn = ancestral(denoise, x, ABAR, [500, 480], lambda t: one, variance)
+        assert drawn.item() == pytest.approx(expected.item() ** 0.5, rel=1e-12)
+
+
 def test_learned_range_reaches_from_the_posterior_variance_to_beta():
     x, one = (
         torch.zeros(1, 1, 1, 1, dtype=torch.float64),
@@ -130,47 +143,6 @@ def test_learned_range_reaches_from_the_posterior_variance_to_beta():
             rtol=1e-12,
             atol=0,
         )
-
-
-def test_timesteps_are_the_papers():
-    assert spaced_timesteps(ABAR, 50, "respaced")[::-1][:6] == [0, 20, 41, 61, 82, 102]
-    assert spaced_timesteps(ABAR, 50, "respaced")[:3] == [999, 979, 958]
-    assert spaced_timesteps(torch.linspace(0.999, 1e-4, 4000), 50, "respaced")[::-1][:4] == [
-        0,
-        82,
-        163,
-        245,
-    ]
-    assert spaced_timesteps(ABAR, 50, "linear") == list(range(980, -1, -20))
-    assert spaced_timesteps(ABAR, 10, "quadratic")[::-1] == [
-        0,
-        9,
-        39,
-        88,
-        158,
-        246,
-        355,
-        483,
-        632,
-        800,
-    ]
-    assert spaced_timesteps(ABAR, 1000, "respaced") == ALL
-
-
-def test_more_steps_than_timesteps_are_refused():
-    with pytest.raises(ValueError, match="num_steps=1001 must lie between 1 and .*1000"):
-        spaced_timesteps(ABAR, 1001, "respaced")
-    with pytest.raises(ValueError, match="num_steps=900 is too many for quadratic"):
-        spaced_timesteps(ABAR, 900, "quadratic")
-
-
-def test_a_chain_that_skips_pure_noise_is_refused_at_zero_terminal_snr():
-    process = GaussianDiffusion(
-        schedules.linear(1000, 1e-4, 0.02, zero_terminal_snr=True), prediction="v"
-    )
-    with pytest.raises(ValueError, match="zero terminal SNR"):
-        Sampler(ddim, num_steps=50, spacing="linear").timesteps(process)
-    assert Sampler(ddim, num_steps=50, spacing="respaced").timesteps(process)[0] == 999
 
 
 def same_weights():
@@ -237,49 +209,76 @@ def test_ancestral_equals_diffusers(variance):
         x = expected
 
 
-def exact_end(t, std):
-    """Where the probability-flow ODE takes x_t = 1: x / sqrt(variance of x_t) is constant along it."""
-    abar = ABAR[t].item()
-    return std / (abar * std**2 + 1 - abar) ** 0.5
+def error_of(sampler, abar, variance):
+    """Relative, from the noisiest timestep to the last, along the probability-flow ODE: there x / sqrt(variance of x_t) is constant. All then step to the image by x0_hat, which is known."""
+    of_x_t = abar * variance + 1 - abar
+    exact = (of_x_t[0] / of_x_t[-1]).sqrt() * abar[0].sqrt() * variance / of_x_t[0]
+    timesteps = list(range(len(abar) - 1, -1, -1))
+    drawn = sampler(gaussian.denoiser(abar, variance), ONE, abar, timesteps, no_noise)
+    return abs((drawn / exact).item() - 1)
 
 
-def test_second_order_samplers_come_nearer_to_the_exact_ode_with_fewer_calls():
-    """Relative errors at std 0.5: DDIM in 50 steps 5.5%, Heun in 18 4.7%, DPM-Solver++(2M) in 20 1.9%."""
-    x, errors = torch.ones(1, 1, 1, 1, dtype=torch.float64), {}
-    for sampler, num_steps, spacing in (
-        (ddim, 50, "linear"),
-        (dpm_solver_pp, 20, "quadratic"),
-        (heun, 18, "edm"),
-    ):
-        steps = spaced_timesteps(ABAR, num_steps, spacing)
-        errors[sampler] = abs(
-            sampler(gaussian_denoiser(0.5), x, ABAR, steps, no_noise).item()
-            / exact_end(steps[0], 0.5)
-            - 1
-        )
-    assert errors[dpm_solver_pp] < 0.5 * errors[ddim]
-    assert errors[heun] < errors[ddim]
+@pytest.mark.parametrize("variance", [0.5**2, ONE_COLOUR])
+@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (heun, 2), (dpm_solver_pp, 2)])
+def test_errors_fall_with_the_order_as_steps_double(sampler, order, variance):
+    """From one start, sigma = 157, with a timestep wherever a step wants one."""
+
+    def error(num_steps):
+        sigmas = torch.logspace(-2, math.log10(157), num_steps + 1, dtype=torch.float64)
+        return error_of(sampler, 1 / (1 + sigmas**2), variance)
+
+    errors = [error(num_steps) for num_steps in (40, 80, 160)]
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
 
 
 @pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (heun, 2), (dpm_solver_pp, 2)])
-def test_samplers_converge_with_their_order(sampler, order):
-    """Half the step, and the error falls by 2^order, from t = 900 to 100; all then step to the image by x0_hat, which is known."""
-    errors = []
-    start, end = (1 / ABAR[900].item() - 1) ** 0.5, (1 / ABAR[100].item() - 1) ** 0.5
-    spread = ABAR * 0.25 + 1 - ABAR
-    exact = ((spread[100] / spread[900]).sqrt() * ABAR[100].sqrt() * 0.25 / spread[100]).item()
-    for num_steps in (40, 80):
-        sigmas = [start * (end / start) ** (index / num_steps) for index in range(num_steps + 1)]
-        steps = [int(((1 / ABAR - 1).sqrt() - sigma).abs().argmin()) for sigma in sigmas]
-        found = sampler(
-            gaussian_denoiser(0.5),
-            torch.ones(1, 1, 1, 1, dtype=torch.float64),
-            ABAR,
-            steps,
-            no_noise,
-        ).item()
-        errors.append(abs(found / exact - 1))
-    assert errors[1] < errors[0] / 2**order * 1.35
+def test_errors_fall_with_the_order_from_pure_noise_too(sampler, order):
+    """Evenly in the angle, sigma = tan(angle), which ends at pi / 2."""
+
+    def error(num_steps):
+        angles = torch.linspace(0.1, math.pi / 2, num_steps + 1, dtype=torch.float64)
+        abar = torch.cos(angles) ** 2
+        abar[-1] = 0
+        return error_of(sampler, abar, 0.5**2)
+
+    assert math.log2(error(80) / error(160)) == pytest.approx(order, abs=0.1)
+
+
+def test_a_predicted_mean_is_believed_on_the_whole_chain_and_rebuilt_on_a_shorter_one():
+    """Ho et al.'s p_sample with "xprev": the mean is the network's, and only the image is clipped."""
+    process = GaussianDiffusion(schedules.linear(1000, 1e-4, 0.02), "mean", "fixed_large")
+    betas, generator = process.betas, torch.Generator().manual_seed(0)
+    draws = torch.randn(1000, 1, 3, 4, 4, generator=generator, dtype=torch.float64)
+
+    def model(x, t):
+        return torch.tanh(x) * (1 - 1e-4 * t.reshape(-1, 1, 1, 1)) + 0.05
+
+    sampler = Sampler(functools.partial(ancestral, variance="fixed_large"))
+    start = torch.randn(1, 3, 4, 4, generator=generator, dtype=torch.float64)
+    x = start
+    for t in ALL:
+        x = model(x, torch.tensor([t]))
+        if t > 0:
+            x = x + betas[t].sqrt() * draws[t]
+    drawn = sampler.walk(model, process, start, sampler.timesteps(process), lambda t: draws[t])
+    torch.testing.assert_close(drawn, x.clamp(-1, 1), rtol=1e-12, atol=1e-12)
+
+    short = [600, 300]  # the network knows no mean of x_300 given x_600
+    x, abar = start, process.alphas_cumprod
+    for t, before in ((600, abar[300]), (300, torch.ones(()))):
+        beta_t, of_t, of_before = betas[t], abar[t], abar[t - 1]
+        x0 = model(x, torch.tensor([t])) - (1 - beta_t).sqrt() * (1 - of_before) / (1 - of_t) * x
+        x0 = (x0 * (1 - of_t) / (of_before.sqrt() * beta_t)).clamp(-1, 1)  # Eq. 7 for x0
+        beta = 1 - of_t / before
+        x = (
+            before.sqrt() * beta / (1 - of_t) * x0
+            + (1 - beta).sqrt() * (1 - before) / (1 - of_t) * x
+        )
+        if before < 1:
+            x = x + beta.sqrt() * draws[t]
+    drawn = sampler.walk(model, process, start, short, lambda t: draws[t])
+    torch.testing.assert_close(drawn, x, rtol=1e-9, atol=1e-9)
 
 
 def test_heun_makes_two_calls_a_step_but_one_in_the_last():

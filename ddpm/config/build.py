@@ -23,6 +23,7 @@ from ddpm.data.listing import listed
 from ddpm.data.shards import Source
 from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.diffusion.samplers import Sampler
+from ddpm.diffusion.spacing import named_count
 from ddpm.diffusion.timesteps import LossSecondMoment, Uniform
 from ddpm.system import randomness
 from ddpm.system.devices import cores, to_device
@@ -96,16 +97,29 @@ def lr_schedule(config: Config) -> LrSchedule:
 def sampler_settings(node: Mapping[str, Any], process: GaussianDiffusion) -> dict[str, Any]:
     """Returns the group `sampler` with nothing left open.
 
-    Where the variance is null, it becomes the process's own.
+    Where the variance is null, it becomes the process's own; where num_steps is, what the spacing
+    names, if it does.
     """
-    function = node["function"]
+    settings, function = dict(node), node["function"]
     if "variance" in function and function["variance"] is None:
-        function = {**function, "variance": process.variance}
-    return {**node, "function": function}
+        settings["function"] = {**function, "variance": process.variance}
+    if node.get("num_steps", 0) is None and "spacing" in node:
+        settings["num_steps"] = named_count(node["spacing"])
+    return settings
 
 
 def sampler(node: Mapping[str, Any], process: GaussianDiffusion) -> Sampler:
-    """Builds a sampler that fits this diffusion."""
+    """Builds a sampler that fits this diffusion.
+
+    Raises:
+        ValueError: If it does not; the message names the key.
+    """
+    variance = node["function"].get("variance")
+    if variance in ("learned", "learned_range") and variance != process.variance:
+        raise ValueError(
+            f"sampler.function.variance={variance}: the network's own is {process.variance}; use "
+            "null, fixed_small or fixed_large"
+        )
     with _naming("sampler"):
         built = instantiate(sampler_settings(node, process), _convert_="all")
         built.timesteps(process)

@@ -23,11 +23,13 @@ class Denoised(NamedTuple):
         x0_hat: Estimate of the clean image.
         eps_hat: Estimate of the noise.
         variance_output: The model's raw words on the variance; None if that is fixed.
+        mean: The mean of x_{t-1} itself, never clipped; None unless the model predicts it.
     """
 
     x0_hat: Tensor
     eps_hat: Tensor
     variance_output: Tensor | None = None
+    mean: Tensor | None = None
 
 
 class GaussianDiffusion:
@@ -179,12 +181,17 @@ class GaussianDiffusion:
             return Denoised(
                 signal * x_t - sigma * output, sigma * x_t + signal * output, variance_output
             )
-        x0_hat = output
+        x0_hat, mean = output, None
         if self.prediction == "mean":
-            x0_hat = (output - self._at("mean_of_x_t", t, x_t) * x_t) / self._at(
-                "mean_of_x0", t, x_t
-            )
-        return Denoised(x0_hat, (x_t - signal * x0_hat) / sigma, variance_output)
+            of_x0, of_x_t = self._at("mean_of_x0", t, x_t), self._at("mean_of_x_t", t, x_t)
+            x0_hat, mean = (output - of_x_t * x_t) / of_x0, output
+        return Denoised(x0_hat, (x_t - signal * x0_hat) / sigma, variance_output, mean)
+
+    def clipped(self, estimate: Denoised, x_t: Tensor, t: Tensor) -> Denoised:
+        """Returns an estimate with x0_hat held in [-1, 1] and the noise that agrees with it."""
+        x0_hat = estimate.x0_hat.clamp(-1, 1)
+        eps_hat = (x_t - self._at("signal", t, x_t) * x0_hat) / self._at("sigma", t, x_t)
+        return estimate._replace(x0_hat=x0_hat, eps_hat=eps_hat)
 
     def denoiser(self, model: Model, clip: bool = True) -> Callable[[Tensor, Tensor], Denoised]:
         """Returns the function (x_t, t) -> Denoised that samplers walk with.
@@ -192,12 +199,12 @@ class GaussianDiffusion:
         Args:
             model: (x_t, t) -> output.
             clip: Hold x0_hat in [-1, 1], as the authors' code does when it samples, and make
-                eps_hat agree with it (Eq. 15 solved for epsilon).
+                eps_hat agree with it (Eq. 15 solved for epsilon). A predicted mean stays as it is.
         """
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:
             estimate = self.estimate(self.run(model, x_t, t), x_t, t)
-            return self._clipped(estimate, x_t, t) if clip else estimate
+            return self.clipped(estimate, x_t, t) if clip else estimate
 
         return denoise
 
@@ -274,18 +281,18 @@ class GaussianDiffusion:
             x_t: The noised images.
             t: The timesteps.
             clip: Hold x0_hat in [-1, 1], as the authors' evaluation does and their training does
-                not.
+                not. A predicted mean stays as it is.
 
         Returns:
             (B,) bits/dim, a mean over pixels.
         """
         estimate = self.estimate(output, x_t, t)
         if clip:
-            estimate = self._clipped(estimate, x_t, t)
-        mean, log_variance = (
-            self.posterior_mean(estimate.x0_hat, x_t, t),
-            self.log_variance(estimate.variance_output, t, x_t),
-        )
+            estimate = self.clipped(estimate, x_t, t)
+        log_variance = self.log_variance(estimate.variance_output, t, x_t)
+        mean = estimate.mean
+        if mean is None:
+            mean = self.posterior_mean(estimate.x0_hat, x_t, t)
         kl = normal_kl(
             self.posterior_mean(x0, x_t, t),
             self._at("log_posterior_variance", t, x_t),
@@ -308,14 +315,6 @@ class GaussianDiffusion:
         abar = self.alphas_cumprod[-1].to(x0.device)
         kl = 0.5 * (-1 - torch.log1p(-abar) + (1 - abar) + abar * x0.double().square())
         return kl.flatten(1).mean(dim=1) / math.log(2)
-
-    def _clipped(self, estimate: Denoised, x_t: Tensor, t: Tensor) -> Denoised:
-        x0_hat = estimate.x0_hat.clamp(-1, 1)
-        return Denoised(
-            x0_hat,
-            (x_t - self._at("signal", t, x_t) * x0_hat) / self._at("sigma", t, x_t),
-            estimate.variance_output,
-        )
 
     def _alphas_cumprod_before(self) -> Tensor:
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])

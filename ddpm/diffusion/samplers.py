@@ -12,15 +12,16 @@ Each returns x_0, of the shape of x, near [-1, 1]. They never learn what the net
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
 from ddpm.diffusion.process import Denoised, GaussianDiffusion, Model, Variance
+from ddpm.diffusion.spacing import Spacing, check_start, spaced_timesteps
 from ddpm.system import randomness
 from ddpm.system.signals import check
 
@@ -41,8 +42,9 @@ def ancestral(
 ) -> Tensor:
     """Samples by Algorithm 2 of Ho et al. 2020, on the chain that visits `timesteps`.
 
-    The chain is respaced as in Nichol & Dhariwal 2021, section 4. The mean is Eq. 7 at x0_hat.
-    There is no noise in the last step. For the other arguments see the module.
+    The chain is respaced as in Nichol & Dhariwal 2021, section 4. The mean is Eq. 7 at x0_hat; a
+    network that predicts it is believed as it is, from t to t - 1 (p_mean_variance in the authors'
+    code). There is no noise in the last step. For the other arguments see the module.
 
     Args:
         variance: The chain's beta ("fixed_large"), its posterior variance ("fixed_small"), or what
@@ -56,14 +58,16 @@ def ancestral(
         raise ValueError(
             "variance=None: give the variance of the process that the network was trained for"
         )
-    for t, abar, abar_next in _walk(alphas_cumprod, timesteps):
-        x0_hat, _, variance_output = denoise(x, _full(x, t))
+    for t, t_next, abar, abar_next in _walk(alphas_cumprod, timesteps):
+        x0_hat, _, variance_output, mean = denoise(x, _full(x, t))
         beta = 1 - abar / abar_next
         posterior_variance = beta * (1 - abar_next) / (1 - abar)
-        x = (
-            abar_next**0.5 * beta / (1 - abar) * x0_hat
-            + (1 - beta) ** 0.5 * (1 - abar_next) / (1 - abar) * x
-        )
+        if mean is None or t_next != t - 1:
+            mean = (
+                abar_next**0.5 * beta / (1 - abar) * x0_hat
+                + (1 - beta) ** 0.5 * (1 - abar_next) / (1 - abar) * x
+            )
+        x = mean
         if abar_next < 1:
             x = x + _deviation(variance, variance_output, beta, posterior_variance) * noise(t)
     return x
@@ -84,8 +88,8 @@ def ddim(
     Args:
         eta: 0: no noise. 1: the ancestral chain of fixed_small variance.
     """
-    for t, abar, abar_next in _walk(alphas_cumprod, timesteps):
-        x0_hat, eps_hat, _ = denoise(x, _full(x, t))
+    for t, _, abar, abar_next in _walk(alphas_cumprod, timesteps):
+        x0_hat, eps_hat, *_ = denoise(x, _full(x, t))
         sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
         x = abar_next**0.5 * x0_hat + (1 - abar_next - sigma**2) ** 0.5 * eps_hat
         if sigma > 0:
@@ -98,14 +102,19 @@ def dpm_solver_pp(
 ) -> Tensor:
     """Samples by DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Algorithm 2).
 
-    One network call per step, no noise. The first and last step are of first order.
+    One network call per step, no noise. The first and last step are of first order. A first step
+    from pure noise is endless in log SNR; it is Heun's (see heun), of two calls.
     """
     # x0_hat of the step before, and the length of that step in log SNR / 2
     before: tuple[Tensor, float] | None = None
-    for t, abar, abar_next in _walk(alphas_cumprod, timesteps):
+    for t, t_next, abar, abar_next in _walk(alphas_cumprod, timesteps):
         x0_hat = denoise(x, _full(x, t)).x0_hat
         if abar_next == 1:
             return x0_hat
+        if abar == 0:
+            before = x0_hat, math.inf
+            x = _leave_pure_noise(denoise, x, x0_hat, abar_next, t_next)
+            continue
         length = _half_log_snr(abar_next) - _half_log_snr(abar)
         direction = x0_hat
         if before is not None:
@@ -125,71 +134,21 @@ def heun(
 
     The last step is Euler's (Karras et al. 2022, Algorithm 1). In y = x / sqrt(abar) and
     sigma = sqrt(1/abar - 1) the ODE is dy/dsigma = epsilon. Two network calls per step, one in the
-    last.
+    last. In pure noise, where sigma has no end, the step is made in 1 / sigma: for
+    z = x / sqrt(1 - abar) the same ODE is dz/d(1/sigma) = x0.
     """
-    chain = list(_walk(alphas_cumprod, timesteps))
-    for (t, abar, abar_next), t_next in zip(chain, [*timesteps[1:], -1], strict=True):
+    for t, t_next, abar, abar_next in _walk(alphas_cumprod, timesteps):
+        x0_hat, eps_hat, *_ = denoise(x, _full(x, t))
+        if abar_next == 1:
+            return x0_hat
+        if abar == 0:
+            x = _leave_pure_noise(denoise, x, x0_hat, abar_next, t_next)
+            continue
         step = _sigma(abar_next) - _sigma(abar)
-        eps_hat = denoise(x, _full(x, t)).eps_hat
         y = x / abar**0.5 + step * eps_hat
-        if abar_next < 1:
-            y = (
-                x / abar**0.5
-                + step * (eps_hat + denoise(abar_next**0.5 * y, _full(x, t_next)).eps_hat) / 2
-            )
-        x = abar_next**0.5 * y
-    return x
-
-
-Spacing = Literal["respaced", "linear", "quadratic", "edm"]
-
-
-def spaced_timesteps(alphas_cumprod: Tensor, num_steps: int, spacing: Spacing) -> list[int]:
-    """Returns the timesteps that a chain of num_steps visits, from the noisiest down.
-
-    Args:
-        alphas_cumprod: (T,).
-        num_steps: In [1, T].
-        spacing: "respaced": evenly, both ends kept (Nichol & Dhariwal 2021, section 4). "linear":
-            every (T // num_steps)-th from 0; "quadratic": closer together near the image (both Song
-            et al. 2021, App. D.2). "edm": the nearest to the sigmas of Karras et al. 2022, Eq. 5,
-            rho 7, from 80 to 0.002 or as far as the schedule reaches.
-
-    Raises:
-        ValueError: If num_steps lies outside [1, T] or a timestep would be visited twice.
-    """
-    num_timesteps = len(alphas_cumprod)
-    if not 1 <= num_steps <= num_timesteps:
-        raise ValueError(
-            f"num_steps={num_steps} must lie between 1 "
-            f"and the schedule's num_timesteps={num_timesteps}"
-        )
-    last = max(num_steps - 1, 1)
-    if spacing == "respaced":
-        chosen = (
-            [round(index * (num_timesteps - 1) / last) for index in range(num_steps)]
-            if num_steps > 1
-            else [num_timesteps - 1]
-        )
-    elif spacing == "linear":
-        chosen = list(range(0, num_timesteps, num_timesteps // num_steps))[:num_steps]
-    elif spacing == "quadratic":
-        chosen = [
-            int((index * (0.8 * num_timesteps) ** 0.5 / last) ** 2) for index in range(num_steps)
-        ]
-    else:
-        sigmas = (1 / alphas_cumprod - 1).sqrt()
-        high, low = min(80.0, float(sigmas[-1])) ** (1 / 7), max(0.002, float(sigmas[0])) ** (1 / 7)
-        chosen = [
-            int((sigmas - (low + index / last * (high - low)) ** 7).abs().argmin())
-            for index in range(num_steps)
-        ]
-    if len(set(chosen)) < num_steps:
-        raise ValueError(
-            f"num_steps={num_steps} is too many for {spacing} spacing "
-            f"of {num_timesteps} timesteps: some would be visited twice"
-        )
-    return chosen[::-1]
+        eps_next = denoise(abar_next**0.5 * y, _full(x, t_next)).eps_hat
+        x = abar_next**0.5 * (x / abar**0.5 + step * (eps_hat + eps_next) / 2)
+    raise AssertionError("the last step returns")
 
 
 @dataclass(frozen=True)
@@ -198,7 +157,7 @@ class Sampler:
 
     Attributes:
         function: Which function walks: ancestral, ddim, or any with their leading arguments.
-        num_steps: How many timesteps it visits; None for all T.
+        num_steps: How many timesteps it visits; None for all T, or as many as the spacing names.
         spacing: How they are spaced, see spaced_timesteps.
         clip: Whether x0_hat is held in [-1, 1].
         guidance_scale: Of classifier-free guidance, 1 for none (ddpm/sample/drawing.py).
@@ -214,19 +173,11 @@ class Sampler:
         """Returns the timesteps visited, from the noisiest down.
 
         Raises:
-            ValueError: If there are fewer than num_steps, or if the schedule's last x_t is pure
-                noise and they do not start there.
+            ValueError: If there are fewer than num_steps, or if they do not start in noise
+                (check_start).
         """
-        chosen = spaced_timesteps(
-            diffusion.alphas_cumprod,
-            diffusion.num_timesteps if self.num_steps is None else self.num_steps,
-            self.spacing,
-        )
-        if diffusion.alphas_cumprod[-1] == 0 and chosen[0] != diffusion.num_timesteps - 1:
-            raise ValueError(
-                f"spacing={self.spacing} starts at timestep {chosen[0]}, "
-                "but a schedule of zero terminal SNR must start at the last; use respaced"
-            )
+        chosen = spaced_timesteps(diffusion.alphas_cumprod, self.num_steps, self.spacing)
+        check_start(diffusion.alphas_cumprod, chosen, self.spacing)
         return chosen
 
     @torch.inference_mode()
@@ -297,11 +248,21 @@ def step_noise(
     return noise
 
 
-def _walk(alphas_cumprod: Tensor, timesteps: Sequence[int]) -> Iterator[tuple[int, float, float]]:
-    """(t, abar at t, abar at the next timestep) along the chain; after the last, abar is 1."""
-    abars: Iterable[float] = [float(alphas_cumprod[t]) for t in timesteps]
-    following = [*list(abars)[1:], 1.0]
-    yield from zip(timesteps, abars, following, strict=True)
+def _walk(
+    alphas_cumprod: Tensor, timesteps: Sequence[int]
+) -> Iterator[tuple[int, int, float, float]]:
+    """(t, next t, abar at t, abar at the next) along the chain, to t = -1 where abar is 1."""
+    abars = [float(alphas_cumprod[t]) for t in timesteps]
+    yield from zip(timesteps, [*timesteps[1:], -1], abars, [*abars[1:], 1.0], strict=True)
+
+
+def _leave_pure_noise(
+    denoise: Denoise, x: Tensor, x0_hat: Tensor, abar_next: float, t_next: int
+) -> Tensor:
+    """Heun's step from abar = 0, where z = x, along dz/d(1/sigma) = x0."""
+    first = abar_next**0.5 * x0_hat + (1 - abar_next) ** 0.5 * x
+    x0_next = denoise(first, _full(x, t_next)).x0_hat
+    return abar_next**0.5 * (x0_hat + x0_next) / 2 + (1 - abar_next) ** 0.5 * x
 
 
 def _half_log_snr(abar: float) -> float:
@@ -316,8 +277,9 @@ def _deviation(
     variance: Variance, output: Tensor | None, beta: float, posterior_variance: float
 ) -> Tensor | float:
     """Standard deviation of one reverse step."""
-    if output is None:
+    if variance in ("fixed_small", "fixed_large"):
         return (beta if variance == "fixed_large" else posterior_variance) ** 0.5
+    assert output is not None
     if variance == "learned":
         return torch.exp(0.5 * output)
     share = (output + 1) / 2

@@ -29,12 +29,14 @@ class Bound(NamedTuple):
         prior: L_T, bits/dim.
         terms: (T,) float64, bits/dim: at t = 0 the decoder's code length L_0, above it the KLs.
         rmse: (T,) float64, root mean squared error of x0_hat at t, on the scale of 0 to 255.
+        epsilon_mse: (T,) float64, mean squared error of the noise that x0_hat stands for.
         num_images: How many the mean is over.
     """
 
     prior: float
     terms: Tensor
     rmse: Tensor
+    epsilon_mse: Tensor
     num_images: int
 
     @property
@@ -58,8 +60,8 @@ class BoundSums:
     """What a Bound is the mean of; a + b adds up the images of several batches or processes.
 
     Attributes:
-        totals: (2 + 2T,) float64 on the CPU: the number of images, then sums over images of the
-            prior's term, of each timestep's term and of each timestep's squared error.
+        totals: (2 + 3T,) float64 on the CPU: the number of images, then sums over images of the
+            prior's term, of each timestep's term and of its squared errors, of x0 and of epsilon.
     """
 
     totals: Tensor
@@ -74,8 +76,8 @@ class BoundSums:
             ValueError: If there are no images.
         """
         count, means = _means(self.totals)
-        terms, squared_error = means[1:].chunk(2)
-        return Bound(means[0].item(), terms, 127.5 * squared_error.sqrt(), count)
+        terms, of_x0, of_epsilon = means[1:].chunk(3)
+        return Bound(means[0].item(), terms, 127.5 * of_x0.sqrt(), of_epsilon, count)
 
 
 # no inference mode: the tables that the diffusion makes here serve training too
@@ -88,9 +90,10 @@ def bound_sums(
 ) -> BoundSums:
     """Sums the variational bound over images, as the authors evaluate it.
 
-    It takes every timestep of every image, with one noise draw each, and holds x0_hat in [-1, 1].
-    `mean` of the sums is the bound; those of several processes, or of images of several classes,
-    whose models differ, can be added first.
+    It takes every timestep of every image, with one noise draw each, and holds x0_hat in [-1, 1],
+    also where the noise is told from it (calc_bpd_loop of guided-diffusion); a predicted mean of
+    x_{t-1} stays as it is. `mean` of the sums is the bound; those of several processes, or of
+    images of several classes, whose models differ, can be added first.
 
     Args:
         model: In evaluation mode.
@@ -100,26 +103,26 @@ def bound_sums(
             with.
     """
     num_timesteps = diffusion.num_timesteps
-    totals = torch.zeros(2 + 2 * num_timesteps, dtype=torch.float64)
+    totals = torch.zeros(2 + 3 * num_timesteps, dtype=torch.float64)
     for numbers, x0 in batches:
         found = []
         for index in range(num_timesteps):
             check()
             t = torch.full((len(x0),), index, device=x0.device)
-            x_t = diffusion.q_sample(x0, t, _noise(seed, index, numbers, x0))
+            noise = _noise(seed, index, numbers, x0)
+            x_t = diffusion.q_sample(x0, t, noise)
             output = diffusion.run(model, x_t, t)
-            x0_hat = diffusion.estimate(output, x_t, t).x0_hat.clamp(-1, 1)
+            x0_hat, eps_hat, *_ = diffusion.clipped(diffusion.estimate(output, x_t, t), x_t, t)
             found.append(
                 (
                     diffusion.bound_term(output, x0, x_t, t, clip=True),
                     (x0_hat - x0).square().flatten(1).mean(dim=1),
+                    (eps_hat - noise).square().flatten(1).mean(dim=1),
                 )
             )
-        terms, squared_errors = (
-            torch.stack(of_all).cpu().double().sum(dim=1) for of_all in zip(*found, strict=True)
-        )
+        sums = [torch.stack(part).cpu().double().sum(dim=1) for part in zip(*found, strict=True)]
         prior = diffusion.prior_term(x0.cpu()).sum(dim=0, keepdim=True)
-        totals += torch.cat([torch.tensor([len(x0)]), prior, terms, squared_errors])
+        totals += torch.cat([torch.tensor([len(x0)]), prior, *sums])
     return BoundSums(totals)
 
 
@@ -245,9 +248,11 @@ def save_rate_distortion(path_png: Path, path_csv: Path, bound: Bound) -> None:
     curve = rate_distortion(bound)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["t", "term_bits_per_dim", "reverse_time", "rate_bits_per_dim", "rmse"])
-    for t, (term, point) in enumerate(zip(bound.terms.tolist(), reversed(curve), strict=True)):
-        writer.writerow([t, term, *point])
+    heads = ["t", "term_bits_per_dim", "reverse_time", "rate_bits_per_dim", "rmse", "epsilon_mse"]
+    writer.writerow(heads)
+    rows = zip(bound.terms.tolist(), reversed(curve), bound.epsilon_mse.tolist(), strict=True)
+    for t, (term, point, epsilon_mse) in enumerate(rows):
+        writer.writerow([t, term, *point, epsilon_mse])
     files.write_text(path_csv, text.getvalue())
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -199,7 +199,7 @@ def _own_folder(
 ) -> Path:
     """Where to write if nothing is said: words to read, and a hash of all that decides."""
     function = str(settings.sampler["function"]["_target_"]).rpartition(".")[2]
-    steps = settings.sampler["num_steps"] or ""
+    steps = protocol["sampler"]["num_steps"] or ""
     words = f"{function}{steps}_seed_{settings.seed}-{short_hash(protocol)}"
     if trained is None:
         return Path(settings.outputs) / f"samples-{name}" / words

@@ -5,6 +5,11 @@ started from a hash of its keys, written in integer tensor operations. So a samp
 depend on the batch it is drawn in, the process that draws it, what was drawn before, or the kind of
 device. Nothing needs to be saved for a resume, and no step waits for the host.
 
+Streams are independent in practice, not by construction: all are pieces of SplitMix64's one cycle,
+begun at places that a hash picks, so two of n words share some with probability 2n / 2^64. Of the
+10^8 streams that an update of 128 pictures of 32x32 (n = 1536) draws its noise from in 800,000
+updates, about one pair overlaps.
+
 Keys are a purpose (TRAIN_NOISE, ...), the run's seed, and integers such as step and position.
 """
 

@@ -68,7 +68,7 @@ class Chain(NamedTuple):
 def scheduler_config(diffusion: GaussianDiffusion) -> dict[str, Any]:
     """Returns what diffusers' scheduler_config.json must say of a diffusion.
 
-    "linspace" visits the timesteps that "respaced" does in ddpm.diffusion.samplers.
+    "linspace" visits the timesteps that "respaced" does in ddpm.diffusion.spacing, but for ties.
 
     Raises:
         ValueError: If diffusers has no such process, with the reason.
