@@ -23,13 +23,28 @@ class Denoised(NamedTuple):
         x0_hat: Estimate of the clean image.
         eps_hat: Estimate of the noise.
         variance_output: The model's raw words on the variance; None if that is fixed.
-        mean: The mean of x_{t-1} itself, never clipped; None unless the model predicts it.
     """
 
     x0_hat: Tensor
     eps_hat: Tensor
     variance_output: Tensor | None = None
-    mean: Tensor | None = None
+
+
+class DenoisedMean(Denoised):
+    """What a model says about x_t that predicts the mean of x_{t-1} itself.
+
+    Attributes:
+        mean: That mean, never clipped, like x_t.
+    """
+
+    mean: Tensor
+
+    @classmethod
+    def of(cls, estimate: Denoised, mean: Tensor) -> "DenoisedMean":
+        """Returns an estimate with the mean that it was told by."""
+        found = cls(*estimate)
+        found.mean = mean
+        return found
 
 
 class GaussianDiffusion:
@@ -181,17 +196,21 @@ class GaussianDiffusion:
             return Denoised(
                 signal * x_t - sigma * output, sigma * x_t + signal * output, variance_output
             )
-        x0_hat, mean = output, None
+        x0_hat = output
         if self.prediction == "mean":
             of_x0, of_x_t = self._at("mean_of_x0", t, x_t), self._at("mean_of_x_t", t, x_t)
-            x0_hat, mean = (output - of_x_t * x_t) / of_x0, output
-        return Denoised(x0_hat, (x_t - signal * x0_hat) / sigma, variance_output, mean)
+            x0_hat = (output - of_x_t * x_t) / of_x0
+        estimate = Denoised(x0_hat, (x_t - signal * x0_hat) / sigma, variance_output)
+        return DenoisedMean.of(estimate, output) if self.prediction == "mean" else estimate
 
     def clipped(self, estimate: Denoised, x_t: Tensor, t: Tensor) -> Denoised:
         """Returns an estimate with x0_hat held in [-1, 1] and the noise that agrees with it."""
         x0_hat = estimate.x0_hat.clamp(-1, 1)
         eps_hat = (x_t - self._at("signal", t, x_t) * x0_hat) / self._at("sigma", t, x_t)
-        return estimate._replace(x0_hat=x0_hat, eps_hat=eps_hat)
+        held = Denoised(x0_hat, eps_hat, estimate.variance_output)
+        if isinstance(estimate, DenoisedMean):
+            return DenoisedMean.of(held, estimate.mean)
+        return held
 
     def denoiser(self, model: Model, clip: bool = True) -> Callable[[Tensor, Tensor], Denoised]:
         """Returns the function (x_t, t) -> Denoised that samplers walk with.
@@ -290,8 +309,9 @@ class GaussianDiffusion:
         if clip:
             estimate = self.clipped(estimate, x_t, t)
         log_variance = self.log_variance(estimate.variance_output, t, x_t)
-        mean = estimate.mean
-        if mean is None:
+        if isinstance(estimate, DenoisedMean):
+            mean = estimate.mean
+        else:
             mean = self.posterior_mean(estimate.x0_hat, x_t, t)
         kl = normal_kl(
             self.posterior_mean(x0, x_t, t),

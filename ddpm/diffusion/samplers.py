@@ -20,7 +20,13 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from ddpm.diffusion.process import Denoised, GaussianDiffusion, Model, Variance
+from ddpm.diffusion.process import (
+    Denoised,
+    DenoisedMean,
+    GaussianDiffusion,
+    Model,
+    Variance,
+)
 from ddpm.diffusion.spacing import Spacing, check_start, spaced_timesteps
 from ddpm.system import randomness
 from ddpm.system.signals import check
@@ -59,17 +65,19 @@ def ancestral(
             "variance=None: give the variance of the process that the network was trained for"
         )
     for t, t_next, abar, abar_next in _walk(alphas_cumprod, timesteps):
-        x0_hat, _, variance_output, mean = denoise(x, _full(x, t))
+        estimate = denoise(x, _full(x, t))
         beta = 1 - abar / abar_next
         posterior_variance = beta * (1 - abar_next) / (1 - abar)
-        if mean is None or t_next != t - 1:
-            mean = (
-                abar_next**0.5 * beta / (1 - abar) * x0_hat
+        if isinstance(estimate, DenoisedMean) and t_next == t - 1:
+            x = estimate.mean
+        else:
+            x = (
+                abar_next**0.5 * beta / (1 - abar) * estimate.x0_hat
                 + (1 - beta) ** 0.5 * (1 - abar_next) / (1 - abar) * x
             )
-        x = mean
         if abar_next < 1:
-            x = x + _deviation(variance, variance_output, beta, posterior_variance) * noise(t)
+            said = estimate.variance_output
+            x = x + _deviation(variance, said, beta, posterior_variance) * noise(t)
     return x
 
 
@@ -89,7 +97,7 @@ def ddim(
         eta: 0: no noise. 1: the ancestral chain of fixed_small variance.
     """
     for t, _, abar, abar_next in _walk(alphas_cumprod, timesteps):
-        x0_hat, eps_hat, *_ = denoise(x, _full(x, t))
+        x0_hat, eps_hat, _ = denoise(x, _full(x, t))
         sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
         x = abar_next**0.5 * x0_hat + (1 - abar_next - sigma**2) ** 0.5 * eps_hat
         if sigma > 0:
@@ -138,7 +146,7 @@ def heun(
     z = x / sqrt(1 - abar) the same ODE is dz/d(1/sigma) = x0.
     """
     for t, t_next, abar, abar_next in _walk(alphas_cumprod, timesteps):
-        x0_hat, eps_hat, *_ = denoise(x, _full(x, t))
+        x0_hat, eps_hat, _ = denoise(x, _full(x, t))
         if abar_next == 1:
             return x0_hat
         if abar == 0:

@@ -112,7 +112,7 @@ def bound_sums(
             noise = _noise(seed, index, numbers, x0)
             x_t = diffusion.q_sample(x0, t, noise)
             output = diffusion.run(model, x_t, t)
-            x0_hat, eps_hat, *_ = diffusion.clipped(diffusion.estimate(output, x_t, t), x_t, t)
+            x0_hat, eps_hat, _ = diffusion.clipped(diffusion.estimate(output, x_t, t), x_t, t)
             found.append(
                 (
                     diffusion.bound_term(output, x0, x_t, t, clip=True),

@@ -41,7 +41,6 @@ FOLLOWS = ("num_classes", "path")  # arguments of ours that are given from elsew
 ADDED: dict[str, Any] = {
     "data.white": None,
     "data.max_pixels": 89_478_485,
-    "ddpm.diffusion.Denoised.mean": None,
 }
 
 
