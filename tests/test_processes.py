@@ -131,8 +131,10 @@ def test_when_one_dies_the_others_end_naming_it_and_the_same_command_carries_on(
     assert codes == [-signal.SIGKILL if rank == dies else 1 for rank in range(number)]
     for rank, one in enumerate(started):
         if rank != dies:
-            assert f"process {dies} of {number}" in one.err.splitlines()[-1], one.err
-            assert sum(line.startswith("error: ") for line in one.err.splitlines()) == 1
+            # torch's own words on a lost connection may come before and after
+            lines = [line for line in one.err.splitlines() if line.startswith("error: ")]
+            assert len(lines) == 1, one.err
+            assert f"process {dies} of {number}" in lines[0]
     assert RunFolder(run).status() == "cut off"
     if dies:
         assert f"process {dies} of {number}" in RunFolder(run).record()["error"]

@@ -126,6 +126,7 @@ class Peers:
                 if sign == before[rank] and not self._store.check([f"ended/{rank}"]):
                     return self._named(rank)
         except RuntimeError:  # torch's DistError is one
+            self._ended.set()  # nothing more is said where nobody listens
             return f"process 0 of {self.count}, which leads the others, was killed or lost"
         return None
 
