@@ -114,6 +114,20 @@ def group(name: str, *overrides: str, processes: int, **environment: str) -> lis
     ]
 
 
+def signalled_after_five_images() -> None:
+    """Sends the process SIGNAL in the middle of a batch of images; for `before`."""
+    from ddpm.sample import folder
+
+    really, count = folder.save_png, iter(range(1000))
+
+    def save_png(path, image):
+        really(path, image)
+        if next(count) == 4:
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+
+    folder.save_png = save_png
+
+
 def _child(
     name: str,
     overrides: tuple[str, ...],

@@ -8,7 +8,6 @@ import forked
 import numpy as np
 import pytest
 
-from ddpm.sample import folder as sample_folder
 from ddpm.sample import images
 from ddpm.sample.folder import claim_folder, pack_samples, read_samples, sample_file
 
@@ -42,25 +41,13 @@ def test_images_are_the_same_bytes_from_one_process_and_two_and_nearly_so_from_o
         assert np.abs(difference).max() <= 1
 
 
-def killed_after_five_images():
-    """Has the process be killed in the middle of a batch of images."""
-    really, count = sample_folder.save_png, iter(range(1000))
-
-    def save_png(path, image):
-        really(path, image)
-        if next(count) == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sample_folder.save_png = save_png
-
-
 @pytest.mark.slow
 def test_killed_and_typed_again_it_makes_only_what_is_missing(ddpm, run, tmp_path):
     settings = (f"run={run}", "num_samples=12", "batch_size=2", "sampler.num_steps=10")
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     assert ddpm("sample", *settings, f"to={whole}").code == 0
-    hook = "test_sample_folder:killed_after_five_images"
-    process = forked.command("sample", *settings, f"to={cut}", before=hook)
+    killed = {"before": "forked:signalled_after_five_images", "SIGNAL": str(int(signal.SIGKILL))}
+    process = forked.command("sample", *settings, f"to={cut}", **killed)
     assert process.wait() == -signal.SIGKILL
     made = {file: file.stat().st_mtime_ns for file in cut.glob("[0-9]*.png")}
     assert len(made) == 5

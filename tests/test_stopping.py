@@ -20,7 +20,6 @@ from PIL import Image
 from ddpm.evaluate import measure
 from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
-from ddpm.sample import folder as sample_folder
 from ddpm.system import files, signals
 from ddpm.system.signals import Clock, Preempted
 from ddpm.train import loop, saving
@@ -126,18 +125,6 @@ def test_told_to_stop_while_pictures_are_decoded_it_ends_and_so_do_its_workers(
     assert not list((tmp_path / "outputs").glob("*/*/run.json"))
 
 
-def told_after_five_images():
-    """Has the process tell itself to stop in the middle of a batch of images."""
-    really, count = sample_folder.save_png, iter(range(1000))
-
-    def save_png(path, image):
-        really(path, image)
-        if next(count) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    sample_folder.save_png = save_png
-
-
 def drawn(folder):
     """The images of a folder, by name."""
     return {file.name: file.read_bytes() for file in folder.glob("[0-9]*.png")}
@@ -146,9 +133,8 @@ def drawn(folder):
 def test_drawing_that_was_stopped_goes_on_to_the_same_images(run_folder, tmp_path):
     words = [f"run={run_folder}", "num_samples=12", "batch_size=4", "sampler.num_steps=4"]
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    process = forked.command(
-        "sample", *words, f"to={stopped}", before="test_stopping:told_after_five_images"
-    )
+    told = {"before": "forked:signalled_after_five_images", "SIGNAL": str(int(signal.SIGTERM))}
+    process = forked.command("sample", *words, f"to={stopped}", **told)
     assert process.wait() == 75, process.err
     assert f"images so far in {stopped}" in process.out
     assert len(drawn(stopped)) == 8

@@ -113,8 +113,8 @@ class Peers:
     def what_happened(self) -> str | None:
         """Returns what became of a process that is gone, None if all live.
 
-        Call it when a collective failed. It takes two beats; one that was killed comes before those
-        that ended because of it.
+        Call it when a collective failed. It takes some beats. A process that has said why it failed
+        comes before one that is silent.
         """
         try:
             before = self._signs()

@@ -38,7 +38,7 @@ def end_time() -> float | None:
     None outside of Slurm, where the job has no end, and where Slurm does not say.
     """
     said = os.environ.get("SLURM_JOB_END_TIME")  # since Slurm 23
-    if said:
+    if said and said.isdecimal():
         return float(said)
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
