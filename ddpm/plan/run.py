@@ -215,7 +215,8 @@ def probe(config: Config, seconds: float) -> tuple[float, str]:
     Returns:
         Images/s, and the device in words. On a CPU at most 8 images at once.
     """
-    with accelerator_for(config.runtime.device, config.training.precision) as accelerator:
+    runtime, precision = config.runtime, config.training.precision
+    with accelerator_for(runtime.device, precision, runtime.deterministic) as accelerator:
         device = accelerator.device
         batch = min(images_at_once(config), 8 if device.type == "cpu" else 1 << 30)
         step = TrainingStep(config, accelerator, random_images(config, batch), batch)

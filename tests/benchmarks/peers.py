@@ -340,9 +340,7 @@ def sampling(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     network = build.network(config, torch.device("cpu"), 1).eval()
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
     diffusion, batch = build.diffusion(config), 64
-    drawing = Drawing(
-        network, weights, diffusion, build.sampler(config.sampler, diffusion), (3, 32, 32), 0
-    )
+    drawing = Drawing(network, diffusion, build.sampler(config.sampler, diffusion), (3, 32, 32), 0)
     noise = drawing.latents(range(batch))
     steps_of = drawing.timesteps
     pipeline = DDPMPipeline(
