@@ -36,12 +36,13 @@ def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     about = folder / "protocol.json"
-    wanted = {**BEFORE, **json.loads(json.dumps(protocol))}
+    wanted = json.loads(json.dumps(protocol))
     with files.lock(folder / ".lock"):
         if not about.is_file():
             files.write_text(about, json.dumps(wanted, indent=2) + "\n")
             return
     found = {**BEFORE, **json.loads(about.read_text(encoding="utf-8"))}
+    wanted = {**BEFORE, **wanted}
     for key in {**found, **wanted}:
         if found.get(key) != wanted.get(key):
             raise ValueError(
