@@ -25,7 +25,7 @@ def word_for(protocol: dict[str, Any]) -> str:
 
 def said_of(protocol: dict[str, Any]) -> dict[str, Any]:
     """Returns what a protocol says beside what was done before it could be said."""
-    return {key: value for key, value in protocol.items() if BEFORE.get(key) != value}
+    return {key: value for key, value in protocol.items() if (key, value) not in BEFORE.items()}
 
 
 def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
