@@ -5,14 +5,12 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ddpm.config import build
 from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
-from ddpm.models.layers import Upsample
 from ddpm.system.devices import compile_in_place, decide
 
 CPU = torch.device("cpu")
@@ -49,19 +47,6 @@ def test_the_layout_of_weights_and_images_changes_nothing_but_rounding():
     expected_loss, expected = loss_and_gradients(plain, x, t)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("size", [(4, 4), (3, 5)])
-def test_upsampling_with_fewer_products_is_the_convolution_of_the_enlarged_image(size):
-    layer = Upsample(6, "torch").double()
-    x = torch.randn(2, 6, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected = F.conv2d(
-        F.interpolate(x, scale_factor=2.0, mode="nearest"),
-        layer.conv.weight,
-        layer.conv.bias,
-        padding=1,
-    )
-    torch.testing.assert_close(layer(x, torch.empty(0)), expected, rtol=1e-12, atol=1e-12)
 
 
 class LayoutCopies(TorchDispatchMode):

@@ -79,7 +79,7 @@ def run(composed: Composed) -> dict[str, Any]:
         _show("machine", ", ".join(str(value) for value in report["machine"].values()))
         _show("peak", ", ".join(f"{name} {peak:,.0f} GFLOP/s" for name, peak in peaks.items()))
         _show("compiled", f"{'yes' if compiles else 'no'} ({why})")
-        gflop, peak = sizes(config).forward_flops / 1e9, max(peaks.values())
+        gflop, peak = sizes(config, device).forward_flops / 1e9, max(peaks.values())
         report |= _time_training(settings, config, accelerator, compiles, gflop, peak)
         report |= _time_sampling(settings, config, device, compiles, gflop, peak)
     if settings.to is not None:

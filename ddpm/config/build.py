@@ -33,7 +33,7 @@ LrSchedule = Callable[[int, int, float], float]
 
 
 def network(config: Config, device: torch.device, num_classes: int) -> nn.Module:
-    """Builds the network with its first weights, which depend on the seed alone, channels_last.
+    """Builds the network with its first weights, which depend on the seed alone.
 
     Args:
         config: The run's configuration.

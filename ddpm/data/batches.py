@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ddpm.data.stored import Packed
 from ddpm.system import randomness
+from ddpm.system.devices import memory_format
 
 
 def to_floats(pixels: Tensor) -> Tensor:
-    """Returns images (B, C, H, W) of uint8 as float32 in [-1, 1], channels_last."""
-    x0 = torch.empty_like(pixels, dtype=torch.float32, memory_format=torch.channels_last)
+    """Returns images (B, C, H, W) of uint8 as float32 in [-1, 1], laid out by memory_format."""
+    layout = memory_format(pixels.device)
+    x0 = torch.empty_like(pixels, dtype=torch.float32, memory_format=layout)
     for channel in range(pixels.shape[1]):  # the whole at once is several times slower on a CPU
         x0[:, channel] = pixels[:, channel]
     return x0.div_(127.5).sub_(1)
@@ -146,7 +148,7 @@ class Batches:
         """Returns the images at positions start to stop of this step's batch.
 
         Returns:
-            (stop - start, C, H, W) float32 in [-1, 1], channels_last, on the device.
+            (stop - start, C, H, W) float32 in [-1, 1] on the device, see to_floats.
         """
         chosen = self._chosen(step, start, stop)
         if chosen.device.type != self.device.type:  # "cuda" is where "cuda:0" is

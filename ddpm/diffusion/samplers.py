@@ -29,6 +29,7 @@ from ddpm.diffusion.process import (
 )
 from ddpm.diffusion.spacing import Spacing, check_start, spaced_timesteps
 from ddpm.system import randomness
+from ddpm.system.devices import memory_format
 from ddpm.system.signals import check
 
 __all__ = ["Sampler", "ancestral", "ddim", "dpm_solver_pp", "heun"]
@@ -235,7 +236,7 @@ def latents(
     x = randomness.normal(
         randomness.stream_keys(randomness.SAMPLE_LATENT, seed, 0, positions), shape
     )
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=memory_format(device))
 
 
 def step_noise(
@@ -251,7 +252,7 @@ def step_noise(
         drawn = randomness.normal(
             randomness.stream_keys(randomness.SAMPLE_STEP, seed, t, positions), shape
         )
-        return drawn.contiguous(memory_format=torch.channels_last)
+        return drawn.contiguous(memory_format=memory_format(device))
 
     return noise
 

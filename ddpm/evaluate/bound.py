@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddpm.diffusion.process import GaussianDiffusion, Model
 from ddpm.system import files, randomness
+from ddpm.system.devices import memory_format
 from ddpm.system.signals import check
 
 # (numbers of the images in their data set (B,) int64, x0 (B, C, H, W) float in [-1, 1])
@@ -285,11 +286,8 @@ def save_rate_distortion(path_png: Path, path_csv: Path, bound: Bound) -> None:
 
 def _noise(seed: int, stream: int, numbers: Tensor, x0: Tensor) -> Tensor:
     keys = randomness.stream_keys(randomness.EVALUATION, seed, stream, numbers.to(x0.device))
-    return (
-        randomness.normal(keys, tuple(x0.shape[1:]))
-        .to(x0.dtype)
-        .contiguous(memory_format=torch.channels_last)
-    )
+    noise = randomness.normal(keys, tuple(x0.shape[1:])).to(x0.dtype)
+    return noise.contiguous(memory_format=memory_format(noise.device))
 
 
 def _means(totals: Tensor) -> tuple[int, Tensor]:

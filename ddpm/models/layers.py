@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ddpm.models import fast
 from ddpm.system import randomness
 
 Init = Literal["fan_avg", "torch"]
@@ -168,9 +169,7 @@ class Dropout(nn.Dropout):
         count = math.prod(pixels)
         words = randomness.random_bits(keys, -(-count // 4), self.number * WORDS_OF_A_LAYER)
         draws = words.view(torch.int16)[:, :count].unflatten(1, pixels).permute(0, 3, 1, 2)
-        if x.device.type == "cpu":  # where booleans are slow
-            return x * draws.ge_(least).to(x.dtype).mul_(scale)
-        return x * (draws >= least) * scale
+        return fast.keep(x, draws, least, scale)
 
 
 def number_dropout(network: nn.Module) -> None:
@@ -269,26 +268,12 @@ class AttentionBlock(nn.Module):
         self.to_out = nn.ModuleList([linear(channels, channels, style.init, zero=True)])
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.group_norm(x)
-        q, k, v = (positions(dense(h, layer)) for layer in (self.to_q, self.to_k, self.to_v))
+        size, rows = x.shape[2:], positions(self.group_norm(x))
+        layers = self.to_q, self.to_k, self.to_v
+        q, k, v = (fast.linear(layer, rows, size) for layer in layers)
         rows = attend(q, k, v, self.heads)
-        return x + dense(picture(rows, like=x), cast(nn.Linear, self.to_out[0]))
-
-
-def dense(x: Tensor, layer: nn.Linear) -> Tensor:
-    """Applies a layer to the channels of each pixel.
-
-    It runs as the 1x1 convolution that this is. On a CPU that is oneDNN's, which uses AVX-512 on
-    every maker's processors; the product of matrices is MKL's.
-
-    Args:
-        x: (B, C, H, W), best channels_last.
-        layer: From C to C' features.
-
-    Returns:
-        (B, C', H, W).
-    """
-    return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
+        rows = fast.linear(cast(nn.Linear, self.to_out[0]), rows, size)
+        return x + picture(rows, like=x)
 
 
 def positions(x: Tensor) -> Tensor:
@@ -346,10 +331,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Each pixel doubled both ways, then a 3x3 convolution.
-
-    It runs as the transposed 4x4 convolution of stride 2 that this is, with 4/9 of the products.
-    """
+    """Each pixel doubled both ways, then a 3x3 convolution."""
 
     def __init__(self, channels: int, init: Init = "fan_avg") -> None:
         super().__init__()
@@ -357,27 +339,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         """Doubles x. For the rest, see Downsample."""
-        return F.conv_transpose2d(
-            x, transpose_kernel(self.conv.weight), self.conv.bias, stride=2, padding=1
-        )
-
-
-def transpose_kernel(weight: Tensor) -> Tensor:
-    """Returns the transposed convolution's weight for a convolution of doubled pixels.
-
-    An output sees an input pixel twice along a side, so two taps add up.
-
-    Args:
-        weight: (out, in, 3, 3).
-
-    Returns:
-        (in, out, 4, 4).
-    """
-    weight = weight.transpose(0, 1)
-    for side in (2, 3):
-        first, middle, last = weight.unbind(side)
-        weight = torch.stack([last, middle + last, first + middle, first], side)
-    return weight
+        return fast.upsample(self.conv, x)
 
 
 def call_recomputing(block: Callable[..., Tensor], *inputs: object) -> Tensor:

@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import torch
 from pydantic import Field
 
 from ddpm.config import build
@@ -22,6 +23,7 @@ from ddpm.plan.sizes import (
 from ddpm.plan.timing import TrainingStep, random_images
 from ddpm.runs.finding import locate
 from ddpm.runs.pictures import with_pictures
+from ddpm.system.devices import device as device_named
 from ddpm.system.processes import accelerator_for
 from ddpm.weights.folders import with_initial_weights
 
@@ -58,7 +60,9 @@ def run(composed: Composed) -> list[Verdict]:
     settings, config = settings_and_config(Settings, composed)
     config = with_initial_weights(config)
     build.check(config)
-    needs, num_steps = sizes(config), number_of_steps(config)
+    name = config.runtime.device  # need not be here
+    planned = device_named(name) if name == "auto" else torch.device(name)
+    needs, num_steps = sizes(config, planned), number_of_steps(config)
     _show("run", _folder(config))
     _show_sizes(config, needs, num_steps)
     speed = settings.speed

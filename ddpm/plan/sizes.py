@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm.config import build
 from ddpm.config.schema import Config
+from ddpm.models import fast
 from ddpm.models.layers import AttentionBlock
 from ddpm.system.internals import storage_id
 
@@ -39,8 +40,13 @@ class Sizes(NamedTuple):
     attention: dict[tuple[int, int], int]
 
 
-def sizes(config: Config) -> Sizes:
-    """Finds what a run's network needs on the meta device: no memory, no arithmetic."""
+def sizes(config: Config, device: torch.device) -> Sizes:
+    """Finds what a run's network needs on a device, without memory or arithmetic."""
+    with fast.as_on(device):
+        return _sizes(config)
+
+
+def _sizes(config: Config) -> Sizes:
     meta = torch.device("meta")
     network = build.network(config, meta, config.data.num_classes or 1).train()
     shape = (config.data.channels, *build.image_size(config.data))

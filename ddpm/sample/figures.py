@@ -12,6 +12,7 @@ from torch import Tensor
 from ddpm.diffusion.samplers import step_noise
 from ddpm.sample import images
 from ddpm.sample.drawing import Drawing
+from ddpm.system.devices import memory_format
 from ddpm.system.files import whole, write_arrays
 
 FRAMES = 20  # of each image, in Fig. 6
@@ -89,7 +90,8 @@ def shared_latents(drawing: Drawing, count: int, classes: Sequence[int] | None) 
     for split in splits:
         # each branch its own later noise
         noise = step_noise(drawing.shape, branches, drawing.seed + 1, drawing.device)
-        x = found[split].expand(count, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        x = found[split].expand(count, -1, -1, -1)
+        x = x.contiguous(memory_format=memory_format(drawing.device))
         drawn = drawing.walk(
             x, [t for t in visited if t <= split], noise, None if one is None else [one[0]] * count
         )
@@ -177,9 +179,8 @@ def _mixed(
     x_t = drawing.diffusion.q_sample(
         pair, torch.full((2,), index, device=drawing.device), drawing.latents(range(2))
     )
-    x = torch.cat([(1 - share) * x_t[:1] + share * x_t[1:] for share in shares]).contiguous(
-        memory_format=torch.channels_last
-    )
+    x = torch.cat([(1 - share) * x_t[:1] + share * x_t[1:] for share in shares])
+    x = x.contiguous(memory_format=memory_format(drawing.device))
     one = step_noise(drawing.shape, [0], drawing.seed, drawing.device)
 
     def same(t: int) -> Tensor:

@@ -52,6 +52,7 @@ def compile_in_place(network: nn.Module) -> None:
     """
     keep_dropout_when_compiled()
     compile_up_to(SHAPES, _say_eager)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.compile(dynamic=False)
 
 
@@ -64,10 +65,21 @@ def _say_eager(limit: int) -> None:
     )
 
 
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Returns how images, noise and convolutions' weights lie in memory on a device.
+
+    channels_last is faster on a CPU. On CUDA torch's GroupNorm makes everything contiguous again,
+    which costs more than channels_last gains: unet128 takes 269 ms a step of 64 images with it and
+    199 ms without (H100, bf16, torch 2.11). Compiled code has no such GroupNorm, and its weights
+    are channels_last everywhere (compile_in_place). The meta device stands for a CPU.
+    """
+    return torch.channels_last if device.type in ("cpu", "meta") else torch.contiguous_format
+
+
 def to_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """Puts the network on the device, its convolutions' weights in channels_last."""
+    """Puts the network on the device, its convolutions' weights as memory_format says."""
     # torch's stub does not know memory_format of modules
-    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.to(device).to(memory_format=memory_format(device))  # type: ignore[call-overload]
 
 
 def device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ddpm.data.batches import Batches
 from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.system import randomness
+from ddpm.system.devices import memory_format
 from ddpm.system.signals import at_once
 from ddpm.train.state import TrainingState
 
@@ -114,7 +115,7 @@ def backward(
 
     t, weights = state.timesteps.draw(keys(randomness.TRAIN_TIMESTEP))
     noise = randomness.normal(keys(randomness.TRAIN_NOISE), tuple(x0.shape[1:]))
-    noise = noise.contiguous(memory_format=torch.channels_last)
+    noise = noise.contiguous(memory_format=memory_format(noise.device))
     # for what a network of one's own draws; ours take their masks from keys
     torch.manual_seed(randomness.host_key(randomness.TRAIN_DROPOUT, seed, step, start))
     given = {} if classes is None else {"classes": classes}
