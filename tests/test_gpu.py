@@ -289,7 +289,7 @@ def test_images_too_many_for_the_memory_are_drawn_in_halves(little_memory):
 def test_a_step_takes_the_memory_that_the_plan_says(model, batch):
     settings = [f"model={model}", "data=cifar10", "training.precision=tf32", "runtime.device=cuda"]
     config = training_config(compose(settings))
-    needs = sizes(config)
+    needs = sizes(config, CUDA)
     predicted = 20 * needs.parameters + batch * needs.activation_bytes
     gc.collect()
     torch.cuda.empty_cache()
