@@ -50,6 +50,14 @@ TINY = [
 ]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU, unless it is asked for."""
+    if "gpu" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="-m gpu asks for it"))
+
+
 class Done(NamedTuple):
     """How a command ended."""
 

@@ -73,6 +73,13 @@ class Copies:
         return copy
 
 
+def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor on a device; the host does not wait for the copy, nor for what is before."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # from other memory the copy waits for the device
+    return tensor.to(device, non_blocking=True)
+
+
 def copies_to(device: torch.device) -> Copies | None:
     """Returns how images reach a device while it computes; None where they need not."""
     return Copies(device) if device.type == "cuda" else None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.data.ahead import Ahead, Copies, Span
+from ddpm.data.ahead import Ahead, Copies, Span, without_waiting
 from ddpm.data.stored import Packed
 from ddpm.system import randomness
 
@@ -123,9 +123,8 @@ class Batches:
             self._orders = {
                 other: order for other, order in self._orders.items() if other == epoch - 1
             }
-            self._orders[epoch] = torch.randperm(self.num_images, generator=generator).to(
-                self._rows.device
-            )
+            order = torch.randperm(self.num_images, generator=generator)
+            self._orders[epoch] = without_waiting(order, self._rows.device)
         return self._orders[epoch][
             within * self.batch_size + start : within * self.batch_size + stop
         ]
@@ -140,7 +139,7 @@ class Batches:
         if self._copies is not None:
             chosen = self._copies.receive(self._sent.take(span))
         else:
-            chosen = self._chosen(span).to(self.device, non_blocking=True)
+            chosen = without_waiting(self._chosen(span), self.device)
         if self.flip:  # while it is bytes
             positions = torch.arange(start, stop, device=self.device)
             mirrored = randomness.coin(
@@ -189,10 +188,7 @@ class Batches:
         """
         if self._labels is None:
             return None
-        labels = self._labels[self.indices(step, start, stop)]
-        if labels.device.type != self.device.type == "cuda":
-            labels = labels.pin_memory()  # a copy from other memory may wait for the device
-        labels = labels.to(self.device, non_blocking=True)
+        labels = without_waiting(self._labels[self.indices(step, start, stop)], self.device)
         if not self._label_dropout:
             return labels
         keys = randomness.stream_keys(

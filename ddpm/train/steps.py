@@ -19,7 +19,7 @@ from ddpm.runs.identity import hparams
 from ddpm.runs.recording import Recorder, Speed
 from ddpm.sample.previews import MOST, Previews, cost, others_before, previews_of
 from ddpm.sample.subject import Trained, of_config
-from ddpm.system.processes import Asking
+from ddpm.system.processes import Asking, garbage_kept
 from ddpm.system.signals import Preempted
 from ddpm.train import saving, start
 from ddpm.train.device_batch import largest_fitting
@@ -69,7 +69,7 @@ def take_steps(
     rest = (lr_at, config.seed, num_steps, device_batch, training.grad_clip)
     steps = _bar(updates(state, diffusion, batches, *rest), state.step, num_steps, leads)
     asking, saver = Asking(), saving.Saver(folder, config, state, recorder, speed)
-    with _naming_device_batch(device_batch):
+    with _naming_device_batch(device_batch), garbage_kept() as tidy:
         if state.step:
             shown(state.step).make_up_for()
         for step in steps:
@@ -79,6 +79,7 @@ def take_steps(
             evaluates = is_due(step, runtime.evaluate_every, num_steps)
             saves = is_due(step, runtime.checkpoint_every, num_steps) or evaluates or told
 
+            tidy(logs or saves or previews)  # while a GPU still computes
             if logs or saves or previews:
                 means = state.meter.means()  # raises NotFinite: nothing is saved unseen
             if logs:
