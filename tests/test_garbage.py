@@ -44,21 +44,20 @@ def test_between_two_calls_that_are_due_nothing_is_collected(collections):
     assert len(collections) > 1
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize("automatic", [True, False])
 def test_afterwards_python_collects_as_it_did_before_also_where_the_block_fails(automatic):
+    def block():
+        with garbage_kept() as tidy:
+            tidy(False)
+            assert (gc.get_freeze_count() > 0) == automatic
+            raise ZeroDivisionError
+
     try:
         if not automatic:
             gc.disable()
-        with pytest.raises(Stopped), garbage_kept() as tidy:
-            tidy(False)
-            assert gc.get_freeze_count() > 0 if automatic else gc.get_freeze_count() == 0
-            raise Stopped
-        assert gc.isenabled() == automatic
-        assert gc.get_freeze_count() == 0
+        with pytest.raises(ZeroDivisionError):
+            block()
+        assert (gc.isenabled(), gc.get_freeze_count()) == (automatic, 0)
     finally:
         gc.enable()
 

@@ -70,8 +70,8 @@ def accelerator_for(device: Name, precision: devices.Precision) -> Iterator[Acce
             # else the environment says these two
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dynamo_backend="no",
-            # gradients are sent from where they lie. Not with static_graph: torch 2.13 fails when the
-            # first pass is not sent, as where a batch comes in pieces, and device_batch=auto tries so
+            # gradients are sent from where they lie; no static_graph, with which torch 2.13 fails
+            # where the first pass is not sent (batches in pieces, the search of device_batch=auto)
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         _meet(accelerator.num_processes, accelerator.process_index)
