@@ -5,18 +5,22 @@ Both are known before it starts.
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ddpm.config import build
 from ddpm.config.schema import Config
+from ddpm.diffusion.spacing import BRIGHTNESS, spaced_timesteps
 from ddpm.sample.images import text_of
 
 MOST = 0.05  # of a run's training that previews may take, where runtime.preview_sampler=auto
-# Each holds on the schedules that it is not refused for (tests/test_previews.py). Where the first
-# is refused, the schedule ends before the noise does, which only a chain that draws noise makes up.
-QUICK = ("dpmpp20", "ancestral250")
+LEAST = 50  # steps below which a chain is no preview of a longer one
+HELD = 0.95  # of the spread that the whole chain keeps, for a shorter one to stand for it
 OWN = "the run's sampler"
 
 
@@ -25,7 +29,7 @@ class Previews:
     """How the previews of a run are drawn.
 
     Attributes:
-        name: The option of group sampler, "run" for the run's own.
+        name: The option of group sampler, "run" for the run's own, "quick" for a short chain.
         settings: Of that sampler, with nothing left open.
         steps: Timesteps that it visits.
         share: What all previews of the run take of its training, counted in passes through the
@@ -41,7 +45,7 @@ class Previews:
     def words(self) -> str:
         """The sampler: "dpmpp20 (dpm_solver_pp, 20 steps)"."""
         function = self.settings["function"]["_target_"].rpartition(".")[2]
-        name = OWN if self.name == "run" else self.name
+        name = {"run": OWN, "quick": "a quick sampler"}.get(self.name, self.name)
         return f"{name} ({function}, {self.steps} steps)"
 
     def text(self, config: Config, step: int) -> dict[str, str]:
@@ -56,39 +60,70 @@ class Previews:
 def previews_of(config: Config, num_steps: int | None) -> Previews:
     """Returns how a run's previews are drawn.
 
-    runtime.preview_sampler=auto takes the run's own sampler where that is at most MOST of training,
-    else the first of QUICK that fits and is quicker. A network that predicts the mean is left to
-    the run's own: from the mean alone x0_hat is not to be had at high noise.
+    runtime.preview_sampler=auto takes the run's own sampler where that is at most MOST of training.
+    Else it takes Ho et al.'s, respaced to as many steps as that leaves, whose pictures are cleaner
+    than those of a solver of an ODE while a network is young; where so short a chain would lose
+    brightness, dpmpp20 if the schedule lets it. A network that predicts the mean is left to the
+    run's own: x0_hat is not to be had from the mean at high noise, and other chains need it.
 
     Args:
         config: The run's configuration.
         num_steps: Of the whole run; None if not known, which leaves the choice to the run's own.
     """
-    choice = config.runtime.preview_sampler
+    choice, process = config.runtime.preview_sampler, build.diffusion(config)
     if choice != "auto":
-        return _by(choice, config, num_steps)[0]
-    own, calls = _by("run", config, num_steps)
-    if own.share is None or own.share <= MOST or build.diffusion(config).prediction == "mean":
+        return _by(choice, build.preview_sampler(config, choice), config, num_steps)[0]
+    own, calls = _by("run", build.preview_sampler(config, "run"), config, num_steps)
+    if own.share is None or own.share <= MOST or process.prediction == "mean":
         return own
-    for name in QUICK:
-        try:
-            quick, fewer = _by(name, config, num_steps)
-        except ValueError:
-            continue
-        if fewer < calls:
-            return quick
-    return own
+    guidance = own.settings["guidance_scale"]
+    count = int(MOST * calls / own.share) // (1 if guidance == 1 else 2)
+    count = min(max(count, LEAST), process.num_timesteps)
+    ancestral = build.preview_sampler(config, "ancestral")
+    ancestral["function"]["variance"] = "fixed_small"  # holds for few steps, and for any network
+    short, fewer = _by("quick", {**ancestral, "num_steps": count}, config, num_steps)
+    quick = [(short, fewer)]
+    if (short.share or 0) > MOST or not _stands_for_all(process.alphas_cumprod, count):
+        with suppress(ValueError):
+            settings = build.preview_sampler(config, "dpmpp20")
+            quick.insert(0, _by("dpmpp20", settings, config, num_steps))
+    return next((found for found, fewer in quick if fewer < calls), own)
 
 
-def _by(name: str, config: Config, num_steps: int | None) -> tuple[Previews, int]:
+def _by(
+    name: str, settings: dict[str, Any], config: Config, num_steps: int | None
+) -> tuple[Previews, int]:
     """The previews drawn by this sampler, and its calls."""
-    process, settings = build.diffusion(config), build.preview_sampler(config, name)
+    process = build.diffusion(config)
     sampler = build.sampler(settings, process)
     calls, share = sampler.calls(process), None
     if num_steps is not None:
         drawn = times(num_steps, config.runtime.sample_every) * config.runtime.num_previews
         share = drawn * calls / (3 * num_steps * config.training.batch_size)
     return Previews(name, settings, len(sampler.timesteps(process)), share), calls
+
+
+def _stands_for_all(alphas_cumprod: Tensor, count: int) -> bool:
+    """Whether pictures of one colour keep the spread of their brightness in so few steps."""
+    short, whole = (_spread(alphas_cumprod, steps) for steps in (count, None))
+    return short >= HELD * whole
+
+
+def _spread(alphas_cumprod: Tensor, count: int | None) -> float:
+    """The deviation that the exact ancestral chain draws, as a share of that of the data.
+
+    All is linear and Gaussian: only the variance has to be followed.
+    """
+    timesteps = spaced_timesteps(alphas_cumprod, count)
+    abars = [*(float(alphas_cumprod[t]) for t in timesteps), 1.0]
+    found = 1.0
+    for abar, after in pairwise(abars):
+        beta = 1 - abar / after
+        x0_hat = abar**0.5 * BRIGHTNESS / (abar * BRIGHTNESS + 1 - abar)
+        of_x0, of_x_t = after**0.5 * beta, (1 - beta) ** 0.5 * (1 - after)
+        factor = (of_x0 * x0_hat + of_x_t) / (1 - abar)
+        found = factor**2 * found + beta * (1 - after) / (1 - abar)
+    return float((found / BRIGHTNESS) ** 0.5)
 
 
 def times(num_steps: int, every: int) -> int:
@@ -114,7 +149,7 @@ def cost(config: Config, num_steps: int | None) -> str:
             "(runtime.sample_every)"
         )
     if chosen.name != "run":
-        own = _by("run", config, num_steps)[0]
+        own = _by("run", build.preview_sampler(config, "run"), config, num_steps)[0]
         said += f"; by {own.words} {_percent(own.share)} (runtime.preview_sampler=run)"
     return said
 

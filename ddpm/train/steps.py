@@ -79,7 +79,7 @@ def take_steps(
             evaluates = is_due(step, runtime.evaluate_every, num_steps)
             saves = is_due(step, runtime.checkpoint_every, num_steps) or evaluates or told
 
-            tidy(logs or saves or previews)  # while a GPU still computes
+            tidy(bool(logs or saves or previews))  # while a GPU still computes
             if logs or saves or previews:
                 means = state.meter.means()  # raises NotFinite: nothing is saved unseen
             if logs:
