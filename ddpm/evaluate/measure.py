@@ -28,7 +28,14 @@ from ddpm.evaluate.features import Extractor, Features
 from ddpm.runs import pictures
 from ddpm.runs.results import Measurement
 from ddpm.sample.drawing import Drawing
-from ddpm.sample.folder import claim_folder, draw_missing, read_samples, sample_file
+from ddpm.sample.folder import (
+    claim_folder,
+    draw_missing,
+    read_samples,
+    said_of,
+    sample_file,
+    word_for,
+)
 from ddpm.sample.images import read_png, save_png
 from ddpm.sample.subject import Trained
 from ddpm.system.devices import halve_to_fit
@@ -85,13 +92,15 @@ def measure(
     """
     diffusion = trained.subject.diffusion
     sampler = build.sampler_settings(sampler, diffusion)
-    drawing = trained.subject.drawing(build.sampler(sampler, diffusion), settings.seed, device)
+    built = build.sampler(sampler, diffusion)
+    drawing = trained.subject.drawing(built, settings.seed, device, settings.precision)
     splits = _Splits(trained, data)
     about = {
         "weights": trained.kind,
         "step": trained.step,
         "data": splits.of("train").fingerprint,
         "seed": settings.seed,
+        "precision": settings.precision,
     }
     network = trained.subject.identity()
     job = _Job(trained, settings, processes, drawing, splits, about, network)
@@ -281,12 +290,18 @@ def _decides(job: _Job, protocol: dict[str, Any]) -> dict[str, Any]:
     """All that decides the drawn images; which classes in turn the network's identity has."""
     sampler, classes = protocol["sampler_settings"], job.trained.subject.classes
     seed = job.settings.seed
-    return {"network": job.network, "sampler": sampler, "seed": seed, "classes": classes}
+    return {
+        "network": job.network,
+        "sampler": sampler,
+        "seed": seed,
+        "classes": classes,
+        "precision": job.settings.precision,
+    }
 
 
 def _file(job: _Job, words: str, protocol: dict[str, Any] | None = None) -> Path:
     """Where something of this step is kept; what has a protocol is told apart by all of it."""
-    more = "" if protocol is None else f"-{short_hash([job.network, protocol])}"
+    more = "" if protocol is None else f"-{short_hash([job.network, said_of(protocol)])}"
     name = f"step_{job.trained.step:08d}_{job.trained.kind}_{words}{more}"
     return job.trained.run.path / "evaluation" / name
 
@@ -294,7 +309,7 @@ def _file(job: _Job, words: str, protocol: dict[str, Any] | None = None) -> Path
 def _drawn(job: _Job, protocol: dict[str, Any]) -> Path:
     """The folder of the protocol's images, all of them drawn."""
     settings, processes = job.settings, job.processes
-    words = f"{protocol['sampler']}_seed_{settings.seed}-{short_hash(_decides(job, protocol))}"
+    words = f"{protocol['sampler']}_seed_{settings.seed}-{word_for(_decides(job, protocol))}"
     folder = _file(job, words)
     if processes.is_main_process:
         claim_folder(folder, _decides(job, protocol))
@@ -370,19 +385,15 @@ def _bits_per_dim(job: _Job, split: Split) -> list[Measurement]:
 
 def _summed(job: _Job, split: Split, what: str, sums: Callable[..., Any]) -> Any:
     """What bound.loss_sums or bound.bound_sums find on the pictures, of all processes in one."""
-    network, diffusion = job.drawing.network, job.drawing.diffusion
-    training = network.training
-    network.eval()
+    diffusion = job.drawing.diffusion
     mine: list[Any] = []
-    try:
+    with job.drawing.computing():
         for model, numbers, x0 in _batches(job, split, what):
 
             def part(span: slice, model: Any = model, n: Any = numbers, x0: Any = x0) -> Any:
                 return sums(model(span), diffusion, [(n[span], x0[span])], job.settings.seed)
 
             mine += halve_to_fit(part, len(x0))
-    finally:
-        network.train(training)
     added = [functools.reduce(operator.add, mine)] if mine else []  # a process may have no share
     return functools.reduce(operator.add, gather(added, job.processes))
 

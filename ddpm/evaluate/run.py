@@ -19,6 +19,7 @@ from ddpm.runs.folder import RunFolder
 from ddpm.runs.results import Measurement
 from ddpm.sample.subject import Trained, of_run
 from ddpm.system import signals
+from ddpm.system.precision import Precision
 from ddpm.system.processes import (
     device_of,
     find_processes,
@@ -36,6 +37,7 @@ class Settings(Section):
     step: Annotated[int, Field(ge=1)] | None
     weights: Literal["ema", "raw"]
     device: Literal["auto", "cpu", "cuda", "mps"]
+    precision: Precision
     outputs: Text
     trusted_modules: list[str]
     data: Place

@@ -30,7 +30,7 @@ class Shown:
     """Previews and measures of one step. All processes must call the same.
 
     Attributes:
-        trained: The network after the step.
+        trained: The network after the step, which has its averaged weights now.
         data: The run's pictures.
         num_steps: Of the whole run.
         device: Where this process works.
@@ -104,7 +104,8 @@ class Shown:
         subject, config, step = self.trained.subject, self.trained.config, self.trained.step
         count, size = config.runtime.num_previews, config.training.batch_size
         sampler = build.sampler(self.previews.settings, subject.diffusion)
-        drawing = subject.drawing(sampler, config.seed, self.device)
+        precision = config.training.precision
+        drawing = subject.drawing(sampler, config.seed, self.device, precision)
         classes = subject.classes_in_turn(count)
         log.info("step %d  drawing %d previews by %s", step, count, self.previews.words)
         if classes and subject.classes:
