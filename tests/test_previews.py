@@ -143,7 +143,9 @@ def test_a_preview_is_drawn_by_what_it_says(run_folder, tiny, tmp_path):
     assert text_of(file)["drawn by"] == "dpmpp20 (dpm_solver_pp, 20 steps)"
     trained = of_run(quick, 6, "ema", [])
     sampler = build.sampler(json.loads(text_of(file)["sampler"]), trained.subject.diffusion)
-    drawing = trained.subject.drawing(sampler, trained.config.seed, torch.device("cpu"))
+    drawing = trained.subject.drawing(
+        sampler, trained.config.seed, torch.device("cpu"), trained.config.training.precision
+    )
     assert (read_png(file) == grid(to_uint8(drawing.images(range(4))))).all()
 
 
