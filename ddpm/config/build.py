@@ -15,6 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import nn
 
+from ddpm.config.compose import shipped_option, shipped_options
 from ddpm.config.schema import Config, Data
 from ddpm.data.batches import to_floats
 from ddpm.data.decoding import Decoding, reason_of
@@ -126,6 +127,34 @@ def sampler(node: Mapping[str, Any], process: GaussianDiffusion) -> Sampler:
     return built
 
 
+def preview_sampler(config: Config, name: str) -> dict[str, Any]:
+    """Returns the settings of what draws previews, with the guidance of the run's own sampler.
+
+    Args:
+        config: The run's configuration.
+        name: "run" for the run's own sampler, or an option of conf/sampler.
+
+    Raises:
+        ValueError: If there is none, or it does not fit the run.
+    """
+    process = diffusion(config)
+    own = sampler_settings(config.sampler, process)
+    if name == "run":
+        return own
+    options = shipped_options("sampler")
+    if name not in options:
+        raise ValueError(
+            f"runtime.preview_sampler={name} must be auto, run, or an option of sampler: "
+            f"{', '.join(options)}"
+        )
+    node = {**shipped_option("sampler", name), "guidance_scale": own["guidance_scale"]}
+    try:
+        sampler(node, process)
+    except ValueError as error:
+        raise ValueError(f"runtime.preview_sampler={name}: {error}") from error
+    return sampler_settings(node, process)
+
+
 def timestep_sampler(
     process: GaussianDiffusion, device: torch.device
 ) -> Uniform | LossSecondMoment:
@@ -196,6 +225,8 @@ def check(config: Config) -> None:
             f"sampler.guidance_scale={config.sampler['guidance_scale']} needs classes in training, "
             "some of them left out (training.conditional=true training.label_dropout=0.1)"
         )
+    if config.runtime.preview_sampler != "auto":
+        preview_sampler(config, config.runtime.preview_sampler)
     lr_schedule(config)
     network(config, torch.device("meta"), config.data.num_classes or 1)
     optimizer(config, [nn.Parameter(torch.zeros(1))])

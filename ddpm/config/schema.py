@@ -90,6 +90,7 @@ class Runtime(Section):
     max_hours: Annotated[float, Field(gt=0)] | None = None  # runs of before have none
     evaluate_every: Count | None
     num_previews: Count
+    preview_sampler: Text = "auto"  # runs of before have none
     trusted_modules: list[str]
     check_sweep: bool = True  # this and the next: runs of before have none
     deterministic: bool = False

@@ -4,11 +4,13 @@ No state: step and position decide.
 """
 
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm.data.ahead import Ahead, Copies, Span, without_waiting
 from ddpm.data.stored import Packed
 from ddpm.system import randomness
 from ddpm.system.devices import memory_format
@@ -23,26 +25,9 @@ def to_floats(pixels: Tensor) -> Tensor:
     return x0.div_(127.5).sub_(1)
 
 
-class _Ahead:
-    """Decodes ahead what will be asked for: at most the images of one step."""
-
-    def __init__(self, images: Packed) -> None:
-        self._images = images
-        self._started: dict[tuple[int, int, int], list[Future[np.ndarray]]] = {}
-
-    def start(self, span: tuple[int, int, int], rows: Tensor) -> None:
-        """Starts to decode these rows. `span` is their (step, start, stop)."""
-        if span not in self._started:
-            self._started[span] = self._images.start(rows.numpy())
-
-    def take(self, span: tuple[int, int, int], rows: Tensor) -> Tensor:
-        """Returns a span's images, started or not, and drops what was started for earlier steps."""
-        self.start(span, rows)
-        started = self._started.pop(span)
-        for old in [other for other in self._started if other[0] < span[0]]:
-            for picture in self._started.pop(old):
-                picture.cancel()
-        return torch.from_numpy(self._images.result(started))
+def _cancel(started: list[Future[np.ndarray]]) -> None:
+    for picture in started:
+        picture.cancel()
 
 
 class Batches:
@@ -65,6 +50,7 @@ class Batches:
             for all.
         on_device: Keep the images whole on the device. Otherwise they are read from `images` each
             step (those to be decoded, a step ahead).
+        copies: How they reach the device then (`copies_to`); None: when they are asked for.
 
     Raises:
         ValueError: If the batch is larger than the data set.
@@ -83,6 +69,7 @@ class Batches:
         any_class: int = 0,
         rows: np.ndarray | None = None,
         on_device: bool = False,
+        copies: Copies | None = None,
     ) -> None:
         rows = np.arange(len(images)) if rows is None else rows
         if batch_size > len(rows):
@@ -100,13 +87,14 @@ class Batches:
         self.steps_per_epoch = (
             self.num_images // batch_size if drop_last else -(-self.num_images // batch_size)
         )
-        self._images: torch.Tensor | _Ahead
-        if isinstance(images, Packed):
-            self._images = _Ahead(images)
-        else:
-            self._images = (
-                torch.from_numpy(images).to(device) if on_device else torch.from_numpy(images)
-            )
+        self._images: Tensor | Packed = (
+            images
+            if isinstance(images, Packed)
+            else (torch.from_numpy(images).to(device if on_device else "cpu"))
+        )
+        self._decoding = Ahead(self._decode, _cancel)
+        self._copies = None if on_device else copies
+        self._sent = Ahead(self._send)
         home = device if on_device else torch.device("cpu")
         self._rows = torch.from_numpy(rows).to(home)
         self._labels = torch.from_numpy(labels).to(home) if labels is not None else None
@@ -137,9 +125,8 @@ class Batches:
             self._orders = {
                 other: order for other, order in self._orders.items() if other == epoch - 1
             }
-            self._orders[epoch] = torch.randperm(self.num_images, generator=generator).to(
-                self._rows.device
-            )
+            order = torch.randperm(self.num_images, generator=generator)
+            self._orders[epoch] = without_waiting(order, self._rows.device)
         return self._orders[epoch][
             within * self.batch_size + start : within * self.batch_size + stop
         ]
@@ -150,11 +137,11 @@ class Batches:
         Returns:
             (stop - start, C, H, W) float32 in [-1, 1] on the device, see to_floats.
         """
-        chosen = self._chosen(step, start, stop)
-        if chosen.device.type != self.device.type:  # "cuda" is where "cuda:0" is
-            chosen = (chosen.pin_memory() if self.device.type == "cuda" else chosen).to(
-                self.device, non_blocking=True
-            )
+        span = step, start, stop
+        if self._copies is not None:
+            chosen = self._copies.receive(self._sent.take(span))
+        else:
+            chosen = without_waiting(self._chosen(span), self.device)
         if self.flip:  # while it is bytes
             positions = torch.arange(start, stop, device=self.device)
             mirrored = randomness.coin(
@@ -165,14 +152,35 @@ class Batches:
             chosen = chosen ^ ((chosen ^ chosen.flip(-1)) & all_bits)
         return to_floats(chosen)
 
-    def _chosen(self, step: int, start: int, stop: int) -> Tensor:
-        if not isinstance(self._images, _Ahead):
-            return self._images.index_select(0, self._rows[self.indices(step, start, stop)])
-        now = self._images.take((step, start, stop), self._rows[self.indices(step, start, stop)])
+    def send(self, step: int, start: int, stop: int) -> None:
+        """Begins to copy what `images` will be asked for to a GPU, while it still computes.
+
+        Images that are on the device, or have no way there but to be waited for, are left alone.
+        """
+        if self._copies is not None:
+            self._sent.start((step, start, stop))
+
+    def _send(self, span: Span) -> Any:
+        assert self._copies is not None
+        room = self._copies.room((span[2] - span[1], *self._images.shape[1:]))
+        return self._copies.send(self._chosen(span, room))
+
+    def _chosen(self, span: Span, room: Tensor | None = None) -> Tensor:
+        """The images of a span, where they lie; in `room`, if it is given."""
+        if not isinstance(self._images, Packed):
+            return torch.index_select(self._images, 0, self._chosen_rows(span), out=room)
+        started = self._decoding.take(span)
+        step, start, stop = span
         after = self.size(step + 1)
-        span = (step + 1, min(start, after), min(stop, after))
-        self._images.start(span, self._rows[self.indices(*span)])
-        return now
+        self._decoding.start((step + 1, min(start, after), min(stop, after)))
+        return torch.from_numpy(Packed.result(started, None if room is None else room.numpy()))
+
+    def _chosen_rows(self, span: Span) -> Tensor:
+        return self._rows[self.indices(*span)]
+
+    def _decode(self, span: Span) -> list[Future[np.ndarray]]:
+        assert isinstance(self._images, Packed)
+        return self._images.start(self._chosen_rows(span).numpy())
 
     def classes(self, step: int, start: int, stop: int) -> Tensor | None:
         """Returns the classes at positions start to stop of this step's batch, some dropped.
@@ -182,7 +190,7 @@ class Batches:
         """
         if self._labels is None:
             return None
-        labels = self._labels[self.indices(step, start, stop)].to(self.device, non_blocking=True)
+        labels = without_waiting(self._labels[self.indices(step, start, stop)], self.device)
         if not self._label_dropout:
             return labels
         keys = randomness.stream_keys(

@@ -159,9 +159,9 @@ class Packed:
         return [self._pool.submit(self._one, int(row)) for row in rows]
 
     @staticmethod
-    def result(started: list[Future[np.ndarray]]) -> np.ndarray:
-        """Returns what was started, as soon as it is there."""
-        return np.stack([picture.result() for picture in started])
+    def result(started: list[Future[np.ndarray]], into: np.ndarray | None = None) -> np.ndarray:
+        """Returns what was started, as soon as it is there, in `into` if that is given."""
+        return np.stack([picture.result() for picture in started], out=into)
 
     def _one(self, row: int) -> np.ndarray:
         content = self._content[self._offsets[row] : self._offsets[row + 1]].tobytes()

@@ -189,6 +189,19 @@ class Sampler:
         check_start(diffusion.alphas_cumprod, chosen, self.spacing)
         return chosen
 
+    def calls(self, diffusion: GaussianDiffusion) -> int:
+        """Returns how often the network sees an image, twice a call with guidance.
+
+        A function that is not of this module is taken to call once a timestep.
+        """
+        timesteps = self.timesteps(diffusion)
+        function, count = getattr(self.function, "func", self.function), len(timesteps)
+        if function is heun:
+            count = 2 * count - 1
+        elif function is dpm_solver_pp:
+            count += bool(diffusion.alphas_cumprod[timesteps[0]] == 0) and count > 1
+        return count if self.guidance_scale == 1 else 2 * count
+
     @torch.inference_mode()
     def walk(
         self,

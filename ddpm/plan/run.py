@@ -23,6 +23,7 @@ from ddpm.plan.sizes import (
 from ddpm.plan.timing import TrainingStep, random_images
 from ddpm.runs.finding import locate
 from ddpm.runs.pictures import with_pictures
+from ddpm.sample.previews import cost, previews_of
 from ddpm.system.devices import device as device_named
 from ddpm.system.processes import accelerator_for
 from ddpm.weights.folders import with_initial_weights
@@ -129,6 +130,7 @@ def _show_sizes(config: Config, needs: Sizes, num_steps: int | None) -> None:
         f"{4 * weights:.2f} GB a checkpoint (weights, average, Adam's two moments), "
         f"{config.runtime.keep_checkpoints} kept",
     )
+    _show("previews", cost(config, num_steps))
     activations = needs.activation_bytes / GIGA
     _show(
         "memory",
@@ -170,7 +172,9 @@ def _time(
     together = expected_speed(speed, devices, batch, gradients, bandwidth * GIGA)
     if not num_steps:
         return f"{together:,.4g} images/s"
-    left = timedelta(seconds=round(num_steps * batch / together))
+    images = num_steps * batch
+    previews = (previews_of(config, num_steps).share or 0) * images / speed  # one device draws them
+    left = timedelta(seconds=round(images / together + previews))
     hours = left.total_seconds() / 3600
     return f"{together:,.4g} images/s, {hours:,.1f} hours; started now, done {_when(left)}"
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm.config import build
 from ddpm.config.schema import Config
+from ddpm.data.ahead import copies_to
 from ddpm.data.batches import Batches
 from ddpm.diffusion.samplers import step_noise
 from ddpm.sample.subject import of_config
@@ -59,6 +60,7 @@ class TrainingStep:
             drop_last=True,
             flip=config.data.flip,
             labels=labels,
+            copies=copies_to(self.device),
         )
         at_once = config.runtime.device_batch
         self._updates = updates(
@@ -122,6 +124,11 @@ class TimedBatches(Batches):
         found = super().images(step, start, stop)
         self.seconds += time.perf_counter() - began
         return found
+
+    def send(self, step: int, start: int, stop: int) -> None:
+        began = time.perf_counter()
+        super().send(step, start, stop)
+        self.seconds += time.perf_counter() - began
 
 
 class HostWaits(TorchDispatchMode):

@@ -1,10 +1,12 @@
 """Pictures to look at: from [-1, 1] to 8 bits, one file an image, or many in a grid."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ddpm.system.files import whole
@@ -67,10 +69,25 @@ def grid(images: np.ndarray, columns: int | None = None, least_width: int = 512)
     return sheet
 
 
-def save_png(path: Path, image: np.ndarray) -> None:
+def save_png(path: Path, image: np.ndarray, text: Mapping[str, str] | None = None) -> None:
     """Writes (H, W, C) uint8 as a PNG, whole or not at all.
 
     It does not wait for the disk, since there may be 50,000 of them.
+
+    Args:
+        path: Where.
+        image: The picture.
+        text: What the file says of it, by keyword.
     """
+    said = PngInfo()
+    for keyword, words in (text or {}).items():
+        said.add_text(keyword, words)
     with whole(path, sync=False) as scratch:
-        to_picture(image).save(scratch, format="PNG")
+        to_picture(image).save(scratch, format="PNG", pnginfo=said)
+
+
+def text_of(path: Path) -> dict[str, str]:
+    """Reads what a PNG says of itself, by keyword."""
+    with Image.open(path) as image:
+        image.load()  # it may stand behind the pixels
+        return dict(getattr(image, "text", {}))

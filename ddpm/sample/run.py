@@ -19,6 +19,7 @@ from ddpm.sample.drawing import Drawing
 from ddpm.sample.figures import Figure
 from ddpm.sample.folder import claim_folder, draw_missing, pack_samples, read_samples, word_for
 from ddpm.sample.images import grid, save_png
+from ddpm.sample.previews import drawn_by
 from ddpm.sample.subject import (
     Subject,
     Trained,
@@ -275,6 +276,8 @@ def _over_training(settings: Settings, trained: Trained | None, path: Path) -> F
     if trained is None:
         raise ValueError("figure=grid_over_training needs run=DIR")
     previews = sorted(trained.run.samples.glob("step_*[0-9].png"))
+    if previews:
+        print(f"previews drawn by {drawn_by(previews)}", flush=True)
     frames, figure = figures.over_training(previews, settings.frames)
     figures.save_gif(path, frames, seconds=4, hold=2)
     print(f"animation {path}", flush=True)

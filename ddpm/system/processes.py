@@ -5,16 +5,21 @@ One, or those that torchrun, accelerate launch or Slurm started.
 
 import atexit
 import ctypes
+import gc
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    gather_object,
+)
 
 from ddpm.system import devices, signals
 from ddpm.system.internals import reset_accelerate
@@ -69,6 +74,9 @@ def accelerator_for(
             # else the environment says these two
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dynamo_backend="no",
+            # gradients are sent from where they lie; no static_graph, with which torch 2.13 fails
+            # where the first pass is not sent (batches in pieces, the search of device_batch=auto)
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         _meet(accelerator.num_processes, accelerator.process_index)
         with products(precision), bits_kept(accelerator.device, deterministic):
@@ -161,6 +169,33 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside the heap
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink it
+
+
+@contextmanager
+def garbage_kept() -> Iterator[Callable[[bool], None]]:
+    """Keeps Python from looking for garbage by itself, for which a GPU would have to wait.
+
+    From the first call of what is yielded on. Afterwards, Python collects as it did before.
+
+    Yields:
+        What is called at each step, with whether it is time to collect what came since the first.
+    """
+    automatic = gc.isenabled()
+
+    def tidy(due: bool) -> None:
+        if gc.isenabled():
+            gc.collect()
+            gc.freeze()  # what is there now stays, and need not be looked at again
+            gc.disable()
+        elif due and automatic:
+            gc.collect()
+
+    try:
+        yield tidy
+    finally:
+        if automatic:
+            gc.unfreeze()
+            gc.enable()
 
 
 @contextmanager

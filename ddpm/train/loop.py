@@ -53,6 +53,9 @@ def updates(
         alone = step == first and state.accelerator.num_processes == 1
         with at_once() if alone else nullcontext():
             _update(state, diffusion, batches, lr_at(step), seed, step, device_batch, grad_clip)
+        if step + 1 < num_steps:  # while a GPU still computes
+            for span in _spans(state.accelerator, batches, step + 1, device_batch):
+                batches.send(step + 1, *span)
         yield state.step
 
 
@@ -72,8 +75,7 @@ def _update(
     for group in optimizer.param_groups:
         group["lr"] = lr
         parameters += group["params"]
-    size = batches.size(step)
-    spans = micro_batches(size, accelerator.num_processes, accelerator.process_index, device_batch)
+    spans = _spans(accelerator, batches, step, device_batch)
     seen: list[tuple[Tensor, Tensor]] = []
     for span in spans:
         last = span == spans[-1]
@@ -88,8 +90,17 @@ def _update(
     state.ema.update()
     if state.timesteps.learns:
         t, losses = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        size = batches.size(step)
         state.timesteps.update(*of_all_processes(accelerator, t, losses, size))
     state.step = step + 1
+
+
+def _spans(
+    accelerator: Accelerator, batches: Batches, step: int, device_batch: int | None
+) -> list[tuple[int, int]]:
+    """The positions of a step's batch that this process takes, piece by piece."""
+    size, count = batches.size(step), accelerator.num_processes
+    return micro_batches(size, count, accelerator.process_index, device_batch)
 
 
 def backward(

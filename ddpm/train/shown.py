@@ -17,6 +17,7 @@ from ddpm.evaluate.measure import measure
 from ddpm.runs import checkpoint, results
 from ddpm.runs.recording import Recorder
 from ddpm.sample.images import grid, save_png, to_uint8
+from ddpm.sample.previews import Previews
 from ddpm.sample.subject import Trained, class_words
 from ddpm.system.processes import gather, together
 from ddpm.train.loop import is_due
@@ -33,6 +34,7 @@ class Shown:
         data: The run's pictures.
         num_steps: Of the whole run.
         device: Where this process works.
+        previews: How previews are drawn.
         recorder: Of the process that leads; None on the others.
     """
 
@@ -40,6 +42,7 @@ class Shown:
     data: ImageSet
     num_steps: int
     device: torch.device
+    previews: Previews
     recorder: Recorder | None
 
     def make_up_for(self) -> None:
@@ -65,7 +68,8 @@ class Shown:
                 sheet = self._sheet()
                 self.recorder.picture(self.trained.step, "samples", sheet)
                 self.recorder.flush()
-                save_png(self._preview_file(), sheet)  # last: it says that all is there
+                said = self.previews.text(self.trained.config, self.trained.step)
+                save_png(self._preview_file(), sheet, said)  # last: it says that all is there
 
     def evaluate(self) -> None:
         """Measures what evaluation.metrics asks for; all processes share the work.
@@ -99,12 +103,11 @@ class Shown:
         """The grid, (H, W, C) uint8."""
         subject, config, step = self.trained.subject, self.trained.config, self.trained.step
         count, size = config.runtime.num_previews, config.training.batch_size
-        sampler = build.sampler(config.sampler, subject.diffusion)
+        sampler = build.sampler(self.previews.settings, subject.diffusion)
         precision = config.training.precision
         drawing = subject.drawing(sampler, config.seed, self.device, precision)
         classes = subject.classes_in_turn(count)
-        steps = len(drawing.timesteps)
-        log.info("step %d  drawing %d previews, %d steps each", step, count, steps)
+        log.info("step %d  drawing %d previews by %s", step, count, self.previews.words)
         if classes and subject.classes:
             log.info("step %d  in turn %s", step, class_words(classes, subject.classes))
         drawn = []

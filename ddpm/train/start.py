@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ddpm.config import build
 from ddpm.config.schema import Config
 from ddpm.config.validation import public_names
+from ddpm.data.ahead import copies_to
 from ddpm.data.batches import Batches
 from ddpm.data.image_set import ImageSet, goes_on_device
 from ddpm.data.shards import Source
@@ -98,6 +99,7 @@ def batches_of(data: ImageSet, config: Config, device: torch.device) -> Batches:
         any_class=len(data.classes),
         rows=trained_on.rows,
         on_device=on_device,
+        copies=copies_to(device),
     )
 
 

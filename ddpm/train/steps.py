@@ -17,8 +17,9 @@ from ddpm.data.image_set import ImageSet
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import hparams
 from ddpm.runs.recording import Recorder, Speed
+from ddpm.sample.previews import MOST, Previews, cost, others_before, previews_of
 from ddpm.sample.subject import Trained, of_config
-from ddpm.system.processes import Asking
+from ddpm.system.processes import Asking, garbage_kept
 from ddpm.system.signals import Preempted
 from ddpm.train import saving, start
 from ddpm.train.device_batch import largest_fitting
@@ -48,6 +49,9 @@ def take_steps(
     state = start.state_of(config, folder, accelerator, diffusion, len(classes))
     subject = of_config(config, classes, lambda device: state.network, state.ema.state_dict)
     recorder = _recorder(config, folder, state, batches, num_steps) if leads else None
+    drawn_by = previews_of(config, num_steps)
+    if leads:
+        _say_previews(folder, config, num_steps, drawn_by)
     timed = folder.record().get("timed") if state.step else None
     speed = Speed(state.step, training.batch_size, timed)
     device_batch = runtime.device_batch
@@ -60,12 +64,12 @@ def take_steps(
 
     def shown(step: int) -> Shown:
         trained = Trained(subject, config, folder, step, "ema")
-        return Shown(trained, data, num_steps, accelerator.device, recorder)
+        return Shown(trained, data, num_steps, accelerator.device, drawn_by, recorder)
 
     rest = (lr_at, config.seed, num_steps, device_batch, training.grad_clip)
     steps = _bar(updates(state, diffusion, batches, *rest), state.step, num_steps, leads)
     asking, saver = Asking(), saving.Saver(folder, config, state, recorder, speed)
-    with _naming_device_batch(device_batch):
+    with _naming_device_batch(device_batch), garbage_kept() as tidy:
         if state.step:
             with state.averaged():
                 shown(state.step).make_up_for()
@@ -76,6 +80,7 @@ def take_steps(
             evaluates = is_due(step, runtime.evaluate_every, num_steps)
             saves = is_due(step, runtime.checkpoint_every, num_steps) or evaluates or told
 
+            tidy(bool(logs or saves or previews))  # while a GPU still computes
             if logs or saves or previews:
                 means = state.meter.means()  # raises NotFinite: nothing is saved unseen
             if logs:
@@ -143,6 +148,15 @@ def _recorder(
         settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         recorder.text("config", f"```yaml\n{settings}```")
     return recorder
+
+
+def _say_previews(folder: RunFolder, config: Config, num_steps: int, chosen: Previews) -> None:
+    """Says what draws the previews and what that costs, and if another sampler did before."""
+    costly = chosen.share is not None and chosen.share > MOST
+    log.log(logging.WARNING if costly else logging.INFO, "previews: %s", cost(config, num_steps))
+    before = others_before(config, chosen, sorted(folder.samples.glob("step_*[0-9].png")))
+    if before is not None:
+        log.warning("%s", before)
 
 
 def _report(

@@ -1,0 +1,190 @@
+"""With what a run draws its previews, and what share of its training that takes.
+
+Both are known before it starts.
+"""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ddpm.config import build
+from ddpm.config.schema import Config
+from ddpm.diffusion.spacing import BRIGHTNESS, spaced_timesteps
+from ddpm.sample.images import text_of
+
+MOST = 0.05  # of a run's training that previews may take, where runtime.preview_sampler=auto
+LEAST = 50  # steps below which a chain is no preview of a longer one
+HELD = 0.95  # of the spread that the whole chain keeps, for a shorter one to stand for it
+OWN = "the run's sampler"
+
+
+@dataclass(frozen=True)
+class Previews:
+    """How the previews of a run are drawn.
+
+    Attributes:
+        name: The option of group sampler, "run" for the run's own, "quick" for a short chain.
+        settings: Of that sampler, with nothing left open.
+        steps: Timesteps that it visits.
+        share: What all previews of the run take of its training, counted in passes through the
+            network: one forward a call, three a trained image. None if its length is not known.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    steps: int
+    share: float | None
+
+    @property
+    def words(self) -> str:
+        """The sampler: "dpmpp20 (dpm_solver_pp, 20 steps)"."""
+        function = self.settings["function"]["_target_"].rpartition(".")[2]
+        name = {"run": OWN, "quick": "a quick sampler"}.get(self.name, self.name)
+        return f"{name} ({function}, {self.steps} steps)"
+
+    def text(self, config: Config, step: int) -> dict[str, str]:
+        """Returns what a picture of a step says of itself."""
+        return {
+            "Description": f"step {step}, averaged weights (ema), seed {config.seed}",
+            "drawn by": self.words,
+            "sampler": _as_text(self.settings),
+        }
+
+
+def previews_of(config: Config, num_steps: int | None) -> Previews:
+    """Returns how a run's previews are drawn.
+
+    runtime.preview_sampler=auto takes the run's own sampler where that is at most MOST of training.
+    Else it takes Ho et al.'s, respaced to as many steps as that leaves, whose pictures are cleaner
+    than those of a solver of an ODE while a network is young; where so short a chain would lose
+    brightness, dpmpp20 if the schedule lets it. A network that predicts the mean is left to the
+    run's own: x0_hat is not to be had from the mean at high noise, and other chains need it.
+
+    Args:
+        config: The run's configuration.
+        num_steps: Of the whole run; None if not known, which leaves the choice to the run's own.
+    """
+    choice, process = config.runtime.preview_sampler, build.diffusion(config)
+    if choice != "auto":
+        return _by(choice, build.preview_sampler(config, choice), config, num_steps)[0]
+    own, calls = _by("run", build.preview_sampler(config, "run"), config, num_steps)
+    if own.share is None or own.share <= MOST or process.prediction == "mean":
+        return own
+    guidance = own.settings["guidance_scale"]
+    count = int(MOST * calls / own.share) // (1 if guidance == 1 else 2)
+    count = min(max(count, LEAST), process.num_timesteps)
+    ancestral = build.preview_sampler(config, "ancestral")
+    ancestral["function"]["variance"] = "fixed_small"  # holds for few steps, and for any network
+    short, fewer = _by("quick", {**ancestral, "num_steps": count}, config, num_steps)
+    quick = [(short, fewer)]
+    if (short.share or 0) > MOST or not _stands_for_all(process.alphas_cumprod, count):
+        with suppress(ValueError):
+            settings = build.preview_sampler(config, "dpmpp20")
+            quick.insert(0, _by("dpmpp20", settings, config, num_steps))
+    return next((found for found, fewer in quick if fewer < calls), own)
+
+
+def _by(
+    name: str, settings: dict[str, Any], config: Config, num_steps: int | None
+) -> tuple[Previews, int]:
+    """The previews drawn by this sampler, and its calls."""
+    process = build.diffusion(config)
+    sampler = build.sampler(settings, process)
+    calls, share = sampler.calls(process), None
+    if num_steps is not None:
+        drawn = times(num_steps, config.runtime.sample_every) * config.runtime.num_previews
+        share = drawn * calls / (3 * num_steps * config.training.batch_size)
+    return Previews(name, settings, len(sampler.timesteps(process)), share), calls
+
+
+def _stands_for_all(alphas_cumprod: Tensor, count: int) -> bool:
+    """Whether pictures of one colour keep the spread of their brightness in so few steps."""
+    short, whole = (_spread(alphas_cumprod, steps) for steps in (count, None))
+    return short >= HELD * whole
+
+
+def _spread(alphas_cumprod: Tensor, count: int | None) -> float:
+    """The deviation that the exact ancestral chain draws, as a share of that of the data.
+
+    All is linear and Gaussian: only the variance has to be followed.
+    """
+    timesteps = spaced_timesteps(alphas_cumprod, count)
+    abars = [*(float(alphas_cumprod[t]) for t in timesteps), 1.0]
+    found = 1.0
+    for abar, after in pairwise(abars):
+        beta = 1 - abar / after
+        x0_hat = abar**0.5 * BRIGHTNESS / (abar * BRIGHTNESS + 1 - abar)
+        of_x0, of_x_t = after**0.5 * beta, (1 - beta) ** 0.5 * (1 - after)
+        factor = (of_x0 * x0_hat + of_x_t) / (1 - abar)
+        found = factor**2 * found + beta * (1 - after) / (1 - abar)
+    return float((found / BRIGHTNESS) ** 0.5)
+
+
+def times(num_steps: int, every: int) -> int:
+    """Returns how often in a run what is due every so many steps, and at the last, is done."""
+    return -(-num_steps // every)
+
+
+def cost(config: Config, num_steps: int | None) -> str:
+    """Returns in words what draws a run's previews, and what share of its training that takes."""
+    chosen, runtime = previews_of(config, num_steps), config.runtime
+    if num_steps is None or chosen.share is None:
+        return (
+            f"{runtime.num_previews} every {runtime.sample_every} steps; what draws them follows "
+            "from the number of steps (runtime.preview_sampler)"
+        )
+    said = (
+        f"{times(num_steps, runtime.sample_every)} x {runtime.num_previews} by {chosen.words}, "
+        f"{_percent(chosen.share)} of training"
+    )
+    if chosen.share > MOST:
+        said += (
+            f", more than {MOST:.0%}: give fewer runtime.num_previews, or more steps between them "
+            "(runtime.sample_every)"
+        )
+    if chosen.name != "run":
+        own = _by("run", build.preview_sampler(config, "run"), config, num_steps)[0]
+        said += f"; by {own.words} {_percent(own.share)} (runtime.preview_sampler=run)"
+    return said
+
+
+def others_before(config: Config, chosen: Previews, pictures: Sequence[Path]) -> str | None:
+    """Says in a line that a run's last preview was drawn by another sampler, if it was.
+
+    Args:
+        config: The run's configuration.
+        chosen: What draws from now on.
+        pictures: The previews that are there, the last of them last.
+    """
+    if not pictures:
+        return None
+    before, last = text_of(pictures[-1]), pictures[-1].name
+    own = _as_text(build.preview_sampler(config, "run"))  # drew all of earlier versions
+    if before.get("sampler", own) == _as_text(chosen.settings):
+        return None
+    by = before.get("drawn by", OWN)
+    return f"previews are drawn by {chosen.words} from here on, those to {last} by {by}"
+
+
+def drawn_by(pictures: Sequence[Path]) -> str:
+    """Returns in words what drew these previews: of each sampler the first picture and its name."""
+    found: dict[str, str] = {}
+    for picture in pictures:
+        found.setdefault(text_of(picture).get("drawn by", OWN), picture.stem)
+    if len(found) == 1:
+        return next(iter(found))
+    return "different samplers: " + ", ".join(f"from {stem} {by}" for by, stem in found.items())
+
+
+def _as_text(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.3g}%"

@@ -1,0 +1,193 @@
+"""Previews take at most 5% of training by default, and say with what they were drawn."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from gaussian import ONE_COLOUR, denoiser, spread_kept
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from ddpm import run
+from ddpm.config import build
+from ddpm.config.compose import CONF, compose, shipped_option, shipped_options
+from ddpm.config.schema import training_config
+from ddpm.diffusion.process import GaussianDiffusion
+from ddpm.runs.folder import RunFolder
+from ddpm.sample.images import grid, read_png, save_png, text_of, to_uint8
+from ddpm.sample.previews import drawn_by, others_before, previews_of
+from ddpm.sample.subject import of_run
+
+SCHEDULES = shipped_options("schedule")
+
+
+def chosen(*overrides, steps=None):
+    config = training_config(compose(list(overrides)))
+    return previews_of(config, steps or config.training.steps)
+
+
+def process(schedule, zero_terminal_snr=False):
+    settings = OmegaConf.load(CONF / "schedule" / f"{schedule}.yaml")
+    settings.zero_terminal_snr = zero_terminal_snr
+    return GaussianDiffusion(instantiate(settings), prediction="v")
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("option", shipped_options("sampler"))
+def test_the_calls_of_each_sampler_are_counted_right(option, zero_terminal_snr):
+    diffusion = process("cosine", zero_terminal_snr)
+    built = build.sampler(shipped_option("sampler", option), diffusion)
+    exact, count = denoiser(diffusion.alphas_cumprod, 1.0), 0
+
+    def denoise(x, t):
+        nonlocal count
+        count += 1
+        return exact(x, t)
+
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    built.function(
+        denoise, x, diffusion.alphas_cumprod, built.timesteps(diffusion), lambda t: torch.zeros(())
+    )
+    assert built.calls(diffusion) == count
+    assert replace(built, guidance_scale=2.0).calls(diffusion) == 2 * count
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps", "name", "share"),
+    [
+        # calls of all previews / (3 * images trained)
+        ([], None, "quick", 0.05),  # 240 steps
+        (["runtime.preview_sampler=run"], None, "run", 2 * 36 * 1000 / (3 * 1800 * 64)),
+        (["runtime.preview_sampler=heun18"], None, "heun18", 2 * 36 * 35 / (3 * 1800 * 64)),
+        (["data=cifar10", "model=unet32"], 800_000, "run", 160 * 64 * 1000 / (3 * 800_000 * 128)),
+        (["schedule=quad"], None, "quick", 0.05),
+        (["schedule=jsd", "objective=v"], None, "dpmpp20", 2 * 36 * 21 / (3 * 1800 * 64)),
+        (["runtime.sample_every=300"], None, "quick", 6 * 36 * 80 / (3 * 1800 * 64)),
+        (["runtime.sample_every=100"], None, "dpmpp20", 18 * 36 * 20 / (3 * 1800 * 64)),
+        (["runtime.sample_every=100", "schedule=quad"], None, "quick", 18 * 36 * 50 / (3 * 1800 * 64)),
+        (["schedule=quad", "schedule.zero_terminal_snr=true", "objective=v",
+          "runtime.sample_every=100"], None, "dpmpp20", 18 * 36 * 21 / (3 * 1800 * 64)),
+        (["objective=mean"], None, "run", 2 * 36 * 1000 / (3 * 1800 * 64)),
+        (["training.conditional=true", "sampler.guidance_scale=2"], None, "quick", 0.05),
+        # exactly 5%, and one picture more; the last step counts too
+        (["training.batch_size=100", "runtime.num_previews=15"], 900, "quick", 0.05),
+        (["training.batch_size=100", "runtime.num_previews=15", "runtime.sample_every=2000"],
+         1000, "run", 0.05),
+        (["training.batch_size=100", "runtime.num_previews=16", "runtime.sample_every=2000"],
+         1000, "quick", 16 * 937 / 300_000),
+        (["sampler=ddim10"], 1, "run", 36 * 10 / (3 * 64)),  # no other is quicker
+    ],
+)  # fmt: skip
+def test_what_draws_previews_by_default_and_what_it_takes(overrides, steps, name, share):
+    found = chosen(*overrides, steps=steps)
+    assert (found.name, found.share) == (name, pytest.approx(share, rel=1e-12))
+
+
+def test_a_quick_sampler_keeps_the_guidance_of_the_runs_own():
+    given = ("training.conditional=true", "sampler.guidance_scale=2.5")
+    assert chosen(*given).settings["guidance_scale"] == 2.5
+    assert chosen(*given).steps == 120
+
+
+@pytest.mark.parametrize("every", [900, 300, 100])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_quick_sampler_keeps_what_the_papers_keeps_of_the_brightness(schedule, every):
+    """Of a chain of 240 steps, of 80, and where there is room for neither."""
+    config = training_config(
+        compose([f"schedule={schedule}", "objective=v", f"runtime.sample_every={every}"])
+    )
+    diffusion, found = build.diffusion(config), previews_of(config, 1800)
+
+    def kept(settings):
+        built = build.sampler(settings, diffusion)
+        return spread_kept(built.function, diffusion.alphas_cumprod, built.timesteps(diffusion))
+
+    whole = shipped_option("sampler", "ancestral")
+    whole = kept({**whole, "function": {**whole["function"], "variance": "fixed_small"}})
+    least = 0.93 if schedule in ("quad", "linear_readme") and every == 100 else 0.95
+    assert least * whole <= kept(found.settings) < 1.025
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+def test_dpmpp20_holds_for_each_prediction(prediction):
+    diffusion = GaussianDiffusion(
+        instantiate(OmegaConf.load(CONF / "schedule" / "linear.yaml")), prediction=prediction
+    )
+    built = build.sampler(shipped_option("sampler", "dpmpp20"), diffusion)
+
+    def model(x_t, t):
+        abar = diffusion.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        x0 = abar.sqrt() * ONE_COLOUR / (abar * ONE_COLOUR + 1 - abar) * x_t
+        noise = (x_t - abar.sqrt() * x0) / (1 - abar).sqrt()
+        v = abar.sqrt() * noise - (1 - abar).sqrt() * x0
+        return {"epsilon": noise, "x0": x0, "v": v}[prediction]
+
+    denoise = diffusion.denoiser(model, clip=False)
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    out = built.function(
+        denoise, x, diffusion.alphas_cumprod, built.timesteps(diffusion), lambda t: None
+    )
+    assert out.item() / ONE_COLOUR**0.5 == pytest.approx(1, abs=0.02)
+
+
+def test_a_preview_is_drawn_by_what_it_says(run_folder, tiny, tmp_path):
+    own = text_of(run_folder / "samples" / "step_00000006.png")
+    assert own["drawn by"] == "the run's sampler (ddim, 2 steps)"
+    assert json.loads(own["sampler"])["num_steps"] == 2
+    quick = run([*tiny, f"outputs={tmp_path}", "runtime.preview_sampler=dpmpp20"])
+    assert quick.path.name == run_folder.name  # it is no part of what is computed
+    file = quick.samples / "step_00000006.png"
+    assert text_of(file)["drawn by"] == "dpmpp20 (dpm_solver_pp, 20 steps)"
+    trained = of_run(quick, 6, "ema", [])
+    sampler = build.sampler(json.loads(text_of(file)["sampler"]), trained.subject.diffusion)
+    drawing = trained.subject.drawing(
+        sampler, trained.config.seed, torch.device("cpu"), trained.config.training.precision
+    )
+    assert (read_png(file) == grid(to_uint8(drawing.images(range(4))))).all()
+
+
+def test_a_run_carried_on_from_an_earlier_version_says_that_previews_are_drawn_otherwise(
+    run_folder, tmp_path
+):
+    run_ = RunFolder(shutil.copytree(run_folder, tmp_path / "run"))
+    config = run_.config([])
+    pictures = sorted(run_.samples.glob("*.png"))
+    runtime = config.runtime.model_copy(update={"preview_sampler": "dpmpp20"})
+    other = config.model_copy(update={"runtime": runtime})
+    by_own, by_other = (previews_of(one, 6) for one in (config, other))
+    assert others_before(config, by_own, pictures) is None
+    assert others_before(other, by_other, []) is None
+    save_png(pictures[-1], read_png(pictures[-1]))  # earlier versions say nothing in it
+    assert others_before(config, by_own, pictures) is None
+    said = others_before(other, by_other, pictures)
+    assert "dpmpp20" in said
+    assert "step_00000006.png by the run's sampler" in said
+    save_png(tmp_path / "step_00000009.png", read_png(pictures[-1]), by_other.text(other, 9))
+    assert others_before(other, by_other, [*pictures, tmp_path / "step_00000009.png"]) is None
+    assert drawn_by(pictures) == "the run's sampler"
+    mixed = drawn_by([*pictures, tmp_path / "step_00000009.png"])
+    assert "from step_00000009 dpmpp20 (dpm_solver_pp, 20 steps)" in mixed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["runtime.preview_sampler=dpm"], "dpm must be auto, run, or an option of sampler: anc"),
+        (["runtime.preview_sampler=dpmpp20", "schedule=quad"], "dpmpp20: .* keep 0.92"),
+    ],
+)
+def test_a_sampler_that_cannot_draw_them_is_refused_before_training(complaint, overrides, reason):
+    assert re.match(f"error: runtime.preview_sampler={reason}", complaint(*overrides))
+
+
+def test_plan_says_what_previews_take(typed, tmp_path):
+    done = typed("plan", "probe=0", f"outputs={tmp_path}")
+    assert (
+        "previews    2 x 36 by a quick sampler (ancestral, 240 steps), 5% of training" in done.out
+    )
+    assert "(ancestral, 1000 steps) 20.8% (runtime.preview_sampler=run)" in done.out
+    shorter = typed("plan", "probe=0", "training.steps=10", f"outputs={tmp_path}")
+    assert "37.5% of training, more than 5%" in shorter.out
