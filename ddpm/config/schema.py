@@ -162,13 +162,14 @@ class Config(Section):
 
     Attributes:
         init_weights: Digest of what lies at init_from, found when the run is
-            (folders.with_initial_weights).
+            (initial.with_initial_weights).
         pictures: Fingerprint of what lies at data.path for data=folder, found when the run is
             (pictures.with_pictures).
     """
 
     resume: Text | None = None
     init_from: Text | None
+    init_attention: Literal["by_head", "whole"] = "by_head"  # runs of before have none
     init_weights: str | None = None
     pictures: str | None = None
     model: Node

@@ -23,7 +23,7 @@ from ddpm.plan.timing import TrainingStep, random_images
 from ddpm.runs.finding import locate
 from ddpm.runs.pictures import with_pictures
 from ddpm.system.processes import accelerator_for
-from ddpm.weights.folders import with_initial_weights
+from ddpm.weights.initial import with_initial_weights
 
 GIGA = 1e9
 

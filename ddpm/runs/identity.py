@@ -24,6 +24,7 @@ NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no pa
     "resume": True,
     "recipe": True,
     "init_weights": True,  # stands where init_from does
+    "init_attention": True,  # is told there
     "pictures": True,  # for data=folder in data
     "data": {
         "path": True,

@@ -1,0 +1,41 @@
+"""What init_from= names: a folder of weights, a repository of the hub, a run, or one file."""
+
+from torch import Tensor, nn
+
+from ddpm.config.schema import Config
+from ddpm.weights import folders
+from ddpm.weights.published import Published, file_at
+
+
+def with_initial_weights(config: Config) -> Config:
+    """Returns the configuration with the digest of what lies at init_from, unless it has one.
+
+    Raises:
+        ValueError: If nothing of use lies there.
+    """
+    if config.init_from is None or config.init_weights is not None:
+        return config
+    return config.model_copy(update={"init_weights": _named(config).digest()})
+
+
+def initial_weights(config: Config, network: nn.Module) -> dict[str, Tensor]:
+    """Returns what lies at init_from, for this network.
+
+    Raises:
+        ValueError: If it does not fit, or is no longer what it was.
+    """
+    found = _named(config)
+    if found.digest() != config.init_weights:
+        raise ValueError(
+            f"init_from={config.init_from} has changed since the command was started; start it "
+            "again"
+        )
+    return found.weights_for(network, config.model)
+
+
+def _named(config: Config) -> folders.Pretrained | Published:
+    name = str(config.init_from)
+    file = file_at(name, "init_from")
+    if file is not None:
+        return Published(f"init_from={name}", file, config.init_attention)
+    return folders.find(name, "init_from")
