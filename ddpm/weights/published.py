@@ -245,7 +245,8 @@ def _decides(
         if found[key] != value:
             if (key, found[key]) == ("data.channels", 6):
                 return f"; {UPSAMPLER}"
-            return f"; what decides is {key}, {_plain(found[key])} in the file and {_plain(value)} here"
+            there, here = _plain(found[key]), _plain(value)
+            return f"; what decides is {key}, {there} in the file and {here} here"
     return ""
 
 

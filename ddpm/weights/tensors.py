@@ -64,4 +64,5 @@ def _reason(error: Exception) -> str:
     code = re.search(r"(?:GLOBAL|global) ([\w.]+)", words)
     if "Weights only load failed" in words:
         return f"it names {code[1]}" if code else "no pickle of tensors"
-    return words.splitlines()[0] if words else type(error).__name__
+    first = words.splitlines()[0] if words else type(error).__name__
+    return f"it is damaged or cut off: {first}"
