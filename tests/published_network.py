@@ -113,7 +113,9 @@ class Network(nn.Module):
             return Res(width, to, time, scale_shift, move)
 
         def attention(width):
-            return Attention(width, heads if head_channels is None else width // head_channels, whole)
+            return Attention(
+                width, heads if head_channels is None else width // head_channels, whole
+            )
 
         width, kept = base, [base]
         self.input_blocks = nn.ModuleList([nn.ModuleList([First(channels, base, 3, padding=1)])])

@@ -50,6 +50,7 @@ class Data(Section):
     white: PositiveFloat | None = None  # this and the next: runs of before have none
     max_pixels: Count = 89_478_485
     max_unreadable: Share
+    license: str | None = None  # runs of before have none
     cache: Text
 
 

@@ -30,6 +30,7 @@ NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no pa
         "path": True,
         "cache": True,
         "max_unreadable": True,
+        "license": True,
         "num_images": True,  # as published
         "num_classes": True,  # as expected: what counts is in the data
         "source": {"path": True},

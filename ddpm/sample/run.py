@@ -229,6 +229,7 @@ def _opened(settings: Settings, composed: Composed) -> tuple[Subject, Trained | 
         if file is not None:
             config = _told(composed, settings)
             source = Published(f"from={name}", file, config.init_attention)
+            print(source.assumed(), flush=True)
             return of_file(source, config), None, file.name
         subject, name = of_folder(name)
         return subject, None, name

@@ -21,7 +21,7 @@ from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import flat, identity
 from ddpm.system.devices import device
 from ddpm.system.processes import find_processes, gather
-from ddpm.weights.initial import initial_weights, with_initial_weights
+from ddpm.weights.initial import assumptions, initial_weights, with_initial_weights
 
 Changes = dict[str, list[Any]]  # what is computed otherwise than before: key -> [before, now]
 # What resume= may change, since it says how a run goes on; all else says what its weights are.
@@ -72,7 +72,7 @@ def which_run(composed: Composed) -> Start:
     if gone is not None:
         return gone
     config, source = pictures.with_pictures(config)
-    run, notes = finding.locate(config), []
+    run, notes = finding.locate(config), assumptions(config)
     if not run.record():
         before = finding.earlier(config)
         if before is not None and before.record().get("status") == "complete":

@@ -184,6 +184,7 @@ def write(
     weights: Mapping[str, Tensor],
     diffusion: GaussianDiffusion,
     classes: Sequence[str] | None = None,
+    card: str | None = None,
 ) -> None:
     """Writes a folder that diffusers.DDPMPipeline.from_pretrained loads, whole or not at all.
 
@@ -193,6 +194,7 @@ def write(
         weights: By UNet's names.
         diffusion: The process that the network was trained for.
         classes: Names of the network's classes, which go into a file beside what diffusers reads.
+        card: The model card, README.md.
 
     Raises:
         ValueError: If diffusers cannot express them, with the reason, or the folder is there
@@ -221,6 +223,8 @@ def write(
             (scratch / part / file).write_text(
                 json.dumps(content, indent=2) + "\n", encoding="utf-8"
             )
+        if card is not None:
+            (scratch / "README.md").write_text(card, encoding="utf-8")
         save_file(tensors, scratch / "unet" / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
 
 

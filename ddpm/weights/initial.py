@@ -33,6 +33,12 @@ def initial_weights(config: Config, network: nn.Module) -> dict[str, Tensor]:
     return found.weights_for(network, config.model)
 
 
+def assumptions(config: Config) -> list[str]:
+    """Returns in a line what is assumed of the weights at init_from, if anything."""
+    found = None if config.init_from is None else _named(config)
+    return [found.assumed()] if isinstance(found, Published) else []
+
+
 def _named(config: Config) -> folders.Pretrained | Published:
     name = str(config.init_from)
     file = file_at(name, "init_from")

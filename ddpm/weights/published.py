@@ -51,6 +51,13 @@ class Published:
         """Returns a short digest of the file's bytes, and of the order if it is not by_head."""
         return sha256(self.file)[:16] + ("-whole" if self.attention == "whole" else "")
 
+    def assumed(self) -> str:
+        """Returns, for people, what no shape of the file tells."""
+        return (
+            f"{self.option}: no shape tells number and order of attention's heads; taken are those "
+            f"of model.* and init_attention={self.attention}"
+        )
+
     def weights_for(self, network: nn.Module, model: Mapping[str, Any]) -> dict[str, Tensor]:
         """Returns the weights for a network, by UNet's names, float32, on the CPU.
 
@@ -215,8 +222,8 @@ def _settings(shapes: Mapping[str, Size], resolution: int | tuple[int, int]) -> 
     return {
         "model.base_channels": base,
         "data.channels": shapes["input_blocks.0.0.weight"][1],
-        "the number of classes (training.conditional, data.num_classes; one more, any, with "
-        "training.label_dropout)": None if classes is None else classes[0],
+        "training.conditional and data.num_classes (and one more with training.label_dropout), the "
+        "number of classes": "none" if classes is None else classes[0],
         "model.num_res_blocks": ([*ends, blocks - 1][0]),
         "model.channel_multipliers": [width / base for width in widths],
         "model.attention_resolutions": [
@@ -227,7 +234,7 @@ def _settings(shapes: Mapping[str, Size], resolution: int | tuple[int, int]) -> 
         "model.scale_shift_norm": shapes["output_blocks.0.0.emb_layers.1.weight"][0]
         == 2 * widths[-1],
         "model.resample": "conv" if any(".op." in name for name in shapes) else "resblock",
-        "the number of channels out (objective, twice as many with a learned variance)": shapes[
+        "objective, the number of channels out (twice as many with a learned variance)": shapes[
             "out.2.weight"
         ][0],
     }
