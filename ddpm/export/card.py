@@ -105,8 +105,8 @@ def _training(trained: Trained) -> str:
         commit = f", commit {git['commit'][:7]} of ddpm" if git.get("commit") else ""
         training = config.training
         lines.append(
-            f"{trained.step:,} updates of {training.batch_size} pictures, {training.precision}, seed "
-            f"{config.seed}, on {_text(device)}{commit}."
+            f"{trained.step:,} updates of {training.batch_size} pictures, {training.precision}, "
+            f"seed {config.seed}, on {_text(device)}{commit}."
         )
     return "\n\n".join(lines)
 

@@ -35,13 +35,15 @@ def initial_weights(config: Config, network: nn.Module) -> dict[str, Tensor]:
 
 def assumptions(config: Config) -> list[str]:
     """Returns in a line what is assumed of the weights at init_from, if anything."""
-    found = None if config.init_from is None else _named(config)
-    return [found.assumed()] if isinstance(found, Published) else []
+    file = _file(config)
+    return [] if file is None else [file.assumed()]
 
 
 def _named(config: Config) -> folders.Pretrained | Published:
-    name = str(config.init_from)
-    file = file_at(name, "init_from")
-    if file is not None:
-        return Published(f"init_from={name}", file, config.init_attention)
-    return folders.find(name, "init_from")
+    return _file(config) or folders.find(str(config.init_from), "init_from")
+
+
+def _file(config: Config) -> Published | None:
+    name = config.init_from
+    file = None if name is None else file_at(name, "init_from")
+    return None if file is None else Published(f"init_from={name}", file, config.init_attention)

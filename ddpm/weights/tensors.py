@@ -12,7 +12,14 @@ from torch import Tensor
 
 UNREADABLE = (
     *(SafetensorError, pickle.UnpicklingError, EOFError, struct.error),
-    *(RuntimeError, LookupError, ValueError, TypeError, AttributeError),  # a damaged pickle's
+    *(
+        OSError,
+        RuntimeError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ),  # a damaged one
 )
 
 
@@ -48,10 +55,10 @@ def read_tensors(option: str, file: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
     ):
-        held = (
-            f", but has {', '.join(map(str, list(loaded)[:6]))}" if isinstance(loaded, dict) else ""
-        )
-        raise ValueError(f"{option}: {file} is not a table of tensors by name{held}")
+        what = f"is a {type(loaded).__name__}"
+        if isinstance(loaded, dict):
+            what = f"has {', '.join(map(str, list(loaded)[:6]))}"
+        raise ValueError(f"{option}: {file} is not a table of tensors by name; it {what}")
     return {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in loaded.items()
