@@ -201,8 +201,8 @@ def test_a_file_with_classes_is_drawn_by_their_numbers(tmp_path, capsys):
     file = [f"from={tmp_path / 'model.pt'}", f"to={tmp_path / 'to'}"]
     assert drawn(*file, *WORDS, *labels, "classes=[4]") == tmp_path / "to"
     assert "class 4: 4" in capsys.readouterr().out
-    assert "5 in the file and 6 here" in refused(*file, *WORDS, *labels[:2])
-    assert "5 in the file and none here" in refused(*file, *WORDS)
+    assert "5 in the file, 6 here" in refused(*file, *WORDS, *labels[:2])
+    assert "5 in the file, none here" in refused(*file, *WORDS)
 
 
 def test_a_run_begins_with_a_file_of_weights_and_keeps_its_digest(tmp_path, pictures, capsys):
@@ -242,17 +242,17 @@ def test_a_run_begins_with_a_file_of_weights_and_keeps_its_digest(tmp_path, pict
 @pytest.mark.parametrize(
     ("choices", "reason"),
     [
-        ({"base": 24}, r"time_embed\.0\.weight is of shape \(96, 24\), .* wants \(64, 16\); .* model\.base_channels, 24 in the file and 16 here"),
+        ({"base": 24}, r"time_embed\.0\.weight is of shape \(96, 24\), .* wants \(64, 16\); .* model\.base_channels \(24 in the file, 16 here"),
         ({"channels": 6}, r"input_blocks\.0\.0\.weight is of shape \(16, 6, 3, 3\).*an upsampler"),
-        ({"channels": 1}, r"input_blocks\.0\.0\.weight .* data\.channels, 1 in the file and 3 here"),
-        ({"blocks": 2}, r"input_blocks\.2\.0\.op\.weight is missing.* model\.num_res_blocks, 2 in the file and 1 here"),
-        ({"multipliers": (1, 3)}, r"model\.channel_multipliers, \[1, 3\] in the file and \[1, 2\] here"),
-        ({"multipliers": (1, 2, 2)}, r"model\.channel_multipliers, \[1, 2, 2\] in the file and \[1, 2\] here"),
-        ({"factors": (0, 1)}, r"model\.attention_resolutions, \[8, 4\] in the file and \[4\] here"),
+        ({"channels": 1}, r"input_blocks\.0\.0\.weight .* data\.channels \(1 in the file, 3 here"),
+        ({"blocks": 2}, r"input_blocks\.2\.0\.op\.weight is missing.* model\.num_res_blocks \(2 in the file, 1 here"),
+        ({"multipliers": (1, 3)}, r"model\.channel_multipliers \(\[1, 3\] in the file, \[1, 2\] here"),
+        ({"multipliers": (1, 2, 2)}, r"model\.channel_multipliers \(\[1, 2, 2\] in the file, \[1, 2\] here"),
+        ({"factors": (0, 1)}, r"model\.attention_resolutions \(\[8, 4\] in the file, \[4\] here"),
         ({"factors": ()}, r"input_blocks\.3\.1\.norm\.weight is missing.* model\.attention_resolutions, \[\] in"),
-        ({"scale_shift": False}, r"input_blocks\.1\.0\.emb_layers\.1\.weight .* model\.scale_shift_norm, false in the file and true here"),
-        ({"updown": True}, r"model\.resample, resblock in the file and conv here"),
-        ({"out": 3}, r"out\.2\.weight is of shape \(3, 16, 3, 3\), .* objective, .* 3 in the file and 6 here"),
+        ({"scale_shift": False}, r"input_blocks\.1\.0\.emb_layers\.1\.weight .* model\.scale_shift_norm \(false in the file, true here"),
+        ({"updown": True}, r"model\.resample \(resblock in the file, conv here"),
+        ({"out": 3}, r"out\.2\.weight is of shape \(3, 16, 3, 3\), .* objective, .* \(3 in the file, 6 here"),
         ({"classes": 5}, r"label_emb\.weight is of shape \(5, 64\), .* has no such layer; .*training\.conditional"),
     ],
     ids=str,

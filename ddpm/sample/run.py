@@ -229,8 +229,9 @@ def _opened(settings: Settings, composed: Composed) -> tuple[Subject, Trained | 
         if file is not None:
             config = _told(composed, settings)
             source = Published(f"from={name}", file, config.init_attention)
+            subject = of_file(source, config)
             print(source.assumed(), flush=True)
-            return of_file(source, config), None, file.name
+            return subject, None, file.name
         subject, name = of_folder(name)
         return subject, None, name
     run = RunFolder(Path(settings.run))

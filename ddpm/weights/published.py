@@ -203,7 +203,7 @@ def _shape(name: str, ours: list[str], network: UNet) -> Size:
 
 
 def _settings(shapes: Mapping[str, Size], resolution: int | tuple[int, int]) -> dict[str, Any]:
-    """What shapes tell of a network, by the key that decides it; the widest first."""
+    """What shapes tell of a network, by the key that decides it."""
     base = shapes[FIRST][1]
     blocks = 1 + max(
         int(name.split(".")[1]) for name in shapes if name.startswith("output_blocks.")
@@ -222,9 +222,10 @@ def _settings(shapes: Mapping[str, Size], resolution: int | tuple[int, int]) -> 
     return {
         "model.base_channels": base,
         "data.channels": shapes["input_blocks.0.0.weight"][1],
-        "training.conditional and data.num_classes (and one more with training.label_dropout), the "
-        "number of classes": "none" if classes is None else classes[0],
-        "model.num_res_blocks": ([*ends, blocks - 1][0]),
+        "training.conditional with data.num_classes, and one more for training.label_dropout": (
+            "none" if classes is None else classes[0]
+        ),
+        "model.num_res_blocks": [*ends, blocks - 1][0],
         "model.channel_multipliers": [width / base for width in widths],
         "model.attention_resolutions": [
             side
@@ -234,27 +235,26 @@ def _settings(shapes: Mapping[str, Size], resolution: int | tuple[int, int]) -> 
         "model.scale_shift_norm": shapes["output_blocks.0.0.emb_layers.1.weight"][0]
         == 2 * widths[-1],
         "model.resample": "conv" if any(".op." in name for name in shapes) else "resblock",
-        "objective, the number of channels out (twice as many with a learned variance)": shapes[
-            "out.2.weight"
-        ][0],
+        "objective, whose learned variance doubles the channels out": shapes["out.2.weight"][0],
     }
 
 
 def _decides(
     theirs: Mapping[str, Size], ours: Mapping[str, Size], resolution: int | tuple[int, int]
 ) -> str:
-    """The part of a message that says which setting decides what differs, where that is told."""
+    """The part of a message that says which settings decide what differs, where shapes tell."""
     try:
         found, wanted = _settings(theirs, resolution), _settings(ours, resolution)
     except (LookupError, ValueError, ArithmeticError):
         return ""
-    for key, value in wanted.items():
-        if found[key] != value:
-            if (key, found[key]) == ("data.channels", 6):
-                return f"; {UPSAMPLER}"
-            there, here = _plain(found[key]), _plain(value)
-            return f"; what decides is {key}, {there} in the file and {here} here"
-    return ""
+    if found["data.channels"] == 6:
+        return f"; {UPSAMPLER}"
+    differ = [
+        f"{key} ({_plain(found[key])} in the file, {_plain(value)} here)"
+        for key, value in wanted.items()
+        if found[key] != value
+    ]
+    return f"; what decides is {', '.join(differ)}" if differ else ""
 
 
 def _plain(value: Any) -> str:

@@ -57,7 +57,7 @@ def read_tensors(option: str, file: Path) -> dict[str, Tensor]:
     ):
         what = f"is a {type(loaded).__name__}"
         if isinstance(loaded, dict):
-            what = f"has {', '.join(map(str, list(loaded)[:6]))}"
+            what = f"has {', '.join(map(str, list(loaded)[:6]))} (save the weights' table alone)"
         raise ValueError(f"{option}: {file} is not a table of tensors by name; it {what}")
     return {
         name: tensor.float() if tensor.is_floating_point() else tensor
