@@ -92,6 +92,7 @@ def test_words_of_others_break_neither_the_front_nor_the_text(run, tmp_path):
     (run.path / "config.yaml").write_text(yaml.safe_dump(plain))
     starts = run.record()["starts"]
     starts[0]["command"] = ["python", "-m", "ddpm.train", f"+x={EVIL}", "data.path=/home/me/mine"]
+    starts[0]["command"][3:3] = ["--config-dir", "/home/me/own"]
     run.update(starts=starts)
     metric = Measurement(EVIL, 1.0, {**PROTOCOL, "sampler": EVIL}, network=None)
     results.record(run.path / "evaluation.json", [metric])
@@ -111,6 +112,7 @@ def test_words_of_others_break_neither_the_front_nor_the_text(run, tmp_path):
         "## Licence",
     ]
     assert "/home/me" not in text
+    assert "--config-dir own" in text
     assert "data.path=mine" in text
 
 
@@ -123,13 +125,16 @@ def test_the_recipe_its_commands_and_first_weights_are_told(tmp_path, small):
     (run.path / "config.yaml").write_text(yaml.safe_dump(plain))
     (first,) = run.record()["starts"]
     first = {**first, "command": ["python", "-m", "ddpm.train", *words]}
-    again = {**first, "command": ["python", "-m", "ddpm.train", "resume=x", "training.steps=9"]}
+    again = {
+        **first,
+        "command": ["python", "-m", "ddpm.train", f"resume={tmp_path}/x", "training.steps=9"],
+    }
     run.update(starts=[first, first, {**again, "changed": {"training.steps": [5, 9]}}])
     text = card(run, tmp_path).text
     assert "Recipe `emoji32`: " in text
     assert f"python -m ddpm.train {' '.join(name)} init_from=first.pt\n" in text
     assert text.count("experiment=emoji32") == 1
-    assert "training.steps=9" in text
+    assert "python -m ddpm.train resume=x training.steps=9" in text
     assert "the weights of `first.pt` (digest 0123456789abcdef)" in text
     assert str(tmp_path) not in text
 

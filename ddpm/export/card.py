@@ -17,8 +17,7 @@ from ddpm.sample.subject import Subject, Trained
 from ddpm.system.files import as_key
 
 KINDS = {"ema": "the moving average of the weights", "raw": "the weights as trained"}
-PLACES = ("data.path", "init_from")  # keys of a command that name what lies on one's own disk
-ELSEWHERE = ("runtime.", "outputs", "data.cache", "resume")  # those that change nothing computed
+ELSEWHERE = ("runtime.", "outputs", "data.cache")  # keys of a command that change nothing computed
 PIPELINE = """\
 from diffusers import DDPMPipeline
 
@@ -115,10 +114,10 @@ def _command(words: list[str]) -> str:
     """A start's command without what only one's own machine knows."""
     kept = []
     for word in words:
-        key, _, value = word.partition("=")
-        if key.lstrip("+").startswith(ELSEWHERE):
-            continue
-        kept.append(f"{key}={Path(value).name or 'DIR'}" if key in PLACES else word)
+        key, equals, value = word.rpartition("=")
+        if not key.lstrip("+").startswith(ELSEWHERE):
+            place = value.startswith(("/", "~", "."))  # on one's own disk
+            kept.append(f"{key}{equals}{Path(value).name}" if place else word)
     # one line, and none that ends the block that it stands in
     return " ".join(shlex.join(kept).split()).replace("```", "'''")
 
