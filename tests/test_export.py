@@ -9,14 +9,21 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from torch import Tensor
-from weight_folders import SMALL, assert_same, exported, finished, network_of, randomized, theirs
+from weight_folders import (
+    SMALL,
+    assert_same,
+    assert_same_chain,
+    exported,
+    finished,
+    network_of,
+    randomized,
+    theirs,
+)
 
 from ddpm.config import build
 from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
 from ddpm.diffusion.process import GaussianDiffusion
-from ddpm.diffusion.samplers import ancestral
-from ddpm.diffusion.spacing import spaced_timesteps
 from ddpm.export.run import run as export
 from ddpm.weights import folders
 
@@ -136,31 +143,7 @@ def test_the_exported_scheduler_walks_our_ancestral_chain(tmp_path, settings):
         theirs(folder / "unet"),
         DDPMScheduler.from_pretrained(folder / "scheduler"),
     )
-    shape = (2, 1, 16, 16)
-    start = torch.randn(shape, generator=torch.Generator().manual_seed(7))
-
-    def generator(t: int) -> torch.Generator:
-        return torch.Generator().manual_seed(int(t))
-
-    def ours(x_t: Tensor, t: Tensor) -> Tensor:
-        return network(x_t, t).sample
-
-    scheduler.set_timesteps(5)
-    x = start
-    with torch.inference_mode():
-        for t in scheduler.timesteps:
-            x = scheduler.step(network(x, t).sample, t, x, generator=generator(t)).prev_sample
-        timesteps = spaced_timesteps(diffusion.alphas_cumprod, 5, "respaced")
-        found = ancestral(
-            diffusion.denoiser(ours),
-            start,
-            diffusion.alphas_cumprod,
-            timesteps,
-            lambda t: torch.randn(shape, generator=generator(t)),
-            diffusion.variance,
-        )
-    assert scheduler.timesteps.tolist() == timesteps
-    assert (found - x).abs().max() < 2e-3
+    assert_same_chain(scheduler, diffusion, lambda x_t, t: network(x_t, t).sample)
 
 
 @pytest.mark.parametrize("settings", CHAINS)

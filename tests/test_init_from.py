@@ -17,6 +17,7 @@ from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import identity
 from ddpm.train.run import run as train
 from ddpm.weights import folders
+from ddpm.weights.initial import with_initial_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # networks as small as these are slower on two
 
@@ -62,7 +63,7 @@ def test_the_content_of_the_first_weights_is_part_of_the_run_and_their_place_is_
 ):
     def half(source: Path | None) -> dict:
         return identity(
-            folders.with_initial_weights(
+            with_initial_weights(
                 training_config(
                     compose([*SMALL, *([] if source is None else [f"init_from={source}"])])
                 )

@@ -4,18 +4,25 @@ import functools
 import itertools
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from weight_folders import assert_same_chain, randomized
 
 from ddpm import recipes
 from ddpm.config import build
-from ddpm.config.compose import EXPERIMENTS, compose
+from ddpm.config.compose import CONF, EXPERIMENTS, compose
 from ddpm.config.schema import Config, training_config
+from ddpm.models.unet import UNet
 from ddpm.runs import results
 from ddpm.runs.finding import locate
 from ddpm.runs.identity import identity
 from ddpm.runs.results import Measurement
+from ddpm.weights import folders
+from ddpm.weights.scheduler_settings import scheduler_config
+from ddpm.weights.unet_settings import UNET, unet_config
 
 NAMES = sorted(file.stem for file in EXPERIMENTS.glob("*.yaml"))
 PLAIN = {
@@ -277,3 +284,65 @@ def test_what_was_measured_is_read_from_what_was_stored(tmp_path):
         recipes.summarize_results("cifar10", tmp_path)
         == "`fid@50k:train:ema:step800000 3.2 (floor 1.5)`<br>800,000 steps, 1 x cuda, commit 0123456"
     )
+
+
+RUNS = [
+    *(f"experiment={name}" for name in NAMES),
+    *(f"model={file.stem}" for file in sorted((CONF / "model").glob("*.yaml"))),
+]
+RESCALED = r"rescale_timesteps=true with schedule\.num_timesteps=4000"
+HEADS = r"model\.num_heads=4 on widths \d+, \d+"
+NO_EXPORT = {  # what diffusers' UNet2DModel and DDPMScheduler cannot express
+    "experiment=butterflies128_readme_net": "ReadmeUNet",
+    "model=unet_readme": "ReadmeUNet",
+    "experiment=cifar10_epsilon_bound_learned": r"objective\.variance=learned",
+    "experiment=cifar10_mean_bound_learned": r"objective\.prediction=mean",
+    "experiment=cifar10_mean": r"objective\.prediction=mean",
+    "experiment=cifar10_mean_bound": r"objective\.prediction=mean",
+    "experiment=cifar10_hybrid": RESCALED,
+    "experiment=cifar10_vlb": RESCALED,
+    "experiment=imagenet64_hybrid": HEADS,
+    "experiment=imagenet64_vlb": HEADS,
+    "experiment=imagenet64_conditional": HEADS,
+    "model=improved_unet64": HEADS,
+    "model=improved_unet64_large": HEADS,
+    "model=adm128": HEADS,
+}
+
+
+@pytest.mark.parametrize("word", RUNS)
+def test_a_run_is_the_same_in_diffusers_or_not_exported_with_the_reason(word):
+    config = configured(word)
+    arguments = {**config.model, **build.network_arguments(config, config.data.num_classes or 1)}
+    diffusion = build.diffusion(config)
+    if word in NO_EXPORT:
+        with pytest.raises(ValueError, match=f"^[^\n]*{NO_EXPORT[word]}[^\n]*$"):
+            folders.write(Path("/nowhere"), arguments, {}, diffusion)
+        return
+    exported_forward(json.dumps(arguments))
+    scheduler = DDPMScheduler.from_config(scheduler_config(diffusion))
+    channels = 2 if diffusion.learns_variance else 1
+    assert_same_chain(
+        scheduler, diffusion, lambda x_t, t: 0.9 * x_t.repeat(1, channels, 1, 1).cos()
+    )
+
+
+@functools.cache
+def exported_forward(arguments: str) -> None:
+    """Has diffusers compute what the network computes, with fewer channels, in float64."""
+    full = {key: value for key, value in json.loads(arguments).items() if key != "_target_"}
+    narrow = {**full, "base_channels": 32, "norm_groups": 8}
+    narrow |= {"head_channels": 16} if full.get("head_channels") else {}
+    narrow |= {"num_classes": 5} if full.get("num_classes") else {}
+    ours = randomized(UNet(**narrow)).double().eval()
+    settings = unet_config({"_target_": UNET, **narrow})
+    full_settings = unet_config({"_target_": UNET, **full})
+    assert full_settings["down_block_types"] == settings["down_block_types"]
+    theirs = UNet2DModel.from_config(settings).double().eval()
+    theirs.load_state_dict(ours.state_dict())
+    side = 2 ** (len(narrow["channel_multipliers"]) - 1)
+    x_t = torch.randn(1, narrow["in_channels"], side, side, dtype=torch.float64)
+    label = [torch.tensor([3])] if full.get("num_classes") else []
+    with torch.inference_mode():
+        expected, found = ours(x_t, torch.tensor([731]), *label), theirs(x_t, 731, *label).sample
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -1,14 +1,18 @@
 """Run folders and diffusers' folders with random weights, and the networks in them, for the tests of what goes out and comes in."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from ddpm.config import build
 from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
+from ddpm.diffusion.process import GaussianDiffusion
+from ddpm.diffusion.samplers import ancestral
+from ddpm.diffusion.spacing import spaced_timesteps
 from ddpm.export.run import run as export
 from ddpm.models.unet import UNet
 from ddpm.runs import checkpoint
@@ -78,3 +82,31 @@ def assert_same(ours: nn.Module, other: UNet2DModel, *classes: Tensor) -> None:
     with torch.inference_mode():
         expected, output = other(x_t, t, *classes).sample, ours(x_t, t, *classes)
     assert (output - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def assert_same_chain(
+    scheduler: DDPMScheduler, diffusion: GaussianDiffusion, network: Callable[..., Tensor]
+) -> None:
+    """Diffusers' chain of five steps is our ancestral one, of the same noise."""
+    shape = (2, 1, 16, 16)
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(7))
+
+    def generator(t: int) -> torch.Generator:
+        return torch.Generator().manual_seed(int(t))
+
+    scheduler.set_timesteps(5)
+    x = start
+    with torch.inference_mode():
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, t), t, x, generator=generator(t)).prev_sample
+        timesteps = spaced_timesteps(diffusion.alphas_cumprod, 5, "respaced")
+        found = ancestral(
+            diffusion.denoiser(network),
+            start,
+            diffusion.alphas_cumprod,
+            timesteps,
+            lambda t: torch.randn(shape, generator=generator(t)),
+            diffusion.variance,
+        )
+    assert scheduler.timesteps.tolist() == timesteps
+    assert (found - x).abs().max() < 2e-3

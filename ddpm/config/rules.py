@@ -12,6 +12,9 @@ from hydra.core.override_parser.types import Glob, Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 UNITS = {"steps": "epochs", "epochs": "steps"}  # of the duration: each with the other one
+NETWORK = (  # keys that say what a file of weights is a network of
+    *("experiment", "model", "data", "schedule", "objective", "training", "init_attention"),
+)
 RUNS_FOLDER = {  # as conf/hydra/run.yaml has them
     "hydra.run.dir": ".",
     "hydra.sweep.dir": "${outputs}",
@@ -55,26 +58,38 @@ def given_units(training: object) -> set[str]:
     return {unit for unit in UNITS if isinstance(training, dict) and training.get(unit) is not None}
 
 
-def words_to_compose(typed: Sequence[str], loader: ConfigLoader, sweeps: bool) -> list[str]:
+def words_to_compose(
+    typed: Sequence[str], loader: ConfigLoader, sweeps: bool, config_name: str
+) -> list[str]:
     """Returns the overrides that Hydra composes in place of those typed.
 
     A sweep's settings are composed for its first job: Hydra would take the default options, which
-    need not have the keys that are set. And experiment=null is the same as no experiment.
+    need not have the keys that are set. And experiment=null is the same as no experiment. What
+    ddpm.sample from=FILE is told of the file's network is left out: a composition of its own.
 
     Args:
         typed: The overrides.
         loader: Of the configuration, which knows what a glob() finds.
         sweeps: Whether several jobs are to come of it.
+        config_name: Of the command's file in conf/.
 
     Raises:
         ValueError: For a sweep over nothing.
     """
     parsed = OverridesParser.create(loader).parse_overrides(list(typed))
+    if config_name == "sample" and any(one.key_or_group == "from" for one in parsed):
+        parsed = [one for one in parsed if not says_network(one)]
     words = [_first_value(one) if sweeps else str(one.input_line) for one in parsed]
     experiments = [word for word in words if word.startswith("experiment=")]
     if experiments[-1:] != ["experiment=null"]:
         return words
     return [word for word in words if word not in experiments]
+
+
+def says_network(override: Override) -> bool:
+    """Whether an override of ddpm.sample tells the network and process of a file of weights."""
+    key = str(override.key_or_group)
+    return key.split(".")[0] in NETWORK and key != "data.path"
 
 
 def _first_value(override: Override) -> str:

@@ -50,6 +50,7 @@ class Data(Section):
     white: PositiveFloat | None = None  # this and the next: runs of before have none
     max_pixels: Count = 89_478_485
     max_unreadable: Share
+    license: str | None = None  # runs of before have none
     cache: Text
 
 
@@ -163,13 +164,14 @@ class Config(Section):
 
     Attributes:
         init_weights: Digest of what lies at init_from, found when the run is
-            (folders.with_initial_weights).
+            (initial.with_initial_weights).
         pictures: Fingerprint of what lies at data.path for data=folder, found when the run is
             (pictures.with_pictures).
     """
 
     resume: Text | None = None
     init_from: Text | None
+    init_attention: Literal["by_head", "whole"] = "by_head"  # runs of before have none
     init_weights: str | None = None
     pictures: str | None = None
     model: Node

@@ -9,6 +9,7 @@ from pydantic import Field
 from ddpm.config.compose import Composed
 from ddpm.config.schema import plain_config
 from ddpm.config.validation import Section, Text, validate
+from ddpm.export.card import model_card
 from ddpm.runs.folder import RunFolder
 from ddpm.sample.subject import of_run
 from ddpm.weights import folders
@@ -21,6 +22,7 @@ class Settings(Section):
     to: Text
     step: Annotated[int, Field(ge=1)] | None
     weights: Literal["ema", "raw"]
+    license: Text | None
     outputs: Text
     trusted_modules: list[str]
 
@@ -39,7 +41,10 @@ def run(composed: Composed) -> Path:
         RunFolder(Path(settings.run)), settings.step, settings.weights, settings.trusted_modules
     )
     subject, folder = trained.subject, Path(settings.to).expanduser()
-    folders.write(folder, subject.model, subject.weights(), subject.diffusion, subject.classes)
+    card = model_card(trained, settings.license)
+    folders.write(
+        folder, subject.model, subject.weights(), subject.diffusion, subject.classes, card
+    )
     if subject.classes is not None:
         print(
             "the network has classes, and DDPMPipeline gives it none when called: use its unet "

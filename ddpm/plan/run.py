@@ -26,7 +26,7 @@ from ddpm.runs.pictures import with_pictures
 from ddpm.sample.previews import cost, previews_of
 from ddpm.system.devices import device as device_named
 from ddpm.system.processes import accelerator_for
-from ddpm.weights.folders import with_initial_weights
+from ddpm.weights.initial import with_initial_weights
 
 GIGA = 1e9
 

@@ -24,11 +24,13 @@ NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no pa
     "resume": True,
     "recipe": True,
     "init_weights": True,  # stands where init_from does
+    "init_attention": True,  # is told there
     "pictures": True,  # for data=folder in data
     "data": {
         "path": True,
         "cache": True,
         "max_unreadable": True,
+        "license": True,
         "num_images": True,  # as published
         "num_classes": True,  # as expected: what counts is in the data
         "source": {"path": True},
@@ -38,7 +40,7 @@ FOLLOWS = ("num_classes", "path")  # arguments of ours that are given from elsew
 # What was added since identities stand: key -> the value that does what was done without the key.
 # There it is no part of the identity, so that the runs of before keep theirs. A key of a
 # constructor of ours is TARGET.ARGUMENT.
-ADDED: dict[str, Any] = {"data.white": None, "data.max_pixels": 89_478_485}
+ADDED: dict[str, Any] = {"data.white": None, "data.max_pixels": 89_478_485, "data.license": None}
 
 
 def identity(config: Config) -> dict[str, Any]:

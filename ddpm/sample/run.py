@@ -5,12 +5,16 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from accelerate import PartialState
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from pydantic import Field
 from torch import Tensor
 
 from ddpm.config import build
-from ddpm.config.compose import Composed
-from ddpm.config.schema import Place, plain_config
+from ddpm.config.compose import Composed, compose
+from ddpm.config.explain import explain_composition
+from ddpm.config.rules import says_network
+from ddpm.config.schema import Config, Place, plain_config, training_config
 from ddpm.config.validation import Count, Node, Section, Text, check_node, validate
 from ddpm.runs import pictures
 from ddpm.runs.folder import RunFolder
@@ -25,6 +29,7 @@ from ddpm.sample.subject import (
     Trained,
     class_number,
     class_words,
+    of_file,
     of_folder,
     of_run,
 )
@@ -40,6 +45,7 @@ from ddpm.system.processes import (
 )
 from ddpm.system.signals import Preempted
 from ddpm.weights import folders
+from ddpm.weights.published import Published, file_at
 
 
 class Settings(Section):
@@ -89,7 +95,7 @@ def run(composed: Composed) -> Path:
     settings = settings_of(composed)
     processes = find_processes(settings.device)
     device = device_of(processes, settings.device)
-    subject, trained, name = _opened(settings)
+    subject, trained, name = _opened(settings, composed)
     sampler = build.sampler(settings.sampler, subject.diffusion)
     names = subject.classes or []
     numbers = _class_numbers(settings, subject.classes)
@@ -159,7 +165,7 @@ def settings_of(composed: Composed) -> Settings:
         both = f"run={cfg.run} and from={source}: give one of them"
         raise ValueError(
             f"{'run is missing' if source is None else both}: give run=DIR, a folder that "
-            "ddpm.train made, or from=FOLDER, of diffusers or on the hub"
+            "ddpm.train made, or from=FOLDER, of diffusers or on the hub, or from=FILE"
         )
     if source is not None and not _clips(str(source)) and not _is_typed(composed, "sampler.clip"):
         cfg.sampler.clip = False
@@ -169,23 +175,65 @@ def settings_of(composed: Composed) -> Settings:
             f"step={settings.step} and weights={settings.weights} choose among what a run keeps; "
             f"from={source} has one set of weights"
         )
+    words = _words(composed) if source is not None else []
+    if words and file_at(str(source), "from") is None:
+        raise ValueError(f"{words[0]}: from={source} says itself what network and process it has")
     check_node("sampler", settings.sampler, settings.trusted_modules)
     return settings
 
 
 def _clips(source: str) -> bool:
-    """Whether a folder's own scheduler holds x0_hat in [-1, 1]."""
-    return folders.find(source, "from").chain().clip
+    """Whether a folder's own scheduler holds x0_hat in [-1, 1]; what is told of a file does."""
+    return file_at(source, "from") is not None or folders.find(source, "from").chain().clip
+
+
+def _words(composed: Composed) -> list[str]:
+    """What the command line tells of the network of a file."""
+    parsed = OverridesParser.create().parse_overrides(composed.overrides)
+    return [str(one.input_line) for one in parsed if says_network(one)]
+
+
+def _told(composed: Composed, settings: Settings) -> Config:
+    """The run whose network and process the words of the command line say that a file's are.
+
+    Raises:
+        ValueError: If they do not say it.
+    """
+    words = _words(composed)
+    groups = {word.partition("=")[0] for word in words}
+    if "experiment" not in groups and not {"model", "schedule"} <= groups:
+        raise ValueError(
+            f"from={settings.source} is a file, which holds weights alone: give experiment=NAME, "
+            "or model= and schedule=, of the network and process that they are of"
+        )
+    if not groups & {"experiment", "data"}:
+        words.insert(0, "data.channels=3")  # both codebases know colour alone
+    words.append(f"runtime.trusted_modules=[{','.join(settings.trusted_modules)}]")
+    try:
+        config = training_config(compose(words, config_dir=composed.config_dir))
+    except HydraException as error:
+        told = explain_composition(error, words, "config", composed.config_dir)
+        raise ValueError(told) from error
+    build.check(config)
+    return config
 
 
 def _is_typed(composed: Composed, key: str) -> bool:
     return any(override.startswith(f"{key}=") for override in composed.overrides)
 
 
-def _opened(settings: Settings) -> tuple[Subject, Trained | None, str]:
+def _opened(settings: Settings, composed: Composed) -> tuple[Subject, Trained | None, str]:
     """What is drawn from, the run that it is of, and the weights' name for people."""
     if settings.run is None:
-        subject, name = of_folder(str(settings.source))
+        name = str(settings.source)
+        file = file_at(name, "from")
+        if file is not None:
+            config = _told(composed, settings)
+            source = Published(f"from={name}", file, config.init_attention)
+            subject = of_file(source, config)
+            print(source.assumed(), flush=True)
+            return subject, None, file.name
+        subject, name = of_folder(name)
         return subject, None, name
     run = RunFolder(Path(settings.run))
     trusted, path = settings.trusted_modules, settings.data.path

@@ -21,6 +21,7 @@ from ddpm.system.devices import to_device
 from ddpm.system.files import short_hash
 from ddpm.system.precision import Precision
 from ddpm.weights import folders
+from ddpm.weights.published import Published
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,23 @@ def of_folder(name: str) -> tuple[Subject, str]:
         any_class=None,
     )
     return subject, Path(name).expanduser().resolve().name
+
+
+def of_file(source: Published, config: Config) -> Subject:
+    """The network of a file of weights, which is the configuration's; classes are numbers.
+
+    Raises:
+        ValueError: If the weights do not fit it, before the network is built.
+    """
+    count = config.data.num_classes or 1
+    meta = build.network(config, torch.device("meta"), count)
+    weights = source.weights_for(meta, config.model)
+    return of_config(
+        config,
+        [str(number) for number in range(count)],
+        lambda device: build.network(config, device, count),
+        lambda: weights,
+    )
 
 
 def class_number(wanted: int | str, names: list[str]) -> int:

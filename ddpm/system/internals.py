@@ -47,7 +47,7 @@ def compose_once() -> None:
 
 
 def tap_composition(
-    words: Callable[[list[str], Any, bool], list[str]],
+    words: Callable[[list[str], Any, bool, str], list[str]],
     file: Callable[[str, str | None, Any], None],
     whole: Callable[[Any], None],
 ) -> None:
@@ -56,8 +56,9 @@ def tap_composition(
     Hydra's callbacks come when a job starts, and what they see is composed already.
 
     Args:
-        words: Of the overrides typed, the loader, and whether it is for a sweep, makes those that
-            are composed in their place. The configuration tells of those typed.
+        words: Of the overrides typed, the loader, whether it is for a sweep, and the name of the
+            configuration, makes those that are composed in their place. The configuration tells of
+            those typed.
         file: Is called with the name, the package and the content of each file, before it is
             merged into those before it.
         whole: Is called with what was composed.
@@ -71,7 +72,7 @@ def tap_composition(
     def tapped(
         self: Any, config_name: Any, overrides: Any, run_mode: Any, *rest: Any, **named: Any
     ) -> Any:
-        composed = words(overrides, self, run_mode == RunMode.MULTIRUN)
+        composed = words(overrides, self, run_mode == RunMode.MULTIRUN, str(config_name))
         cfg = load(self, config_name, composed, run_mode, *rest, **named)
         cfg.hydra.overrides.task = [
             word for word in overrides if not re.match(r"[+~]*hydra[./]", word)

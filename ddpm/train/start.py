@@ -5,7 +5,7 @@ import math
 
 import torch
 from accelerate import Accelerator, PartialState
-from torch import Tensor, nn
+from torch import nn
 
 from ddpm.config import build
 from ddpm.config.schema import Config
@@ -26,7 +26,7 @@ from ddpm.system.processes import gather, together
 from ddpm.system.signals import at_once
 from ddpm.train.meter import Meter
 from ddpm.train.state import EMA, TrainingState
-from ddpm.weights import folders
+from ddpm.weights.initial import initial_weights
 
 log = logging.getLogger("ddpm")
 
@@ -220,14 +220,3 @@ def state_of(
 
 def _starts_from_weights(config: Config, run: RunFolder) -> bool:
     return config.init_from is not None and not checkpoint.all_in(run.checkpoints)
-
-
-def initial_weights(config: Config, network: nn.Module) -> dict[str, Tensor]:
-    """What lies at init_from, for this network; a ValueError if that is no longer what it was."""
-    found = folders.find(str(config.init_from), "init_from")
-    if found.digest() != config.init_weights:
-        raise ValueError(
-            f"init_from={config.init_from} has changed since the command was started; start it "
-            "again"
-        )
-    return found.weights_for(network, config.model)

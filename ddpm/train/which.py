@@ -21,8 +21,7 @@ from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import flat, identity
 from ddpm.system.devices import device
 from ddpm.system.processes import find_processes, gather
-from ddpm.train.start import initial_weights
-from ddpm.weights import folders
+from ddpm.weights.initial import assumptions, initial_weights, with_initial_weights
 
 Changes = dict[str, list[Any]]  # what is computed otherwise than before: key -> [before, now]
 # What resume= may change, since it says how a run goes on; all else says what its weights are.
@@ -66,14 +65,14 @@ def which_run(composed: Composed) -> Start:
     """
     if composed.cfg.resume is not None:
         return load_resumed(composed)
-    config = folders.with_initial_weights(training_config(composed))
+    config = with_initial_weights(training_config(composed))
     build.check(config)
     check_initial_weights(config)
     gone = _without_its_pictures(config)
     if gone is not None:
         return gone
     config, source = pictures.with_pictures(config)
-    run, notes = finding.locate(config), []
+    run, notes = finding.locate(config), assumptions(config)
     if not run.record():
         before = finding.earlier(config)
         if before is not None and before.record().get("status") == "complete":
@@ -150,7 +149,7 @@ def load_resumed(composed: Composed) -> Start:
     ):
         plain.data.source.path = plain.data.path
     values = cast(dict[str, Any], OmegaConf.to_container(plain))
-    config = folders.with_initial_weights(config_of(values, composed.overrides))
+    config = with_initial_weights(config_of(values, composed.overrides))
     build.check(config)
     old, new = flat(identity(before)), flat(identity(config))
     keys = [

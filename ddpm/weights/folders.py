@@ -5,7 +5,6 @@ another place to start from.
 """
 
 import json
-import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,16 +14,15 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ddpm.config.schema import Config
 from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.models.unet import UNet
 from ddpm.runs import checkpoint
 from ddpm.system.files import sha256, whole
 from ddpm.weights.scheduler_settings import Chain, chain, scheduler_config
+from ddpm.weights.tensors import read_tensors
 from ddpm.weights.unet_settings import UNET, VERSION, unet_config, unet_model, unseen
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -61,25 +59,8 @@ class Pretrained:
         Raises:
             ValueError: If the file holds anything but tensors.
         """
-        try:
-            loaded = (
-                load_file(self.file)
-                if self.file.suffix == ".safetensors"
-                else torch.load(self.file, map_location="cpu", weights_only=True)
-            )
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(
-                f"{self.option}: {self.file} cannot be read as tensors alone, so it is left unread "
-                f"({str(error).splitlines()[0]})"
-            ) from error
-        if not isinstance(loaded, dict) or not all(
-            isinstance(tensor, Tensor) for tensor in loaded.values()
-        ):
-            raise ValueError(f"{self.option}: {self.file} is not a table of tensors by name")
-        return dict(
-            _renamed(name, tensor.float() if tensor.is_floating_point() else tensor)
-            for name, tensor in loaded.items()
-        )
+        found = read_tensors(self.option, self.file)
+        return dict(_renamed(name, tensor) for name, tensor in found.items())
 
     def network(self) -> nn.Module:
         """Builds the network of a diffusers folder, with first weights of its own, on the CPU."""
@@ -197,23 +178,13 @@ def find(name: str, option: str) -> Pretrained:
     return found
 
 
-def with_initial_weights(config: Config) -> Config:
-    """Returns the configuration with the digest of what lies at init_from, unless it has one.
-
-    Raises:
-        ValueError: If nothing of use lies there.
-    """
-    if config.init_from is None or config.init_weights is not None:
-        return config
-    return config.model_copy(update={"init_weights": find(config.init_from, "init_from").digest()})
-
-
 def write(
     folder: Path,
     model: Mapping[str, Any],
     weights: Mapping[str, Tensor],
     diffusion: GaussianDiffusion,
     classes: Sequence[str] | None = None,
+    card: str | None = None,
 ) -> None:
     """Writes a folder that diffusers.DDPMPipeline.from_pretrained loads, whole or not at all.
 
@@ -223,6 +194,7 @@ def write(
         weights: By UNet's names.
         diffusion: The process that the network was trained for.
         classes: Names of the network's classes, which go into a file beside what diffusers reads.
+        card: The model card, README.md.
 
     Raises:
         ValueError: If diffusers cannot express them, with the reason, or the folder is there
@@ -251,6 +223,8 @@ def write(
             (scratch / part / file).write_text(
                 json.dumps(content, indent=2) + "\n", encoding="utf-8"
             )
+        if card is not None:
+            (scratch / "README.md").write_text(card, encoding="utf-8")
         save_file(tensors, scratch / "unet" / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
 
 
