@@ -19,17 +19,27 @@ One file a run: `python -m ddpm.train experiment=NAME` trains it, `python -m ddp
 experiment=NAME` says beforehand what it will be, and whether that
 is what its source describes. A file holds only what differs from its `model` and `data` options \
 and, under `recipe`, what the run must come to. The LSUN
-bedroom and cat runs need `data.path=DIR`: the images exported from [LSUN's own \
+bedroom, cat and horse runs need `data.path=DIR`: the images exported from [LSUN's own \
 databases](https://github.com/fyu/lsun).
 
-A published figure stands with its protocol; Ho et al. report the step of lowest FID. Each file \
-also says how near a repetition should come: 0.2 for an FID
-of about 3 and 5% for larger ones, twice the deviation printed for IS, and 0.02 for precision, \
+A published figure stands with its protocol (floats, truncated: what became of samples before \
+Inception; 10k pictures: of the data, where not all);
+Ho et al. report the step of lowest FID. What is done otherwise than in the source's code, and can \
+change a number, stands below each source, with
+the setting that is the source's if there is one: the recipes keep their own, since they name the \
+folders of runs that are there. Each file also says how near a repetition should come: 0.2 for an FID
+of about 3 and 5% for larger ones, twice the deviation printed for IS or 5%, and 0.02 for precision, \
 recall and bits/dim, where the objectives compared lie 0.04
 and more apart. A measured figure stands with its id, which says how (`ddim50`: by `python -m \
 ddpm.evaluate run=... sampler=ddim50`); its `run.json` and
 `evaluation.json` lie in `results/`. Distances that are called `efficientnet_lite0` are on its \
 features, and no FID.
+
+Dhariwal & Nichol's figures are those without guidance, by `python -m ddpm.evaluate run=... \
+evaluation=adm sampler=ancestral250` (LSUN: `sampler=ancestral`, or
+`sampler=ancestral sampler.spacing=[90,60,60,20,20]`). Their DDIM of 25 steps is `sampler=ddim25`, for \
+which they print figures with guidance alone. Classifier guidance
+and the upsamplers are left out.
 
 The papers' tables of objectives and schedules are sweeps; where a row has a recipe, it is the \
 same run, in the same folder:
@@ -128,7 +138,10 @@ def summarize_results(name: str, results: Path = RESULTS) -> str:
 
 def _source(recipe: Recipe) -> str:
     takes = f"takes {recipe.takes}" if recipe.takes else None
-    return "<br>".join(part for part in (recipe.source, takes, recipe.note) if part)
+    departs = " ".join(f"`{key}={value}`" for key, value in recipe.departs.items())
+    as_there = f"As in the source: {departs}" if departs else None
+    parts = (recipe.source, takes, recipe.note, recipe.differs, as_there)
+    return "<br>".join(part for part in parts if part)
 
 
 def _run(composed: Composed, config: Config, recipe: Recipe) -> list[str]:
