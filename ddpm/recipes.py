@@ -24,22 +24,24 @@ databases](https://github.com/fyu/lsun).
 
 A published figure stands with its protocol (floats, truncated: what became of samples before \
 Inception; 10k pictures: of the data, where not all);
-Ho et al. report the step of lowest FID. What is done otherwise than in the source's code, and can \
-change a number, stands below each source, with
-the setting that is the source's if there is one: the recipes keep their own, since they name the \
-folders of runs that are there. Each file also says how near a repetition should come: 0.2 for an FID
-of about 3 and 5% for larger ones, twice the deviation printed for IS or 5%, and 0.02 for precision, \
-recall and bits/dim, where the objectives compared lie 0.04
-and more apart. A measured figure stands with its id, which says how (`ddim50`: by `python -m \
-ddpm.evaluate run=... sampler=ddim50`); its `run.json` and
-`evaluation.json` lie in `results/`. Distances that are called `efficientnet_lite0` are on its \
-features, and no FID.
+Ho et al. report the step of lowest FID. What is done otherwise than in the source's code, and \
+can change a number, stands below each source, with
+the setting that is the source's where there is one. The recipe keeps its own: folders of runs \
+are named by it.
+
+Each file also says how near a repetition should come: 0.2 for an FID of about 3 and 5% for \
+larger ones, twice the deviation printed for IS (5% where
+there is none), and 0.02 for precision, recall and bits/dim, where the objectives compared lie \
+0.04 and more apart. A measured figure stands with its
+id, which says how (`ddim50`: by `python -m ddpm.evaluate run=... sampler=ddim50`); its `run.json` \
+and `evaluation.json` lie in `results/`. Distances that
+are called `efficientnet_lite0` are on its features, and no FID.
 
 Dhariwal & Nichol's figures are those without guidance, by `python -m ddpm.evaluate run=... \
-evaluation=adm sampler=ancestral250` (LSUN: `sampler=ancestral`, or
-`sampler=ancestral sampler.spacing=[90,60,60,20,20]`). Their DDIM of 25 steps is `sampler=ddim25`, for \
-which they print figures with guidance alone. Classifier guidance
-and the upsamplers are left out.
+evaluation=adm sampler=ancestral250` (LSUN: `sampler=ancestral`,
+or `sampler=ancestral sampler.spacing=[90,60,60,20,20]`). Their DDIM of 25 steps is \
+`sampler=ddim25`, for which they print figures with guidance alone.
+Classifier guidance and the upsamplers are left out.
 
 The papers' tables of objectives and schedules are sweeps; where a row has a recipe, it is the \
 same run, in the same folder:

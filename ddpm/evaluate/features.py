@@ -163,7 +163,9 @@ def _fed_with(module: nn.Module, levels: Tensor) -> Iterator[None]:
     )
 
     size = (module.INPUT_IMAGE_SIZE, module.INPUT_IMAGE_SIZE)
-    seen = (interpolate_bilinear_2d_like_tensorflow1x(levels, size, align_corners=False) - 128) / 128
+    seen = (
+        interpolate_bilinear_2d_like_tensorflow1x(levels, size, align_corners=False) - 128
+    ) / 128
     first = module.get_submodule("Conv2d_1a_3x3")
     hook = first.register_forward_pre_hook(lambda _, given: (seen,))
     try:

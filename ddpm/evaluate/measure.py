@@ -27,7 +27,7 @@ from ddpm.evaluate import bound, distances, features, metrics
 from ddpm.evaluate.features import Extractor, Features
 from ddpm.runs import pictures
 from ddpm.runs.folder import RunFolder
-from ddpm.runs.results import Measurement, said
+from ddpm.runs.results import Measurement, told
 from ddpm.sample.drawing import Drawing
 from ddpm.sample.folder import (
     claim_folder,
@@ -322,7 +322,7 @@ def _decides(job: _Job, protocol: dict[str, Any]) -> dict[str, Any]:
 
 def _file(job: _Job, words: str, protocol: dict[str, Any] | None = None) -> Path:
     """Where something of this step is kept; what has a protocol is told apart by all of it."""
-    more = "" if protocol is None else f"-{short_hash([job.network, said(words, protocol)])}"
+    more = "" if protocol is None else f"-{short_hash([job.network, told(words, protocol)])}"
     name = f"step_{job.trained.step:08d}_{job.trained.kind}_{words}{more}"
     return job.trained.run.path / "evaluation" / name
 

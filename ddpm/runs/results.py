@@ -74,8 +74,9 @@ def name(metric: str, protocol: Mapping[str, Any]) -> str:
         for key in ("split", "extractor", "sampler", "weights")
         if key in protocol
     ]
-    for key, value in otherwise(metric, protocol).items():
-        said.append(value if key == "precision" else f"{key}_{value}")
+    for key, value in _before(metric, protocol).items():
+        if protocol.get(key, value) != value:
+            said.append(protocol[key] if key == "precision" else f"{key}_{protocol[key]}")
     count = protocol["count"]
     return ":".join(
         [f"{metric}@{count // 1000}k" if count % 1000 == 0 else f"{metric}@{count}", *said]
@@ -87,13 +88,7 @@ def whole_protocol(metric: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
     return {**_before(metric, protocol), **protocol}
 
 
-def otherwise(metric: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns those fields of a protocol that came later and are not as was done before."""
-    before = _before(metric, protocol)
-    return {key: protocol[key] for key in before if protocol.get(key, before[key]) != before[key]}
-
-
-def said(metric: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
+def told(metric: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a protocol less the fields that say what was done before they came."""
     before = _before(metric, protocol)
     return {key: value for key, value in protocol.items() if before.get(key, ...) != value}
@@ -185,6 +180,9 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
         run: The run's folder.
         config: The run's config.yaml.
     """
+    data = config.get("data") or {}
+    # decided by the run's settings, not by those of measuring; so no file has them
+    pictures = {key: data[key] for key in ("resolution", "crop") if key in data}
     found = []
     means = window_means(loss_curve(run.path))
     if means:
@@ -193,9 +191,9 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
             for group in ("schedule", "objective")
             for key, value in flat({group: canonical(config.get(group) or {}, group)}).items()
         }
-        data = (run.record().get("data") or {}).get("fingerprint")
-        resize = (config.get("data") or {}).get("resize", ABSENT["resize"])
-        protocol = {"data": data, "resize": resize, **decides}
+        fingerprint = (run.record().get("data") or {}).get("fingerprint")
+        pictures_of_loss = {**pictures, "resize": data.get("resize", BEFORE["resize"])}
+        protocol = {"data": fingerprint, **pictures_of_loss, **decides}
         lowest = min(means, key=lambda mean: mean[1])
         found.append(Result("loss", protocol, (means[-1][1], means[-1][0]), (lowest[1], lowest[0])))
     entries: dict[str, list[dict[str, Any]]] = {}
@@ -208,6 +206,7 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
         chosen = choose(same, key=lambda entry: entry["value"]) if choose is not None else None
         best = None if chosen is None else (chosen["value"], chosen["protocol"]["step"])
         protocol = {key: value for key, value in last["protocol"].items() if key != "step"}
+        protocol |= pictures
         found.append(
             Result(
                 last["metric"],
