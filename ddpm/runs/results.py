@@ -20,8 +20,8 @@ PARTS = (
     "channel_",
     "bits_per_dim_",
 )
-# what was done where a protocol does not say it yet: of all figures, of those of drawn images, and of
-# metrics by how their names begin
+# what was done where a protocol does not say it yet: for all figures, for those of drawn images,
+# and for metrics whose names begin so
 BEFORE: dict[str, Any] = {"precision": "tf32", "resize": "bicubic"}
 BEFORE_OF_SAMPLES: dict[str, Any] = {"quantize": "round"}
 BEFORE_OF: dict[str, dict[str, Any]] = {
