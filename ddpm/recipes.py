@@ -25,8 +25,8 @@ databases](https://github.com/fyu/lsun).
 A published figure stands with its protocol (floats, truncated: what became of samples before \
 Inception; 10k pictures: of the data, where not all);
 Ho et al. report the step of lowest FID. What is done otherwise than in the source's code, and \
-can change a number, stands below each source, with
-the setting that is the source's where there is one. The recipe keeps its own: folders of runs \
+can change a number, is told below the table, and with a source
+the setting that would be as there, if there is one. The recipe keeps its own: folders of runs \
 are named by it.
 
 Each file also says how near a repetition should come: 0.2 for an FID of about 3 and 5% for \
@@ -83,8 +83,22 @@ def page() -> str:
         for folder in RESULTS.iterdir()
         if folder.is_dir() and not (EXPERIMENTS / f"{folder.name}.yaml").is_file()
     )
-    return f"{INTRO}\n{recipe_table()}\n{OTHERS}\n| run | measured |\n| --- | --- |\n" + "".join(
-        f"| {name} | {summarize_results(name)} |\n" for name in runs
+    measured = "".join(f"| {name} | {summarize_results(name)} |\n" for name in runs)
+    return (
+        f"{INTRO}\n{recipe_table()}\n{differing()}\n"
+        f"{OTHERS}\n| run | measured |\n| --- | --- |\n{measured}"
+    )
+
+
+def differing() -> str:
+    """Returns what is done otherwise than in the sources' code, in Markdown, with its recipes."""
+    together: dict[str, list[str]] = {}
+    for file in sorted(EXPERIMENTS.glob("*.yaml")):
+        recipe = training_config(compose([f"experiment={file.stem}"])).recipe
+        if recipe is not None and recipe.differs is not None:
+            together.setdefault(recipe.differs, []).append(file.stem)
+    return "What is done otherwise than in the sources' code:\n\n" + "".join(
+        f"- {', '.join(names)}: {words}\n" for words, names in together.items()
     )
 
 
@@ -142,7 +156,7 @@ def _source(recipe: Recipe) -> str:
     takes = f"takes {recipe.takes}" if recipe.takes else None
     departs = " ".join(f"`{key}={value}`" for key, value in recipe.departs.items())
     as_there = f"As in the source: {departs}" if departs else None
-    parts = (recipe.source, takes, recipe.note, recipe.differs, as_there)
+    parts = (recipe.source, takes, recipe.note, as_there)
     return "<br>".join(part for part in parts if part)
 
 

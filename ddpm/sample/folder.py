@@ -24,12 +24,8 @@ BEFORE = {
 
 def word_for(protocol: dict[str, Any]) -> str:
     """Returns a word that tells images of this protocol, what decides them, from all others."""
-    return files.short_hash(said_of(protocol))
-
-
-def said_of(protocol: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a protocol says beside what was done before it could be said."""
-    return {key: value for key, value in protocol.items() if (key, value) not in BEFORE.items()}
+    said = {key: value for key, value in protocol.items() if (key, value) not in BEFORE.items()}
+    return files.short_hash(said)
 
 
 def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
