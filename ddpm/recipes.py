@@ -4,6 +4,7 @@ The page is the table of the named runs.
 """
 
 import json
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -93,10 +94,9 @@ def page() -> str:
 def differing() -> str:
     """Returns what is done otherwise than in the sources' code, in Markdown, with its recipes."""
     together: dict[str, list[str]] = {}
-    for file in sorted(EXPERIMENTS.glob("*.yaml")):
-        recipe = training_config(compose([f"experiment={file.stem}"])).recipe
-        if recipe is not None and recipe.differs is not None:
-            together.setdefault(recipe.differs, []).append(file.stem)
+    for name, _, _, recipe in _recipes():
+        if recipe.differs is not None:
+            together.setdefault(recipe.differs, []).append(name)
     return "What is done otherwise than in the sources' code:\n\n" + "".join(
         f"- {', '.join(names)}: {words}\n" for words, names in together.items()
     )
@@ -110,21 +110,29 @@ def recipe_table() -> str:
     """
     head = ["recipe", "source", "model, data", "parameters", "steps", "published", "measured"]
     rows = [head, ["---"] * 3 + ["---:"] * 2 + ["---"] * 2]
+    for name, composed, config, recipe in _recipes():
+        rows.append(
+            [
+                f"[{name}]({name}.yaml)",
+                _source(recipe),
+                *_run(composed, config, recipe),
+                _published(recipe),
+                summarize_results(name),
+            ]
+        )
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+@cache
+def _recipes() -> list[tuple[str, Composed, Config, Recipe]]:
+    found = []
     for file in sorted(EXPERIMENTS.glob("*.yaml")):
         composed = compose([f"experiment={file.stem}"])
         config = training_config(composed)
         if config.recipe is None:
             raise ValueError(f"experiments/{file.name} has no recipe")
-        rows.append(
-            [
-                f"[{file.stem}]({file.name})",
-                _source(config.recipe),
-                *_run(composed, config, config.recipe),
-                _published(config.recipe),
-                summarize_results(file.stem),
-            ]
-        )
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        found.append((file.stem, composed, config, config.recipe))
+    return found
 
 
 def summarize_results(name: str, results: Path = RESULTS) -> str:

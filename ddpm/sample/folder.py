@@ -16,10 +16,8 @@ from ddpm.sample.images import read_image, read_png, save_image, to_levels
 from ddpm.system import files
 from ddpm.system.processes import share
 
-BEFORE = {
-    "precision": "tf32",
-    "quantize": "round",
-}  # what decided images where their folder does not say it yet
+# what decided images where their folder does not say it yet
+BEFORE = {"precision": "tf32", "quantize": "round"}
 
 
 def word_for(protocol: dict[str, Any]) -> str:
