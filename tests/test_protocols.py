@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 
 from ddpm.compare import tables
+from ddpm.config.compose import compose
 from ddpm.evaluate import distances, features
 from ddpm.evaluate.features import Extractor, Features
 from ddpm.evaluate.metrics import TooFew
@@ -179,6 +180,15 @@ def test_figures_of_pictures_of_another_size_or_crop_are_in_another_column(run_f
         key for row in rows for key, value in row.items() if key[:3] == "fid" and value == 9.0
     ]
     assert len(set(columns)) == 3
+
+
+def test_adms_protocol_is_that_of_its_evaluator():
+    """evaluations/README.md of guided-diffusion: 50,000 samples, statistics of the whole set, 10,000 of its pictures; evaluator.py: splits of 5,000."""
+    cfg = compose(["run=there", "evaluation=adm"], "evaluate").cfg.evaluation
+    assert cfg.metrics == ["fd", "inception_score", "precision_recall"]
+    assert (cfg.extractor, cfg.split) == ("inception", "train")
+    assert (cfg.num_samples, cfg.num_reference, cfg.quantize) == (50_000, 10_000, "truncate")
+    assert cfg.num_samples // cfg.inception_splits == 5_000
 
 
 @pytest.fixture(scope="module")

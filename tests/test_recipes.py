@@ -235,7 +235,7 @@ def test_the_adm_recipes_are_those_of_the_papers_table(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_recipe_must_have_is_checked_by_plan_and_what_it_has_otherwise_is_named(name):
     config = configured(f"experiment={name}")
-    recipe, needs = config.recipe, Sizes(0, 0, {}, 0)
+    recipe, needs = config.recipe, Sizes(0, 0, 0, {})
     checked = [
         verdict
         for verdict in expectations(config, recipe.expect, needs, num_steps(config))
