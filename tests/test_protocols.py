@@ -92,7 +92,7 @@ def test_features_of_whole_levels_are_the_same_as_floats():
     [
         ("fid", {"quantize": "round", "resize": "bicubic"}, ""),
         ("fid", {"quantize": "none", "resize": "bicubic"}, ":quantize_none"),
-        ("fid", {"quantize": "truncate", "resize": "box"}, ":quantize_truncate:resize_box"),
+        ("fid", {"quantize": "truncate", "resize": "box"}, ":resize_box:quantize_truncate"),
         ("inception_score", {"splits": 10}, ""),
         ("inception_score", {"splits": 1}, ":splits_1"),
         ("precision", {"num_reference": None}, ""),
