@@ -39,7 +39,7 @@ and `evaluation.json` lie in `results/`. Distances that
 are called `efficientnet_lite0` are on its features, and no FID.
 
 Dhariwal & Nichol's figures are those without guidance, by `python -m ddpm.evaluate run=... \
-evaluation=adm sampler=ancestral250` (LSUN: `sampler=ancestral`,
+evaluation=adm precision=fp16 sampler=ancestral250` (LSUN: `sampler=ancestral`,
 or `sampler=ancestral sampler.spacing=[90,60,60,20,20]`). Their DDIM of 25 steps is \
 `sampler=ddim25`, for which they print figures with guidance alone.
 Classifier guidance and the upsamplers are left out.
