@@ -4,6 +4,7 @@ The page is the table of the named runs.
 """
 
 import json
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -19,17 +20,29 @@ One file a run: `python -m ddpm.train experiment=NAME` trains it, `python -m ddp
 experiment=NAME` says beforehand what it will be, and whether that
 is what its source describes. A file holds only what differs from its `model` and `data` options \
 and, under `recipe`, what the run must come to. The LSUN
-bedroom and cat runs need `data.path=DIR`: the images exported from [LSUN's own \
+bedroom, cat and horse runs need `data.path=DIR`: the images exported from [LSUN's own \
 databases](https://github.com/fyu/lsun).
 
-A published figure stands with its protocol; Ho et al. report the step of lowest FID. Each file \
-also says how near a repetition should come: 0.2 for an FID
-of about 3 and 5% for larger ones, twice the deviation printed for IS, and 0.02 for precision, \
-recall and bits/dim, where the objectives compared lie 0.04
-and more apart. A measured figure stands with its id, which says how (`ddim50`: by `python -m \
-ddpm.evaluate run=... sampler=ddim50`); its `run.json` and
-`evaluation.json` lie in `results/`. Distances that are called `efficientnet_lite0` are on its \
-features, and no FID.
+A published figure stands with its protocol (floats, truncated: what became of samples before \
+Inception; 10k pictures: of the data, where not all);
+Ho et al. report the step of lowest FID. What is done otherwise than in the source's code, and \
+can change a number, is told below the table, and with a source
+the setting that would be as there, if there is one. The recipe keeps its own: folders of runs \
+are named by it.
+
+Each file also says how near a repetition should come: 0.2 for an FID of about 3 and 5% for \
+larger ones, twice the deviation printed for IS (5% where
+there is none), and 0.02 for precision, recall and bits/dim, where the objectives compared lie \
+0.04 and more apart. A measured figure stands with its
+id, which says how (`ddim50`: by `python -m ddpm.evaluate run=... sampler=ddim50`); its `run.json` \
+and `evaluation.json` lie in `results/`. Distances that
+are called `efficientnet_lite0` are on its features, and no FID.
+
+Dhariwal & Nichol's figures are those without guidance, by `python -m ddpm.evaluate run=... \
+evaluation=adm precision=fp16 sampler=ancestral250` (LSUN: `sampler=ancestral`,
+or `sampler=ancestral sampler.spacing=[90,60,60,20,20]`). Their DDIM of 25 steps is \
+`sampler=ddim25`, for which they print figures with guidance alone.
+Classifier guidance and the upsamplers are left out.
 
 The papers' tables of objectives and schedules are sweeps; where a row has a recipe, it is the \
 same run, in the same folder:
@@ -71,8 +84,21 @@ def page() -> str:
         for folder in RESULTS.iterdir()
         if folder.is_dir() and not (EXPERIMENTS / f"{folder.name}.yaml").is_file()
     )
-    return f"{INTRO}\n{recipe_table()}\n{OTHERS}\n| run | measured |\n| --- | --- |\n" + "".join(
-        f"| {name} | {summarize_results(name)} |\n" for name in runs
+    measured = "".join(f"| {name} | {summarize_results(name)} |\n" for name in runs)
+    return (
+        f"{INTRO}\n{recipe_table()}\n{differing()}\n"
+        f"{OTHERS}\n| run | measured |\n| --- | --- |\n{measured}"
+    )
+
+
+def differing() -> str:
+    """Returns what is done otherwise than in the sources' code, in Markdown, with its recipes."""
+    together: dict[str, list[str]] = {}
+    for name, _, _, recipe in _recipes():
+        if recipe.differs is not None:
+            together.setdefault(recipe.differs, []).append(name)
+    return "What is done otherwise than in the sources' code:\n\n" + "".join(
+        f"- {', '.join(names)}: {words}\n" for words, names in together.items()
     )
 
 
@@ -84,21 +110,29 @@ def recipe_table() -> str:
     """
     head = ["recipe", "source", "model, data", "parameters", "steps", "published", "measured"]
     rows = [head, ["---"] * 3 + ["---:"] * 2 + ["---"] * 2]
+    for name, composed, config, recipe in _recipes():
+        rows.append(
+            [
+                f"[{name}]({name}.yaml)",
+                _source(recipe),
+                *_run(composed, config, recipe),
+                _published(recipe),
+                summarize_results(name),
+            ]
+        )
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+@cache
+def _recipes() -> list[tuple[str, Composed, Config, Recipe]]:
+    found = []
     for file in sorted(EXPERIMENTS.glob("*.yaml")):
         composed = compose([f"experiment={file.stem}"])
         config = training_config(composed)
         if config.recipe is None:
             raise ValueError(f"experiments/{file.name} has no recipe")
-        rows.append(
-            [
-                f"[{file.stem}]({file.name})",
-                _source(config.recipe),
-                *_run(composed, config, config.recipe),
-                _published(config.recipe),
-                summarize_results(file.stem),
-            ]
-        )
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        found.append((file.stem, composed, config, config.recipe))
+    return found
 
 
 def summarize_results(name: str, results: Path = RESULTS) -> str:
@@ -128,7 +162,10 @@ def summarize_results(name: str, results: Path = RESULTS) -> str:
 
 def _source(recipe: Recipe) -> str:
     takes = f"takes {recipe.takes}" if recipe.takes else None
-    return "<br>".join(part for part in (recipe.source, takes, recipe.note) if part)
+    departs = " ".join(f"`{key}={value}`" for key, value in recipe.departs.items())
+    as_there = f"As in the source: {departs}" if departs else None
+    parts = (recipe.source, takes, recipe.note, as_there)
+    return "<br>".join(part for part in parts if part)
 
 
 def _run(composed: Composed, config: Config, recipe: Recipe) -> list[str]:

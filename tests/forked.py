@@ -118,14 +118,14 @@ def signalled_after_five_images() -> None:
     """Sends the process SIGNAL in the middle of a batch of images; for `before`."""
     from ddpm.sample import folder
 
-    really, count = folder.save_png, iter(range(1000))
+    really, count = folder.save_image, iter(range(1000))
 
-    def save_png(path, image):
+    def save_image(path, image):
         really(path, image)
         if next(count) == 4:
             os.kill(os.getpid(), int(os.environ["SIGNAL"]))
 
-    folder.save_png = save_png
+    folder.save_image = save_image
 
 
 def _child(

@@ -207,3 +207,7 @@ def test_inception_sees_2048_features_and_1008_classes(monkeypatch, tmp_path):
     assert (found.features.shape, found.probabilities.shape) == ((3, 2048), (3, 1008))
     torch.testing.assert_close(found.features, seen, rtol=1e-4, atol=1e-4 * seen.std().item())
     torch.testing.assert_close(found.probabilities, logits.softmax(dim=1), rtol=1e-3, atol=1e-5)
+    floats = grey.astype(np.float32)
+    same, other = (extractor(images, quantized=False) for images in (floats, floats * 0.9 + 0.4))
+    torch.testing.assert_close(same.features, found.features)
+    assert (other.features - found.features).abs().max() > 0.01 * seen.std()

@@ -30,7 +30,7 @@ SAME = [
     ("", "data.num_images=5 data.num_classes=3 data.max_unreadable=0.5 data.cache=/elsewhere"),
     ("", "~model.dropout"),
     ("", "+model.num_heads=1"),
-    ("", "data.white=null data.max_pixels=89478485"),
+    ("", "data.white=null data.max_pixels=89478485 data.resize=bicubic"),
     ("", "training.grad_clip=1"),
     ("", "training.batch_size=6_4"),
     ("", "objective.min_snr_gamma=5"),
@@ -67,6 +67,7 @@ ANOTHER = [
     ("", "data.flip=true"),
     ("", "data.holdout=0.1"),
     ("", "data.white=4095"),
+    ("", "data.resize=lanczos"),
     ("data=cifar10", "data=cifar10 data.revision=abc"),
     ("data=cifar10", "data=cifar10 data.source.split=test"),
 ]
@@ -192,7 +193,7 @@ def test_an_option_is_read_as_it_is_composed():
 
 def test_what_was_added_since_is_no_part_of_the_identity_where_it_changes_nothing():
     plain = training_config(compose([])).model_dump(mode="json")
-    assert identity_of(plain)["data"].keys().isdisjoint({"white", "max_pixels"})
+    assert identity_of(plain)["data"].keys().isdisjoint({"white", "max_pixels", "resize"})
     changed = {**plain, "data": {**plain["data"], "white": 4095.0}}
     assert identity_of(changed)["data"]["white"] == 4095
 

@@ -16,6 +16,8 @@ from ddpm.config import build
 from ddpm.config.compose import CONF, EXPERIMENTS, compose
 from ddpm.config.schema import Config, training_config
 from ddpm.models.unet import UNet
+from ddpm.plan.run import departures, expectations
+from ddpm.plan.sizes import Sizes
 from ddpm.runs import results
 from ddpm.runs.finding import locate
 from ddpm.runs.identity import identity
@@ -192,6 +194,88 @@ def test_improved_ddpm_trains_without_warm_up_clipping_or_decay(name):
         )
 
 
+ADM = {  # Dhariwal & Nichol 2021, Table 11: width, blocks, multipliers, dropout, batch, steps, rate, parameters in millions
+    "imagenet64_adm": (192, 3, [1, 2, 3, 4], 0.1, 2048, 540_000, 3e-4, 296),
+    "imagenet128_adm": (256, 2, [1, 1, 2, 3, 4], 0.0, 256, 4_360_000, 1e-4, 422),
+    "imagenet256_adm": (256, 2, [1, 1, 2, 2, 4, 4], 0.0, 256, 1_980_000, 1e-4, 554),
+    "lsun_bedroom256_adm": (256, 2, [1, 1, 2, 2, 4, 4], 0.1, 256, 500_000, 1e-4, 552),
+    "lsun_cat256_adm": (256, 2, [1, 1, 2, 2, 4, 4], 0.1, 256, 200_000, 1e-4, 552),
+    "lsun_horse256_adm": (256, 2, [1, 1, 2, 2, 4, 4], 0.1, 256, 250_000, 1e-4, 552),
+}
+
+
+@pytest.mark.parametrize("name", ADM)
+def test_the_adm_recipes_are_those_of_the_papers_table(name):
+    config = configured(f"experiment={name}")
+    model, training, diffusion = config.model, config.training, build.diffusion(config)
+    found = (
+        model["base_channels"],
+        model["num_res_blocks"],
+        model["channel_multipliers"],
+        model["dropout"],
+        training.batch_size,
+        training.steps,
+        config.optimizer["lr"],
+    )
+    *table, millions = ADM[name]
+    assert list(found) == table
+    parameters = config.recipe.expect.parameters
+    assert parameters / 1e6 == pytest.approx(millions, abs=1)  # the paper's LSUN: 552, of 552.8
+    assert (training.precision, training.ema_decay, training.ema_warmup, training.grad_clip) == (
+        *("fp16", 0.9999, False, None),
+    )
+    optimizer = build.optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["weight_decay"] == 0
+    assert (diffusion.variance, diffusion.loss, diffusion.num_timesteps) == (
+        *("learned_range", "hybrid", 1000),
+    )
+    imagenet = name.startswith("imagenet")
+    assert training.conditional == imagenet
+    assert config.data.resize == ("box_bicubic" if imagenet else "box")
+    steps = len(build.sampler(config.sampler, diffusion).timesteps(diffusion))
+    assert steps == (250 if imagenet else 1000)
+    ddim = configured(f"experiment={name}", "sampler=ddim25").sampler
+    assert build.sampler(ddim, diffusion).timesteps(diffusion) == list(range(960, -1, -40))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_recipe_must_have_is_checked_by_plan_and_what_it_has_otherwise_is_named(name):
+    config = configured(f"experiment={name}")
+    recipe, needs = config.recipe, Sizes(0, 0, 0, {})
+    checked = [
+        verdict
+        for verdict in expectations(config, recipe.expect, needs, num_steps(config))
+        if verdict.what.startswith("settings.")
+    ]
+    assert len(checked) == len(recipe.expect.settings)
+    assert all(verdict.passed for verdict in checked)
+    assert (len(checked) > 20) == (name in ADM)
+    differing = departures(config, recipe)
+    assert all(one.published != one.found for one in differing)
+    typed = [f"{one.key}={one.published}" for one in differing]
+    there = configured(f"experiment={name}", *typed)
+    assert all(one.published == one.found for one in departures(there, recipe))
+
+
+def test_the_recipes_name_the_resizing_of_their_sources():
+    """StyleGAN2's tool for Ho et al.'s LSUN, datasets/lsun_bedroom.py of OpenAI's repositories, torchvision's Resize of the original README."""
+    departs = {name: configured(f"experiment={name}").recipe.departs for name in NAMES}
+    resized = {name: values.get("data.resize") for name, values in departs.items() if values}
+    assert resized == {
+        **dict.fromkeys(
+            ["lsun_bedroom256", "lsun_bedroom256_large", "lsun_cat256", "lsun_church256"], "lanczos"
+        ),
+        **dict.fromkeys(["lsun_bedroom256_improved_a", "lsun_bedroom256_improved_b"], "box"),
+        "imagenet64_conditional": "box_bicubic",
+        **dict.fromkeys(
+            ["butterflies128", "butterflies128_readme_net", "butterflies256", "mtg128", "mtg256"],
+            "bilinear",
+        ),
+    }
+    assert "training.epochs=150" in configured("experiment=mtg256").recipe.note
+
+
 @pytest.mark.parametrize(
     ("data", "path"),
     [
@@ -199,6 +283,8 @@ def test_improved_ddpm_trains_without_warm_up_clipping_or_decay(name):
         ("lsun_cat256", None),
         ("celebahq256", "nowhere"),
         ("imagenet64", "nowhere"),
+        ("imagenet128", "nowhere"),
+        ("lsun_horse256", None),
     ],
 )
 def test_data_that_is_not_there_is_asked_for_by_data_path(data, path):

@@ -243,7 +243,13 @@ def image_size(data: Data) -> tuple[int, int]:
 
 def _decoding(data: Data) -> Decoding:
     return Decoding(
-        *image_size(data), data.channels, data.crop, data.background, data.white, data.max_pixels
+        *image_size(data),
+        data.channels,
+        data.crop,
+        data.background,
+        data.white,
+        data.max_pixels,
+        data.resize,
     )
 
 

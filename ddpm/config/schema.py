@@ -47,8 +47,9 @@ class Data(Section):
     flip: bool
     holdout: Share
     background: str
-    white: PositiveFloat | None = None  # this and the next: runs of before have none
+    white: PositiveFloat | None = None  # this and the next two: runs of before have none
     max_pixels: Count = 89_478_485
+    resize: Literal["bicubic", "bilinear", "lanczos", "box", "box_bicubic"] = "bicubic"
     max_unreadable: Share
     license: str | None = None  # runs of before have none
     cache: Text
@@ -97,7 +98,8 @@ class Runtime(Section):
     deterministic: bool = False
 
 
-Split = Literal["train", "heldout", "test"]
+Split = Literal["train", "heldout", "validation", "test"]
+Quantize = Literal["round", "truncate", "none"]
 
 
 class EvaluationSettings(Section):
@@ -125,6 +127,9 @@ class EvaluationSettings(Section):
     batch_size: Count
     precision: Precision = "tf32"  # runs of before have none
     seed: Annotated[int, Field(ge=0, lt=2**63)]
+    quantize: Quantize = "round"  # this and the next two: runs of before have none
+    inception_splits: Count = 10
+    num_reference: Count | None = None
 
 
 class Metric(Section):
@@ -139,7 +144,7 @@ class Metric(Section):
 class Expect(Section):
     """What a recipe's run must come to; ddpm.plan checks it.
 
-    Steps are optimizer updates counted from 0.
+    Steps are optimizer updates counted from 0; `settings` are values by dotted key.
     """
 
     parameters: Count | None = None
@@ -147,15 +152,27 @@ class Expect(Section):
     last_step: Count | None = None
     lr: dict[int, float] = Field(default_factory=dict)
     alphas_cumprod: dict[int, float] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
     metrics: list[Metric] = Field(default_factory=list)
 
 
 class Recipe(Section):
-    """Where a named run comes from and what it should come to."""
+    """Where a named run comes from and what it should come to.
+
+    Attributes:
+        source: The paper, README or code.
+        takes: How long, on what.
+        note: What the source leaves open, of this run alone.
+        differs: What is done otherwise than in the source's code and can change a number.
+        departs: Of that, what a setting undoes: the source's values by dotted key.
+        expect: What it must come to.
+    """
 
     source: str
     takes: str | None = None
     note: str | None = None
+    differs: str | None = None
+    departs: dict[str, Any] = Field(default_factory=dict)
     expect: Expect
 
 
@@ -334,10 +351,10 @@ def _check_splits(config: Config) -> None:
                 f"evaluation.{key}=heldout needs pictures that are kept from training, and "
                 "data.holdout=0.0; give data.holdout=0.1, say"
             )
-        if split == "test" and "split" not in config.data.source:
+        if split in ("validation", "test") and "split" not in config.data.source:
             raise ValueError(
-                f"evaluation.{key}=test: data={config.data.name} has no test split; use heldout, "
-                "with data.holdout=0.1"
+                f"evaluation.{key}={split}: data={config.data.name} has no {split} split; use "
+                "heldout, with data.holdout=0.1"
             )
 
 

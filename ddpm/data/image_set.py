@@ -174,6 +174,8 @@ def folder_of(source: Source, decoding: Decoding, cache: Path, decode_later: boo
     """
     assert source.root is None or source.listing is not None
     made = asdict(decoding)
+    if decoding.resize == "bicubic":  # whose folders are older than the choice
+        del made["resize"]
     if decode_later:
         made = {"white": decoding.white, "max_pixels": decoding.max_pixels}
     key = [LAYOUT, source.stamp, source.counts, made]

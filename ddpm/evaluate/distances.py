@@ -48,6 +48,8 @@ def distance(
     extractor: Extractor,
     protocol: dict[str, Any],
     seed: int,
+    inception_splits: int = 10,
+    num_reference: int | None = None,
 ) -> list[Measurement]:
     """Measures a distance between drawn images and the data, with its floor.
 
@@ -60,6 +62,9 @@ def distance(
         extractor: What both come from; it names the distances.
         protocol: That of the measurements.
         seed: Of the random halves and subsets.
+        inception_splits: Parts that inception_score is the mean over.
+        num_reference: Pictures of the data that precision_recall takes, evenly spaced in the set;
+            None for all.
 
     Raises:
         TooFew: If there are too few images.
@@ -81,17 +86,31 @@ def distance(
                 "inception_score needs class probabilities, and "
                 f"evaluation.extractor={extractor.name} gives none"
             )
-        value, deviation = metrics.inception_score(drawn.probabilities)
+        value, deviation = metrics.inception_score(drawn.probabilities, inception_splits)
         name = (
             "inception_score" if extractor.name == "inception" else f"class_score_{extractor.name}"
         )
-        return [Measurement(name, value, protocol, deviation)]
-    values = metrics.precision_recall(reference.features, drawn.features)
-    floors = _floor(metrics.precision_recall, half, other) or (None, None)
+        return [Measurement(name, value, {**protocol, "splits": inception_splits}, deviation)]
+    real = _evenly(reference.features, num_reference)
+    values = metrics.precision_recall(real, drawn.features)
+    floors = _floor(metrics.precision_recall, half[:num_reference], other) or (None, None)
+    protocol = {**protocol, "num_reference": num_reference}
     return [
         Measurement(name, value, protocol, floor=floor)
         for name, value, floor in zip(("precision", "recall"), values, floors, strict=True)
     ]
+
+
+def _evenly(features: Tensor, count: int | None) -> Tensor:
+    """So many rows, evenly spaced; a TooFew if there are not as many."""
+    if count is None:
+        return features
+    if count > len(features):
+        raise metrics.TooFew(
+            f"evaluation.num_reference={count} is more than the {len(features)} pictures that are "
+            "compared with"
+        )
+    return features[torch.arange(count) * len(features) // count]
 
 
 def _frechet(some: Tensor, others: Tensor) -> float:
@@ -138,13 +157,13 @@ def pairs_sheet(
 
     Args:
         pairs: Of indices (drawn, training).
-        drawn: (N, H, W, C) uint8.
+        drawn: (N, H, W, C) levels of 0 to 255.
         training: (M, C, H, W) uint8.
 
     Returns:
         (H, W, C) uint8.
     """
-    above = drawn[[pair[0] for pair in pairs]]
+    above = drawn[[pair[0] for pair in pairs]].round().astype(np.uint8)
     below = training[[pair[1] for pair in pairs]].transpose(0, 2, 3, 1)
     return grid(np.concatenate([above, below]), columns=len(pairs), least_width=64 * len(pairs))
 
@@ -155,7 +174,7 @@ def colour(
     """Compares the mean and deviation of each channel with the data's.
 
     Args:
-        drawn: (N, H, W, C) uint8.
+        drawn: (N, H, W, C) levels of 0 to 255.
         training: (M, C, H, W) uint8.
         protocol: That of the measurements.
 

@@ -3,20 +3,21 @@
 import hashlib
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ddpm.system.devices import halve_to_fit
 from ddpm.system.signals import check
 
-# (B, 3, H, W) uint8 -> features (B, D), probabilities (B, K) or None
+# (B, 3, H, W) levels of 0 to 255, uint8 or float32 -> features (B, D), probabilities (B, K) or None
 Network = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 INCEPTION_URL = (
@@ -72,24 +73,26 @@ class Extractor:
         self._batch_size = batch_size
 
     @torch.no_grad()
-    def __call__(self, images: np.ndarray) -> Features:
+    def __call__(self, images: np.ndarray, quantized: bool = True) -> Features:
         """Computes the features of images.
 
         Args:
             images: (N, H, W, C) uint8, C 1 or 3; grey ones are taken as colour.
+            quantized: False for images of float32, still on the scale of 0 to 255.
 
         Raises:
             ValueError: If the shape or type is another, or there is no image.
         """
+        wanted = np.uint8 if quantized else np.float32
         if (
             images.ndim != 4
             or images.shape[3] not in (1, 3)
-            or images.dtype != np.uint8
+            or images.dtype != wanted
             or len(images) == 0
         ):
             raise ValueError(
-                f"features need images (N, H, W, 1 or 3) of type uint8, got {images.shape} of type "
-                f"{images.dtype}"
+                f"features need images (N, H, W, 1 or 3) of type {np.dtype(wanted)}, got "
+                f"{images.shape} of type {images.dtype}"
             )
         features, probabilities = [], []
         for start in range(0, len(images), self._batch_size):
@@ -144,11 +147,31 @@ def inception(
     ).to(device)
 
     def network(images: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = module(images)
+        with nullcontext() if images.dtype == torch.uint8 else _fed_with(module, images):
+            features, logits = module(images.byte())
         return features, logits.softmax(dim=1)
 
     version = INCEPTION_SHA256[:8]
     return Extractor("inception", "fid", "kid", network, device, batch_size, version)
+
+
+@contextmanager
+def _fed_with(module: nn.Module, levels: Tensor) -> Iterator[None]:
+    """Has torch-fidelity's network, which takes bytes alone, see these floats in their place."""
+    from torch_fidelity.interpolate_compat_tensorflow import (
+        interpolate_bilinear_2d_like_tensorflow1x,
+    )
+
+    size = (module.INPUT_IMAGE_SIZE, module.INPUT_IMAGE_SIZE)
+    seen = (
+        interpolate_bilinear_2d_like_tensorflow1x(levels, size, align_corners=False) - 128
+    ) / 128
+    first = module.get_submodule("Conv2d_1a_3x3")
+    hook = first.register_forward_pre_hook(lambda _, given: (seen,))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def efficientnet_lite0(device: torch.device, batch_size: int = 64) -> Extractor:

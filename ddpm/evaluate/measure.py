@@ -26,17 +26,17 @@ from ddpm.diffusion.process import Model
 from ddpm.evaluate import bound, distances, features, metrics
 from ddpm.evaluate.features import Extractor, Features
 from ddpm.runs import pictures
-from ddpm.runs.results import Measurement
+from ddpm.runs.folder import RunFolder
+from ddpm.runs.results import Measurement, told
 from ddpm.sample.drawing import Drawing
 from ddpm.sample.folder import (
     claim_folder,
     draw_missing,
     read_samples,
-    said_of,
     sample_file,
     word_for,
 )
-from ddpm.sample.images import read_png, save_png
+from ddpm.sample.images import read_image, save_png
 from ddpm.sample.subject import Trained
 from ddpm.system.devices import halve_to_fit
 from ddpm.system.files import short_hash, write_text
@@ -101,6 +101,7 @@ def measure(
         "data": splits.of("train").fingerprint,
         "seed": settings.seed,
         "precision": settings.precision,
+        "resize": trained.config.data.resize,
     }
     network = trained.subject.identity()
     job = _Job(trained, settings, processes, drawing, splits, about, network)
@@ -175,9 +176,10 @@ class _Splits:
             ValueError: If the data has no such part.
         """
         if split not in self._found:
-            if split == "test":
-                config = _of_test_split(self.config)
-                self._found[split] = build.images(config, build.source(config), workers=1)
+            if split in ("validation", "test"):
+                config = _of_source_split(self.config, split)
+                found = build.images(config, build.source(config), workers=1)
+                self._found[split] = _with_the_classes(self._run, config, found, split)
                 return self._found[split]
             self._data = self._data or pictures.of_run(self._run, self.config)
             train, held_out = self._data.split(self.config.data.holdout)
@@ -193,6 +195,7 @@ class _Splits:
         """Of a part's pictures, kept by content, size of the pictures and extractor."""
         images, data = self.of(split), self.config.data
         about = [data.holdout, data.resolution, data.channels, data.crop, data.background]
+        about += [] if data.resize == "bicubic" else [data.resize]  # the files are older than it
         chosen = hashlib.sha256(images.digests.tobytes()).hexdigest()
         digest = short_hash(
             [images.fingerprint, chosen, split, extractor.version, data.white, *about]
@@ -201,14 +204,24 @@ class _Splits:
         return distances.reference_features(images.images, extractor, cache)
 
 
-def _of_test_split(config: Config) -> Config:
+def _of_source_split(config: Config, split: Split) -> Config:
     if "split" not in config.data.source:
         raise ValueError(
-            f"data={config.data.name} has no test split; "
+            f"data={config.data.name} has no {split} split; "
             "train with data.holdout=0.1 and use heldout"
         )
-    source = {**config.data.source, "split": "test"}
+    source = {**config.data.source, "split": split}
     return config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
+
+
+def _with_the_classes(run: RunFolder, config: Config, found: ImageSet, split: str) -> ImageSet:
+    """The pictures of another split; a ValueError if a network with classes cannot tell theirs."""
+    if config.training.conditional and found.classes != run.classes():
+        raise ValueError(
+            f"the split {split} has {len(found.classes)} classes, and not the {len(run.classes())} "
+            "that the network was trained with: their folders or columns have to name the same"
+        )
+    return found
 
 
 def _of_samples(
@@ -229,6 +242,7 @@ def _of_samples(
         "split": settings.split,
         "sampler": _sampler_name(sampler, job.drawing),
         "sampler_settings": sampler,
+        "quantize": settings.quantize,
         **job.about,
     }
     folder = _drawn(job, protocol)
@@ -239,7 +253,7 @@ def _of_samples(
     if extractor is not None and drawn is not None:
         found += _of_features(job, extractor, drawn, folder, protocol, missing)
     if "colour" in settings.metrics:
-        samples = read_samples(folder, settings.num_samples)
+        samples = read_samples(folder, settings.num_samples, settings.quantize)
         data = job.splits.of(settings.split).images
         gaps, warnings = distances.colour(samples, data, protocol)
         found += gaps
@@ -266,7 +280,14 @@ def _of_features(
     for metric in [name for name in OF_DISTANCES if name in settings.metrics]:
         try:
             found += distances.distance(
-                metric, drawn, reference, extractor, protocol, settings.seed
+                metric,
+                drawn,
+                reference,
+                extractor,
+                protocol,
+                settings.seed,
+                settings.inception_splits,
+                settings.num_reference,
             )
         except metrics.TooFew as error:
             missing.append(str(error))
@@ -278,7 +299,7 @@ def _of_features(
             missing.append(str(error))
             return found
         found.append(ratio)
-        samples = read_samples(folder, settings.num_samples)
+        samples = read_samples(folder, settings.num_samples, settings.quantize)
         sheet = distances.pairs_sheet(pairs, samples, job.splits.of("train").images)
         path = _file(job, "nearest", protocol).with_suffix(".png")
         save_png(path, sheet)
@@ -289,19 +310,19 @@ def _of_features(
 def _decides(job: _Job, protocol: dict[str, Any]) -> dict[str, Any]:
     """All that decides the drawn images; which classes in turn the network's identity has."""
     sampler, classes = protocol["sampler_settings"], job.trained.subject.classes
-    seed = job.settings.seed
     return {
         "network": job.network,
         "sampler": sampler,
-        "seed": seed,
+        "seed": job.settings.seed,
         "classes": classes,
         "precision": job.settings.precision,
+        "quantize": job.settings.quantize,
     }
 
 
 def _file(job: _Job, words: str, protocol: dict[str, Any] | None = None) -> Path:
     """Where something of this step is kept; what has a protocol is told apart by all of it."""
-    more = "" if protocol is None else f"-{short_hash([job.network, said_of(protocol)])}"
+    more = "" if protocol is None else f"-{short_hash([job.network, told(words, protocol)])}"
     name = f"step_{job.trained.step:08d}_{job.trained.kind}_{words}{more}"
     return job.trained.run.path / "evaluation" / name
 
@@ -316,7 +337,9 @@ def _drawn(job: _Job, protocol: dict[str, Any]) -> Path:
     agree()
     count = settings.num_samples
     classes = job.trained.subject.classes_in_turn(count)
-    draw_missing(job.drawing, folder, count, classes, settings.batch_size, processes)
+    draw_missing(
+        job.drawing, folder, count, classes, settings.batch_size, processes, settings.quantize
+    )
     agree()
     return folder
 
@@ -336,11 +359,16 @@ def _extractor(settings: EvaluationSettings, device: torch.device) -> Extractor:
 
 def _features_of_folder(job: _Job, folder: Path, extractor: Extractor) -> Features:
     """Features of drawn images, each process computing its share; whole on every process."""
-    count, size = job.settings.num_samples, job.settings.batch_size
+    count, size, quantize = (
+        job.settings.num_samples,
+        job.settings.batch_size,
+        job.settings.quantize,
+    )
     mine: list[tuple[int, Any, Any]] = []
     for start in _bar(range(0, count, size), extractor.name, job.processes):
         indices = range(start, min(start + size, count))
-        found = extractor(np.stack([read_png(sample_file(folder, index)) for index in indices]))
+        images = [read_image(sample_file(folder, index, quantize)) for index in indices]
+        found = extractor(np.stack(images), quantized=quantize != "none")
         mine.append((start, found.features, found.probabilities))
     parts = sorted(gather(mine, job.processes), key=lambda part: part[0])
     probabilities = None if parts[0][2] is None else torch.cat([part[2] for part in parts])

@@ -1,9 +1,10 @@
 """python -m ddpm.plan: what a run will be, its speed from a few real steps, its recipe checked."""
 
+import json
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -22,9 +23,11 @@ from ddpm.plan.sizes import (
 )
 from ddpm.plan.timing import TrainingStep, random_images
 from ddpm.runs.finding import locate
+from ddpm.runs.identity import flat
 from ddpm.runs.pictures import with_pictures
 from ddpm.sample.previews import cost, previews_of
 from ddpm.system.devices import device as device_named
+from ddpm.system.files import by_value
 from ddpm.system.processes import accelerator_for
 from ddpm.weights.initial import with_initial_weights
 
@@ -47,6 +50,20 @@ class Verdict(NamedTuple):
     expected: str
     found: str
     passed: bool | None
+
+
+class Departure(NamedTuple):
+    """A setting that the recipe has otherwise than its source, and what the run has.
+
+    Attributes:
+        key: Dotted.
+        published: The source's value.
+        found: The run's.
+    """
+
+    key: str
+    published: str
+    found: str
 
 
 def run(composed: Composed) -> list[Verdict]:
@@ -86,7 +103,7 @@ def run(composed: Composed) -> list[Verdict]:
     if config.recipe is None:
         return []
     verdicts = expectations(config, config.recipe.expect, needs, num_steps)
-    _show_recipe(config.recipe, verdicts)
+    _show_recipe(config.recipe, verdicts, departures(config, config.recipe))
     return verdicts
 
 
@@ -140,9 +157,15 @@ def _show_sizes(config: Config, needs: Sizes, num_steps: int | None) -> None:
     )
 
 
-def _show_recipe(recipe: Recipe, verdicts: list[Verdict]) -> None:
-    """Its source, and a line an expectation; a ValueError if one fails."""
+def _show_recipe(recipe: Recipe, verdicts: list[Verdict], others: list[Departure]) -> None:
+    """Its source and notes, and a line an expectation; a ValueError if one fails."""
     _show("recipe", recipe.source + (f"; takes {recipe.takes}" if recipe.takes else ""))
+    for what, words in (("note", recipe.note), ("differs", recipe.differs)):
+        if words:
+            _show(what, words)
+    for one in others:
+        same = one.published == one.found
+        print(f"  {'as published' if same else 'differs':<19} {_in_words(one)}", flush=True)
     for verdict in verdicts:
         word = {True: "pass", False: "FAIL", None: "not measurable yet"}[verdict.passed]
         found = f", found {verdict.found}" if verdict.found else ""
@@ -154,6 +177,15 @@ def _show_recipe(recipe: Recipe, verdicts: list[Verdict]) -> None:
             f"recipe.expect.{first.what} expects {first.expected}, and the run has {first.found} "
             f"({len(failed)} of {len(verdicts)} fail)"
         )
+
+
+def _in_words(one: Departure) -> str:
+    if one.published == one.found:
+        return f"{one.key}={one.found}"
+    return (
+        f"{one.key}: published {one.published}, the run has {one.found} "
+        f"({one.key}={one.published} is as published)"
+    )
 
 
 def _time(
@@ -200,6 +232,11 @@ def expectations(
     exact("parameters", expect.parameters, needs.parameters)
     exact("steps_per_epoch", expect.steps_per_epoch, steps_per_epoch(config))
     exact("last_step", expect.last_step, None if num_steps is None else num_steps - 1)
+    settings = flat(config.model_dump(mode="json"))
+    for key, expected in expect.settings.items():
+        found = _shown(settings, key)
+        passed = key in settings and by_value(settings[key]) == by_value(expected)
+        verdicts.append(Verdict(f"settings.{key}", _typed(expected), found, passed))
     schedule = build.lr_schedule(config)
     for step, lr in expect.lr.items():
         if num_steps is not None:
@@ -216,6 +253,24 @@ def expectations(
         published = f"{metric.value} +- {metric.tolerance} ({metric.protocol})"
         verdicts.append(Verdict(metric.name, published, "", None))
     return verdicts
+
+
+def departures(config: Config, recipe: Recipe) -> list[Departure]:
+    """Compares what a recipe has otherwise than its source with what the run has."""
+    settings = flat(config.model_dump(mode="json"))
+    return [
+        Departure(key, _typed(value), _shown(settings, key))
+        for key, value in recipe.departs.items()
+    ]
+
+
+def _shown(settings: dict[str, Any], key: str) -> str:
+    return _typed(settings[key]) if key in settings else "no such key"
+
+
+def _typed(value: Any) -> str:
+    """As it is typed on a command line."""
+    return value if isinstance(value, str) else json.dumps(by_value(value))
 
 
 def probe(config: Config, seconds: float) -> tuple[float, str]:

@@ -40,7 +40,12 @@ FOLLOWS = ("num_classes", "path")  # arguments of ours that are given from elsew
 # What was added since identities stand: key -> the value that does what was done without the key.
 # There it is no part of the identity, so that the runs of before keep theirs. A key of a
 # constructor of ours is TARGET.ARGUMENT.
-ADDED: dict[str, Any] = {"data.white": None, "data.max_pixels": 89_478_485, "data.license": None}
+ADDED: dict[str, Any] = {
+    "data.white": None,
+    "data.max_pixels": 89_478_485,
+    "data.resize": "bicubic",
+    "data.license": None,
+}
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -20,8 +20,16 @@ PARTS = (
     "channel_",
     "bits_per_dim_",
 )
-# what was done where a protocol does not say it yet
-BEFORE = {"precision": "tf32"}
+# what was done where a protocol does not say it yet: for all figures, for those of drawn images,
+# and for metrics whose names begin so
+BEFORE: dict[str, Any] = {"precision": "tf32", "resize": "bicubic"}
+BEFORE_OF_SAMPLES: dict[str, Any] = {"quantize": "round"}
+BEFORE_OF: dict[str, dict[str, Any]] = {
+    "inception_score": {"splits": 10},
+    "class_score_": {"splits": 10},
+    "precision": {"num_reference": None},
+    "recall": {"num_reference": None},
+}
 # share of a run's steps that a loss is averaged over, so that runs with other log intervals compare
 WINDOW = 0.1
 
@@ -57,18 +65,40 @@ class Measurement:
 
 
 def name(metric: str, protocol: Mapping[str, Any]) -> str:
-    """Returns a metric and its protocol, without the step, in one word."""
+    """Returns a metric and its protocol, without the step, in one word.
+
+    Fields that protocols did not have from the first are told where they are not as before.
+    """
     said = [
         str(protocol[key])
         for key in ("split", "extractor", "sampler", "weights")
         if key in protocol
     ]
-    if protocol.get("precision", "tf32") != "tf32":
-        said.append(protocol["precision"])
+    for key, value in _before(metric, protocol).items():
+        if protocol.get(key, value) != value:
+            said.append(protocol[key] if key == "precision" else f"{key}_{protocol[key]}")
     count = protocol["count"]
     return ":".join(
         [f"{metric}@{count // 1000}k" if count % 1000 == 0 else f"{metric}@{count}", *said]
     )
+
+
+def whole_protocol(metric: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a protocol with the fields that those of earlier versions lack."""
+    return {**_before(metric, protocol), **protocol}
+
+
+def told(metric: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a protocol less the fields that say what was done before they came."""
+    before = _before(metric, protocol)
+    return {key: value for key, value in protocol.items() if before.get(key, ...) != value}
+
+
+def _before(metric: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
+    of_metric: dict[str, Any] = next(
+        (some for start, some in BEFORE_OF.items() if metric.startswith(start)), {}
+    )
+    return {**BEFORE, **(BEFORE_OF_SAMPLES if "sampler" in protocol else {}), **of_metric}
 
 
 def better(metric: str) -> Callable[..., Any] | None:
@@ -98,14 +128,20 @@ def record(path: Path, figures: Sequence[Measurement]) -> None:
 
 
 def read_measurements(path: Path) -> list[dict[str, Any]]:
-    """Returns the entries of such a file, none if it is not there."""
+    """Returns the entries of such a file, none if it is not there.
+
+    Protocols of earlier versions get the fields that they lack, so that they mean the same.
+    """
     entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return [{**entry, "protocol": {**BEFORE, **entry["protocol"]}} for entry in entries]
+    return [
+        {**entry, "protocol": whole_protocol(entry["metric"], entry["protocol"])}
+        for entry in entries
+    ]
 
 
 def key(entry: dict[str, Any]) -> str:
     """Returns what makes two entries figures of the same thing."""
-    return as_key([entry["metric"], {**BEFORE, **entry["protocol"]}])
+    return as_key([entry["metric"], whole_protocol(entry["metric"], entry["protocol"])])
 
 
 @dataclass(frozen=True)
@@ -144,6 +180,9 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
         run: The run's folder.
         config: The run's config.yaml.
     """
+    data = config.get("data") or {}
+    # decided by the run's settings, not by those of measuring; so no file has them
+    pictures = {key: data[key] for key in ("resolution", "crop") if key in data}
     found = []
     means = window_means(loss_curve(run.path))
     if means:
@@ -152,7 +191,9 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
             for group in ("schedule", "objective")
             for key, value in flat({group: canonical(config.get(group) or {}, group)}).items()
         }
-        protocol = {"data": (run.record().get("data") or {}).get("fingerprint"), **decides}
+        fingerprint = (run.record().get("data") or {}).get("fingerprint")
+        pictures_of_loss = {**pictures, "resize": data.get("resize", BEFORE["resize"])}
+        protocol = {"data": fingerprint, **pictures_of_loss, **decides}
         lowest = min(means, key=lambda mean: mean[1])
         found.append(Result("loss", protocol, (means[-1][1], means[-1][0]), (lowest[1], lowest[0])))
     entries: dict[str, list[dict[str, Any]]] = {}
@@ -165,6 +206,7 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
         chosen = choose(same, key=lambda entry: entry["value"]) if choose is not None else None
         best = None if chosen is None else (chosen["value"], chosen["protocol"]["step"])
         protocol = {key: value for key, value in last["protocol"].items() if key != "step"}
+        protocol |= pictures
         found.append(
             Result(
                 last["metric"],

@@ -10,22 +10,20 @@ import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
+from ddpm.config.schema import Quantize
 from ddpm.sample.drawing import Drawing
-from ddpm.sample.images import read_png, save_png, to_uint8
+from ddpm.sample.images import read_image, read_png, save_image, to_levels
 from ddpm.system import files
 from ddpm.system.processes import share
 
-BEFORE = {"precision": "tf32"}  # what decided images where their folder does not say it yet
+# what decided images where their folder does not say it yet
+BEFORE = {"precision": "tf32", "quantize": "round"}
 
 
 def word_for(protocol: dict[str, Any]) -> str:
     """Returns a word that tells images of this protocol, what decides them, from all others."""
-    return files.short_hash(said_of(protocol))
-
-
-def said_of(protocol: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a protocol says beside what was done before it could be said."""
-    return {key: value for key, value in protocol.items() if (key, value) not in BEFORE.items()}
+    said = {key: value for key, value in protocol.items() if (key, value) not in BEFORE.items()}
+    return files.short_hash(said)
 
 
 def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
@@ -58,6 +56,7 @@ def draw_missing(
     classes: Sequence[int] | None,
     batch_size: int,
     processes: PartialState,
+    quantize: Quantize = "round",
 ) -> None:
     """Draws those of the first `count` images that are not there yet, as this process's share.
 
@@ -72,28 +71,30 @@ def draw_missing(
         classes: One an image; None for a network without.
         batch_size: Images drawn at once.
         processes: Those that share the work.
+        quantize: See to_levels; with "none" the files are arrays and no pictures.
     """
     hidden = None if processes.is_main_process else True
     with tqdm(total=count, desc="sampling", unit="img", disable=hidden) as bar:
         for start in share(range(0, count, batch_size), processes):
             indices = range(start, min(start + batch_size, count))
-            missing = [index for index in indices if not sample_file(folder, index).is_file()]
+            files_of = {index: sample_file(folder, index, quantize) for index in indices}
+            missing = [index for index, file in files_of.items() if not file.is_file()]
             if missing:
                 chosen = None if classes is None else classes[start : start + batch_size]
-                drawn = to_uint8(drawing.images(indices, chosen))
+                drawn = to_levels(drawing.images(indices, chosen), quantize)
                 for index in missing:
-                    save_png(sample_file(folder, index), drawn[index - start])
+                    save_image(files_of[index], drawn[index - start])
             bar.update(len(indices) * processes.num_processes)
 
 
-def sample_file(folder: Path, index: int) -> Path:
+def sample_file(folder: Path, index: int, quantize: Quantize = "round") -> Path:
     """Returns the file of image number `index`."""
-    return folder / f"{index:05d}.png"
+    return folder / f"{index:05d}.{'npy' if quantize == 'none' else 'png'}"
 
 
-def read_samples(folder: Path, count: int) -> np.ndarray:
-    """Reads the first `count` images: (count, H, W, C) uint8."""
-    return np.stack([read_png(sample_file(folder, index)) for index in range(count)])
+def read_samples(folder: Path, count: int, quantize: Quantize = "round") -> np.ndarray:
+    """Reads the first `count` images: (count, H, W, C) uint8, or float32 with quantize "none"."""
+    return np.stack([read_image(sample_file(folder, index, quantize)) for index in range(count)])
 
 
 def pack_samples(folder: Path, count: int, keep: bool) -> Path:

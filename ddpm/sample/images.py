@@ -9,6 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ddpm.config.schema import Quantize
 from ddpm.system.files import whole
 
 
@@ -17,17 +18,24 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
     Values are rounded to the nearest level, and clipped outside.
     """
-    return (
-        images.float()
-        .add(1)
-        .mul(127.5)
-        .round()
-        .clamp(0, 255)
-        .byte()
-        .permute(0, 2, 3, 1)
-        .cpu()
-        .numpy()
-    )
+    return to_levels(images, "round")
+
+
+def to_levels(images: Tensor, quantize: Quantize) -> np.ndarray:
+    """Converts (B, C, H, W) float in [-1, 1] to (B, H, W, C) levels of 0 to 255, clipped outside.
+
+    Args:
+        images: What was drawn.
+        quantize: "round" to the nearest level and "truncate" to the one below give uint8, "none"
+            float32.
+    """
+    levels = images.float().add(1).mul(127.5)
+    if quantize == "round":
+        levels = levels.round()
+    levels = levels.clamp(0, 255)
+    if quantize != "none":
+        levels = levels.byte()
+    return levels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def to_picture(image: np.ndarray) -> Image.Image:
@@ -91,3 +99,16 @@ def text_of(path: Path) -> dict[str, str]:
     with Image.open(path) as image:
         image.load()  # it may stand behind the pixels
         return dict(getattr(image, "text", {}))
+
+
+def save_image(path: Path, image: np.ndarray) -> None:
+    """Writes (H, W, C) as save_png does, float32 as an array: path ends in .npy then."""
+    if image.dtype == np.uint8:
+        return save_png(path, image)
+    with whole(path, sync=False) as scratch, scratch.open("wb") as file:
+        np.save(file, image)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Reads what save_image wrote, (H, W, C) uint8 or float32."""
+    return np.load(path) if path.suffix == ".npy" else read_png(path)
