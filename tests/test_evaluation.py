@@ -76,7 +76,9 @@ def test_colour_gaps_are_those_of_the_channels_and_a_tint_is_warned_of():
     data = np.random.default_rng(0).integers(50, 200, (20, 3, 8, 8), dtype=np.uint8)
     drawn = data.transpose(0, 2, 3, 1).copy()
     drawn[..., 2] += 20
-    figures, warnings = distances.colour(drawn, data, PROTOCOL)
+    figures, warnings = distances.colour(
+        [drawn[:7], drawn[7:]], [data.transpose(0, 2, 3, 1)], PROTOCOL
+    )
     gaps = {figure.metric: figure.value for figure in figures}
     assert gaps["channel_2_mean_gap"] == pytest.approx(20)
     assert all(value == 0 for name, value in gaps.items() if name != "channel_2_mean_gap")
@@ -87,33 +89,11 @@ def test_colour_gaps_are_those_of_the_channels_and_a_tint_is_warned_of():
 def test_copies_of_training_pictures_are_found_and_come_first():
     reference = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     drawn = torch.cat([reference[7:8] + 3.0, reference[20:21], reference[8:9] - 3.0])
-    figure, pairs = distances.nearest_pairs(
-        Features(drawn, None), Features(reference, None), PROTOCOL
-    )
+    figure, pairs = distances.nearest_pairs(Features(drawn, None), reference, PROTOCOL)
     assert pairs[0] == (1, 20)
-    copies, _ = distances.nearest_pairs(
-        Features(reference, None), Features(reference, None), PROTOCOL
-    )
+    copies, _ = distances.nearest_pairs(Features(reference, None), reference, PROTOCOL)
     assert copies.value == 0
     assert figure.value > 0
-
-
-def test_reference_features_come_from_the_cache_the_second_time(tmp_path):
-    calls = []
-
-    def extractor(pictures):
-        calls.append(pictures.shape)
-        return Features(
-            torch.from_numpy(pictures.reshape(len(pictures), -1).astype(np.float32)), None
-        )
-
-    pictures = np.random.default_rng(0).integers(0, 256, (4, 3, 2, 2), dtype=np.uint8)
-    first, again = (
-        distances.reference_features(pictures, extractor, tmp_path / "cache" / "f.npz")
-        for _ in range(2)
-    )
-    torch.testing.assert_close(first.features, again.features, rtol=0, atol=0)
-    assert calls == [(4, 2, 2, 3)]
 
 
 @pytest.fixture(scope="module")

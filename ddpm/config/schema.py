@@ -118,6 +118,7 @@ class EvaluationSettings(Section):
     split: Split
     num_images: Count
     bound_split: Split
+    reference: Text | None = None  # runs of before have none
     batch_size: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]
 

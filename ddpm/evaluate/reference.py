@@ -2,19 +2,22 @@
 
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 import torch
+from filelock import Timeout
 from torch import Tensor
 
 from ddpm.data.image_set import ImageSet
 from ddpm.evaluate.features import LENGTHS, Extractor
 from ddpm.evaluate.metrics import Moments, MomentSums
 from ddpm.system.files import lock, sha256, write_arrays
+from ddpm.system.signals import check
 
 # Of a reference with more pictures the features of so many, evenly spaced, are kept: 410 MB of
 # Inception's. Mean and covariance are of all.
@@ -24,6 +27,7 @@ NEED_FEATURES = ("kd", "precision_recall")  # mean and covariance do not suffice
 READ = ("mu", "sigma", "arr_0")  # the arrays of a file that are looked at
 # what a damaged or strange file makes NumPy and zipfile raise
 NOT_READ = (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
+Pictures = tuple[int, int, int, int]  # (N, H, W, C)
 
 
 class Header(NamedTuple):
@@ -38,11 +42,11 @@ class Reference(NamedTuple):
     """A network's features of the pictures that drawn images are compared with.
 
     Attributes:
-        moments: Of all pictures.
+        moments: Of all pictures; None of a single one.
         features: (min(N, KEPT), D) float32, see `kept`; None where a file has no pictures.
     """
 
-    moments: Moments
+    moments: Moments | None
     features: Tensor | None
 
 
@@ -67,19 +71,18 @@ def of_pictures(
         cache: A file of these pictures and this extractor.
     """
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with lock(cache.with_suffix(".lock")):
+    with _alone(cache):
         if not cache.is_file():
             found = _of_pictures(blocks, count, extractor)
-            mean, covariance, _ = found.moments
-            write_arrays(
-                cache,
-                mean=mean.numpy(),
-                covariance=covariance.numpy(),
-                features=np.asarray(found.features),
-            )
-    with np.load(cache) as found_before:
-        arrays = [torch.from_numpy(found_before[key]) for key in ("mean", "covariance", "features")]
-    return Reference(Moments(arrays[0], arrays[1], count), arrays[2])
+            of_all = {} if found.moments is None else found.moments._asdict()
+            arrays = {name: np.asarray(value) for name, value in of_all.items()}
+            write_arrays(cache, features=np.asarray(found.features), **arrays)
+    with np.load(cache) as kept_before:
+        features = torch.from_numpy(kept_before["features"])
+        if count < 2:
+            return Reference(None, features)
+        mean, covariance = (torch.from_numpy(kept_before[name]) for name in ("mean", "covariance"))
+    return Reference(Moments(mean, covariance, count), features)
 
 
 def _of_pictures(blocks: Iterable[np.ndarray], count: int, extractor: Extractor) -> Reference:
@@ -93,7 +96,19 @@ def _of_pictures(blocks: Iterable[np.ndarray], count: int, extractor: Extractor)
         first, last = np.searchsorted(chosen, [start, start + len(block)])
         features[first:last] = seen[torch.from_numpy(chosen[first:last] - start)]
         start += len(block)
-    return Reference(sums.moments(), features)
+    return Reference(sums.moments() if count > 1 else None, features)
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Has one process at a time make a file; those that wait can be told to stop."""
+    with ExitStack() as held:
+        while True:
+            check()
+            with suppress(Timeout):
+                held.enter_context(lock(cache.with_name(f".{cache.name}.lock"), wait=1))
+                break
+        yield
 
 
 def blocks_of(images: ImageSet) -> Iterator[np.ndarray]:
@@ -121,7 +136,7 @@ class ReferenceFile:
     path: Path
     digest: str
     moments: Moments | None
-    pictures: tuple[int, int, int, int] | None
+    pictures: Pictures | None
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Yields the pictures in their order, read block by block: (B, H, W, C) uint8.
@@ -180,13 +195,13 @@ def open_file(path: Path, extractor: str, metrics: Collection[str]) -> Reference
         raise ValueError(f"{key} is not a file{remote}")
     _refuse_pickle(path, key)
     try:
-        headers = _headers(path)
+        headers, names = _headers(path)
     except NOT_READ as error:
         raise ValueError(f"{key} cannot be read as .npz ({_reason(error)})") from None
-    wrong = _wrong(headers)
+    wrong = _wrong(headers, names)
     if wrong is not None:
         raise ValueError(f"{key} {wrong}")
-    pictures = headers["arr_0"][0] if "arr_0" in headers else None
+    pictures = cast(Pictures, headers["arr_0"].shape) if "arr_0" in headers else None
     impossible = [metric for metric in NEED_FEATURES if metric in metrics and pictures is None]
     if impossible:
         rest = ",".join(metric for metric in metrics if metric not in impossible)
@@ -196,7 +211,7 @@ def open_file(path: Path, extractor: str, metrics: Collection[str]) -> Reference
         )
     moments = None
     if "fd" in metrics and "mu" in headers:
-        length = headers["mu"][0][0]
+        (length,) = headers["mu"].shape
         if length != LENGTHS[extractor]:
             others = [name for name in LENGTHS if LENGTHS[name] == length]
             raise ValueError(
@@ -213,23 +228,22 @@ def _refuse_pickle(path: Path, key: str) -> None:
     if path.suffix in (".pkl", ".pickle") or start == b"\x80":
         raise ValueError(
             f"{key} is a pickle, which can run any code when it is opened: take the .npz that is "
-            "published beside it, or make one where you trust it, by python -c \"import numpy, "
+            'published beside it, or make one where you trust it, by python -c "import numpy, '
             "pickle; s = pickle.load(open('FILE.pkl', 'rb')); s = s.get('fid', s); "
             "numpy.savez('FILE.npz', mu=s['mu'], sigma=s['sigma'])\""
         )
 
 
-def _headers(path: Path) -> dict[str, Header | None]:
-    """What the arrays of an .npz say of themselves, by name; of those not read here only names."""
+def _headers(path: Path) -> tuple[dict[str, Header], list[str]]:
+    """What the arrays of an .npz that are looked at say of themselves; and the names of all."""
+    found = {}
     with zipfile.ZipFile(path) as archive:
-        found: dict[str, Header | None] = {}
-        for name in archive.namelist():
-            array = name.removesuffix(".npy")
-            found[array] = None
-            if array in READ:
-                with archive.open(name) as file:
-                    found[array] = _header(file)
-    return found
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        for name in READ:
+            if name in names:
+                with archive.open(f"{name}.npy") as file:
+                    found[name] = _header(file)
+    return found, names
 
 
 def _header(file: IO[bytes]) -> Header:
@@ -241,12 +255,12 @@ def _header(file: IO[bytes]) -> Header:
     raise ValueError(f"version {major}.{minor} of NumPy's format")
 
 
-def _wrong(headers: Mapping[str, Header | None]) -> str | None:
+def _wrong(headers: Mapping[str, Header], names: Sequence[str]) -> str | None:
     """What is wrong with the arrays of a file."""
     mean, covariance, pictures = (headers.get(name) for name in READ)
     if pictures is None and (mean is None or covariance is None):
-        names = ", ".join(sorted(headers)[:8]) or "nothing"
-        return f"has {names}; it should have mu and sigma, or pictures as arr_0"
+        some = ", ".join(sorted(names)[:8]) or "nothing"
+        return f"has {some}; it should have mu and sigma, or pictures as arr_0"
     if (mean is None) != (covariance is None):
         return "has only one of mu and sigma"
     if mean is not None and covariance is not None:

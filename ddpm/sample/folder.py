@@ -38,6 +38,13 @@ def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
             )
 
 
+def holds(folder: Path, protocol: dict[str, Any]) -> bool:
+    """Returns whether the folder is that of this protocol."""
+    about = folder / "protocol.json"
+    wanted = json.loads(json.dumps(protocol))
+    return about.is_file() and json.loads(about.read_text(encoding="utf-8")) == wanted
+
+
 def draw_missing(
     drawing: Drawing,
     folder: Path,
