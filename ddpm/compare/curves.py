@@ -118,7 +118,7 @@ def _curves(
             {
                 **(apart[found[number][0]] if len(compared) > 1 else {}),
                 "step": found[number][1],
-                **flat({key: found[number][2][key] for key in DIFFER if key in found[number][2]}),
+                **_of_sampler(found[number][2], over),
             }
             for number in members
         ]
@@ -128,6 +128,18 @@ def _curves(
             run = str(compared[index].run.path)
             curves.append(Curve(title, label(words), run, metrics, over, step, protocol, points))
     return curves
+
+
+def _of_sampler(protocol: dict[str, Any], over: str) -> dict[str, Any]:
+    """What curves of one panel may differ in, in people's words."""
+    settings = dict(protocol["sampler_settings"])
+    if over != "num_steps":
+        settings["num_steps"] = _setting(protocol, "num_steps")
+    words = flat({"weights": protocol["weights"], **settings})
+    return {
+        key.removesuffix("._target_"): value.rpartition(".")[2] if "_target_" in key else value
+        for key, value in words.items()
+    }
 
 
 def _titles(
@@ -173,7 +185,7 @@ def _of_seeds(values: list[float], seeds: list[int], over_seeds: OverSeeds) -> V
     return Value(statistics.mean(values), deviation, seeds)
 
 
-def _setting(protocol: dict[str, Any], over: str) -> float:
+def _setting(protocol: dict[str, Any], over: str) -> float | int:
     settings = protocol["sampler_settings"]
     if over == "num_steps":  # null where it takes all of T, which its name has
         function = str(settings["function"]["_target_"]).rpartition(".")[2]
@@ -223,7 +235,7 @@ def lines(curves: Sequence[Curve], over_seeds: OverSeeds) -> str:
 
 
 def _words(point: Point) -> str:
-    values = " ".join(
+    values = " / ".join(
         format_value(one.value) + ("" if one.deviation is None else f" +- {one.deviation:.2g}")
         for one in point.values
     )

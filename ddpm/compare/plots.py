@@ -121,7 +121,7 @@ def _draw(
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys(curve.panel for curve in curves))
-    figure = Figure(figsize=(8, 4.5 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(11, 4.5 * len(panels)), layout="constrained")
     for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
         for index, curve in enumerate(curve for curve in curves if curve.panel == panel):
             said = [] if curve.label == "-" else [curve.label]
@@ -134,7 +134,7 @@ def _draw(
             }
             draw(axes, curve, style)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as scratch:
         figure.savefig(scratch, dpi=120, format="png")
