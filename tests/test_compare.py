@@ -81,14 +81,14 @@ def compared(outputs):
     return [reader.read(RunFolder(folder)) for folder in wanted]
 
 
-def swept(step, seed, value, scale=1.0, metric="fid", **more):
+def swept(num_steps, seed, value, scale=1.0, metric="fid", **more):
     """A figure of a sweep over sampler steps, guidance scales and seeds."""
     settings = {
         "function": {"_target_": "ddpm.diffusion.samplers.ddim"},
-        "num_steps": step,
+        "num_steps": num_steps,
         "guidance_scale": scale,
     }
-    protocol = {**PROTOCOL, "sampler": f"ddim{step or 1000}", "sampler_settings": settings, "seed": seed, "step": 6}  # fmt: skip
+    protocol = {**PROTOCOL, "sampler": f"ddim{num_steps or 1000}", "sampler_settings": settings, "seed": seed, "step": 6}  # fmt: skip
     return Measurement(metric, value, {**protocol, **more})
 
 
@@ -143,7 +143,7 @@ def test_precision_and_recall_of_the_same_samples_are_a_point(measured):
 
 @pytest.mark.parametrize(
     "other",
-    [{"count": 50_000}, {"data": "other"}, {"weights": "raw"}, {"step": 4}, {"a_later_field": 1}, {"scale": 2.0}],
+    [{"count": 50_000}, {"data": "other"}, {"weights": "raw"}, {"a_later_field": 1}, {"scale": 2.0}],
 )  # fmt: skip
 def test_figures_of_unlike_protocol_are_never_on_one_curve(measured, other):
     steps, _ = curves_of(measured, [swept(10, 0, 5.0), swept(50, 0, 3.0, **other)])
@@ -154,6 +154,10 @@ def test_figures_of_unlike_protocol_are_never_on_one_curve(measured, other):
         [5.0, 4.0], [6.0, 3.0],
     ]  # fmt: skip
     assert len({(curve.panel, curve.label) for curve in steps}) == 2
+
+
+def test_networks_of_several_steps_are_never_on_one_curve(measured):
+    assert curves_of(measured, [swept(10, 0, 5.0, step=4), swept(50, 0, 3.0)]) == ([], [])
 
 
 def test_a_sweeps_curves_are_printed_written_and_drawn(measured, typed, tmp_path):
@@ -172,7 +176,7 @@ def test_a_sweeps_curves_are_printed_written_and_drawn(measured, typed, tmp_path
     assert len(written) == 2 * 2 + 2 * 2 * 2
     assert {row["of"] for row in written} == {"mean of 2 seeds"}
     assert json.loads(written[0]["protocol"])["extractor"] == "efficientnet_lite0"
-    table = list(csv.DictReader((tmp_path / "table.csv").open()))[0]
+    (table,) = csv.DictReader((tmp_path / "table.csv").open())
     assert sum(column.startswith("fid@") for column in table) == 8  # a column each, as ever
     for name in ("steps.png", "scales.png"):
         assert Image.open(tmp_path / name).size[0] > 500

@@ -135,7 +135,7 @@ def test_what_is_no_npz_is_refused_and_nothing_of_it_is_run(tmp_path):
         ("edm2.pkl", "is a pickle, which can run any code .*numpy.savez"),
         ("renamed.npz", "is a pickle"),
         ("page.npz", "cannot be read as .npz"),
-        ("one.npy", "cannot be read as .npz"),
+        ("one.npy", "is a .npy, one array: give an .npz"),
         ("https://x.org/a.npz", "is not a file: download it first"),
     ):
         path = Path(name) if ":" in name else tmp_path / name

@@ -12,7 +12,7 @@ from ddpm.compare.tables import differences, label
 from ddpm.runs.identity import flat
 from ddpm.runs.reader import Compared, format_value
 from ddpm.runs.results import Result, name
-from ddpm.system.files import as_key
+from ddpm.system.files import as_key, by_value
 
 OverSeeds = Literal["mean", "min_of_3"]
 DISTANCES = ("fid", "fd_", "kid", "kd_")
@@ -135,7 +135,7 @@ def _of_sampler(protocol: dict[str, Any], over: str) -> dict[str, Any]:
     settings = dict(protocol["sampler_settings"])
     if over != "num_steps":
         settings["num_steps"] = _setting(protocol, "num_steps")
-    words = flat({"weights": protocol["weights"], **settings})
+    words = by_value(flat({"weights": protocol["weights"], **settings}))
     return {
         key.removesuffix("._target_"): value.rpartition(".")[2] if "_target_" in key else value
         for key, value in words.items()

@@ -224,8 +224,13 @@ def open_file(path: Path, extractor: str, metrics: Collection[str]) -> Reference
 
 def _refuse_pickle(path: Path, key: str) -> None:
     with path.open("rb") as content:
-        start = content.read(1)
-    if path.suffix in (".pkl", ".pickle") or start == b"\x80":
+        start = content.read(6)
+    if start == b"\x93NUMPY":
+        raise ValueError(
+            f"{key} is a .npy, one array: give an .npz, as numpy.savez('FILE.npz', mu=..., "
+            "sigma=...) writes it"
+        )
+    if path.suffix in (".pkl", ".pickle") or start[:1] == b"\x80":
         raise ValueError(
             f"{key} is a pickle, which can run any code when it is opened: take the .npz that is "
             'published beside it, or make one where you trust it, by python -c "import numpy, '
