@@ -19,6 +19,7 @@ main = command(
             "python -m ddpm.evaluate run=DIR sampler=ddim50 evaluation.metrics=[fd,kd] "
             "evaluation.num_samples=5000"
         ),
+        "python -m ddpm.evaluate -m run=DIR sampler=ddim sampler.num_steps=10,50,250 seed=0,1,2",
     ],
     heeds=True,
 )
