@@ -169,7 +169,7 @@ def test_statistics_alone_allow_the_frechet_distance_alone(tmp_path):
     path = write(tmp_path / "s.npz", **normal(1280))
     with pytest.raises(
         ValueError,
-        match=r"kd and precision_recall need pictures \(arr_0\): give evaluation.metrics=\[fd,colour\]",
+        match=r"kd and precision_recall would need pictures \(arr_0\): give evaluation.metrics=\[fd,colour\]",
     ):
         reference.open_file(path, "efficientnet_lite0", [*ALL, "colour"])
 

@@ -206,8 +206,8 @@ def open_file(path: Path, extractor: str, metrics: Collection[str]) -> Reference
     if impossible:
         rest = ",".join(metric for metric in metrics if metric not in impossible)
         raise ValueError(
-            f"{key} has mu and sigma, which fd needs and no more; {' and '.join(impossible)} need "
-            f"pictures (arr_0): give evaluation.metrics=[{rest}]"
+            f"{key} has mu and sigma, which suffice for fd alone; {' and '.join(impossible)} would "
+            f"need pictures (arr_0): give evaluation.metrics=[{rest}]"
         )
     moments = None
     if "fd" in metrics and "mu" in headers:
