@@ -67,6 +67,14 @@ class Done(NamedTuple):
         )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever else -m asks for, what needs a CUDA device is skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
 @pytest.fixture(scope="session")
 def tiny() -> list[str]:
     """Settings of a run that takes a second."""

@@ -31,7 +31,7 @@ def drawing():
     network = Mean()
     diffusion = GaussianDiffusion(schedules.linear(200, 1e-4, 0.1), prediction="x0")
     sampler = Sampler(lambda *walk: ancestral(*walk, "fixed_small"))
-    return Drawing(network, dict(network.state_dict()), diffusion, sampler, SHAPE, seed=0)
+    return Drawing(network, diffusion, sampler, SHAPE, seed=0)
 
 
 @pytest.fixture

@@ -30,9 +30,7 @@ def drawing(room):
             linear(1000, 1e-4, 0.02), prediction="epsilon", variance="fixed_small", loss="simple"
         ),
     )
-    return Drawing(
-        net, dict(net.state_dict()), diffusion, Sampler(ddim, num_steps=3), (1, 4, 4), seed=0
-    )
+    return Drawing(net, diffusion, Sampler(ddim, num_steps=3), (1, 4, 4), seed=0)
 
 
 @torch.no_grad()

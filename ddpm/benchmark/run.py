@@ -64,7 +64,8 @@ def run(composed: Composed) -> dict[str, Any]:
     build.check(config)
     precision = config.training.precision
     report: dict[str, Any] = {"settings": list(composed.overrides), "choices": composed.choices}
-    with accelerator_for(config.runtime.device, precision) as accelerator:
+    runtime = config.runtime
+    with accelerator_for(runtime.device, precision, runtime.deterministic) as accelerator:
         device = accelerator.device
         compiles, why = decide(config.runtime.compile, device)
         report["machine"] = machine(device)

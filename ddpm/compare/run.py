@@ -155,7 +155,7 @@ def _samples(settings: Settings, one: Compared, device: torch.device) -> np.ndar
     """A run's row: (num_samples, H, W, C) uint8."""
     subject = of_run(one.run, None, settings.weights, settings.trusted_modules).subject
     sampler = build.sampler(settings.sampler, subject.diffusion)
-    drawing = subject.drawing(sampler, settings.seed, device)
+    drawing = subject.drawing(sampler, settings.seed, device, "tf32")
     count = settings.num_samples
     return to_uint8(drawing.images(range(count), subject.classes_in_turn(count)))
 

@@ -29,6 +29,7 @@ from ddpm.config.validation import (
     entries,
     validate,
 )
+from ddpm.system.precision import Precision
 
 
 class Data(Section):
@@ -65,7 +66,7 @@ class Training(Section):
     epochs: Count | None
     batch_size: Count
     drop_last: bool
-    precision: Literal["fp32", "tf32", "bf16", "fp16"]
+    precision: Precision
     grad_clip: PositiveFloat | None
     ema_decay: Share
     ema_warmup: bool
@@ -90,7 +91,8 @@ class Runtime(Section):
     evaluate_every: Count | None
     num_previews: Count
     trusted_modules: list[str]
-    check_sweep: bool = True  # runs of before have none
+    check_sweep: bool = True  # this and the next: runs of before have none
+    deterministic: bool = False
 
 
 Split = Literal["train", "heldout", "test"]
@@ -120,6 +122,7 @@ class EvaluationSettings(Section):
     bound_split: Split
     reference: Text | None = None  # runs of before have none
     batch_size: Count
+    precision: Precision = "tf32"  # runs of before have none
     seed: Annotated[int, Field(ge=0, lt=2**63)]
 
 

@@ -149,7 +149,7 @@ class Batches:
             (stop - start, C, H, W) float32 in [-1, 1], channels_last, on the device.
         """
         chosen = self._chosen(step, start, stop)
-        if chosen.device != self.device:
+        if chosen.device.type != self.device.type:  # "cuda" is where "cuda:0" is
             chosen = (chosen.pin_memory() if self.device.type == "cuda" else chosen).to(
                 self.device, non_blocking=True
             )

@@ -28,7 +28,15 @@ from ddpm.evaluate.reference import Reference, ReferenceFile
 from ddpm.runs import pictures, results
 from ddpm.runs.results import Measurement
 from ddpm.sample.drawing import Drawing
-from ddpm.sample.folder import claim_folder, draw_missing, holds, read_samples, sample_file
+from ddpm.sample.folder import (
+    claim_folder,
+    draw_missing,
+    holds,
+    read_samples,
+    said_of,
+    sample_file,
+    word_for,
+)
 from ddpm.sample.images import read_png, save_png
 from ddpm.sample.subject import Trained
 from ddpm.system.devices import halve_to_fit
@@ -123,13 +131,15 @@ def measure(
     file = _reference_file(settings, trained.subject.shape)
     diffusion = trained.subject.diffusion
     sampler = build.sampler_settings(sampler, diffusion)
-    drawing = trained.subject.drawing(build.sampler(sampler, diffusion), settings.seed, device)
+    built = build.sampler(sampler, diffusion)
+    drawing = trained.subject.drawing(built, settings.seed, device, settings.precision)
     splits = _Splits(trained, data)
     about = {
         "weights": trained.kind,
         "step": trained.step,
         "data": splits.fingerprint,
         "seed": settings.seed,
+        "precision": settings.precision,
     }
     network = trained.subject.identity()
     entries = results.read_measurements(trained.run.path / "evaluation.json")
@@ -373,13 +383,18 @@ def _nearest(
 
 def _decides(job: _Job) -> dict[str, Any]:
     """All that decides the drawn images; which classes in turn the network's identity has."""
-    classes, seed = job.trained.subject.classes, job.settings.seed
-    return {"network": job.network, "sampler": job.sampler, "seed": seed, "classes": classes}
+    return {
+        "network": job.network,
+        "sampler": job.sampler,
+        "seed": job.settings.seed,
+        "classes": job.trained.subject.classes,
+        "precision": job.settings.precision,
+    }
 
 
 def _file(job: _Job, words: str, protocol: dict[str, Any] | None = None) -> Path:
     """Where something of this step is kept; what has a protocol is told apart by all of it."""
-    more = "" if protocol is None else f"-{short_hash([job.network, protocol])}"
+    more = "" if protocol is None else f"-{short_hash([job.network, said_of(protocol)])}"
     name = f"step_{job.trained.step:08d}_{job.trained.kind}_{words}{more}"
     return job.trained.run.path / "evaluation" / name
 
@@ -388,7 +403,7 @@ def _drawn(job: _Job) -> Path:
     """The folder of the call's images, all of them drawn."""
     settings, processes, count = job.settings, job.processes, job.settings.num_samples
     decides = _decides(job)
-    digest = short_hash(decides)
+    digest = word_for(decides)
     # of ddpm.sample, what the main process sees
     shared = gather([[str(one) for one in _sampled(job, digest, decides)]], processes)[0]
     if shared:
@@ -485,19 +500,15 @@ def _bits_per_dim(job: _Job, split: Split, protocol: dict[str, Any]) -> list[Mea
 
 def _summed(job: _Job, split: Split, what: str, sums: Callable[..., Any]) -> Any:
     """What bound.loss_sums or bound.bound_sums find on the pictures, of all processes in one."""
-    network, diffusion = job.drawing.network, job.drawing.diffusion
-    training = network.training
-    network.eval()
+    diffusion = job.drawing.diffusion
     mine: list[Any] = []
-    try:
+    with job.drawing.computing():
         for model, numbers, x0 in _batches(job, split, what):
 
             def part(span: slice, model: Any = model, n: Any = numbers, x0: Any = x0) -> Any:
                 return sums(model(span), diffusion, [(n[span], x0[span])], job.settings.seed)
 
             mine += halve_to_fit(part, len(x0))
-    finally:
-        network.train(training)
     added = [functools.reduce(operator.add, mine)] if mine else []  # a process may have no share
     return functools.reduce(operator.add, gather(added, job.processes))
 

@@ -21,6 +21,7 @@ from ddpm.runs.results import Measurement
 from ddpm.sample.subject import Trained, of_run
 from ddpm.system import signals
 from ddpm.system.files import lock
+from ddpm.system.precision import Precision
 from ddpm.system.processes import (
     device_of,
     find_processes,
@@ -40,6 +41,7 @@ class Settings(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     weights: Literal["ema", "raw"]
     device: Literal["auto", "cpu", "cuda", "mps"]
+    precision: Precision
     outputs: Text
     trusted_modules: list[str]
     data: Place

@@ -125,11 +125,12 @@ def _show_sizes(config: Config, needs: Sizes, num_steps: int | None) -> None:
         f"{4 * weights:.2f} GB a checkpoint (weights, average, Adam's two moments), "
         f"{config.runtime.keep_checkpoints} kept",
     )
-    activations = needs.saved_bytes / GIGA
+    activations = needs.activation_bytes / GIGA
     _show(
         "memory",
         f"about {5 * weights + at_once * activations:.1f} GB in float32: weights, gradients, Adam "
-        f"and average {5 * weights:.2f} GB, activations {activations:.3f} GB an image",
+        f"and average {5 * weights:.2f} GB, activations {activations:.3f} GB an image; on a "
+        "GPU cuDNN takes up to 2 GB more to work in",
     )
 
 
@@ -215,7 +216,8 @@ def probe(config: Config, seconds: float) -> tuple[float, str]:
     Returns:
         Images/s, and the device in words. On a CPU at most 8 images at once.
     """
-    with accelerator_for(config.runtime.device, config.training.precision) as accelerator:
+    runtime, precision = config.runtime, config.training.precision
+    with accelerator_for(runtime.device, precision, runtime.deterministic) as accelerator:
         device = accelerator.device
         batch = min(images_at_once(config), 8 if device.type == "cpu" else 1 << 30)
         step = TrainingStep(config, accelerator, random_images(config, batch), batch)

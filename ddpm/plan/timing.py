@@ -99,7 +99,8 @@ class SamplerStep:
         classes = [str(number) for number in range(num_classes)]
         subject = of_config(config, classes, lambda device: network, network.state_dict)
         sampler = build.sampler(config.sampler, subject.diffusion)
-        self.drawing = subject.drawing(sampler, config.seed, device)
+        precision = config.training.precision
+        self.drawing = subject.drawing(sampler, config.seed, device, precision)
         self._noise = self.drawing.latents(range(batch))
         self._step_noise = step_noise(subject.shape, range(batch), config.seed, device)
         self._classes = subject.classes_in_turn(batch)

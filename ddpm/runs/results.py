@@ -20,6 +20,8 @@ PARTS = (
     "channel_",
     "bits_per_dim_",
 )
+# what was done where a protocol does not say it yet
+BEFORE = {"precision": "tf32"}
 # share of a run's steps that a loss is averaged over, so that runs with other log intervals compare
 WINDOW = 0.1
 
@@ -61,6 +63,8 @@ def name(metric: str, protocol: Mapping[str, Any]) -> str:
         for key in ("split", "reference", "extractor", "sampler", "weights")
         if key in protocol
     ]
+    if protocol.get("precision", "tf32") != "tf32":
+        said.append(protocol["precision"])
     count = protocol["count"]
     return ":".join(
         [f"{metric}@{count // 1000}k" if count % 1000 == 0 else f"{metric}@{count}", *said]
@@ -120,12 +124,13 @@ def recorded(
 
 def read_measurements(path: Path) -> list[dict[str, Any]]:
     """Returns the entries of such a file, none if it is not there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return [{**entry, "protocol": {**BEFORE, **entry["protocol"]}} for entry in entries]
 
 
 def key(entry: dict[str, Any]) -> str:
     """Returns what makes two entries figures of the same thing."""
-    return as_key([entry["metric"], entry["protocol"]])
+    return as_key([entry["metric"], {**BEFORE, **entry["protocol"]}])
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
 """Drawing images from a network: which weights, which images of which classes, in which batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ddpm.diffusion.process import GaussianDiffusion, Model
 from ddpm.diffusion.samplers import Noise, Sampler, Watch, latents, step_noise
+from ddpm.system import precision
 from ddpm.system.devices import halve_to_fit
+from ddpm.system.precision import Precision
 from ddpm.system.signals import at_once
 
 
@@ -20,26 +22,26 @@ class Drawing:
     Image i is a function of this, of i and of its class, whatever it is batched with.
 
     Attributes:
-        network: Its own weights stay as they are.
-        weights: Used in place of the network's own.
+        network: With the weights that draw.
         diffusion: The process that the network was trained for.
         sampler: How images are drawn.
         shape: (C, H, W) of an image.
         seed: Of all the noise.
         any_class: The class number that stands for "any" in classifier-free guidance; None if the
             network has not learned one.
+        precision: What the network computes in. The rest of a step is float32.
 
     Raises:
         ValueError: If the sampler asks for guidance and any_class is None.
     """
 
     network: nn.Module
-    weights: dict[str, Tensor]
     diffusion: GaussianDiffusion
     sampler: Sampler
     shape: tuple[int, int, int]
     seed: int
     any_class: int | None = None
+    precision: Precision = "tf32"
 
     def __post_init__(self) -> None:
         if self.sampler.guidance_scale != 1 and self.any_class is None:
@@ -52,7 +54,7 @@ class Drawing:
     @property
     def device(self) -> torch.device:
         """Where the weights lie, and so where images are drawn."""
-        return next(iter(self.weights.values())).device
+        return next(self.network.parameters()).device
 
     @property
     def timesteps(self) -> list[int]:
@@ -153,38 +155,42 @@ class Drawing:
         classes: Sequence[int] | None,
         watch: Watch | None = None,
     ) -> Tensor:
+        of_batch = None if classes is None else torch.tensor(list(classes), device=self.device)
+        with self.computing(), at_once():  # a call may compile for minutes
+            return self.sampler.walk(
+                self.model(of_batch), self.diffusion, x, timesteps, noise, watch
+            )
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Has the network compute as drawing does: without dropout, in this precision."""
         was_training = self.network.training
         self.network.eval()
         try:
-            of_batch = None if classes is None else torch.tensor(list(classes), device=self.device)
-            with at_once():  # a call may compile for minutes
-                return self.sampler.walk(
-                    self.model(of_batch), self.diffusion, x, timesteps, noise, watch
-                )
+            with (
+                precision.products(self.precision),
+                precision.autocast(self.device, self.precision),
+            ):
+                yield
         finally:
             self.network.train(was_training)
 
     def model(self, classes: Tensor | None) -> Model:
-        """Returns (x_t, t) -> output with these weights, guided as the sampler says.
-
-        The network runs in its present mode.
+        """Returns (x_t, t) -> output, guided as the sampler says; for use within `computing`.
 
         Args:
             classes: (B,) int64; None for a network without.
         """
 
         def model(x_t: Tensor, t: Tensor) -> Tensor:
-            return functional_call(
-                self.network, self.weights, (x_t, t) if classes is None else (x_t, t, classes)
-            )
+            return self.network(x_t, t) if classes is None else self.network(x_t, t, classes)
 
         def guided(x_t: Tensor, t: Tensor) -> Tensor:
             """Ho & Salimans 2022, Eq. 6, scale 1 + w; a learned variance stays the class's."""
             assert classes is not None
             both = torch.cat([classes, torch.full_like(classes, self.any_class or 0)])
-            with_class, without = functional_call(
-                self.network, self.weights, (torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-            ).chunk(2)
+            output = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+            with_class, without = output.to(x_t.dtype).chunk(2)
             channels = self.shape[0]
             prediction = without[:, :channels] + self.sampler.guidance_scale * (
                 with_class[:, :channels] - without[:, :channels]

@@ -15,6 +15,18 @@ from ddpm.sample.images import read_png, save_png, to_uint8
 from ddpm.system import files
 from ddpm.system.processes import share
 
+BEFORE = {"precision": "tf32"}  # what decided images where their folder does not say it yet
+
+
+def word_for(protocol: dict[str, Any]) -> str:
+    """Returns a word that tells images of this protocol, what decides them, from all others."""
+    return files.short_hash(said_of(protocol))
+
+
+def said_of(protocol: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a protocol says beside what was done before it could be said."""
+    return {key: value for key, value in protocol.items() if (key, value) not in BEFORE.items()}
+
 
 def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
     """Makes the folder that of this protocol, what decides its images; of two at once, of one.
@@ -29,7 +41,8 @@ def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
         if not about.is_file():
             files.write_text(about, json.dumps(wanted, indent=2) + "\n")
             return
-    found = json.loads(about.read_text(encoding="utf-8"))
+    found = {**BEFORE, **json.loads(about.read_text(encoding="utf-8"))}
+    wanted = {**BEFORE, **wanted}
     for key in {**found, **wanted}:
         if found.get(key) != wanted.get(key):
             raise ValueError(
@@ -41,8 +54,10 @@ def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
 def holds(folder: Path, protocol: dict[str, Any]) -> bool:
     """Returns whether the folder is that of this protocol."""
     about = folder / "protocol.json"
-    wanted = json.loads(json.dumps(protocol))
-    return about.is_file() and json.loads(about.read_text(encoding="utf-8")) == wanted
+    if not about.is_file():
+        return False
+    found = json.loads(about.read_text(encoding="utf-8"))
+    return said_of(found) == said_of(json.loads(json.dumps(protocol)))
 
 
 def draw_missing(

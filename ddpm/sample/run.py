@@ -17,7 +17,7 @@ from ddpm.runs.folder import RunFolder
 from ddpm.sample import figures
 from ddpm.sample.drawing import Drawing
 from ddpm.sample.figures import Figure
-from ddpm.sample.folder import claim_folder, draw_missing, pack_samples, read_samples
+from ddpm.sample.folder import claim_folder, draw_missing, pack_samples, read_samples, word_for
 from ddpm.sample.images import grid, save_png
 from ddpm.sample.subject import (
     Subject,
@@ -28,7 +28,7 @@ from ddpm.sample.subject import (
     of_run,
 )
 from ddpm.system import signals
-from ddpm.system.files import short_hash
+from ddpm.system.precision import Precision
 from ddpm.system.processes import (
     agree,
     device_of,
@@ -67,6 +67,7 @@ class Settings(Section):
     )
     pictures: Annotated[list[int | str], Field(min_length=2, max_length=2)]
     device: Literal["auto", "cpu", "cuda", "mps"]
+    precision: Precision
     to: Text | None
     outputs: Text
     trusted_modules: list[str]
@@ -96,13 +97,14 @@ def run(composed: Composed) -> Path:
         "sampler": build.sampler_settings(settings.sampler, subject.diffusion),
         "seed": settings.seed,
         "classes": None if numbers is None else [names[number] for number in numbers],
+        "precision": settings.precision,
     }
     folder = Path(settings.to) if settings.to else _own_folder(settings, trained, name, protocol)
     count, leads = settings.num_samples, processes.is_main_process
     classes = None
     if numbers is not None:
         classes = [numbers[index % len(numbers)] for index in range(count)]
-    drawing = subject.drawing(sampler, settings.seed, device)
+    drawing = subject.drawing(sampler, settings.seed, device, settings.precision)
     if leads and settings.figure != "grid_over_training":
         what = settings.figure or f"{count} images"
         steps = len(drawing.timesteps)
@@ -200,7 +202,7 @@ def _own_folder(
     """Where to write if nothing is said: words to read, and a hash of all that decides."""
     function = str(settings.sampler["function"]["_target_"]).rpartition(".")[2]
     steps = protocol["sampler"]["num_steps"] or ""
-    words = f"{function}{steps}_seed_{settings.seed}-{short_hash(protocol)}"
+    words = f"{function}{steps}_seed_{settings.seed}-{word_for(protocol)}"
     if trained is None:
         return Path(settings.outputs) / f"samples-{name}" / words
     return trained.run.samples / f"step_{trained.step:08d}_{trained.kind}_{words}"

@@ -19,6 +19,7 @@ from ddpm.runs.pictures import moved
 from ddpm.sample.drawing import Drawing
 from ddpm.system.devices import to_device
 from ddpm.system.files import short_hash
+from ddpm.system.precision import Precision
 from ddpm.weights import folders
 
 
@@ -27,8 +28,8 @@ class Subject:
     """A network that images are drawn from, and what they are of.
 
     Attributes:
-        build: Makes the network on a device, with whatever weights.
-        weights: Gives its weights by name, wherever they lie.
+        network: Gives it on a device, with its weights.
+        weights: Gives these by name, wherever they lie.
         model: The network's class and all its arguments, as in conf/model/.
         diffusion: The process that it was trained for.
         shape: (C, H, W) of its images.
@@ -36,7 +37,7 @@ class Subject:
         any_class: See Drawing.
     """
 
-    build: Callable[[torch.device], nn.Module]
+    network: Callable[[torch.device], nn.Module]
     weights: Callable[[], dict[str, Tensor]]
     model: dict[str, Any]
     diffusion: GaussianDiffusion
@@ -44,15 +45,16 @@ class Subject:
     classes: list[str] | None
     any_class: int | None
 
-    def drawing(self, sampler: Sampler, seed: int, device: torch.device) -> Drawing:
+    def drawing(
+        self, sampler: Sampler, seed: int, device: torch.device, precision: Precision
+    ) -> Drawing:
         """The network on a device, ready to draw.
 
         Raises:
             ValueError: If the sampler asks for guidance that the network has not learned.
         """
-        network = self.build(device)
-        weights = {name: tensor.to(device) for name, tensor in self.weights().items()}
-        return Drawing(network, weights, self.diffusion, sampler, self.shape, seed, self.any_class)
+        network, shape, any_class = self.network(device), self.shape, self.any_class
+        return Drawing(network, self.diffusion, sampler, shape, seed, any_class, precision)
 
     def identity(self) -> str:
         """What decides the images of a noise and a class: weights, network and process, hashed."""
@@ -109,24 +111,25 @@ def of_run(
     config = moved(run.config(trusted_modules), data_path)
     found = checkpoint.find(run.checkpoints, step)
     classes = run.classes()
-    subject = of_config(
-        config,
-        classes,
-        lambda device: build.network(config, device, len(classes)),
-        lambda: found.weights(kind),
-    )
+
+    def network(device: torch.device) -> nn.Module:
+        built = build.network(config, device, len(classes))
+        built.load_state_dict(found.weights(kind))
+        return built
+
+    subject = of_config(config, classes, network, lambda: found.weights(kind))
     return Trained(subject, config, run, found.step, kind)
 
 
 def of_config(
     config: Config,
     classes: list[str],
-    build_network: Callable[[torch.device], nn.Module],
+    network: Callable[[torch.device], nn.Module],
     weights: Callable[[], dict[str, Tensor]],
 ) -> Subject:
     """A network of that configuration, for data with these classes. See Subject for the rest."""
     return Subject(
-        build=build_network,
+        network=network,
         weights=weights,
         model={**config.model, **build.network_arguments(config, len(classes))},
         diffusion=build.diffusion(config),
@@ -147,10 +150,11 @@ def of_folder(name: str) -> tuple[Subject, str]:
     """
     found = folders.find(name, "from")
     network, resolution = found.network(), found.model["resolution"]
+    network.load_state_dict(found.weights_for(network, found.model))
     num_classes = found.model["num_classes"]
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     subject = Subject(
-        build=lambda device: to_device(network, device),
+        network=lambda device: to_device(network, device),
         weights=lambda: found.weights_for(network, found.model),
         model=found.model,
         diffusion=found.chain().diffusion,

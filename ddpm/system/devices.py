@@ -2,8 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import torch
@@ -14,7 +13,6 @@ from ddpm.system.internals import compile_up_to, keep_dropout_when_compiled
 
 log = logging.getLogger("ddpm")
 T = TypeVar("T")
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]  # training.precision
 
 # share of a training step's time that compiling saved, where it was measured (README, Speed)
 GAIN = {"cpu": 0.0}
@@ -93,26 +91,6 @@ def device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
     if name != "auto" and name not in here:
         raise ValueError(f"device={name} is not on this machine; there are {', '.join(here)}")
     return torch.device(here[0] if name == "auto" else name)
-
-
-@contextmanager
-def products(device: torch.device, precision: Precision) -> Iterator[None]:
-    """Says whether a GPU may multiply float32 numbers as TF32, and puts back what was before.
-
-    Matrix products and convolutions both may, but with "fp32", where neither may. A device of
-    another kind has no TF32, and nothing is touched.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    # the flags of old: torch refuses to answer if its new ones (fp32_precision) are set beside them
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = precision != "fp32"
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def halve_to_fit(call: Callable[[slice], T], count: int) -> list[T]:

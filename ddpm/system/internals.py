@@ -254,6 +254,21 @@ def reset_accelerate() -> None:
     GradientState._reset_state()
 
 
+@contextmanager
+def keep_forward(network: Any) -> Iterator[None]:
+    """Has Accelerate leave a network's forward as it is; whoever calls it enters its autocast.
+
+    Accelerate puts a forward of its own, with autocast, in the place of the network's, so that
+    previews and measures would compute in the training's precision too, whatever they say.
+    """
+    before = vars(network).get("forward")
+    yield
+    vars(network).pop("_original_forward", None)
+    vars(network).pop("forward", None)
+    if before is not None:
+        network.forward = before
+
+
 def default_store(name: str) -> Any:
     """Returns the store of the process group, by a connection and with names of its own.
 

@@ -19,6 +19,8 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object
 from ddpm.system import devices, signals
 from ddpm.system.internals import reset_accelerate
 from ddpm.system.peers import PeerLost, Peers
+from ddpm.system.precision import Precision, products
+from ddpm.system.precision import deterministic as bits_kept
 from ddpm.system.signals import Preempted
 
 T = TypeVar("T")
@@ -46,8 +48,10 @@ def device_of(processes: PartialState, name: Name) -> torch.device:
 
 
 @contextmanager
-def accelerator_for(device: Name, precision: devices.Precision) -> Iterator[Accelerator]:
-    """Gives Accelerate for one run, and has its device multiply as `precision` says.
+def accelerator_for(
+    device: Name, precision: Precision, deterministic: bool = False
+) -> Iterator[Accelerator]:
+    """Gives Accelerate for one run, and has its device compute as said (see precision.py).
 
     What both keep between runs of one process is put back, Accelerate's also before.
 
@@ -67,7 +71,7 @@ def accelerator_for(device: Name, precision: devices.Precision) -> Iterator[Acce
             dynamo_backend="no",
         )
         _meet(accelerator.num_processes, accelerator.process_index)
-        with devices.products(accelerator.device, precision):
+        with products(precision), bits_kept(accelerator.device, deterministic):
             yield accelerator
     finally:
         reset_accelerate()

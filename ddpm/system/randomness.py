@@ -96,9 +96,10 @@ def random_bits(keys: Tensor, count: int, start: int = 0) -> Tensor:
     Returns:
         (B, count) int64, all 64 bits random.
     """
-    counter = torch.arange(start + 1, start + count + 1, device=keys.device, dtype=torch.int64)
+    # the compiler's code for a GPU counts in 32 bits, so the start is added to the keys
+    counter = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64)
     # keys + counter * gamma; torch's compiler folds a product of the counter alone, and overflows
-    places = keys[:, None] * _signed(_INVERSE_GAMMA) + counter
+    places = (keys * _signed(_INVERSE_GAMMA) + start)[:, None] + counter
     return _mix(places.mul_(_signed(_GOLDEN_GAMMA)))
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -121,7 +120,12 @@ def backward(
     given = {} if classes is None else {"classes": classes}
     if state.uses_dropout_keys:
         given["dropout_keys"] = keys(randomness.TRAIN_DROPOUT)
-    losses = diffusion.losses(partial(state.model, **given), x0, t, noise)  # (B,)
+
+    def model(x_t: Tensor, t: Tensor) -> Tensor:
+        with state.accelerator.autocast():
+            return state.model(x_t, t, **given)
+
+    losses = diffusion.losses(model, x0, t, noise)  # (B,)
     total = losses.sum() if weights is None else (weights * losses).sum()
     processes = state.accelerator.num_processes
     state.accelerator.backward(total * (processes / batches.size(step)))  # DDP takes the mean

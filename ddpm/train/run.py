@@ -18,6 +18,7 @@ from ddpm.runs import pictures, reader, recording, results
 from ddpm.runs.folder import RunFolder
 from ddpm.system import files, signals
 from ddpm.system.peers import PeerLost
+from ddpm.system.precision import in_words
 from ddpm.system.processes import accelerator_for, naming_lost, wait_to_leave
 from ddpm.system.signals import Preempted
 from ddpm.system.slurm import clock_of
@@ -56,7 +57,9 @@ def run(composed: Composed) -> RunFolder:
         return folder
     with (
         naming_lost(),
-        accelerator_for(config.runtime.device, config.training.precision) as accelerator,
+        accelerator_for(
+            config.runtime.device, config.training.precision, config.runtime.deterministic
+        ) as accelerator,
     ):
         if config.runtime.evaluate_every is not None:
             check_extractor(config.evaluation, accelerator.device)
@@ -83,6 +86,8 @@ def _train(begun: which.Start, composed: Composed, accelerator: Accelerator) -> 
     notes = [*begun.notes, *data.notes, *start.notes_on(data, config)]
     notes += start.notes_on_dropout(config, folder, len(data.classes))
     notes += start.jump_of_rate(config, folder, num_steps) if changes else []
+    precision, deterministic = config.training.precision, config.runtime.deterministic
+    arithmetic = in_words(accelerator.device, precision, deterministic)
     if not accelerator.is_main_process:
         take_steps(config, folder, accelerator, batches, num_steps, data)
         return num_steps
@@ -95,6 +100,7 @@ def _train(begun: which.Start, composed: Composed, accelerator: Accelerator) -> 
             composed,
             begun.identity,
             device=_device_name(accelerator),
+            arithmetic=arithmetic,
             changed=changes or None,
         )
         folder.update(

@@ -29,7 +29,7 @@ class Shown:
     """Previews and measures of one step. All processes must call the same.
 
     Attributes:
-        trained: The network after the step.
+        trained: The network after the step, which has its averaged weights now.
         data: The run's pictures.
         num_steps: Of the whole run.
         device: Where this process works.
@@ -101,7 +101,8 @@ class Shown:
         subject, config, step = self.trained.subject, self.trained.config, self.trained.step
         count, size = config.runtime.num_previews, config.training.batch_size
         sampler = build.sampler(config.sampler, subject.diffusion)
-        drawing = subject.drawing(sampler, config.seed, self.device)
+        precision = config.training.precision
+        drawing = subject.drawing(sampler, config.seed, self.device, precision)
         classes = subject.classes_in_turn(count)
         steps = len(drawing.timesteps)
         log.info("step %d  drawing %d previews, %d steps each", step, count, steps)

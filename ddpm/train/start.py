@@ -20,6 +20,7 @@ from ddpm.runs import checkpoint, pictures
 from ddpm.runs.folder import RunFolder, steps_of_before
 from ddpm.runs.format import DROPOUT_BY_PLACE
 from ddpm.system.devices import compile_in_place, cores, decide
+from ddpm.system.internals import keep_forward
 from ddpm.system.processes import gather, together
 from ddpm.system.signals import at_once
 from ddpm.train.meter import Meter
@@ -182,7 +183,8 @@ def prepare(
     """The state at step 0 of a network as it is, in training mode."""
     ema = EMA(network, config.training.ema_decay, config.training.ema_warmup)
     optimizer = build.optimizer(config, list(network.parameters()))
-    model, optimizer = accelerator.prepare(network.train(), optimizer)
+    with keep_forward(network):
+        model, optimizer = accelerator.prepare(network.train(), optimizer)
     timesteps = build.timestep_sampler(diffusion, accelerator.device)
     meter = Meter(diffusion.num_timesteps, accelerator)
     return TrainingState(accelerator, network, model, ema, optimizer, timesteps, meter)

@@ -1,5 +1,7 @@
 """All that training changes: what is saved in a checkpoint and restored from one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -100,6 +102,20 @@ class TrainingState:
     def uses_dropout_keys(self) -> bool:
         """Whether the network drops something, by keys."""
         return drops(self.network) and takes_dropout_keys(self.network)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Has the network compute with its averaged weights; none of its own is copied or lost."""
+        averages = self.ema.state_dict()
+        live = self.network.state_dict(keep_vars=True)
+        own = {name: tensor.data for name, tensor in live.items()}
+        try:
+            for name, tensor in live.items():
+                tensor.data = averages[name].to(tensor.dtype)
+            yield
+        finally:
+            for name, tensor in live.items():
+                tensor.data = own[name]
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values. All processes must call this."""

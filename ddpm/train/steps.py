@@ -67,7 +67,8 @@ def take_steps(
     asking, saver = Asking(), saving.Saver(folder, config, state, recorder, speed)
     with _naming_device_batch(device_batch):
         if state.step:
-            shown(state.step).make_up_for()
+            with state.averaged():
+                shown(state.step).make_up_for()
         for step in steps:
             told = asking.after(step)
             logs = is_due(step, runtime.log_every, num_steps)
@@ -86,10 +87,11 @@ def take_steps(
             if told and step < num_steps:
                 raise Preempted(told)
             try:
-                if previews:
-                    shown(step).preview()
-                if evaluates:
-                    shown(step).evaluate()
+                with state.averaged():
+                    if previews:
+                        shown(step).preview()
+                    if evaluates:
+                        shown(step).evaluate()
             except Preempted:
                 saver.save()
                 raise

@@ -1,6 +1,7 @@
 """The same work side by side in one process: this project, diffusers, and denoising-diffusion-pytorch.
 
     pip install diffusers denoising-diffusion-pytorch && python tests/benchmarks/peers.py --work unet32 unet128 quickstart sampler feeding --to peers.json
+    python tests/benchmarks/peers.py --device cuda --compiled --to peers_gpu.json     # in bf16, as its users train there; python tests/benchmarks/gpu.py does this and more
 
 Ours: the loop of ddpm.train.    diffusers: UNet2DModel with our weights, in the loop of its own examples/unconditional_image_generation (Accelerate, DataLoader,
 AdamW, EMAModel, the loss read at every step).    denoising-diffusion-pytorch: its Trainer with its README's Unet(64), another network, so compare its
@@ -48,8 +49,10 @@ from ddpm.data import sources
 from ddpm.data.batches import Batches
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import image_set
-from ddpm.plan.timing import TrainingStep, random_images
+from ddpm.diffusion.samplers import step_noise
+from ddpm.plan.timing import TrainingStep, matrix_products, random_images, wait_for
 from ddpm.sample.drawing import Drawing
+from ddpm.system.precision import products
 from ddpm.system.processes import accelerator_for
 from ddpm.weights.unet_settings import unet_config
 
@@ -58,6 +61,13 @@ WORK = {  # name -> settings, batch
     "unet128": (["model=unet128", "data=butterflies"], 4),
     "quickstart": ([], 32),
 }
+ON_A_GPU = {
+    "unet32": (["model=unet32", "data=cifar10"], 128),
+    "unet128": (["model=unet128", "data=butterflies"], 6),
+    "unet128_64": (["model=unet128", "data=butterflies"], 64),
+    "unet256": (["model=unet256", "data=butterflies"], 6),
+}
+CPU = torch.device("cpu")
 
 
 class Times:
@@ -227,7 +237,7 @@ def losses_agree(config: Config, network: nn.Module, batch: int) -> float:
     diffusion = build.diffusion(config)
     x0 = torch.from_numpy(random_images(config, batch)).float() / 127.5 - 1
     noise, t = torch.randn(x0.shape), torch.randint(0, 1000, (batch,))
-    network = copy.deepcopy(network).eval()
+    network = copy.deepcopy(network).cpu().eval()
     with torch.no_grad():
         for parameter in (
             network.parameters()
@@ -258,36 +268,53 @@ def lucidrains_losses_agree(diffusion: Any, config: Config) -> float:
 
 
 def training(
-    name: str, rounds: int, compiled: bool, lucidrains: bool, clock: Callable[[], float]
+    name: str,
+    rounds: int,
+    compiled: bool,
+    lucidrains: bool,
+    clock: Callable[[], float],
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
-    settings, batch = WORK[name]
+    gpu = device.type == "cuda"
+    settings, batch = (ON_A_GPU if gpu else WORK)[name]
+    precision = "bf16" if gpu else "tf32"
     torch._dynamo.reset()  # as in a process of its own: for a second resolution diffusers' would be compiled for all, which fails on a CPU
-    config = training_config(compose([*settings, "runtime.device=cpu"]))
+    config = training_config(
+        compose([*settings, f"runtime.device={device.type}", f"training.precision={precision}"])
+    )
     with (
-        accelerator_for(config.runtime.device, config.training.precision) as accelerator,
+        accelerator_for(config.runtime.device, precision) as accelerator,
         tempfile.TemporaryDirectory() as folder,
     ):
         ours = TrainingStep(config, accelerator, random_images(config, batch), batch)
-        found = {"batch": batch, "loss_difference": losses_agree(config, ours.network, batch)}
+        found = {
+            "batch": batch,
+            "precision": precision,
+            "loss_difference": losses_agree(config, ours.network, 4 if gpu else batch),
+        }
         weights = {
-            key: tensor.detach().contiguous() for key, tensor in ours.network.state_dict().items()
+            key: tensor.detach().cpu().contiguous()
+            for key, tensor in ours.network.state_dict().items()
         }
         flops = 3 * forward_flops(ours.network, config) * batch
         more = (
             3 * forward_flops(their_network(config, weights), config) * batch
         )  # its upsampling makes 9/4 of the products
-        count = 10 if name == "quickstart" else 1
+        count = 10 if name == "quickstart" or gpu else 1
         contenders = [
             Times("ours", ours.run, count, batch, flops),
             Times("diffusers", DiffusersStep(config, weights, batch).run, count, batch, more),
-            Times(
-                "diffusers channels_last",
-                DiffusersStep(config, weights, batch, channels_last=True).run,
-                count,
-                batch,
-                more,
-            ),
         ]
+        if not gpu:
+            contenders.append(
+                Times(
+                    "diffusers channels_last",
+                    DiffusersStep(config, weights, batch, channels_last=True).run,
+                    count,
+                    batch,
+                    more,
+                )
+            )
         if compiled:
             contenders.append(
                 Times(
@@ -331,51 +358,64 @@ def training(
                     their_flops,
                 )
             )
-        return found | timed(contenders, rounds, clock)
+        return found | timed(contenders, rounds, clock, device=device)
 
 
-def sampling(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
-    """One step of the reverse process at batch 64 of unet32: Sampler.walk and the two lines in the loop of DDPMPipeline."""
-    config = training_config(compose([*WORK["unet32"][0], "runtime.device=cpu"]))
-    network = build.network(config, torch.device("cpu"), 1).eval()
+def sampling(rounds: int, clock: Callable[[], float], device: torch.device = CPU) -> dict[str, Any]:
+    """Steps of the reverse process at batch 64 of unet32: Sampler.walk and the two lines in the loop of DDPMPipeline. On a GPU 50, in TF32 and in bf16."""
+    gpu = device.type == "cuda"
+    config = training_config(compose([*WORK["unet32"][0], f"runtime.device={device.type}"]))
+    network = build.network(config, device, 1).eval()
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
-    diffusion, batch = build.diffusion(config), 64
-    drawing = Drawing(
-        network, weights, diffusion, build.sampler(config.sampler, diffusion), (3, 32, 32), 0
-    )
+    diffusion, batch, count = build.diffusion(config), 64, 50 if gpu else 2
+    sampler = build.sampler(config.sampler, diffusion)
+    their_weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+    contenders = []
+    for precision in ("tf32", "bf16") if gpu else ("tf32",):
+        drawing = Drawing(network, diffusion, sampler, (3, 32, 32), seed=0, precision=precision)
+        pipeline = DDPMPipeline(
+            their_network(config, their_weights).eval(), DDPMScheduler(beta_schedule="linear")
+        ).to(device)
+        if precision == "bf16":
+            pipeline.unet.to(torch.bfloat16)
+        words = f" {precision}" if gpu else ""
+        flops = forward_flops(network, config) * batch
+        if precision == "tf32":
+            more = forward_flops(pipeline.unet, config) * batch
+        contenders += [
+            Times(f"ours{words}", _our_steps(drawing, batch), count, batch, flops),
+            Times(f"diffusers{words}", _their_steps(pipeline, drawing, batch), count, batch, more),
+        ]
+    with products("tf32"):
+        against = contenders[1].name
+        return {"batch": batch} | timed(contenders, rounds, clock, against, device)
+
+
+def _our_steps(drawing: Drawing, batch: int) -> Callable[[int], None]:
     noise = drawing.latents(range(batch))
-    steps_of = drawing.timesteps
-    pipeline = DDPMPipeline(
-        their_network(config, {k: v.contiguous() for k, v in weights.items()}).eval(),
-        DDPMScheduler(beta_schedule="linear"),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
+    each = step_noise(drawing.shape, range(batch), 0, drawing.device)
 
-    def ours(count: int) -> None:
-        from ddpm.diffusion.samplers import step_noise
+    def run(count: int) -> None:
+        drawing.walk(noise, drawing.timesteps[:count], each)
+        wait_for(drawing.device)
 
-        drawing.walk(
-            noise, steps_of[:count], step_noise((3, 32, 32), range(batch), 0, torch.device("cpu"))
-        )
+    return run
+
+
+def _their_steps(pipeline: DDPMPipeline, drawing: Drawing, batch: int) -> Callable[[int], None]:
+    noise = drawing.latents(range(batch)).contiguous().to(pipeline.unet.dtype)
+    generator = torch.Generator(drawing.device).manual_seed(0)
 
     @torch.no_grad()
-    def theirs(count: int) -> None:
-        image = noise.contiguous()
+    def run(count: int) -> None:
+        image = noise
         for t in pipeline.scheduler.timesteps[:count]:
             image = pipeline.scheduler.step(
                 pipeline.unet(image, t).sample, t, image, generator=generator
             ).prev_sample
+        wait_for(drawing.device)
 
-    flops, more = (
-        forward_flops(network, config) * batch,
-        forward_flops(pipeline.unet, config) * batch,
-    )
-    return {"batch": batch} | timed(
-        [Times("ours", ours, 2, batch, flops), Times("diffusers", theirs, 2, batch, more)],
-        rounds,
-        clock,
-    )
+    return run
 
 
 class _Decoded(Dataset):
@@ -443,7 +483,11 @@ def feeding(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
 
 
 def timed(
-    contenders: list[Times], rounds: int, clock: Callable[[], float], against: str = "diffusers"
+    contenders: list[Times],
+    rounds: int,
+    clock: Callable[[], float],
+    against: str = "diffusers",
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
     """Interleaved rounds of each, after one that is not counted."""
     first = {}
@@ -453,7 +497,7 @@ def timed(
         first[contender.name] = round(time.perf_counter() - start, 2)
     peak = 0.0
     for _ in range(rounds):
-        peak = max(peak, matrix_product(clock))
+        peak = max(peak, matrix_product(clock) if device == CPU else _peak_of_gpu(device))
         for contender in contenders:
             contender.round(clock)
     results = {
@@ -465,6 +509,11 @@ def timed(
         result[f"against_{against}"] = round(result["images_per_second"] / base, 3)
         result["share_of_peak"] = round(result["gflop_per_second"] / peak, 3)
     return {"matrix_product_gflop_per_second": round(peak, 1), "rounds": rounds, "results": results}
+
+
+def _peak_of_gpu(device: torch.device) -> float:
+    """GFLOP/s of the best of ten products in bf16."""
+    return matrix_products(device, torch.bfloat16, 8192)["torch.mm"] / 1e9
 
 
 def matrix_product(clock: Callable[[], float], size: int = 2048) -> float:
@@ -486,12 +535,10 @@ def flops_of(call: Callable[[], Any]) -> int:
 
 def forward_flops(network: nn.Module, config: Config) -> int:
     """Of one image."""
-    return flops_of(
-        lambda: network(
-            torch.zeros(1, config.data.channels, *build.image_size(config.data)),
-            torch.zeros(1, dtype=torch.int64),
-        )
-    )
+    device = next(network.parameters()).device
+    shape = (1, config.data.channels, *build.image_size(config.data))
+    x, t = torch.zeros(shape, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    return flops_of(lambda: network(x, t))
 
 
 def peak_memory(contender: str, name: str) -> int:
@@ -597,7 +644,9 @@ def machine() -> dict[str, Any]:
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
     ]
+    gpu = {"gpu": torch.cuda.get_device_name(0)} if torch.cuda.is_available() else {}
     return {
+        **gpu,
         "cpu": model[0],
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
@@ -613,12 +662,16 @@ def main() -> None:
     parser.add_argument(
         "--work",
         nargs="+",
-        choices=[*WORK, "sampler", "feeding"],
-        default=[*WORK, "sampler", "feeding"],
+        choices=[*dict.fromkeys([*WORK, *ON_A_GPU]), "sampler", "feeding"],
+        help="all that there is for the device, if not given",
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--compiled", action="store_true", help="also both compiled, which takes minutes"
+        "--compiled",
+        nargs="*",
+        metavar="WORK",
+        help="also both compiled, which takes minutes: for these, or all",
     )
     parser.add_argument(
         "--lucidrains", action="store_true", help="also denoising-diffusion-pytorch, in training"
@@ -647,20 +700,25 @@ def main() -> None:
     }
     if arguments.lucidrains:
         report["machine"]["transforms"] = stand_in_for_torchvision()
-    for name in arguments.work:
+    device = torch.device(arguments.device)
+    everything = (
+        [*ON_A_GPU, "sampler"] if arguments.device == "cuda" else [*WORK, "sampler", "feeding"]
+    )
+    for name in arguments.work or everything:
         if name == "sampler":
-            report[name] = sampling(arguments.rounds, clock)
+            report[name] = sampling(arguments.rounds, clock, device)
         elif name == "feeding":
             report[name] = feeding(arguments.rounds, clock)
         else:
+            compiled = arguments.compiled is not None and name in (arguments.compiled or everything)
             report[name] = training(
-                name, arguments.rounds, arguments.compiled, arguments.lucidrains, clock
+                name, arguments.rounds, compiled, arguments.lucidrains, clock, device
             )
         if arguments.memory and name in WORK:
             report[name]["peak_memory"] = memory(name)
         print(json.dumps({name: report[name]}, indent=1), flush=True)
-    if arguments.to:
-        arguments.to.write_text(json.dumps(report, indent=1) + "\n")
+        if arguments.to:
+            arguments.to.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
