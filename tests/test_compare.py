@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from ddpm.compare import tables
+from ddpm.compare import curves, tables
 from ddpm.runs import reader, results
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.reader import At
@@ -79,6 +79,107 @@ def compared(outputs):
         path(outputs, 0, 6, 1e30),
     ]
     return [reader.read(RunFolder(folder)) for folder in wanted]
+
+
+def swept(num_steps, seed, value, scale=1.0, metric="fid", **more):
+    """A figure of a sweep over sampler steps, guidance scales and seeds."""
+    settings = {
+        "function": {"_target_": "ddpm.diffusion.samplers.ddim"},
+        "num_steps": num_steps,
+        "guidance_scale": scale,
+    }
+    protocol = {**PROTOCOL, "sampler": f"ddim{num_steps or 1000}", "sampler_settings": settings, "seed": seed, "step": 6}  # fmt: skip
+    return Measurement(metric, value, {**protocol, **more})
+
+
+def curves_of(folder, figures, over_seeds="mean"):
+    results.record(folder / "evaluation.json", figures)
+    return curves.find_curves([reader.read(RunFolder(folder))], over_seeds)
+
+
+@pytest.fixture
+def measured(outputs, tmp_path):
+    """A run without figures, to be given some."""
+    copy = shutil.copytree(path(outputs, 0, 6), tmp_path / "run")
+    (copy / "evaluation.json").unlink()
+    return copy
+
+
+def test_a_curve_has_the_mean_over_seeds_or_the_minimum_of_three_and_says_which(measured):
+    values = {10: [5.0, 6.0, 7.0], 50: [3.0, 2.0, 4.0, 0.5], None: [1.0, 2.0]}
+    figures = [
+        swept(step, seed, value)
+        for step, of_seeds in values.items()
+        for seed, value in enumerate(of_seeds)
+    ]
+    (mean,), scales = curves_of(measured, figures)
+    assert scales == []
+    assert [(point.at, point.values[0].value) for point in mean.points] == [
+        (10, 6.0), (50, pytest.approx(2.375)), (1000, 1.5),
+    ]  # fmt: skip
+    assert mean.points[0].values[0].deviation == pytest.approx(1.0)
+    assert curves.how(mean, "mean") == "mean of 2 to 4 seeds"
+    (least,), _ = curves_of(measured, figures, "min_of_3")
+    assert [(point.at, point.values[0].value, point.values[0].seeds) for point in least.points] == [
+        (10, 5.0, [0, 1, 2]), (50, 2.0, [0, 1, 2]),
+    ]  # fmt: skip
+    assert curves.how(least, "min_of_3") == "minimum of 3 seeds"
+
+
+def test_precision_and_recall_of_the_same_samples_are_a_point(measured):
+    figures = [
+        swept(10, seed, value + seed / 10, scale, metric)
+        for scale, both in ((1.0, (0.5, 0.6)), (2.0, (0.7, 0.4)))
+        for metric, value in zip(("precision", "recall"), both, strict=True)
+        for seed in (0, 1)
+    ]
+    lone = swept(10, 2, 0.9, 1.0, "precision")  # whose recall was not measured
+    steps, (curve,) = curves_of(measured, [*figures, lone])
+    assert steps == []
+    assert [(point.at, *(round(one.value, 9) for one in point.values)) for point in curve.points] == [
+        (1.0, 0.55, 0.65), (2.0, 0.75, 0.45),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"count": 50_000}, {"data": "other"}, {"weights": "raw"}, {"a_later_field": 1}, {"scale": 2.0}],
+)  # fmt: skip
+def test_figures_of_unlike_protocol_are_never_on_one_curve(measured, other):
+    steps, _ = curves_of(measured, [swept(10, 0, 5.0), swept(50, 0, 3.0, **other)])
+    assert steps == []
+    more = [swept(50, 0, 4.0), swept(10, 0, 6.0, **other)]
+    steps, _ = curves_of(measured, more)
+    assert sorted([point.values[0].value for point in curve.points] for curve in steps) == [
+        [5.0, 4.0], [6.0, 3.0],
+    ]  # fmt: skip
+    assert len({(curve.panel, curve.label) for curve in steps}) == 2
+
+
+def test_networks_of_several_steps_are_never_on_one_curve(measured):
+    assert curves_of(measured, [swept(10, 0, 5.0, step=4), swept(50, 0, 3.0)]) == ([], [])
+
+
+def test_a_sweeps_curves_are_printed_written_and_drawn(measured, typed, tmp_path):
+    figures = [
+        swept(steps, seed, value, scale, metric)
+        for steps in (10, 50)
+        for seed in (0, 1)
+        for scale in (1.0, 2.0)
+        for metric, value in (("fid", 3 + 20 / steps), ("precision", 0.5 + scale / 10), ("recall", 0.7 - scale / 10))
+    ]  # fmt: skip
+    results.record(measured / "evaluation.json", figures)
+    done = typed("compare", f"runs={measured}", f"to={tmp_path}", "plot=true")
+    assert done.code == 0, done.err
+    assert "fid@1k:train:efficientnet_lite0 over num_steps; guidance_scale 1; mean of 2 seeds\n  10: 5 +- 0   50: 3.4 +- 0" in done.out  # fmt: skip
+    written = list(csv.DictReader((tmp_path / "curves.csv").open()))
+    assert len(written) == 2 * 2 + 2 * 2 * 2
+    assert {row["of"] for row in written} == {"mean of 2 seeds"}
+    assert json.loads(written[0]["protocol"])["extractor"] == "efficientnet_lite0"
+    (table,) = csv.DictReader((tmp_path / "table.csv").open())
+    assert sum(column.startswith("fid@") for column in table) == 8  # a column each, as ever
+    for name in ("steps.png", "scales.png"):
+        assert Image.open(tmp_path / name).size[0] > 500
 
 
 def test_only_what_differs_has_a_column(compared):

@@ -1,6 +1,10 @@
 """Figures with their protocol: kept once each, measured the same however the work is cut up, and refused in one line where they cannot be had."""
 
+import contextlib
+import hashlib
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -76,7 +80,9 @@ def test_colour_gaps_are_those_of_the_channels_and_a_tint_is_warned_of():
     data = np.random.default_rng(0).integers(50, 200, (20, 3, 8, 8), dtype=np.uint8)
     drawn = data.transpose(0, 2, 3, 1).copy()
     drawn[..., 2] += 20
-    figures, warnings = distances.colour(drawn, data, PROTOCOL)
+    figures, warnings = distances.colour(
+        [drawn[:7], drawn[7:]], [data.transpose(0, 2, 3, 1)], PROTOCOL
+    )
     gaps = {figure.metric: figure.value for figure in figures}
     assert gaps["channel_2_mean_gap"] == pytest.approx(20)
     assert all(value == 0 for name, value in gaps.items() if name != "channel_2_mean_gap")
@@ -87,33 +93,97 @@ def test_colour_gaps_are_those_of_the_channels_and_a_tint_is_warned_of():
 def test_copies_of_training_pictures_are_found_and_come_first():
     reference = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     drawn = torch.cat([reference[7:8] + 3.0, reference[20:21], reference[8:9] - 3.0])
-    figure, pairs = distances.nearest_pairs(
-        Features(drawn, None), Features(reference, None), PROTOCOL
-    )
+    figure, pairs = distances.nearest_pairs(Features(drawn, None), reference, PROTOCOL)
     assert pairs[0] == (1, 20)
-    copies, _ = distances.nearest_pairs(
-        Features(reference, None), Features(reference, None), PROTOCOL
-    )
+    copies, _ = distances.nearest_pairs(Features(reference, None), reference, PROTOCOL)
     assert copies.value == 0
     assert figure.value > 0
 
 
-def test_reference_features_come_from_the_cache_the_second_time(tmp_path):
+def test_figures_that_several_write_at_once_are_all_kept(tmp_path):
+    file = tmp_path / "evaluation.json"
+
+    def write(number):
+        for seed in range(5):
+            protocol = {**PROTOCOL, "seed": seed}
+            results.record(file, [Measurement(f"fid_{number}", 1.0, protocol)])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert len(results.read_measurements(file)) == 20
+
+
+@contextlib.contextmanager
+def forwards():
+    """Gives a list that grows with each call of a network."""
     calls = []
-
-    def extractor(pictures):
-        calls.append(pictures.shape)
-        return Features(
-            torch.from_numpy(pictures.reshape(len(pictures), -1).astype(np.float32)), None
-        )
-
-    pictures = np.random.default_rng(0).integers(0, 256, (4, 3, 2, 2), dtype=np.uint8)
-    first, again = (
-        distances.reference_features(pictures, extractor, tmp_path / "cache" / "f.npz")
-        for _ in range(2)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: calls.append(type(module).__name__)
     )
-    torch.testing.assert_close(first.features, again.features, rtol=0, atol=0)
-    assert calls == [(4, 2, 2, 3)]
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def test_a_sweep_typed_again_calls_no_network_and_one_with_more_measures_only_that(
+    typed, run_folder, tmp_path
+):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    words = ["-m", f"run={run}", "device=cpu", "evaluation.num_samples=4", "evaluation.num_images=4", "sampler=ddim"]  # fmt: skip
+
+    def sweep(*more):
+        with forwards() as calls:
+            done = typed("evaluate", *words, *more)
+        assert done.code == 0, done.err
+        return calls, json.loads((run / "evaluation.json").read_text())
+
+    two = ["seed=0,1", "sampler.num_steps=2,3"]
+    calls, found = sweep(*two, "evaluation.metrics=[colour,losses]")
+    assert calls
+    protocols = [entry["protocol"] for entry in found if entry["metric"] == "channel_0_mean_gap"]
+    assert {(one["seed"], one["sampler"]) for one in protocols} == {
+        (seed, sampler) for seed in (0, 1) for sampler in ("ddim2", "ddim3")
+    }
+    # the losses know no sampler: measured once for both
+    assert sum(entry["metric"].startswith("loss_") for entry in found) == 10 * 2
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if ".lock" not in file.name}
+    assert sweep(*two, "evaluation.metrics=[colour,losses]") == ([], found)
+    assert before == {
+        file: file.stat().st_mtime_ns for file in run.rglob("*") if ".lock" not in file.name
+    }
+    calls, more = sweep("seed=1", "sampler.num_steps=3,4", "evaluation.metrics=[colour]")
+    assert calls
+    assert more[: len(found)] == found
+    assert {entry["protocol"]["sampler"] for entry in more[len(found) :]} == {"ddim4"}
+
+
+def test_another_network_at_the_same_step_is_measured_again(typed, run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    words = [f"run={run}", "device=cpu", "evaluation.num_images=4", "evaluation.metrics=[losses]"]
+    assert typed("evaluate", *words).code == 0
+    entries = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(
+        json.dumps([{**entry, "network": "another", "value": 123.0} for entry in entries])
+    )
+    assert typed("evaluate", *words).code == 0
+    assert json.loads((run / "evaluation.json").read_text()) == entries
+
+
+def test_images_that_ddpm_sample_has_drawn_are_measured_as_they_are(typed, run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    words = [f"run={run}", "device=cpu", "sampler=ddim", "sampler.num_steps=2", "seed=7"]
+    assert typed("sample", *words, "num_samples=4").code == 0
+    with forwards() as calls:
+        done = typed("evaluate", *words, "evaluation.metrics=[colour]", "evaluation.num_samples=4")
+    assert (done.code, calls) == (0, []), done.err
+    assert any(name.startswith("channel_0_mean_gap@4:train:ddim2") for name in measured(run))
+
+
+def test_one_seed_under_two_names_is_refused(typed, run_folder):
+    done = typed("evaluate", f"run={run_folder}", "seed=1", "evaluation.seed=2")
+    assert done.code == 1
+    assert "seed=1 and evaluation.seed=2 are the same key" in done.err
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +268,26 @@ def test_figures_do_not_depend_on_batches_or_processes_and_are_kept(ddpm, run):
     )
     assert two.code == 0, two.err
     assert measured(run) == pytest.approx(first, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_reference_written_from_the_data_gives_the_same_distance_under_another_name(
+    ddpm, run, tmp_path
+):
+    words = [f"run={run}", *SETTINGS, "evaluation.metrics=[fd]"]
+    stats = tmp_path / "stats.npz"
+    for more in ([], [f"reference_to={stats}"], [f"evaluation.reference={stats}"]):
+        done = ddpm("evaluate", *words, *more)
+        assert done.code == 0, done.err
+    with np.load(stats) as found:
+        assert (found["mu"].shape, found["sigma"].shape) == ((1280,), (1280, 1280))
+    digest = hashlib.sha256(stats.read_bytes()).hexdigest()
+    names = {name: value for name, value in measured(run).items() if name.startswith("fd_")}
+    of_data = names["fd_efficientnet_lite0@12:heldout:efficientnet_lite0:ddim2:ema:step6"]
+    of_file = names[
+        f"fd_efficientnet_lite0@12:reference-{digest[:8]}:efficientnet_lite0:ddim2:ema:step6"
+    ]
+    assert of_file == pytest.approx(of_data, rel=1e-12)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from ddpm.evaluate.distances import distance
 from ddpm.evaluate.features import Features
 from ddpm.evaluate.metrics import (
     Moments,
+    MomentSums,
     TooFew,
     frechet_distance,
     inception_score,
@@ -18,6 +19,7 @@ from ddpm.evaluate.metrics import (
     nearest,
     precision_recall,
 )
+from ddpm.evaluate.reference import Reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,6 +48,22 @@ def test_moments_are_the_mean_and_numpys_covariance():
         found.covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-10, atol=1e-12
     )
     assert found.count == 50
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0, 1e6])
+def test_moments_of_a_stream_are_numpys_however_it_is_cut_up(shift):
+    """At 1e6 a sum of squares would have lost twelve of float64's sixteen digits."""
+    features = drawn(5000, 24, seed=0).double() + shift
+    expected = np.cov(features.numpy(), rowvar=False)
+    for sizes in ([1, 4999], [1000] * 5, [7] * 714 + [2]):
+        sums = MomentSums()
+        for part in features.split(sizes):
+            sums.add(part)
+        found = sums.moments()
+        assert found.count == 5000
+        np.testing.assert_allclose(found.mean, features.numpy().mean(axis=0), rtol=1e-12)
+        gap = np.abs(found.covariance.numpy() - expected).max()
+        assert gap <= (1e-10 if shift < 1e6 else 1e-8) * np.abs(expected).max()
 
 
 def test_the_frechet_distance_is_that_of_the_matrix_square_root():
@@ -199,9 +217,9 @@ def test_precision_and_recall_tell_missing_modes_from_bad_images():
 @pytest.mark.parametrize("count", range(1, 9))
 def test_of_few_pictures_each_distance_is_had_or_says_how_many_it_needs(count):
     random = torch.Generator().manual_seed(0)
-    drawn, reference = (
-        Features(torch.randn(size, 6, generator=random), None) for size in (8, count)
-    )
+    drawn = Features(torch.randn(8, 6, generator=random), None)
+    features = torch.randn(count, 6, generator=random)
+    reference = Reference(moments(features) if count > 1 else None, features)
     extractor = SimpleNamespace(name="x", distance_name="fd_x", kernel_name="kd_x")
     for metric, least in (("fd", 2), ("kd", 2), ("precision_recall", 4)):
         if count < least:

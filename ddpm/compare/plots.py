@@ -1,8 +1,10 @@
-"""Loss curves of several runs in one picture."""
+"""Curves of several runs in one picture: losses, and figures over a sampler's settings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from ddpm.compare.curves import Curve, OverSeeds, how
 from ddpm.compare.tables import differences, label, metric_columns, protocol_of
 from ddpm.runs.reader import Compared
 from ddpm.runs.results import loss_curve, window_means
@@ -58,6 +60,81 @@ def plot(path: Path, compared: Sequence[Compared]) -> None:
         axes.set(xlabel="step (optimizer updates)", ylabel=name, yscale="log")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as scratch:
+        figure.savefig(scratch, dpi=120, format="png")
+
+
+def draw_steps(path: Path, curves: Sequence[Curve], over_seeds: OverSeeds) -> None:
+    """Draws distances over sampler steps, a panel for each metric and protocol.
+
+    Args:
+        path: Of the PNG.
+        curves: One or more.
+        over_seeds: What their values are of.
+    """
+
+    def draw(axes: Any, curve: Curve, style: dict[str, Any]) -> None:
+        values = [point.values[0] for point in curve.points]
+        axes.errorbar(
+            [point.at for point in curve.points],
+            [one.value for one in values],
+            yerr=[one.deviation or 0 for one in values],
+            capsize=3,
+            **style,
+        )
+        axes.set(xlabel="sampler steps", ylabel=curve.panel, xscale="log")
+        steps = sorted({point.at for other in curves for point in other.points})
+        axes.set_xticks(steps, [f"{step:g}" for step in steps])
+        axes.minorticks_off()
+
+    _draw(path, curves, over_seeds, draw)
+
+
+def draw_scales(path: Path, curves: Sequence[Curve]) -> None:
+    """Draws precision against recall, each point with its guidance scale.
+
+    Args:
+        path: Of the PNG.
+        curves: One or more.
+    """
+
+    def draw(axes: Any, curve: Curve, style: dict[str, Any]) -> None:
+        precision, recall = (
+            [point.values[which].value for point in curve.points] for which in (0, 1)
+        )
+        axes.plot(recall, precision, **style)
+        for point, x, y in zip(curve.points, recall, precision, strict=True):
+            place = {"textcoords": "offset points", "xytext": (5, 4), "fontsize": "x-small"}
+            axes.annotate(f"{point.at:g}", (x, y), color=style["color"], **place)
+        axes.set(xlabel="recall", ylabel="precision", title=f"{curve.panel}, by guidance scale")
+
+    _draw(path, curves, "mean", draw)
+
+
+def _draw(
+    path: Path,
+    curves: Sequence[Curve],
+    over_seeds: OverSeeds,
+    draw: Callable[[Any, Curve, dict[str, Any]], None],
+) -> None:
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys(curve.panel for curve in curves))
+    figure = Figure(figsize=(11, 4.5 * len(panels)), layout="constrained")
+    for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        for index, curve in enumerate(curve for curve in curves if curve.panel == panel):
+            said = [] if curve.label == "-" else [curve.label]
+            style = {
+                "color": f"C{index % 10}",
+                "linestyle": ("-", "--", ":")[index // 10 % 3],
+                "marker": "o",
+                "markersize": 4,
+                "label": ", ".join([*said, how(curve, over_seeds)]),
+            }
+            draw(axes, curve, style)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as scratch:
         figure.savefig(scratch, dpi=120, format="png")

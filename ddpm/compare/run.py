@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from ddpm.compare import tables
-from ddpm.compare.plots import plot
+from ddpm.compare import curves, tables
+from ddpm.compare.curves import Curve, OverSeeds
+from ddpm.compare.plots import draw_scales, draw_steps, plot
 from ddpm.config import build
 from ddpm.config.compose import Composed
 from ddpm.config.schema import plain_config
@@ -30,6 +32,7 @@ class Settings(Section):
     runs: str | list[str] | None
     to: str | None
     plot: bool
+    over_seeds: OverSeeds
     grid: bool
     weights: Literal["ema", "raw"]
     num_samples: Count
@@ -60,10 +63,13 @@ def run(composed: Composed) -> list[Compared]:
             print(f"warning: {line}: damaged and left out", file=sys.stderr, flush=True)
     if isinstance(settings.runs, str):  # a list keeps its order
         compared = tables.sort_runs(compared)
+    over_steps, over_scales = curves.find_curves(compared, settings.over_seeds)
+    swept = [*over_steps, *over_scales]
     rows = tables.list_runs(compared) if settings.runs is None else tables.rows(compared)
-    print(tables.text(rows, width))
-    if settings.runs is not None:
-        _print_more(compared, width)
+    if settings.runs is None:
+        print(tables.text(rows, width))
+    else:
+        _print_rows(compared, swept, settings.over_seeds, width)
     folder = Path(settings.outputs) / "comparison"
     if settings.to is not None:
         folder = Path(settings.to)
@@ -71,6 +77,9 @@ def run(composed: Composed) -> list[Compared]:
         write_text(folder / "table.csv", tables.as_csv(rows))
         write_text(folder / "table.json", tables.as_json(compared))
         print(f"table {folder / 'table.csv'}", flush=True)
+        if swept:
+            write_text(folder / "curves.csv", curves.as_csv(swept, settings.over_seeds))
+            print(f"curves {folder / 'curves.csv'}", flush=True)
     if settings.grid:
         folder.mkdir(parents=True, exist_ok=True)
         save_png(folder / "grid.png", draw(settings, compared))
@@ -79,6 +88,12 @@ def run(composed: Composed) -> list[Compared]:
         folder.mkdir(parents=True, exist_ok=True)
         plot(folder / "loss.png", compared)
         print(f"plot {folder / 'loss.png'}", flush=True)
+        if over_steps:
+            draw_steps(folder / "steps.png", over_steps, settings.over_seeds)
+            print(f"plot {folder / 'steps.png'}", flush=True)
+        if over_scales:
+            draw_scales(folder / "scales.png", over_scales)
+            print(f"plot {folder / 'scales.png'}", flush=True)
     return compared
 
 
@@ -108,6 +123,22 @@ def draw(settings: Settings, compared: Sequence[Compared]) -> np.ndarray:
     rows = [np.stack([_resized(image, height, width) for image in row]) for row in drawn]
     heads = [f"noise {index}" for index in range(settings.num_samples)]
     return draw_labels(Figure(rows, labels, heads, {}))
+
+
+def _print_rows(
+    compared: Sequence[Compared], swept: Sequence[Curve], over_seeds: OverSeeds, width: int
+) -> None:
+    """The table, and what it does not show; figures over a sampler's settings as curves."""
+    if swept:  # a column each would be hundreds
+        compared = [
+            replace(one, results=[o for o in one.results if "sampler_settings" not in o.protocol])
+            for one in compared
+        ]
+    print(tables.text(tables.rows(compared), width))
+    if swept:
+        print(f"\n{curves.lines(swept, over_seeds)}")
+        print("every figure of drawn images has a column in table.csv (to=DIR)")
+    _print_more(compared, width)
 
 
 def _print_more(compared: Sequence[Compared], width: int) -> None:

@@ -124,6 +124,7 @@ class EvaluationSettings(Section):
     split: Split
     num_images: Count
     bound_split: Split
+    reference: Text | None = None  # runs of before have none
     batch_size: Count
     precision: Precision = "tf32"  # runs of before have none
     seed: Annotated[int, Field(ge=0, lt=2**63)]

@@ -15,10 +15,7 @@ main = command(
             "python -m ddpm.evaluate run=DIR evaluation=paper "
             "evaluation.weights_path=pt_inception-2015-12-05-6726825d.pth"
         ),
-        (
-            "python -m ddpm.evaluate run=DIR sampler=ddim50 evaluation.metrics=[fd,kd] "
-            "evaluation.num_samples=5000"
-        ),
+        "python -m ddpm.evaluate -m run=DIR sampler=ddim sampler.num_steps=10,50,250 seed=0,1,2",
     ],
     heeds=True,
 )

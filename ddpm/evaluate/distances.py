@@ -1,7 +1,7 @@
 """Drawn images against the data: distances on features, nearest pictures, colours."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -10,55 +10,31 @@ from torch import Tensor
 
 from ddpm.evaluate import metrics
 from ddpm.evaluate.features import Extractor, Features
+from ddpm.evaluate.reference import Reference
 from ddpm.runs.results import Measurement
 from ddpm.sample.images import grid
-from ddpm.system.files import write_arrays
 
 NUM_PAIRS = 16  # of nearest pictures that are shown
-
-
-def reference_features(images: np.ndarray, extractor: Extractor, cache: Path) -> Features:
-    """Returns the features of a data set's pictures, from the cache if they were computed before.
-
-    Args:
-        images: (N, C, H, W) uint8.
-        extractor: What computes them.
-        cache: A file of this set and extractor.
-    """
-    if cache.is_file():
-        with np.load(cache) as found:
-            return Features(
-                torch.from_numpy(found["features"]),
-                torch.from_numpy(found["probabilities"]) if "probabilities" in found else None,
-            )
-    found = extractor(images.transpose(0, 2, 3, 1))
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    write_arrays(
-        cache,
-        features=found.features.numpy(),
-        **({} if found.probabilities is None else {"probabilities": found.probabilities.numpy()}),
-    )
-    return found
 
 
 def distance(
     metric: str,
     drawn: Features,
-    reference: Features,
+    reference: Reference | None,
     extractor: Extractor,
     protocol: dict[str, Any],
     seed: int,
     inception_splits: int = 10,
     num_reference: int | None = None,
 ) -> list[Measurement]:
-    """Measures a distance between drawn images and the data, with its floor.
+    """Measures a distance between drawn images and a reference, with its floor.
 
-    The floor is None where the data has too few pictures for two halves.
+    The floor is None where the reference has too few features for two halves.
 
     Args:
         metric: fd, kd, inception_score or precision_recall.
         drawn: Features of the drawn images.
-        reference: Features of the data.
+        reference: What they are compared with; None for inception_score, which needs none.
         extractor: What both come from; it names the distances.
         protocol: That of the measurements.
         seed: Of the random halves and subsets.
@@ -70,16 +46,6 @@ def distance(
         TooFew: If there are too few images.
         ValueError: If inception_score is wanted and the extractor gives no probabilities.
     """
-    half, other = _halves(reference.features, len(drawn.features), seed)
-    if metric == "fd":
-        value = _frechet(drawn.features, reference.features)
-        floor = _floor(_frechet, half, other)
-        return [Measurement(extractor.distance_name, value, protocol, floor=floor)]
-    if metric == "kd":
-        value, deviation = metrics.kernel_distance(drawn.features, reference.features, seed)
-        floors = _floor(metrics.kernel_distance, half, other, seed)
-        floor = floors and floors[0]
-        return [Measurement(extractor.kernel_name, value, protocol, deviation, floor)]
     if metric == "inception_score":
         if drawn.probabilities is None:
             raise ValueError(
@@ -90,11 +56,24 @@ def distance(
         name = (
             "inception_score" if extractor.name == "inception" else f"class_score_{extractor.name}"
         )
-        return [Measurement(name, value, {**protocol, "splits": inception_splits}, deviation)]
+        return [Measurement(name, value, protocol, deviation)]
+    assert reference is not None
+    half, other = _halves(reference.features, len(drawn.features), seed)
+    if metric == "fd":
+        if reference.moments is None:
+            raise metrics.TooFew("a covariance needs at least 2 images, got 1")
+        value = metrics.frechet_distance(metrics.moments(drawn.features), reference.moments)
+        floor = _floor(_frechet, half, other)
+        return [Measurement(extractor.distance_name, value, protocol, floor=floor)]
+    assert reference.features is not None
+    if metric == "kd":
+        value, deviation = metrics.kernel_distance(drawn.features, reference.features, seed)
+        floors = _floor(metrics.kernel_distance, half, other, seed)
+        floor = floors and floors[0]
+        return [Measurement(extractor.kernel_name, value, protocol, deviation, floor)]
     real = _evenly(reference.features, num_reference)
     values = metrics.precision_recall(real, drawn.features)
     floors = _floor(metrics.precision_recall, half[:num_reference], other) or (None, None)
-    protocol = {**protocol, "num_reference": num_reference}
     return [
         Measurement(name, value, protocol, floor=floor)
         for name, value, floor in zip(("precision", "recall"), values, floors, strict=True)
@@ -126,7 +105,7 @@ def _floor(measure: Callable[..., Any], half: Tensor, other: Tensor, *rest: Any)
 
 
 def nearest_pairs(
-    drawn: Features, reference: Features, protocol: dict[str, Any]
+    drawn: Features, reference: Tensor, protocol: dict[str, Any]
 ) -> tuple[Measurement, list[tuple[int, int]]]:
     """Measures how near drawn images are to the training pictures.
 
@@ -135,14 +114,14 @@ def nearest_pairs(
 
     Args:
         drawn: Features of the drawn images.
-        reference: Features of the training pictures.
+        reference: Features of the training pictures, (N, D).
         protocol: That of the measurement.
 
     Returns:
         The ratio, and the NUM_PAIRS closest pairs of indices (drawn, training), nearest first.
     """
-    distance, index = metrics.nearest(drawn.features, reference.features)
-    among, _ = metrics.nearest(reference.features, reference.features, exclude_self=True)
+    distance, index = metrics.nearest(drawn.features, reference)
+    among, _ = metrics.nearest(reference, reference, exclude_self=True)
     closest = torch.argsort(distance)[:NUM_PAIRS].tolist()
     ratio = float(distance.median() / among.median().clamp(min=1e-12))
     return Measurement("nearest_ratio", ratio, protocol), [
@@ -150,32 +129,27 @@ def nearest_pairs(
     ]
 
 
-def pairs_sheet(
-    pairs: Sequence[tuple[int, int]], drawn: np.ndarray, training: np.ndarray
-) -> np.ndarray:
+def pairs_sheet(drawn: np.ndarray, training: np.ndarray) -> np.ndarray:
     """Puts drawn images above their nearest training pictures.
 
     Args:
-        pairs: Of indices (drawn, training).
-        drawn: (N, H, W, C) levels of 0 to 255.
-        training: (M, C, H, W) uint8.
+        drawn: (N, H, W, C) uint8.
+        training: Like drawn, the one nearest to each.
 
     Returns:
         (H, W, C) uint8.
     """
-    above = drawn[[pair[0] for pair in pairs]].round().astype(np.uint8)
-    below = training[[pair[1] for pair in pairs]].transpose(0, 2, 3, 1)
-    return grid(np.concatenate([above, below]), columns=len(pairs), least_width=64 * len(pairs))
+    return grid(np.concatenate([drawn, training]), columns=len(drawn), least_width=64 * len(drawn))
 
 
 def colour(
-    drawn: np.ndarray, training: np.ndarray, protocol: dict[str, Any]
+    drawn: Iterable[np.ndarray], training: Iterable[np.ndarray], protocol: dict[str, Any]
 ) -> tuple[list[Measurement], list[str]]:
     """Compares the mean and deviation of each channel with the data's.
 
     Args:
-        drawn: (N, H, W, C) levels of 0 to 255.
-        training: (M, C, H, W) uint8.
+        drawn: Blocks of images, each (B, H, W, C) levels of 0 to 255.
+        training: Blocks of the data, likewise.
         protocol: That of the measurements.
 
     Returns:
@@ -183,12 +157,9 @@ def colour(
         than 5 levels.
     """
     figures, warnings = [], []
-    for channel in range(drawn.shape[3]):
-        ours, data = drawn[..., channel].astype(np.float64), training[:, channel].astype(np.float64)
-        for name, gap in (
-            ("mean", ours.mean() - data.mean()),
-            ("deviation", ours.std() - data.std()),
-        ):
+    gaps = _levels(drawn) - _levels(training)
+    for channel, both in enumerate(gaps.T):
+        for name, gap in zip(("mean", "deviation"), both, strict=True):
             figures.append(Measurement(f"channel_{channel}_{name}_gap", float(gap), protocol))
             if abs(gap) > 5:
                 warnings.append(
@@ -198,8 +169,32 @@ def colour(
     return figures, warnings
 
 
-def _halves(features: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def _levels(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """Mean and deviation of each channel, (2, C) float64, from sums of whole numbers."""
+    sums = np.asarray(sum(_sums(block) for block in blocks))
+    each = [[value.item() for value in channel] for channel in sums.T]
+    return np.array(
+        [
+            [total / count for count, total, _ in each],
+            [math.sqrt(count * squares - total**2) / count for count, total, squares in each],
+        ]
+    )
+
+
+def _sums(block: np.ndarray) -> np.ndarray:
+    """Count, sum and sum of squares of each channel, (3, C), exact for uint8."""
+    whole = block.dtype == np.uint8
+    square = np.square(block, dtype=np.uint16 if whole else np.float64)
+    exact = np.int64 if whole else np.float64
+    count = np.full(block.shape[3], block[..., 0].size)
+    rest = [part.sum(axis=(0, 1, 2), dtype=exact) for part in (block, square)]
+    return np.stack([count, *rest])
+
+
+def _halves(features: Tensor | None, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Two disjoint random parts of `count` rows each, or of half of all if there are fewer."""
+    if features is None:
+        return torch.empty(0, 1), torch.empty(0, 1)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
     size = min(count, len(features) // 2)
     return features[order[:size]], features[order[size : 2 * size]]

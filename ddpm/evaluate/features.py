@@ -26,6 +26,8 @@ INCEPTION_URL = (
 )
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
+LENGTHS = {"inception": 2048, "efficientnet_lite0": 1280}  # of the features, by extractor
+
 log = logging.getLogger(__name__)
 
 

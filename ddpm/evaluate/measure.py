@@ -2,12 +2,11 @@
 
 import functools
 import hashlib
-import json
 import operator
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,17 @@ from ddpm.config.validation import Node
 from ddpm.data.batches import to_floats
 from ddpm.data.image_set import ImageSet
 from ddpm.diffusion.process import Model
-from ddpm.evaluate import bound, distances, features, metrics
+from ddpm.evaluate import bound, distances, features, metrics, reference
 from ddpm.evaluate.features import Extractor, Features
-from ddpm.runs import pictures
+from ddpm.evaluate.reference import Reference, ReferenceFile
+from ddpm.runs import pictures, results
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.results import Measurement, told
 from ddpm.sample.drawing import Drawing
 from ddpm.sample.folder import (
     claim_folder,
     draw_missing,
+    holds,
     read_samples,
     sample_file,
     word_for,
@@ -39,12 +40,23 @@ from ddpm.sample.folder import (
 from ddpm.sample.images import read_image, save_png
 from ddpm.sample.subject import Trained
 from ddpm.system.devices import halve_to_fit
-from ddpm.system.files import short_hash, write_text
+from ddpm.system.files import short_hash, write_arrays
 from ddpm.system.processes import agree, gather, share
 
-OF_DISTANCES = ("fd", "kd", "inception_score", "precision_recall")
-OF_FEATURES = (*OF_DISTANCES, "nearest")
+OF_REFERENCE = ("fd", "kd", "precision_recall")  # metrics of drawn images against a reference
+OF_FEATURES = ("fd", "kd", "inception_score", "precision_recall", "nearest")
 OF_SAMPLES = (*OF_FEATURES, "colour")  # metrics that need drawn images
+NAMES = {  # how the figures of each metric begin
+    "fd": ("fid", "fd_"),
+    "kd": ("kid", "kd_"),
+    "precision_recall": ("precision", "recall"),
+    "inception_score": ("inception_score", "class_score_"),
+    "nearest": ("nearest_ratio",),
+    "colour": ("channel_",),
+    "losses": ("loss_t",),
+    "bits_per_dim": ("bits_per_dim", "rmse"),
+}
+Keep = Callable[[list[Measurement]], None]
 
 
 @dataclass(frozen=True)
@@ -52,15 +64,37 @@ class _Job:
     """What every measure of one call needs; `about` is the protocol that all have in common.
 
     `network` is the identity of what is measured: no part of a protocol, but of what is kept of it.
+    `entries` are the figures recorded before this call; `found` are those of this call, measured or
+    recorded before, on the main process, and `missing` why some could not be had.
     """
 
     trained: Trained
     settings: EvaluationSettings
     processes: PartialState
     drawing: Drawing
+    sampler: Node
+    file: ReferenceFile | None
     splits: "_Splits"
     about: dict[str, Any]
     network: str
+    entries: list[dict[str, Any]]
+    keep: Keep
+    found: list[Measurement] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def has(self, metric: str, protocol: dict[str, Any]) -> bool:
+        """Whether a metric's figures are recorded already; then they are found."""
+        before = results.recorded(self.entries, NAMES[metric], protocol, self.network)
+        if self.processes.is_main_process:
+            self.found.extend(before)
+        return bool(before)
+
+    def add(self, figures: Sequence[Measurement]) -> None:
+        """Records what was measured, on the main process."""
+        if self.processes.is_main_process:
+            of_network = [replace(one, network=self.network) for one in figures]
+            self.keep(of_network)
+            self.found.extend(of_network)
 
 
 def measure(
@@ -69,10 +103,13 @@ def measure(
     settings: EvaluationSettings,
     processes: PartialState,
     device: torch.device,
+    keep: Keep,
     keep_samples: bool = True,
     data: ImageSet | None = None,
 ) -> tuple[list[Measurement], list[str]]:
     """Measures a run's network at its step. Every process must call this.
+
+    What is recorded already, of the same network by the same protocol, is not measured again.
 
     Args:
         trained: The network.
@@ -80,6 +117,7 @@ def measure(
         settings: Which metrics, by which protocol.
         processes: Those that share the work.
         device: Where this one works.
+        keep: Records figures, on the main process, as soon as they are there.
         keep_samples: Leave the drawn images for whoever measures them again.
         data: The run's pictures, if they are at hand; else they are read.
 
@@ -90,6 +128,7 @@ def measure(
     Raises:
         ValueError: If the data has no such split, or the pictures are not the run's.
     """
+    file = _reference_file(settings, trained.subject.shape)
     diffusion = trained.subject.diffusion
     sampler = build.sampler_settings(sampler, diffusion)
     built = build.sampler(sampler, diffusion)
@@ -98,67 +137,89 @@ def measure(
     about = {
         "weights": trained.kind,
         "step": trained.step,
-        "data": splits.of("train").fingerprint,
+        "data": splits.fingerprint,
         "seed": settings.seed,
         "precision": settings.precision,
         "resize": trained.config.data.resize,
     }
     network = trained.subject.identity()
-    job = _Job(trained, settings, processes, drawing, splits, about, network)
-    found: list[Measurement] = []
-    missing: list[str] = []
-    parts: dict[str, Callable[[], list[Measurement]]] = {}
-    if set(OF_SAMPLES) & set(settings.metrics):
-        parts["samples"] = lambda: _of_samples(job, sampler, missing, keep_samples)
+    entries = results.read_measurements(trained.run.path / "evaluation.json")
+    entries = gather([entries], processes)[0]  # what the main process sees counts
+    job = _Job(
+        trained, settings, processes, drawing, sampler, file, splits, about, network, entries, keep
+    )
     if {"losses", "bits_per_dim"} & set(settings.metrics):
         splits.of(settings.bound_split)  # is refused before anything is measured
+    wanted: list[str] = [metric for metric in OF_SAMPLES if metric in settings.metrics]
+    protocols = {metric: _protocol_of_samples(job, metric) for metric in wanted}
+    left = {metric: said for metric, said in protocols.items() if not job.has(metric, said)}
+    if left:
+        _of_samples(job, left, keep_samples)
     if "losses" in settings.metrics:
         for split in dict.fromkeys(["train", settings.bound_split]):
-            parts[f"losses {split}"] = functools.partial(_losses, job, split)
+            protocol = _protocol_of_losses(job, split)
+            if not job.has("losses", protocol):
+                job.add(_losses(job, split, protocol))
     if "bits_per_dim" in settings.metrics:
-        parts["bits_per_dim"] = lambda: _bits_per_dim(job, settings.bound_split)
-    unfinished = _unfinished(job, sampler)
-    for name, part in parts.items():
-        found += _once(name, part, unfinished, processes, missing)
-    if processes.is_main_process:
-        unfinished.unlink(missing_ok=True)
-    return [replace(one, network=network) for one in found], missing
+        protocol = _protocol_of_bound(job, settings.bound_split)
+        if not job.has("bits_per_dim", protocol):
+            job.add(_bits_per_dim(job, settings.bound_split, protocol))
+    return job.found, job.missing
 
 
-def _unfinished(job: _Job, sampler: Node) -> Path:
-    """What is kept of a call that was given up, for the same call again."""
-    return _file(job, "unfinished", {"sampler": sampler, **job.settings.model_dump(mode="json")})
-
-
-def _once(
-    name: str,
-    part: Callable[[], list[Measurement]],
-    unfinished: Path,
-    processes: PartialState,
-    missing: list[str],
-) -> list[Measurement]:
-    """What a part of a call measures, or what it did before the call was given up."""
-    kept = json.loads(unfinished.read_text()) if unfinished.is_file() else {}
-    kept = gather([kept], processes)[0]  # what the main process sees counts
-    if name in kept:
-        return [Measurement(**entry) for entry in kept[name]] if processes.is_main_process else []
-    reasons = len(missing)
-    found = part()
-    if processes.is_main_process and len(missing) == reasons:
-        unfinished.parent.mkdir(exist_ok=True)
-        kept[name] = [asdict(one) for one in found]
-        write_text(unfinished, json.dumps(kept))
-    return found
+def _reference_file(
+    settings: EvaluationSettings, shape: tuple[int, int, int] | None = None
+) -> ReferenceFile | None:
+    """evaluation.reference, opened, where a metric is measured against it."""
+    if settings.reference is None or not set(OF_REFERENCE) & set(settings.metrics):
+        return None
+    path = Path(settings.reference).expanduser()
+    file = reference.open_file(path, settings.extractor, settings.metrics)
+    if file.pictures is not None and shape is not None and file.pictures[1:3] != shape[1:]:
+        (_, height, width), theirs = shape, file.pictures
+        raise ValueError(
+            f"evaluation.reference={path} has pictures of {theirs[1]}x{theirs[2]} pixels, and this "
+            f"network draws {height}x{width}: give the reference of that size"
+        )
+    return file
 
 
 def check_extractor(settings: EvaluationSettings, device: torch.device) -> None:
-    """Looks whether the extractor that these metrics need is here, before a run and not in it.
+    """Looks whether the extractor and the reference that these metrics need are here.
+
+    That is for before a run, and not in it.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If one is not.
     """
+    _reference_file(settings)
     if set(OF_FEATURES) & set(settings.metrics):
         _extractor(settings, device)
+
+
+def write_reference(
+    trained: Trained, settings: EvaluationSettings, device: torch.device, to: Path
+) -> int:
+    """Writes a file for evaluation.reference: mean and covariance of features of a run's data.
+
+    Args:
+        trained: Of the run.
+        settings: Which split, and which extractor.
+        device: Where the features are computed.
+        to: The .npz.
+
+    Returns:
+        Of how many pictures they are.
+
+    Raises:
+        ValueError: If the extractor or the pictures are not here.
+    """
+    extractor = _extractor(settings, device)
+    found = _Splits(trained, None).reference(settings.split, extractor).moments
+    if found is None:
+        raise ValueError(f"evaluation.split={settings.split} has 1 picture; a covariance needs 2")
+    write_arrays(to, mu=found.mean.numpy(), sigma=found.covariance.numpy())
+    return found.count
 
 
 class _Splits:
@@ -168,6 +229,12 @@ class _Splits:
         self.config = trained.config
         self._run, self._data = trained.run, data
         self._found: dict[str, ImageSet] = {}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the run's pictures, which need not be here for it."""
+        known = (self._run.record().get("data") or {}).get("fingerprint")
+        return known or self.of("train").fingerprint
 
     def of(self, split: Split) -> ImageSet:
         """The pictures of a part.
@@ -191,17 +258,23 @@ class _Splits:
             self._found[split] = held_out if split == "heldout" else train
         return self._found[split]
 
-    def features(self, split: Split, extractor: Extractor) -> Features:
+    def reference(self, split: Split, extractor: Extractor) -> Reference:
         """Of a part's pictures, kept by content, size of the pictures and extractor."""
         images, data = self.of(split), self.config.data
         about = [data.holdout, data.resolution, data.channels, data.crop, data.background]
         about += [] if data.resize == "bicubic" else [data.resize]  # the files are older than it
         chosen = hashlib.sha256(images.digests.tobytes()).hexdigest()
+        layout = ["moments", reference.KEPT]  # what the file holds
         digest = short_hash(
-            [images.fingerprint, chosen, split, extractor.version, data.white, *about]
+            [images.fingerprint, chosen, split, extractor.version, data.white, *about, *layout]
         )
-        cache = Path(data.cache) / "features" / f"{extractor.name}-{digest}.npz"
-        return distances.reference_features(images.images, extractor, cache)
+        cache = self.folder / f"{extractor.name}-{digest}.npz"
+        return reference.of_pictures(reference.blocks_of(images), len(images), extractor, cache)
+
+    @property
+    def folder(self) -> Path:
+        """Where references are kept."""
+        return Path(self.config.data.cache) / "features"
 
 
 def _of_source_split(config: Config, split: Split) -> Config:
@@ -224,44 +297,62 @@ def _with_the_classes(run: RunFolder, config: Config, found: ImageSet, split: st
     return found
 
 
-def _of_samples(
-    job: _Job, sampler: Node, missing: list[str], keep_samples: bool
-) -> list[Measurement]:
-    """Distances, nearest pictures and colours, from one set of drawn images."""
-    settings, processes = job.settings, job.processes
-    extractor = None
-    if set(OF_FEATURES) & set(settings.metrics):
-        try:
-            extractor = _extractor(settings, job.drawing.device)
-        except ValueError as error:  # what needs none goes on
-            missing.append(str(error))
-    if extractor is None and "colour" not in settings.metrics:
-        return []
-    protocol = {
+def _protocol_of_samples(job: _Job, metric: str) -> dict[str, Any]:
+    """The protocol of a metric of drawn images."""
+    settings, kept = job.settings, reference.KEPT
+    protocol: dict[str, Any] = {
         "count": settings.num_samples,
-        "split": settings.split,
-        "sampler": _sampler_name(sampler, job.drawing),
-        "sampler_settings": sampler,
+        "split": "train" if metric == "nearest" else settings.split,
+        "sampler": _sampler_name(job.sampler, job.drawing),
+        "sampler_settings": job.sampler,
         "quantize": settings.quantize,
         **job.about,
     }
-    folder = _drawn(job, protocol)
+    if metric in OF_FEATURES:
+        protocol["extractor"] = settings.extractor
+    if metric == "inception_score":
+        protocol["splits"] = settings.inception_splits
+    if metric in OF_REFERENCE and job.file is not None:
+        del protocol["split"]
+        protocol["reference"] = job.file.digest
+    if metric == "precision_recall":
+        protocol["num_reference"] = settings.num_reference
+    if metric in ("kd", "precision_recall", "nearest"):  # fd is of all there are
+        of_file = job.file is not None and "reference" in protocol and job.file.pictures
+        count = of_file[0] if of_file else len(job.splits.of(protocol["split"]))
+        if count > kept and protocol.get("num_reference") is None:
+            protocol["num_reference"] = kept
+    return protocol
+
+
+def _of_samples(job: _Job, protocols: dict[str, dict[str, Any]], keep_samples: bool) -> None:
+    """Distances, nearest pictures and colours, from one set of drawn images."""
+    settings = job.settings
+    if job.file is None or not set(protocols) <= {*OF_REFERENCE, "inception_score"}:
+        job.splits.of(settings.split)  # is refused before anything is drawn
+    extractor = None
+    if set(OF_FEATURES) & set(protocols):
+        try:
+            extractor = _extractor(settings, job.drawing.device)
+        except ValueError as error:  # what needs none goes on
+            job.missing.append(str(error))
+    if extractor is None and "colour" not in protocols:
+        return
+    folder = _drawn(job)
     drawn = None if extractor is None else _features_of_folder(job, folder, extractor)
-    found: list[Measurement] = []
-    if not processes.is_main_process:
-        return found
+    if not job.processes.is_main_process:
+        return
     if extractor is not None and drawn is not None:
-        found += _of_features(job, extractor, drawn, folder, protocol, missing)
-    if "colour" in settings.metrics:
+        _of_features(job, extractor, drawn, folder, protocols)
+    if "colour" in protocols:
         samples = read_samples(folder, settings.num_samples, settings.quantize)
-        data = job.splits.of(settings.split).images
-        gaps, warnings = distances.colour(samples, data, protocol)
-        found += gaps
+        data = reference.blocks_of(job.splits.of(settings.split))
+        gaps, warnings = distances.colour([samples], data, protocols["colour"])
+        job.add(gaps)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
-    if not keep_samples:
+    if not keep_samples and folder.parent == _file(job, "").parent:
         shutil.rmtree(folder, ignore_errors=True)
-    return found
 
 
 def _of_features(
@@ -269,52 +360,61 @@ def _of_features(
     extractor: Extractor,
     drawn: Features,
     folder: Path,
-    protocol: dict[str, Any],
-    missing: list[str],
-) -> list[Measurement]:
-    """What is measured on features; for nearest pictures also their sheet."""
-    settings = job.settings
-    protocol = {**protocol, "extractor": extractor.name}
-    reference = job.splits.features(settings.split, extractor)
-    found: list[Measurement] = []
-    for metric in [name for name in OF_DISTANCES if name in settings.metrics]:
+    protocols: dict[str, dict[str, Any]],
+) -> None:
+    """What is measured on features."""
+    against: Reference | None = None
+    if compared := set(OF_REFERENCE) & set(protocols):
+        if job.file is None:
+            against = job.splits.reference(job.settings.split, extractor)
+        else:
+            against = job.file.reference(extractor, job.splits.folder, compared)
+    for metric in [name for name in OF_FEATURES if name in protocols]:
         try:
-            found += distances.distance(
-                metric,
-                drawn,
-                reference,
-                extractor,
-                protocol,
-                settings.seed,
-                settings.inception_splits,
-                settings.num_reference,
-            )
+            if metric == "nearest":
+                job.add([_nearest(job, extractor, drawn, folder, protocols[metric])])
+            else:
+                job.add(
+                    distances.distance(
+                        metric,
+                        drawn,
+                        against,
+                        extractor,
+                        protocols[metric],
+                        job.settings.seed,
+                        job.settings.inception_splits,
+                        job.settings.num_reference,
+                    )
+                )
         except metrics.TooFew as error:
-            missing.append(str(error))
-    if "nearest" in settings.metrics:
-        training = job.splits.features("train", extractor)
-        try:
-            ratio, pairs = distances.nearest_pairs(drawn, training, {**protocol, "split": "train"})
-        except metrics.TooFew as error:
-            missing.append(str(error))
-            return found
-        found.append(ratio)
-        samples = read_samples(folder, settings.num_samples, settings.quantize)
-        sheet = distances.pairs_sheet(pairs, samples, job.splits.of("train").images)
-        path = _file(job, "nearest", protocol).with_suffix(".png")
-        save_png(path, sheet)
-        print(f"nearest {path}", flush=True)
-    return found
+            job.missing.append(str(error))
 
 
-def _decides(job: _Job, protocol: dict[str, Any]) -> dict[str, Any]:
+def _nearest(
+    job: _Job, extractor: Extractor, drawn: Features, folder: Path, protocol: dict[str, Any]
+) -> Measurement:
+    """How near drawn images are to training pictures, and the sheet of the nearest pairs."""
+    training = job.splits.of("train")
+    among = job.splits.reference("train", extractor).features
+    assert among is not None
+    ratio, pairs = distances.nearest_pairs(drawn, among, protocol)
+    rows = training.rows[reference.kept(len(training))[[pair[1] for pair in pairs]]]
+    files = [sample_file(folder, pair[0], job.settings.quantize) for pair in pairs]
+    samples = np.stack([read_image(file).round().astype(np.uint8) for file in files])
+    path = _file(job, "nearest", protocol).with_suffix(".png")
+    path.parent.mkdir(exist_ok=True)
+    save_png(path, distances.pairs_sheet(samples, training.stored[rows].transpose(0, 2, 3, 1)))
+    print(f"nearest {path}", flush=True)
+    return ratio
+
+
+def _decides(job: _Job) -> dict[str, Any]:
     """All that decides the drawn images; which classes in turn the network's identity has."""
-    sampler, classes = protocol["sampler_settings"], job.trained.subject.classes
     return {
         "network": job.network,
-        "sampler": sampler,
+        "sampler": job.sampler,
         "seed": job.settings.seed,
-        "classes": classes,
+        "classes": job.trained.subject.classes,
         "precision": job.settings.precision,
         "quantize": job.settings.quantize,
     }
@@ -327,21 +427,39 @@ def _file(job: _Job, words: str, protocol: dict[str, Any] | None = None) -> Path
     return job.trained.run.path / "evaluation" / name
 
 
-def _drawn(job: _Job, protocol: dict[str, Any]) -> Path:
-    """The folder of the protocol's images, all of them drawn."""
-    settings, processes = job.settings, job.processes
-    words = f"{protocol['sampler']}_seed_{settings.seed}-{word_for(_decides(job, protocol))}"
-    folder = _file(job, words)
+def _drawn(job: _Job) -> Path:
+    """The folder of the call's images, all of them drawn."""
+    settings, processes, count = job.settings, job.processes, job.settings.num_samples
+    decides = _decides(job)
+    digest = word_for(decides)
+    # of ddpm.sample, what the main process sees
+    shared = gather([[str(one) for one in _sampled(job, digest, decides)]], processes)[0]
+    if shared:
+        return Path(shared[0])
+    name = _sampler_name(job.sampler, job.drawing)
+    folder = _file(job, f"{name}_seed_{settings.seed}-{digest}")
     if processes.is_main_process:
-        claim_folder(folder, _decides(job, protocol))
+        claim_folder(folder, decides)
     agree()
-    count = settings.num_samples
     classes = job.trained.subject.classes_in_turn(count)
     draw_missing(
         job.drawing, folder, count, classes, settings.batch_size, processes, settings.quantize
     )
     agree()
     return folder
+
+
+def _sampled(job: _Job, digest: str, decides: dict[str, Any]) -> list[Path]:
+    """Folders in which ddpm.sample has drawn all images of this call."""
+    return [
+        folder
+        for folder in sorted(job.trained.run.samples.glob(f"*-{digest}"))
+        if holds(folder, decides)
+        and all(
+            sample_file(folder, index, job.settings.quantize).is_file()
+            for index in range(job.settings.num_samples)
+        )
+    ]
 
 
 def _sampler_name(sampler: Node, drawing: Drawing) -> str:
@@ -375,27 +493,34 @@ def _features_of_folder(job: _Job, folder: Path, extractor: Extractor) -> Featur
     return Features(torch.cat([part[1] for part in parts]), probabilities)
 
 
-def _losses(job: _Job, split: Split) -> list[Measurement]:
-    """Mean loss in ten buckets of timesteps."""
-    data, objective = job.splits.of(split), job.trained.config.objective
-    found = _summed(job, split, "losses", bound.loss_sums).mean()
-    protocol = {
+def _protocol_of_losses(job: _Job, split: Split) -> dict[str, Any]:
+    objective = job.trained.config.objective
+    return {
         **job.about,
         "split": split,
-        "count": min(job.settings.num_images, len(data)),
+        "count": min(job.settings.num_images, len(job.splits.of(split))),
         "loss": objective["loss"],
         "prediction": objective["prediction"],
     }
+
+
+def _losses(job: _Job, split: Split, protocol: dict[str, Any]) -> list[Measurement]:
+    """Mean loss in ten buckets of timesteps."""
+    found = _summed(job, split, "losses", bound.loss_sums).mean()
     return [
         Measurement(f"loss_t{bucket.first:04d}_{bucket.last:04d}", bucket.loss, protocol)
         for bucket in found
     ]
 
 
-def _bits_per_dim(job: _Job, split: Split) -> list[Measurement]:
+def _protocol_of_bound(job: _Job, split: Split) -> dict[str, Any]:
+    count = min(job.settings.num_images, len(job.splits.of(split)))
+    return {**job.about, "split": split, "count": count}
+
+
+def _bits_per_dim(job: _Job, split: Split, protocol: dict[str, Any]) -> list[Measurement]:
     """The variational bound and its parts, and its rate-distortion curve as a file."""
     found = _summed(job, split, "bits/dim", bound.bound_sums).mean()
-    protocol = {**job.about, "split": split, "count": found.num_images}
     if job.processes.is_main_process:
         path = _file(job, "rate_distortion", protocol)
         path.parent.mkdir(exist_ok=True)

@@ -32,12 +32,65 @@ class Moments(NamedTuple):
     Attributes:
         mean: (D,).
         covariance: (D, D), unbiased.
-        count: Of the rows.
+        count: Of the rows; 0 where a file does not tell.
     """
 
     mean: Tensor
     covariance: Tensor
     count: int  # type: ignore[assignment]  # instead of the tuple's method
+
+
+class MomentSums:
+    """Mean and covariance of rows that come part by part, in memory for one part of them.
+
+    Each part is centred on its own mean, and put to those before by the update of Chan, Golub &
+    LeVeque 1979, in float64: no sum of squares is taken whose most digits a mean takes away again.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._mean = self._scatter = torch.empty(0)  # the first part says how long they are
+
+    def add(self, features: Rows) -> None:
+        """Takes in rows.
+
+        Args:
+            features: (N, D).
+
+        Raises:
+            ValueError: If they are not finite, or of another length than those before.
+        """
+        rows = _rows(features, 1, "a covariance")
+        if self._count == 0:
+            length = rows.shape[1]
+            self._mean = torch.zeros(length, dtype=torch.float64, device=rows.device)
+            self._scatter = self._mean.new_zeros(length, length)
+        if rows.shape[1] != len(self._mean):
+            raise ValueError(
+                f"a covariance needs features of one length, got {len(self._mean)} and "
+                f"{rows.shape[1]}"
+            )
+        for chunk in rows.split(_chunk_length(rows)):
+            check()
+            part = chunk.double()
+            mean, total = part.mean(dim=0), self._count + len(part)
+            gap = mean - self._mean
+            # the last row has what the two means lie apart: one product takes in all
+            apart = gap * (self._count * len(part) / total) ** 0.5
+            centred = torch.cat([part - mean, apart[None]])
+            self._scatter.addmm_(centred.T, centred)
+            self._mean += gap * (len(part) / total)
+            self._count = total
+
+    def moments(self) -> Moments:
+        """Returns mean and covariance of all rows so far, the latter divided by N - 1.
+
+        Raises:
+            TooFew: If there are fewer than 2.
+        """
+        if self._count < 2:
+            raise TooFew(f"a covariance needs at least 2 images, got {self._count}")
+        return Moments(self._mean.clone(), self._scatter / (self._count - 1), self._count)
 
 
 def moments(features: Rows) -> Moments:
@@ -49,14 +102,9 @@ def moments(features: Rows) -> Moments:
     Raises:
         ValueError: If there are fewer than 2, or they are not finite.
     """
-    rows = _rows(features, 2, "a covariance")
-    mean = rows.mean(dim=0, dtype=torch.float64)
-    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=rows.device)
-    for chunk in rows.split(_chunk_length(rows)):
-        check()
-        centred = chunk.double() - mean
-        covariance += centred.T @ centred
-    return Moments(mean, covariance / (len(rows) - 1), len(rows))
+    sums = MomentSums()
+    sums.add(features)
+    return sums.moments()
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

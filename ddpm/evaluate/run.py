@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from accelerate import PartialState
 from omegaconf import OmegaConf
 from pydantic import Field
@@ -13,12 +14,13 @@ from torch.utils.tensorboard import SummaryWriter
 from ddpm.config.compose import Composed
 from ddpm.config.schema import EvaluationSettings, Metric, Place, plain_config
 from ddpm.config.validation import Node, Section, Text, check_node, validate
-from ddpm.evaluate.measure import measure
+from ddpm.evaluate.measure import measure, write_reference
 from ddpm.runs import recording, results
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.results import Measurement
 from ddpm.sample.subject import Trained, of_run
 from ddpm.system import signals
+from ddpm.system.files import lock
 from ddpm.system.precision import Precision
 from ddpm.system.processes import (
     device_of,
@@ -35,6 +37,8 @@ class Settings(Section):
 
     run: Text
     step: Annotated[int, Field(ge=1)] | None
+    reference_to: Text | None
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     weights: Literal["ema", "raw"]
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Precision
@@ -46,7 +50,7 @@ class Settings(Section):
 
 
 def run(composed: Composed) -> list[Measurement]:
-    """Measures, writes evaluation.json and the pictures, and prints the figures.
+    """Measures what is not recorded yet, writes evaluation.json and pictures, prints the figures.
 
     A metric that cannot be had here (no weights of an extractor, say) is named with the reason at
     the end, and the others go on.
@@ -65,17 +69,41 @@ def run(composed: Composed) -> list[Measurement]:
     trusted, path = settings.trusted_modules, settings.data.path
     trained = of_run(folder, settings.step, settings.weights, trusted, path)
     device = device_of(processes, settings.device)
-    with naming_lost(), signals.listening(), _saying_what_stays(processes), together():
-        found, missing = measure(trained, settings.sampler, settings.evaluation, processes, device)
+    if settings.reference_to is not None:
+        with naming_lost(), signals.listening(), together():
+            if processes.is_main_process:
+                _write_reference(trained, settings, device)
+        return []
+    file, fresh = folder.path / "evaluation.json", list[Measurement]()
+
+    def keep(figures: list[Measurement]) -> None:
+        results.record(file, figures)
+        fresh.extend(figures)
+
+    try:
+        with naming_lost(), signals.listening(), _saying_what_stays(processes), together():
+            found, missing = measure(
+                trained, settings.sampler, settings.evaluation, processes, device, keep
+            )
+    finally:
+        if fresh:
+            _show(trained, fresh)
     if processes.is_main_process:
-        _write(trained, found)
         recipe = trained.config.recipe
         print(lines(found, recipe.expect.metrics if recipe else []))
-        print(f"figures {folder.path / 'evaluation.json'}", flush=True)
+        before = len(found) - len(fresh)
+        more = f" ({before} of {len(found)} recorded before, not measured again)" if before else ""
+        print(f"figures {file}{more}", flush=True)
     wait_to_leave()
     if missing:
         raise ValueError("; ".join(missing))
     return found
+
+
+def _write_reference(trained: Trained, settings: Settings, device: torch.device) -> None:
+    to = Path(str(settings.reference_to)).expanduser()
+    count = write_reference(trained, settings.evaluation, device, to)
+    print(f"reference {to}: {settings.evaluation.extractor} of {count} pictures", flush=True)
 
 
 @contextmanager
@@ -115,21 +143,30 @@ def _settings(composed: Composed) -> Settings:
     if OmegaConf.is_missing(composed.cfg, "run"):
         raise ValueError("run is missing: give run=DIR, a folder that ddpm.train made")
     settings = validate(Settings, plain_config(composed))
+    if {"seed", "evaluation.seed"} <= {word.partition("=")[0] for word in composed.overrides}:
+        raise ValueError(
+            f"seed={settings.seed} and evaluation.seed={settings.evaluation.seed} are the same "
+            "key: give one of them"
+        )
+    to = settings.reference_to
+    if to is not None and (not to.endswith(".npz") or Path(to).expanduser().exists()):
+        why = "is there already" if to.endswith(".npz") else "does not end with .npz"
+        raise ValueError(f"reference_to={to} {why}: give the name of a file to be made, FILE.npz")
+    evaluation = settings.evaluation.model_copy(update={"seed": settings.seed})
     check_node("sampler", settings.sampler, settings.trusted_modules)
-    return settings
+    return settings.model_copy(update={"evaluation": evaluation})
 
 
-def _write(trained: Trained, found: Sequence[Measurement]) -> None:
-    """To evaluation.json, and to TensorBoard what was not there yet."""
-    folder, file = trained.run, trained.run.path / "evaluation.json"
-    before = {results.key(entry) for entry in results.read_measurements(file)}
-    results.record(file, found)
+def _show(trained: Trained, figures: Sequence[Measurement]) -> None:
+    """In TensorBoard."""
+    folder = trained.run
     with SummaryWriter(str(folder.path)) as board:
-        for one in found:
-            if results.key({"metric": one.metric, "protocol": one.protocol}) not in before:
-                tag = f"eval/{results.name(one.metric, one.protocol)}"
-                board.add_scalar(tag, one.value, trained.step)
+        for one in figures:
+            tag = f"eval/{results.name(one.metric, one.protocol)}"
+            board.add_scalar(tag, one.value, trained.step)
     record = folder.record()
     if record["status"] != "running":
-        ended = results.read_results(folder, trained.config.model_dump(mode="json"))
-        recording.conclude(folder.path, record["status"], record["step"], results.scalars(ended))
+        with lock(folder.path / ".conclusion.lock"):  # of several jobs the last one knows all
+            ended = results.read_results(folder, trained.config.model_dump(mode="json"))
+            values = results.scalars(ended)
+            recording.conclude(folder.path, record["status"], record["step"], values)

@@ -6,13 +6,13 @@ Nothing is built, nothing of the folder runs.
 import bisect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import canonical, flat
-from ddpm.system.files import as_key, write_text
+from ddpm.system.files import as_key, lock, write_text
 
 # one timestep bucket, one channel, one term of the bound
 PARTS = (
@@ -70,8 +70,8 @@ def name(metric: str, protocol: Mapping[str, Any]) -> str:
     Fields that protocols did not have from the first are told where they are not as before.
     """
     said = [
-        str(protocol[key])
-        for key in ("split", "extractor", "sampler", "weights")
+        f"reference-{protocol[key][:8]}" if key == "reference" else str(protocol[key])
+        for key in ("split", "reference", "extractor", "sampler", "weights")
         if key in protocol
     ]
     for key, value in _before(metric, protocol).items():
@@ -116,15 +116,40 @@ def better(metric: str) -> Callable[..., Any] | None:
 
 
 def record(path: Path, figures: Sequence[Measurement]) -> None:
-    """Adds figures to a file, whole or not at all.
+    """Adds figures to a file, whole or not at all; of two processes at once none loses any.
 
     A figure of the same metric and protocol takes the place of the one before.
     """
-    kept = {key(entry): entry for entry in read_measurements(path)}
-    for figure in figures:
-        entry = {"id": figure.id, **asdict(figure)}
-        kept[key(entry)] = json.loads(json.dumps(entry))
-    write_text(path, json.dumps(list(kept.values()), indent=1) + "\n")
+    with lock(path.with_name(f".{path.name}.lock")):
+        kept = {key(entry): entry for entry in read_measurements(path)}
+        for figure in figures:
+            entry = {"id": figure.id, **asdict(figure)}
+            kept[key(entry)] = json.loads(json.dumps(entry))
+        write_text(path, json.dumps(list(kept.values()), indent=1) + "\n")
+
+
+def recorded(
+    entries: Sequence[dict[str, Any]],
+    names: tuple[str, ...],
+    protocol: Mapping[str, Any],
+    network: str,
+) -> list[Measurement]:
+    """Returns what was measured before by a protocol and on the same network.
+
+    Args:
+        entries: As `read_measurements` gives them.
+        names: How the metrics begin that are looked for.
+        protocol: All that decides the figures.
+        network: Hash of the weights and process.
+    """
+    wanted = as_key(protocol)
+    return [
+        Measurement(**{field.name: entry[field.name] for field in fields(Measurement)})
+        for entry in entries
+        if entry["metric"].startswith(names)
+        and entry.get("network") == network
+        and as_key(entry["protocol"]) == wanted
+    ]
 
 
 def read_measurements(path: Path) -> list[dict[str, Any]]:

@@ -49,6 +49,15 @@ def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
             )
 
 
+def holds(folder: Path, protocol: dict[str, Any]) -> bool:
+    """Returns whether the folder is that of this protocol."""
+    about = folder / "protocol.json"
+    if not about.is_file():
+        return False
+    found = json.loads(about.read_text(encoding="utf-8"))
+    return said_of(found) == said_of(json.loads(json.dumps(protocol)))
+
+
 def draw_missing(
     drawing: Drawing,
     folder: Path,

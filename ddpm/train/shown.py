@@ -78,7 +78,7 @@ class Shown:
             Preempted: If told to stop.
             ValueError: If nothing could be measured.
         """
-        config = self.trained.config
+        config, file = self.trained.config, self.trained.run.path / "evaluation.json"
         with together():
             found, missing = measure(
                 self.trained,
@@ -86,6 +86,7 @@ class Shown:
                 config.evaluation,
                 PartialState(),
                 self.device,
+                lambda figures: results.record(file, figures),
                 keep_samples=False,
                 data=self.data,
             )
@@ -117,9 +118,8 @@ class Shown:
         return grid(np.concatenate([to_uint8(images) for images in drawn]))
 
     def _write_down(self, recorder: Recorder, found: list[results.Measurement]) -> None:
-        """Writes the measurements down; the best checkpoint is that of the best first of them."""
+        """Says what was measured; the best checkpoint is that of the best first of them."""
         run, step, config = self.trained.run, self.trained.step, self.trained.config
-        results.record(run.path / "evaluation.json", found)
         first, best = found[0], run.record().get("best") or {}
         better = results.better(first.metric) or min
         if not best or better(first.value, best["value"]) != best["value"]:
