@@ -51,7 +51,8 @@ class Float64:
     """A run's batches, in float64."""
 
     def __init__(self, batches: Batches) -> None:
-        self.size, self.classes, self._images = batches.size, batches.classes, batches.images
+        self.size, self.classes, self.send = batches.size, batches.classes, batches.send
+        self._images = batches.images
 
     def images(self, step: int, start: int, stop: int) -> Tensor:
         return self._images(step, start, stop).double()

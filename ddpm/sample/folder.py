@@ -22,8 +22,12 @@ BEFORE = {"precision": "tf32", "quantize": "round"}
 
 def word_for(protocol: dict[str, Any]) -> str:
     """Returns a word that tells images of this protocol, what decides them, from all others."""
-    said = {key: value for key, value in protocol.items() if (key, value) not in BEFORE.items()}
-    return files.short_hash(said)
+    return files.short_hash(_said(protocol))
+
+
+def _said(protocol: dict[str, Any]) -> dict[str, Any]:
+    """What a protocol says beside what was done before it could be said."""
+    return {key: value for key, value in protocol.items() if (key, value) not in BEFORE.items()}
 
 
 def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
@@ -55,7 +59,7 @@ def holds(folder: Path, protocol: dict[str, Any]) -> bool:
     if not about.is_file():
         return False
     found = json.loads(about.read_text(encoding="utf-8"))
-    return said_of(found) == said_of(json.loads(json.dumps(protocol)))
+    return _said(found) == _said(json.loads(json.dumps(protocol)))
 
 
 def draw_missing(
