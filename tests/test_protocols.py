@@ -14,6 +14,7 @@ from ddpm.config.compose import compose
 from ddpm.evaluate import distances, features
 from ddpm.evaluate.features import Extractor, Features
 from ddpm.evaluate.metrics import TooFew
+from ddpm.evaluate.reference import Reference
 from ddpm.runs import reader, results
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.results import Measurement
@@ -45,15 +46,13 @@ def test_the_inception_score_of_one_split_is_that_of_all_images_in_whatever_orde
     """Images of 20 classes, told without doubt: exp(KL) is 20. Sorted by class, ten splits in that order would have 2 classes each."""
     sure = torch.eye(20).repeat_interleave(50, dim=0)
     drawn = Features(torch.zeros(1000, 2), sure)
-    reference = Features(torch.zeros(10, 2), None)
     one, ten = (
-        distances.distance("inception_score", drawn, reference, EXTRACTOR, BEFORE, 0, splits)[0]
+        distances.distance("inception_score", drawn, None, EXTRACTOR, {"splits": splits}, 0)[0]
         for splits in (1, 10)
     )
     assert one.value == pytest.approx(20)
     assert one.deviation == 0
     assert 17 < ten.value < 20  # what 100 images of each split lack of a share of 5 a class
-    assert (one.protocol["splits"], ten.protocol["splits"]) == (1, 10)
 
 
 def test_precision_and_recall_take_so_many_pictures_evenly_spaced():
@@ -65,15 +64,18 @@ def test_precision_and_recall_take_so_many_pictures_evenly_spaced():
 
     def measured(count):
         found = distances.distance(
-            "precision_recall", drawn, Features(real, None), EXTRACTOR, BEFORE, 0, 10, count
+            "precision_recall",
+            drawn,
+            Reference(None, real),
+            EXTRACTOR,
+            {"num_reference": count},
+            0,
         )
         return {one.metric: one for one in found}
 
     whole, half = measured(None), measured(100)
     assert whole["recall"].value == pytest.approx(half["recall"].value / 2)
     assert half["recall"].value > 0.8
-    assert half["precision"].protocol["num_reference"] == 100
-    assert whole["precision"].protocol["num_reference"] is None
     with pytest.raises(TooFew, match=r"evaluation\.num_reference=201 is more than the 200 pictur"):
         measured(201)
 

@@ -24,8 +24,6 @@ def distance(
     extractor: Extractor,
     protocol: dict[str, Any],
     seed: int,
-    inception_splits: int = 10,
-    num_reference: int | None = None,
 ) -> list[Measurement]:
     """Measures a distance between drawn images and a reference, with its floor.
 
@@ -36,11 +34,10 @@ def distance(
         drawn: Features of the drawn images.
         reference: What they are compared with; None for inception_score, which needs none.
         extractor: What both come from; it names the distances.
-        protocol: That of the measurements.
+        protocol: That of the measurements. `splits` are the parts that inception_score is the mean
+            over; `num_reference` are the pictures of the reference that precision_recall takes,
+            evenly spaced, None for all.
         seed: Of the random halves and subsets.
-        inception_splits: Parts that inception_score is the mean over.
-        num_reference: Pictures of the data that precision_recall takes, evenly spaced in the set;
-            None for all.
 
     Raises:
         TooFew: If there are too few images.
@@ -52,7 +49,7 @@ def distance(
                 "inception_score needs class probabilities, and "
                 f"evaluation.extractor={extractor.name} gives none"
             )
-        value, deviation = metrics.inception_score(drawn.probabilities, inception_splits)
+        value, deviation = metrics.inception_score(drawn.probabilities, protocol["splits"])
         name = (
             "inception_score" if extractor.name == "inception" else f"class_score_{extractor.name}"
         )
@@ -71,6 +68,7 @@ def distance(
         floors = _floor(metrics.kernel_distance, half, other, seed)
         floor = floors and floors[0]
         return [Measurement(extractor.kernel_name, value, protocol, deviation, floor)]
+    num_reference = protocol["num_reference"]
     real = _evenly(reference.features, num_reference)
     values = metrics.precision_recall(real, drawn.features)
     floors = _floor(metrics.precision_recall, half[:num_reference], other) or (None, None)

@@ -374,17 +374,9 @@ def _of_features(
             if metric == "nearest":
                 job.add([_nearest(job, extractor, drawn, folder, protocols[metric])])
             else:
+                seed = job.settings.seed
                 job.add(
-                    distances.distance(
-                        metric,
-                        drawn,
-                        against,
-                        extractor,
-                        protocols[metric],
-                        job.settings.seed,
-                        job.settings.inception_splits,
-                        job.settings.num_reference,
-                    )
+                    distances.distance(metric, drawn, against, extractor, protocols[metric], seed)
                 )
         except metrics.TooFew as error:
             job.missing.append(str(error))
