@@ -176,6 +176,6 @@ def test_whether_to_compile_is_decided_by_what_was_measured_and_said():
         "runtime.compile=auto: measured to save 0% of a step on cpu",
     )
     assert decide("auto", torch.device("cuda"))[0] is False
-    assert "not been measured" in decide("auto", torch.device("cuda"))[1]
+    assert "try runtime.compile=true" in decide("auto", torch.device("cuda"))[1]
     assert decide(True, CPU)[0] is True
     assert decide(False, torch.device("cuda"))[0] is False

@@ -4,16 +4,20 @@ Its needs are parameters, FLOPs, activations and steps.
 """
 
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm.config import build
 from ddpm.config.schema import Config
 from ddpm.models import fast
-from ddpm.models.layers import AttentionBlock
+from ddpm.models.layers import AttentionBlock, takes_dropout_keys
 from ddpm.system.internals import storage_id
 
 # so many gradients of the widest activation does a backward pass hold besides what is kept for it:
@@ -51,13 +55,15 @@ def _sizes(config: Config) -> Sizes:
     network = build.network(config, meta, config.data.num_classes or 1).train()
     shape = (config.data.channels, *build.image_size(config.data))
 
-    def inputs(count: int) -> tuple[Tensor, ...]:
+    def call(count: int) -> None:
         x = torch.zeros(count, *shape, device=meta)
         t = torch.zeros(count, dtype=torch.int64, device=meta)
-        return (x, t, t) if config.training.conditional else (x, t)
+        given = {"classes": t} if config.training.conditional else {}
+        network(x, t, **given, **({"dropout_keys": t} if takes_dropout_keys(network) else {}))
 
     # what is made of the weights alone is not an image's
-    one, two = (_activation_bytes(network, inputs(count)) for count in (1, 2))
+    own = {storage_id(parameter.untyped_storage()) for parameter in network.parameters()}
+    one, two = (_activation_bytes(partial(call, count), own) for count in (1, 2))
     attention: Counter[tuple[int, int]] = Counter()
     hooks = [
         module.register_forward_pre_hook(
@@ -67,16 +73,15 @@ def _sizes(config: Config) -> Sizes:
         if isinstance(module, AttentionBlock)
     ]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(*inputs(1))
+        call(1)
     for hook in hooks:
         hook.remove()
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Sizes(parameters, counter.get_total_flops(), two - one, dict(attention))
 
 
-def _activation_bytes(network: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+def _activation_bytes(forward: Callable[[], None], own: set[int]) -> int:
     """What a forward pass keeps for the backward pass, besides the weights, and this adds."""
-    own = {storage_id(parameter.untyped_storage()) for parameter in network.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # kept, no other gets its address
 
     def note(tensor: Tensor) -> Tensor:
@@ -84,10 +89,35 @@ def _activation_bytes(network: nn.Module, inputs: tuple[Tensor, ...]) -> int:
         kept[storage_id(storage)] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        network(*inputs)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), _FusedAttention():
+        forward()
     sizes = [storage.nbytes() for number, storage in kept.items() if number not in own]
     return sum(sizes) + GRADIENTS_HELD * max(sizes, default=0)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Has attention keep what it does on a device; on meta it keeps its matrices of N x N too."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _Attention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what the fused kernels of attention do."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
 
 
 def images_at_once(config: Config) -> int:

@@ -37,8 +37,8 @@ def decide(choice: bool | Literal["auto"], device: torch.device) -> tuple[bool, 
     if gain is None:
         return (
             False,
-            f"runtime.compile=auto: what it saves on {device.type} has not been measured; "
-            "try runtime.compile=true",
+            f"runtime.compile=auto: what it saves on {device.type} depends on the network and the "
+            "device; try runtime.compile=true",
         )
     return gain > 0, f"runtime.compile=auto: measured to save {gain:.0%} of a step on {device.type}"
 

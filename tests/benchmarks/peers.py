@@ -139,6 +139,7 @@ class DiffusersStep:
         self.model, self.optimizer, loader, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, loader, lr_scheduler
         )
+        self.ema.to(self.accelerator.device)
         if compiled:
             self.model = torch.compile(self.model)
         self.batches = _endless(loader)
