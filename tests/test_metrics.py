@@ -221,12 +221,13 @@ def test_of_few_pictures_each_distance_is_had_or_says_how_many_it_needs(count):
     features = torch.randn(count, 6, generator=random)
     reference = Reference(moments(features) if count > 1 else None, features)
     extractor = SimpleNamespace(name="x", distance_name="fd_x", kernel_name="kd_x")
+    protocol = {"num_reference": None}
     for metric, least in (("fd", 2), ("kd", 2), ("precision_recall", 4)):
         if count < least:
             with pytest.raises(TooFew, match=f"at least {least} images, got {count}"):
-                distance(metric, drawn, reference, extractor, {}, 0)
+                distance(metric, drawn, reference, extractor, protocol, 0)
         else:
-            for one in distance(metric, drawn, reference, extractor, {}, 0):
+            for one in distance(metric, drawn, reference, extractor, protocol, 0):
                 assert math.isfinite(one.value)
                 assert (one.floor is not None) == (count >= 2 * least)
 

@@ -58,7 +58,7 @@ def test_figures_stand_with_their_protocols_and_only_those_of_this_network(run, 
     network = of_run(run, 3, "ema", []).subject.identity()
     told = [
         Measurement("fd_x", 12.345678, PROTOCOL, deviation=0.5, floor=1.25, network=network),
-        Measurement("precision", 0.5, PROTOCOL, network=network),
+        Measurement("kd_x", 0.5, PROTOCOL, network=network),
         Measurement("fd_x", 77.7, {**PROTOCOL, "count": 1000, "seed": 7}, network=network),
         Measurement("fd_x", 99.9, {**PROTOCOL, "weights": "raw"}, network="another"),
         Measurement("recall", 0.25, PROTOCOL),  # of a version that kept no hash
@@ -68,7 +68,7 @@ def test_figures_stand_with_their_protocols_and_only_those_of_this_network(run, 
     text = card(run, tmp_path).text
     assert "`fd_x` 12.35 ± 0.5 (floor, two halves of the data: 1.25)" in text
     of_5000, of_1000 = re.findall("(?:^- .*\n)+\n  by the protocol .*", text, re.M)[:2]
-    assert "`precision` 0.5" in of_5000
+    assert "`kd_x` 0.5" in of_5000
     assert "count=5000; split=train; sampler=ddim50; weights=ema; step=3" in of_5000
     assert "77.7" in of_1000
     assert "count=1000" in of_1000

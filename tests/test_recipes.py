@@ -393,6 +393,7 @@ NO_EXPORT = {  # what diffusers' UNet2DModel and DDPMScheduler cannot express
     "model=improved_unet64": HEADS,
     "model=improved_unet64_large": HEADS,
     "model=adm128": HEADS,
+    "experiment=imagenet128_adm": HEADS,
 }
 
 

@@ -95,10 +95,13 @@ def save_png(path: Path, image: np.ndarray, text: Mapping[str, str] | None = Non
 
 
 def text_of(path: Path) -> dict[str, str]:
-    """Reads what a PNG says of itself, by keyword."""
-    with Image.open(path) as image:
-        image.load()  # it may stand behind the pixels
-        return dict(getattr(image, "text", {}))
+    """Reads what a PNG says of itself, by keyword; one that cannot be read says nothing."""
+    try:
+        with Image.open(path) as image:
+            image.load()  # it may stand behind the pixels
+            return dict(getattr(image, "text", {}))
+    except (OSError, SyntaxError, ValueError):
+        return {}
 
 
 def save_image(path: Path, image: np.ndarray) -> None:
