@@ -67,6 +67,11 @@ class Done(NamedTuple):
         )
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: tests of stopping and of lost processes mostly wait."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else 2
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever else -m asks for, what needs a CUDA device is skipped where there is none."""
     if not torch.cuda.is_available():

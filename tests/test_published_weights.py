@@ -75,7 +75,15 @@ def read(file: Path, arguments: dict, whole: bool = False) -> UNet:
     return network.eval()
 
 
-@pytest.mark.parametrize("choices", itertools.product(*CHOICES.values()))
+# half of all: any six of the seven flags in all their combinations
+HALF = [
+    tuple(values[index] for values, index in zip(CHOICES.values(), chosen, strict=True))
+    for chosen in itertools.product((0, 1), repeat=len(CHOICES))
+    if sum(chosen) % 2 == 0
+]
+
+
+@pytest.mark.parametrize("choices", HALF)
 def test_a_published_network_computes_here_what_it_computed_there(tmp_path, choices):
     chosen = dict(zip(CHOICES, choices, strict=True))
     theirs = saved(tmp_path / "model.pt", **chosen).double()
