@@ -95,7 +95,7 @@ def error(found, wanted):
 @pytest.mark.parametrize(
     ("model", "device"),
     [
-        *((model, pytest.param("cuda", marks=pytest.mark.gpu)) for model in MODELS),
+        *(pytest.param(model, "cuda", marks=pytest.mark.gpu) for model in MODELS),
         *((model, "cpu") for model in ("unet32", "improved_unet64", "adm64")),
     ],
 )
