@@ -60,27 +60,28 @@ def test_the_calls_of_each_sampler_are_counted_right(option, zero_terminal_snr):
 @pytest.mark.parametrize(
     ("overrides", "steps", "name", "share"),
     [
-        # calls of all previews / (3 * images trained)
-        ([], None, "quick", 0.05),  # 240 steps
-        (["runtime.preview_sampler=run"], None, "run", 2 * 36 * 1000 / (3 * 1800 * 64)),
-        (["runtime.preview_sampler=heun18"], None, "heun18", 2 * 36 * 35 / (3 * 1800 * 64)),
-        (["data=cifar10", "model=unet32"], 800_000, "run", 160 * 64 * 1000 / (3 * 800_000 * 128)),
+        # calls of all previews / (2 * images trained)
+        ([], None, "quick", 0.05),  # 160 steps
+        (["runtime.preview_sampler=run"], None, "run", 2 * 36 * 1000 / (2 * 1800 * 64)),
+        (["runtime.preview_sampler=heun18"], None, "heun18", 2 * 36 * 35 / (2 * 1800 * 64)),
+        (["data=cifar10", "model=unet32"], 800_000, "run", 160 * 64 * 1000 / (2 * 800_000 * 128)),
         (["schedule=quad"], None, "quick", 0.05),
-        (["schedule=jsd", "objective=v"], None, "dpmpp20", 2 * 36 * 21 / (3 * 1800 * 64)),
-        (["runtime.sample_every=300"], None, "quick", 6 * 36 * 80 / (3 * 1800 * 64)),
-        (["runtime.sample_every=100"], None, "dpmpp20", 18 * 36 * 20 / (3 * 1800 * 64)),
-        (["runtime.sample_every=100", "schedule=quad"], None, "quick", 18 * 36 * 50 / (3 * 1800 * 64)),
+        (["schedule=jsd", "objective=v"], None, "dpmpp20", 2 * 36 * 21 / (2 * 1800 * 64)),
+        (["runtime.sample_every=450"], None, "quick", 4 * 36 * 80 / (2 * 1800 * 64)),
+        (["runtime.sample_every=300"], None, "dpmpp20", 6 * 36 * 20 / (2 * 1800 * 64)),  # not 53
+        (["runtime.sample_every=100"], None, "dpmpp20", 18 * 36 * 20 / (2 * 1800 * 64)),
+        (["runtime.sample_every=100", "schedule=quad"], None, "quick", 18 * 36 * 50 / (2 * 1800 * 64)),
         (["schedule=quad", "schedule.zero_terminal_snr=true", "objective=v",
-          "runtime.sample_every=100"], None, "dpmpp20", 18 * 36 * 21 / (3 * 1800 * 64)),
-        (["objective=mean"], None, "run", 2 * 36 * 1000 / (3 * 1800 * 64)),
+          "runtime.sample_every=100"], None, "dpmpp20", 18 * 36 * 21 / (2 * 1800 * 64)),
+        (["objective=mean"], None, "run", 2 * 36 * 1000 / (2 * 1800 * 64)),
         (["training.conditional=true", "sampler.guidance_scale=2"], None, "quick", 0.05),
         # exactly 5%, and one picture more; the last step counts too
         (["training.batch_size=100", "runtime.num_previews=15"], 900, "quick", 0.05),
-        (["training.batch_size=100", "runtime.num_previews=15", "runtime.sample_every=2000"],
+        (["training.batch_size=100", "runtime.num_previews=10", "runtime.sample_every=2000"],
          1000, "run", 0.05),
-        (["training.batch_size=100", "runtime.num_previews=16", "runtime.sample_every=2000"],
-         1000, "quick", 16 * 937 / 300_000),
-        (["sampler=ddim10"], 1, "run", 36 * 10 / (3 * 64)),  # no other is quicker
+        (["training.batch_size=100", "runtime.num_previews=11", "runtime.sample_every=2000"],
+         1000, "quick", 11 * 909 / 200_000),
+        (["sampler=ddim10"], 1, "run", 36 * 10 / (2 * 64)),  # no other is quicker
     ],
 )  # fmt: skip
 def test_what_draws_previews_by_default_and_what_it_takes(overrides, steps, name, share):
@@ -91,18 +92,18 @@ def test_what_draws_previews_by_default_and_what_it_takes(overrides, steps, name
 def test_a_quick_sampler_keeps_the_guidance_of_the_runs_own():
     given = ("training.conditional=true", "sampler.guidance_scale=2.5")
     assert chosen(*given).settings["guidance_scale"] == 2.5
-    assert chosen(*given).steps == 120
+    assert chosen(*given).steps == 80
 
 
 @pytest.mark.parametrize(
     ("schedule", "every"),
     [
         *((schedule, 900) for schedule in SCHEDULES),
-        *[("linear", 300), ("cosine", 300), ("quad", 100), ("sigmoid", 100)],
+        *[("linear", 450), ("cosine", 450), ("quad", 100), ("sigmoid", 100)],
     ],
 )
 def test_a_quick_sampler_keeps_what_the_papers_keeps_of_the_brightness(schedule, every):
-    """Of a chain of 240 steps, of 80, and where there is room for neither."""
+    """Of a chain of 160 steps, of 80, and where there is room for neither."""
     config = training_config(
         compose([f"schedule={schedule}", "objective=v", f"runtime.sample_every={every}"])
     )
@@ -172,6 +173,10 @@ def test_a_run_carried_on_from_an_earlier_version_says_that_previews_are_drawn_o
     said = others_before(other, by_other, pictures)
     assert "dpmpp20" in said
     assert "step_00000006.png by the run's sampler" in said
+    whole = pictures[-1].read_bytes()
+    pictures[-1].write_bytes(whole[:100])  # cut short, it says nothing either, and stops no run
+    assert others_before(other, by_other, pictures) == said
+    pictures[-1].write_bytes(whole)
     save_png(tmp_path / "step_00000009.png", read_png(pictures[-1]), by_other.text(other, 9))
     assert others_before(other, by_other, [*pictures, tmp_path / "step_00000009.png"]) is None
     assert drawn_by(pictures) == "the run's sampler"
@@ -193,8 +198,9 @@ def test_a_sampler_that_cannot_draw_them_is_refused_before_training(complaint, o
 def test_plan_says_what_previews_take(typed, tmp_path):
     done = typed("plan", "probe=0", f"outputs={tmp_path}")
     assert (
-        "previews    2 x 36 by a quick sampler (ancestral, 240 steps), 5% of training" in done.out
+        "previews    2 x 36 by a quick sampler (ancestral, 160 steps), 5% of training" in done.out
     )
-    assert "(ancestral, 1000 steps) 20.8% (runtime.preview_sampler=run)" in done.out
+    assert "(ancestral, 1000 steps) 31.2% (runtime.preview_sampler=run)" in done.out
     shorter = typed("plan", "probe=0", "training.steps=10", f"outputs={tmp_path}")
-    assert "37.5% of training, more than 5%" in shorter.out
+    assert "(ancestral, 1000 steps) 2,812% (" in shorter.out
+    assert "56.2% of training, more than 5%" in shorter.out
