@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddpm.config.rules import keep_runs_folder, one_unit, words_to_compose
-from ddpm.system.internals import compose_once, tap_composition
+from ddpm.system.internals import compose_once, share_recipes, tap_composition
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # an installed wheel, else a checkout
@@ -276,4 +276,5 @@ def refuse_hidden(folders: Sequence[str]) -> None:
 
 
 compose_once()
+share_recipes()
 tap_composition(words_to_compose, one_unit, keep_runs_folder)
