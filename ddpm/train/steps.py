@@ -91,15 +91,16 @@ def take_steps(
                 saver.save()
             if told and step < num_steps:
                 raise Preempted(told)
-            try:
-                with state.averaged():
-                    if previews:
-                        shown(step).preview()
-                    if evaluates:
-                        shown(step).evaluate()
-            except Preempted:
-                saver.save()
-                raise
+            if previews or evaluates:
+                try:
+                    with state.averaged():
+                        if previews:
+                            shown(step).preview()
+                        if evaluates:
+                            shown(step).evaluate()
+                except Preempted:
+                    saver.save()
+                    raise
             if saves or previews:
                 speed.pause(step)
     if recorder is not None:
