@@ -5,6 +5,7 @@ import operator
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,18 @@ from ddpm.sample.folder import (
     claim_folder,
     draw_missing,
     holds,
+    num_missing,
     read_samples,
     sample_file,
     word_for,
 )
 from ddpm.sample.images import read_image, save_png
 from ddpm.sample.subject import Trained
+from ddpm.sample.tuning import tuned
 from ddpm.system.devices import halve_to_fit
 from ddpm.system.files import short_hash, write_arrays
 from ddpm.system.processes import agree, gather, share
+from ddpm.tune.decide import Tune
 
 OF_REFERENCE = ("fd", "kd", "precision_recall")  # metrics of drawn images against a reference
 OF_FEATURES = ("fd", "kd", "inception_score", "precision_recall", "nearest")
@@ -78,6 +82,7 @@ class _Job:
     network: str
     entries: list[dict[str, Any]]
     keep: Keep
+    tune: Tune
     found: list[Measurement] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
@@ -105,6 +110,7 @@ def measure(
     keep: Keep,
     keep_samples: bool = True,
     data: ImageSet | None = None,
+    tune: Tune = False,
 ) -> tuple[list[Measurement], list[str]]:
     """Measures a run's network at its step. Every process must call this.
 
@@ -119,6 +125,7 @@ def measure(
         keep: Records figures, on the main process, as soon as they are there.
         keep_samples: Leave the drawn images for whoever measures them again.
         data: The run's pictures, if they are at hand; else they are read.
+        tune: How the network is carried out where it draws (ddpm.sample.tuning).
 
     Returns:
         The measurements, whole on the main process; and why metrics that could not be had here
@@ -145,7 +152,8 @@ def measure(
     entries = results.read_measurements(trained.run.path / "evaluation.json")
     entries = gather([entries], processes)[0]  # what the main process sees counts
     job = _Job(
-        trained, settings, processes, drawing, sampler, file, splits, about, network, entries, keep
+        *(trained, settings, processes, drawing, sampler, file, splits, about, network, entries),
+        *(keep, tune),
     )
     if {"losses", "bits_per_dim"} & set(settings.metrics):
         splits.of(settings.bound_split)  # is refused before anything is measured
@@ -358,9 +366,11 @@ def _drawn(job: _Job) -> Path:
         claim_folder(folder, decides)
     agree()
     classes = job.trained.subject.classes_in_turn(count)
-    draw_missing(
-        job.drawing, folder, count, classes, settings.batch_size, processes, settings.quantize
-    )
+    left = gather([num_missing(folder, count, settings.quantize)], processes)[0]
+    batch, cache = settings.batch_size, Path(job.trained.config.data.cache)
+    rest = (job.trained.subject, classes, batch, left, processes, job.tune, cache)
+    with tuned(job.drawing, *rest) if left else nullcontext(job.drawing) as drawing:
+        draw_missing(drawing, folder, count, classes, batch, processes, settings.quantize)
     agree()
     return folder
 

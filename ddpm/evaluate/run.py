@@ -19,6 +19,7 @@ from ddpm.runs import recording, results
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.results import Measurement
 from ddpm.sample.subject import Trained, of_run
+from ddpm.sample.tuning import check as check_tune
 from ddpm.system import signals
 from ddpm.system.files import lock
 from ddpm.system.precision import Precision
@@ -30,6 +31,7 @@ from ddpm.system.processes import (
     wait_to_leave,
 )
 from ddpm.system.signals import Preempted
+from ddpm.system.ways import Name
 
 
 class Settings(Section):
@@ -42,6 +44,7 @@ class Settings(Section):
     weights: Literal["ema", "raw"]
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Precision
+    tune: bool | Literal["auto"] | Name
     outputs: Text
     trusted_modules: list[str]
     data: Place
@@ -69,6 +72,7 @@ def run(composed: Composed) -> list[Measurement]:
     trusted, path = settings.trusted_modules, settings.data.path
     trained = of_run(folder, settings.step, settings.weights, trusted, path)
     device = device_of(processes, settings.device)
+    check_tune(settings.tune, device)
     if settings.reference_to is not None:
         with naming_lost(), signals.listening(), together():
             if processes.is_main_process:
@@ -83,7 +87,8 @@ def run(composed: Composed) -> list[Measurement]:
     try:
         with naming_lost(), signals.listening(), _saying_what_stays(processes), together():
             found, missing = measure(
-                trained, settings.sampler, settings.evaluation, processes, device, keep
+                *(trained, settings.sampler, settings.evaluation, processes, device, keep),
+                tune=settings.tune,
             )
     finally:
         if fresh:

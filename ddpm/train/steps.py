@@ -3,7 +3,7 @@
 import logging
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import yaml
@@ -19,6 +19,7 @@ from ddpm.runs.identity import hparams
 from ddpm.runs.recording import Recorder, Speed
 from ddpm.sample.previews import MOST, Previews, cost, others_before, previews_of
 from ddpm.sample.subject import Trained, of_config
+from ddpm.system import ways
 from ddpm.system.processes import Asking, garbage_kept
 from ddpm.system.signals import Preempted
 from ddpm.train import saving, start
@@ -26,6 +27,8 @@ from ddpm.train.device_batch import largest_fitting
 from ddpm.train.loop import is_due, updates
 from ddpm.train.shown import Shown
 from ddpm.train.state import TrainingState
+from ddpm.train.tuning import draws_as_it_is, way_of
+from ddpm.tune.search import table
 
 log = logging.getLogger("ddpm")
 
@@ -46,9 +49,12 @@ def take_steps(
     classes = data.classes
     training, runtime, leads = config.training, config.runtime, accelerator.is_main_process
     diffusion, lr_schedule = build.diffusion(config), build.lr_schedule(config)
-    state = start.state_of(config, folder, accelerator, diffusion, len(classes))
+    choice = way_of(config, folder, accelerator, batches, len(classes), num_steps)
+    state = start.state_of(config, folder, accelerator, diffusion, len(classes), choice.way)
     subject = of_config(config, classes, lambda device: state.network, state.ema.state_dict)
     recorder = _recorder(config, folder, state, batches, num_steps) if leads else None
+    if recorder is not None and choice.found:
+        recorder.text("tuning", "```\n" + "\n".join(table(choice.found)) + "\n```")
     drawn_by = previews_of(config, num_steps)
     if leads:
         _say_previews(folder, config, num_steps, drawn_by)
@@ -56,7 +62,7 @@ def take_steps(
     speed = Speed(state.step, training.batch_size, timed)
     device_batch = runtime.device_batch
     if device_batch == "auto":
-        device_batch = largest_fitting(state, diffusion, batches, config.seed)
+        device_batch = largest_fitting(state, diffusion, batches, config.seed, choice.device_batch)
         log.info("%d images at once on each device", device_batch)
 
     def lr_at(step: int) -> float:
@@ -69,9 +75,15 @@ def take_steps(
     rest = (lr_at, config.seed, num_steps, device_batch, training.grad_clip)
     steps = _bar(updates(state, diffusion, batches, *rest), state.step, num_steps, leads)
     asking, saver = Asking(), saving.Saver(folder, config, state, recorder, speed)
-    with _naming_device_batch(device_batch), garbage_kept() as tidy:
+    recompiled = ways.Recompilations()
+    plainly = ways.as_it_is if draws_as_it_is(choice, config, num_steps) else nullcontext
+    with (
+        _naming_device_batch(device_batch),
+        ways.carried_out(choice.way),
+        garbage_kept() as tidy,
+    ):
         if state.step:
-            with state.averaged():
+            with state.averaged(), plainly():
                 shown(state.step).make_up_for()
         for step in steps:
             told = asking.after(step)
@@ -93,7 +105,7 @@ def take_steps(
                 raise Preempted(told)
             if previews or evaluates:
                 try:
-                    with state.averaged():
+                    with state.averaged(), plainly():
                         if previews:
                             shown(step).preview()
                         if evaluates:
@@ -103,6 +115,10 @@ def take_steps(
                     raise
             if saves or previews:
                 speed.pause(step)
+            for one in recompiled.since():
+                log.info("compiled after step %d: %s", step, one.words)
+                if leads:
+                    folder.update(recompilations=recompiled.count)
     if recorder is not None:
         recorder.close()
 

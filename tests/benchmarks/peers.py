@@ -50,10 +50,12 @@ from ddpm.data.batches import Batches
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import image_set
 from ddpm.diffusion.samplers import step_noise
-from ddpm.plan.timing import TrainingStep, matrix_products, random_images, wait_for
+from ddpm.plan.timing import matrix_products
 from ddpm.sample.drawing import Drawing
+from ddpm.system.devices import wait_for
 from ddpm.system.precision import products
 from ddpm.system.processes import accelerator_for
+from ddpm.train.timed import TrainingStep, random_images
 from ddpm.weights.unet_settings import unet_config
 
 WORK = {  # name -> settings, batch
@@ -321,7 +323,7 @@ def training(
                 Times(
                     "ours compiled",
                     TrainingStep(
-                        config, accelerator, random_images(config, batch), batch, compiled=True
+                        config, accelerator, random_images(config, batch), batch, "compiled"
                     ).run,
                     count,
                     batch,
