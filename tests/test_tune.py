@@ -328,7 +328,8 @@ def test_what_is_compiled_after_the_first_step_is_named(caplog):
         assert after.since() == []
         net(torch.ones(5, 3))
         (one,) = after.since()
-    assert "expected 8, actual 5" in one.words
+    assert ways.in_words([one]).startswith("1 in ")
+    assert "expected 8, actual 5" in ways.in_words([one])
     assert after.count == 1
 
 

@@ -159,9 +159,10 @@ class Drawing:
         watch: Watch | None = None,
     ) -> Tensor:
         of_batch = None if classes is None else torch.tensor(list(classes), device=self.device)
-        with self.computing(), at_once():  # a call may compile for minutes
+        with self.computing(), at_once(), torch.inference_mode():  # a call may compile for minutes
+            # a copy made here is of inference mode as all that follow, and needs no code of its own
             return self.sampler.walk(
-                self.model(of_batch), self.diffusion, x, timesteps, noise, watch
+                self.model(of_batch), self.diffusion, x.clone(), timesteps, noise, watch
             )
 
     @contextmanager

@@ -317,10 +317,6 @@ class Compilation(NamedTuple):
     why: str | None
     seconds: float
 
-    @property
-    def words(self) -> str:
-        return f"{self.name} in {self.seconds:.1f} s ({self.why or 'the first of its name'})"
-
 
 def compilations() -> list[Compilation]:
     """Returns the last code that the compiler has made in this process, up to 64 pieces.

@@ -1,7 +1,7 @@
 """Ways: how a network is carried out. All compute the same, to rounding, at different speeds."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -224,6 +224,14 @@ class Recompilations:
             return []
         self.count += len(found)
         return found
+
+
+def in_words(made: Sequence[Compilation]) -> str:
+    """Returns in a line what was compiled, for how long, and why what was there did not do."""
+    seconds = sum(one.seconds for one in made)
+    why = dict.fromkeys(f"{one.name}, {one.why or 'for the first time'}" for one in made)
+    more = f"; and {len(why) - 2} more" if len(why) > 2 else ""
+    return f"{len(made)} in {seconds:.1f} s: {'; '.join(list(why)[:2])}{more}"
 
 
 class Difference(NamedTuple):

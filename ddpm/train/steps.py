@@ -115,8 +115,8 @@ def take_steps(
                     raise
             if saves or previews:
                 speed.pause(step)
-            for one in recompiled.since():
-                log.info("compiled after step %d: %s", step, one.words)
+            if made := recompiled.since():
+                log.info("compiled after step %d: %s", step, ways.in_words(made))
                 if leads:
                     folder.update(recompilations=recompiled.count)
     if recorder is not None:

@@ -136,8 +136,10 @@ def draws_as_it_is(choice: Choice, config: Config, num_steps: int) -> bool:
     way, trial = ways.WAYS[choice.way], choice.trial
     if way.graphs or way.compiled == "no":
         return True
-    if trial is None or not trial.forward:
+    if trial is None:  # asked for by name
         return False
+    if not trial.forward:
+        return True
     (_, plain), (first, compiled) = trial.forward
     return first + _calls(config, num_steps) * (compiled - plain) > 0
 

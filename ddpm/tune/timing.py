@@ -18,7 +18,7 @@ def fill(network: nn.Module) -> None:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
-def rounds(work: Callable[[], None]) -> list[float]:
+def rounds(work: Callable[[], object]) -> list[float]:
     """Times a piece of work, in rounds, after two times that are not counted."""
     work()
     began = time.perf_counter()
