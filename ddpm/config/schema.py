@@ -94,8 +94,9 @@ class Runtime(Section):
     num_previews: Count
     preview_sampler: Text = "auto"  # runs of before have none
     trusted_modules: list[str]
-    check_sweep: bool = True  # this and the next: runs of before have none
+    check_sweep: bool = True  # this and the next two: runs of before have none
     deterministic: bool = False
+    profile: tuple[Count, Count] | None = None
 
 
 Split = Literal["train", "heldout", "validation", "test"]
@@ -266,6 +267,12 @@ def config_of(plain: dict[str, Any], overrides: list[str]) -> Config:
             )
     _check_shapes(config)
     _check_splits(config)
+    span = config.runtime.profile
+    if span is not None and span[0] > span[1]:
+        raise ValueError(
+            f"runtime.profile={list(span)}: give the first step to trace, then the last, such as "
+            f"runtime.profile=[{span[1]},{span[0]}]"
+        )
     if config.data.path is not None and "path" not in config.data.source:
         raise ValueError(
             f"data.path={config.data.path}: data={config.data.name} has pictures of its own; yours "

@@ -1,27 +1,24 @@
-"""The pieces of work that are timed, and what they are measured against.
+"""The pieces of work that are timed.
 
 ddpm.benchmark, ddpm.plan and the comparison with other projects use them.
 """
 
-import time
-from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm.config import build
 from ddpm.config.schema import Config
 from ddpm.data.ahead import copies_to
-from ddpm.data.batches import Batches
+from ddpm.data.batches import TimedBatches
 from ddpm.diffusion.samplers import step_noise
 from ddpm.sample.subject import of_config
 from ddpm.system.devices import compile_in_place
+from ddpm.system.peak import wait_for
 from ddpm.train.loop import updates
 from ddpm.train.start import prepare
 
@@ -114,23 +111,6 @@ class SamplerStep:
         wait_for(self.drawing.device)
 
 
-class TimedBatches(Batches):
-    """Batches that add up how long the host took to hand them over, in `seconds`."""
-
-    seconds = 0.0
-
-    def images(self, step: int, start: int, stop: int) -> Tensor:
-        began = time.perf_counter()
-        found = super().images(step, start, stop)
-        self.seconds += time.perf_counter() - began
-        return found
-
-    def send(self, step: int, start: int, stop: int) -> None:
-        began = time.perf_counter()
-        super().send(step, start, stop)
-        self.seconds += time.perf_counter() - began
-
-
 class HostWaits(TorchDispatchMode):
     """Counts, in `count`, the operations that make the host wait for the device.
 
@@ -170,47 +150,3 @@ def random_images(config: Config, count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(
         0, 256, (count, config.data.channels, *build.image_size(config.data)), dtype=np.uint8
     )
-
-
-def matrix_products(device: torch.device, dtype: torch.dtype, size: int) -> dict[str, float]:
-    """Measures FLOP/s of (size, size) matrix products, the best of ten each.
-
-    Once as torch.mm, and once as the 1x1 convolution that is one too. They may differ: on a CPU the
-    one is MKL's, the other oneDNN's.
-
-    Args:
-        device: Where they run.
-        dtype: Of the matrices.
-        size: A multiple of 16.
-
-    Returns:
-        FLOP/s by name, "torch.mm" and "1x1 convolution".
-    """
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    # channels_last; a batch of 16, below which one thread has MKL's here too
-    rows = a.reshape(16, 1, size // 16, size).permute(0, 3, 1, 2)
-    return {
-        "torch.mm": 2 * size**3 / _best_of_ten(lambda: torch.mm(a, b), device),
-        "1x1 convolution": 2
-        * size**3
-        / _best_of_ten(lambda: F.conv2d(rows, b[:, :, None, None]), device),
-    }
-
-
-def wait_for(device: torch.device) -> None:
-    """Waits until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _best_of_ten(call: Callable[[], Tensor], device: torch.device) -> float:
-    """Seconds."""
-    call()
-    found = []
-    for _ in range(10):
-        wait_for(device)
-        began = time.perf_counter()
-        call()
-        wait_for(device)
-        found.append(time.perf_counter() - began)
-    return min(found)

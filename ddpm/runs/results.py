@@ -245,7 +245,7 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
 
 
 class Line(NamedTuple):
-    """A whole line of metrics.jsonl.
+    """A whole line of metrics.jsonl or costs.jsonl.
 
     Attributes:
         number: In the file, from 1.
@@ -258,26 +258,31 @@ class Line(NamedTuple):
     record: dict[str, Any] | None
 
 
-def read_lines(file: Path) -> list[Line]:
-    """Returns the lines of a metrics.jsonl, none if it is not there.
+def read_lines(file: Path, gaps: bool = False) -> list[Line]:
+    """Returns the lines of a metrics.jsonl or costs.jsonl, none if it is not there.
 
     A last line that a crash cut short is no line.
+
+    Args:
+        file: The file.
+        gaps: Take a line with null for a value as whole: costs.jsonl has it where one is not known.
     """
     lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
     return [
-        Line(number, line.decode(errors="replace"), _parse(line))
+        Line(number, line.decode(errors="replace"), _parse(line, gaps))
         for number, line in enumerate(lines, start=1)
         if line
     ]
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes, gaps: bool) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except ValueError:
         return None
     sound = isinstance(record, dict) and isinstance(record.get("step"), int)
-    numbers = sound and all(isinstance(value, int | float) for value in record.values())
+    kinds = int | float | None if gaps else int | float
+    numbers = sound and all(isinstance(value, kinds) for value in record.values())
     return record if numbers else None
 
 

@@ -11,7 +11,7 @@ from ddpm.config import build
 from ddpm.config.schema import Config
 from ddpm.config.validation import public_names
 from ddpm.data.ahead import copies_to
-from ddpm.data.batches import Batches
+from ddpm.data.batches import Batches, TimedBatches
 from ddpm.data.image_set import ImageSet, goes_on_device
 from ddpm.data.shards import Source
 from ddpm.data.stored import Packed
@@ -82,12 +82,12 @@ def check_data(data: ImageSet, source: Source, config: Config, run: RunFolder) -
     pictures.check(run, data.fingerprint, source)
 
 
-def batches_of(data: ImageSet, config: Config, device: torch.device) -> Batches:
+def batches_of(data: ImageSet, config: Config, device: torch.device) -> TimedBatches:
     """The training batches of what is not held out."""
     training = config.training
     trained_on, _ = data.split(config.data.holdout)
     on_device = goes_on_device(config.runtime.feed, data, device)
-    return Batches(
+    return TimedBatches(
         trained_on.stored,
         training.batch_size,
         config.seed,

@@ -50,8 +50,9 @@ from ddpm.data.batches import Batches
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import image_set
 from ddpm.diffusion.samplers import step_noise
-from ddpm.plan.timing import TrainingStep, matrix_products, random_images, wait_for
+from ddpm.plan.timing import TrainingStep, random_images
 from ddpm.sample.drawing import Drawing
+from ddpm.system.peak import matrix_products, wait_for
 from ddpm.system.precision import products
 from ddpm.system.processes import accelerator_for
 from ddpm.weights.unet_settings import unet_config
