@@ -350,6 +350,12 @@ def _check_splits(config: Config) -> None:
     """Checks before a run, not in the middle of it, that what it will measure is there."""
     if config.runtime.evaluate_every is None:
         return
+    splits = (config.evaluation.split, config.evaluation.bound_split)
+    if not config.evaluation.metrics and not config.data.holdout and {*splits} <= {"train"}:
+        raise ValueError(
+            f"runtime.evaluate_every={config.runtime.evaluate_every} with evaluation.metrics=[] "
+            "measures nothing; with data.holdout=0.1 it has the loss on pictures held out"
+        )
     for key, split in (
         ("split", config.evaluation.split),
         ("bound_split", config.evaluation.bound_split),

@@ -32,6 +32,7 @@ log = logging.getLogger("ddpm")
 Status = Literal["complete", "failed", "preempted", "running"]
 
 _CURVE = r"(?!.*_(final|best)$)"
+_SPLITS = r"(train|heldout|validation|test)$"
 # TensorBoard's tab Custom Scalars: the curves worth comparing, each kind of all runs in one chart
 LAYOUT = {
     "training": {
@@ -42,9 +43,17 @@ LAYOUT = {
         "images a second": ["Multiline", [r"^train/images_per_second$"]],
     },
     "evaluation": {
+        "loss, held out and trained on": ["Multiline", [r"^eval/loss_total:" + _SPLITS]],
+        "the same by noise level": ["Multiline", [r"^eval/loss_q\d:" + _SPLITS]],
         "distances": ["Multiline", [r"^eval/(fid|fd_|kid|kd_)" + _CURVE]],
         "precision and recall": ["Multiline", [r"^eval/(precision|recall)" + _CURVE]],
         "bits/dim": ["Multiline", [r"^eval/bits_per_dim" + _CURVE]],
+    },
+    "cost": {
+        "images": ["Multiline", [r"^cost/images$"]],
+        "hours and waits, in seconds": ["Multiline", [r"^cost/seconds"]],
+        "share of the device's peak": ["Multiline", [r"^cost/share_of_peak$"]],
+        "peak memory": ["Multiline", [r"^cost/peak_memory_bytes$"]],
     },
 }
 
