@@ -69,6 +69,8 @@ class Spent:
         trained = before.get("images_trained", batches.images_before(saved_at))
         self._images = trained - batches.images_before(saved_at) + batches.images_before(step)
         self.seconds_each: dict[str, float] = dict(before.get("seconds_each", {}))
+        if "seconds_to_save" in before:
+            self.seconds_each["checkpoint"] = before["seconds_to_save"]
         self._intervals: deque[tuple[int, float]] = deque(maxlen=INTERVALS)
         self._is_first = True  # of this start's intervals, the one that is there
         self._step = step

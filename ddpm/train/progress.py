@@ -11,12 +11,12 @@ from torch import nn
 from tqdm import tqdm
 
 from ddpm.config import build
-from ddpm.config.schema import Config
+from ddpm.config.schema import Config, Runtime
 from ddpm.evaluate.measure import OF_SAMPLES
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.recording import Recorder
 from ddpm.sample.previews import PASSES, Previews
-from ddpm.train.costs import Costs, Spent
+from ddpm.train.costs import Costs, Kind, Spent
 from ddpm.train.saving import BYTES, DISK_SPEED
 
 log = logging.getLogger("ddpm")
@@ -109,25 +109,45 @@ class Progress:
 
     def _left(self, step: int) -> tuple[float, str]:
         """Seconds left after an update, before what is due then; and in words."""
-        runtime, of_update = self.config.runtime, self.spent.seconds_of_update(step)
-        due = {
-            "checkpoint": times_due(
-                step, self.num_steps, runtime.checkpoint_every, runtime.evaluate_every
-            ),
-            "preview": times_due(step, self.num_steps, runtime.sample_every),
-            "evaluation": times_due(step, self.num_steps, runtime.evaluate_every),
+        of_update, known = self.spent.seconds_of_update(step), self.spent.seconds_each
+        guessed = {
+            kind: guess * (1 if kind == "checkpoint" else of_update)
+            for kind, guess in self.guesses.items()
         }
-        guessed = [kind for kind, count in due.items() if count and not self._known(kind)]
-        left = (self.num_steps - step) * of_update
-        for kind, count in due.items():
-            seconds = self.spent.seconds_each.get(kind)
-            if seconds is None:
-                seconds = self.guesses[kind] * (1 if kind == "checkpoint" else of_update)
-            left += count * seconds
-        return left, ("about " if guessed else "") + in_words(left, datetime.now())
+        due = work_due(step, self.num_steps, self.config.runtime)
+        left = seconds_left(step, self.num_steps, of_update, due, {**guessed, **known})
+        about = "about " if any(count for kind, count in due.items() if kind not in known) else ""
+        return left, about + in_words(left, datetime.now())
 
-    def _known(self, kind: str) -> bool:
-        return kind in self.spent.seconds_each
+
+def work_due(step: int, num_steps: int, runtime: Runtime) -> dict[Kind, int]:
+    """Returns how often each kind of work is still due, after an update and before its own."""
+    saved, measured = runtime.checkpoint_every, runtime.evaluate_every
+    return {
+        "checkpoint": times_due(step, num_steps, saved, measured),
+        "preview": times_due(step, num_steps, runtime.sample_every),
+        "evaluation": times_due(step, num_steps, measured),
+    }
+
+
+def seconds_left(
+    step: int,
+    num_steps: int,
+    of_update: float,
+    due: Mapping[Kind, int],
+    seconds_each: Mapping[str, float],
+) -> float:
+    """Returns the seconds that a run still takes: its updates, and the work between them.
+
+    Args:
+        step: Updates done.
+        num_steps: Of the whole run.
+        of_update: Seconds that one takes.
+        due: How often each kind of work is.
+        seconds_each: What it takes.
+    """
+    between = sum(count * seconds_each[kind] for kind, count in due.items())
+    return (num_steps - step) * of_update + between
 
 
 def guesses_of(config: Config, previews: Previews, network: nn.Module) -> dict[str, float]:
@@ -173,12 +193,10 @@ def times_due(first: int, last: int, *intervals: int | None) -> int:
 
 
 def in_words(left: float, now: datetime) -> str:
-    """Returns seconds left as "1:02:30 left, ends 14:32", the day too where it is another."""
+    """Returns seconds left as "1:02:30 left, ends 14:32", and the day where it is another."""
     seconds = round(left)
     ends = now + timedelta(seconds=seconds)
-    hours, minutes = divmod(seconds // 60, 60)
-    clock = (
-        f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
-    )
+    minutes, clock = seconds // 60, f"{seconds % 60:02d}"
+    clock = f"{minutes}:{clock}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{clock}"
     day = "" if ends.date() == now.date() else f"{ends:%Y-%m-%d} "
     return f"{clock} left, ends {day}{ends:%H:%M}"

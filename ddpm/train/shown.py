@@ -135,4 +135,5 @@ class Shown:
         named = results.tags(found)
         recorder.scalars(step, {f"eval/{name}": value for name, value in named.items()})
         recorder.flush()
-        log.info("step %d  %s", step, "  ".join(f"{name} {named[name]:.4f}" for name in named))
+        shown = [f"{name} {named[name]:.4f}" for name in named if not name.startswith("loss_q")]
+        log.info("step %d  %s", step, "  ".join(shown))
