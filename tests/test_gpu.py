@@ -24,16 +24,15 @@ from ddpm.config.schema import training_config
 from ddpm.data.batches import Batches
 from ddpm.models.layers import takes_dropout_keys
 from ddpm.plan.sizes import sizes
-from ddpm.plan.timing import TrainingStep, random_images
 from ddpm.runs import checkpoint
 from ddpm.runs.results import loss_curve
 from ddpm.sample.subject import of_config
-from ddpm.system import randomness
-from ddpm.system.devices import compile_in_place
+from ddpm.system import randomness, ways
 from ddpm.system.precision import autocast, products
 from ddpm.system.processes import accelerator_for
 from ddpm.train import device_batch
 from ddpm.train.device_batch import largest_fitting
+from ddpm.train.timed import TrainingStep, random_images
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -71,7 +70,7 @@ def network_of(config, device, dtype=torch.float32):
 def output_and_gradients(config, device, precision, dtype=torch.float32, compiled=False):
     net = network_of(config, device, dtype)
     if compiled:
-        compile_in_place(net)
+        ways.put(net, "compiled")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, config.data.channels, *build.image_size(config.data), generator=generator)
     given = {"classes": torch.tensor([3, 10])} if config.training.conditional else {}

@@ -14,6 +14,7 @@ ORDER = [
     ["config"],
     ["runs"],
     ["weights"],
+    ["tune"],
     ["sample"],
     ["evaluate"],
     ["train"],

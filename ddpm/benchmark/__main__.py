@@ -20,7 +20,7 @@ main = command(
         ),
         (
             "python -m ddpm.benchmark model=unet128 data=butterflies training.precision=bf16 "
-            "runtime.device=cuda runtime.compile=true"
+            "runtime.device=cuda runtime.tune=compiled"
         ),
     ],
 )

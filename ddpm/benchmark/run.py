@@ -12,24 +12,22 @@ import accelerate
 import numpy as np
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 import ddpm
 from ddpm.config import build
 from ddpm.config.compose import Composed
 from ddpm.config.schema import Config, settings_and_config
 from ddpm.config.validation import Count, PositiveFloat, Section
-from ddpm.plan.sizes import images_at_once, sizes
-from ddpm.plan.timing import (
-    HostWaits,
-    SamplerStep,
-    TrainingStep,
-    random_images,
-)
-from ddpm.system.devices import compile_in_place, decide
+from ddpm.plan.sizes import images_at_once, number_of_steps, sizes
+from ddpm.plan.timing import HostWaits, SamplerStep
+from ddpm.sample.tuning import tuned
+from ddpm.system import ways
 from ddpm.system.files import write_text
 from ddpm.system.peak import DTYPES, matrix_products, peak_memory
 from ddpm.system.processes import accelerator_for
+from ddpm.train.timed import TrainingStep, random_images
+from ddpm.train.tuning import way_of
 
 
 class Settings(Section):
@@ -58,9 +56,8 @@ def run(composed: Composed) -> dict[str, Any]:
     runtime = config.runtime
     with accelerator_for(runtime.device, precision, runtime.deterministic) as accelerator:
         device = accelerator.device
-        compiles, why = decide(config.runtime.compile, device)
         report["machine"] = machine(device)
-        report |= {"precision": precision, "compiled": compiles, "because": why}
+        report["precision"] = precision
         size = 2048 if device.type == "cpu" else 8192
         products = matrix_products(device, DTYPES[precision], size)
         peaks = {name: speed / 1e9 for name, speed in products.items()}
@@ -69,10 +66,9 @@ def run(composed: Composed) -> dict[str, Any]:
         }
         _show("machine", ", ".join(str(value) for value in report["machine"].values()))
         _show("peak", ", ".join(f"{name} {peak:,.0f} GFLOP/s" for name, peak in peaks.items()))
-        _show("compiled", f"{'yes' if compiles else 'no'} ({why})")
         gflop, peak = sizes(config, device).forward_flops / 1e9, max(peaks.values())
-        report |= _time_training(settings, config, accelerator, compiles, gflop, peak)
-        report |= _time_sampling(settings, config, device, compiles, gflop, peak)
+        report |= _time_training(settings, config, accelerator, gflop, peak)
+        report |= _time_sampling(settings, config, device, gflop, peak)
     if settings.to is not None:
         write_text(Path(settings.to), json.dumps(report, indent=1) + "\n")
         _show("written to", settings.to)
@@ -83,7 +79,6 @@ def _time_training(
     settings: Settings,
     config: Config,
     accelerator: Accelerator,
-    compiles: bool,
     gflop: float,
     peak: float,
 ) -> dict[str, Any]:
@@ -98,11 +93,17 @@ def _time_training(
     from_start = time.time() - psutil.Process().create_time()
     with HostWaits() as waits:
         step.run(1)
-    if compiles:
-        compile_in_place(step.network)
-        first = _seconds(step.run)
-    step.batches.seconds = 0.0
-    speed, seconds = time_rounds(step.run, batch, settings)
+    classes, steps = config.data.num_classes or 1, number_of_steps(config) or 0
+    choice = way_of(config, None, accelerator, step.batches, classes, steps)
+    _show("carried out", f"{choice.way} ({choice.why})")
+    with ways.carried_out(choice.way):
+        if choice.way != ways.default(accelerator.device) or choice.device_batch:
+            accelerator.free_memory()
+            size = choice.device_batch
+            step = TrainingStep(config, accelerator, images, batch, choice.way, size)
+            first = _seconds(step.run)
+        step.batches.seconds = 0.0
+        speed, seconds = time_rounds(step.run, batch, settings)
     waiting, memory = step.batches.seconds / seconds, peak_memory(accelerator.device)
     training = {
         "batch": batch,
@@ -114,6 +115,7 @@ def _time_training(
         "waiting_for_data": round(waiting, 5),
         "host_waits_per_step": waits.count,
         "peak_memory_bytes": memory,
+        "tuned": choice.plain(),
     }
     _show("training", _words(training))
     _show(
@@ -137,15 +139,21 @@ def _time_sampling(
     settings: Settings,
     config: Config,
     device: torch.device,
-    compiles: bool,
     gflop: float,
     peak: float,
 ) -> dict[str, Any]:
     """The entry of the report on sampling, printed too."""
     batch = settings.sample_batch
-    step = SamplerStep(config, device, batch, compiles)
-    first, timesteps = _seconds(step.run), len(step.drawing.timesteps)
-    speed, _ = time_rounds(step.run, batch, settings, at_most=timesteps)
+    step, tune = SamplerStep(config, device, batch), config.runtime.tune
+    timesteps, count = len(step.drawing.timesteps), config.evaluation.num_samples
+    if tune in ways.WAYS and ways.WAYS[str(tune)].compiled == "blocks":
+        tune = False  # for training alone
+    cache = Path(config.data.cache)
+    with tuned(
+        step.drawing, step.subject, step.classes, batch, count, PartialState(), tune, cache
+    ) as step.drawing:
+        first = _seconds(step.run)
+        speed, _ = time_rounds(step.run, batch, settings, at_most=timesteps)
     calls = 2 if config.sampler["function"]["_target_"].endswith(".heun") else 1
     sampling = {
         "batch": batch,

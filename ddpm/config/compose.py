@@ -27,6 +27,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 ROOT = PACKAGE / "_bundled" if (PACKAGE / "_bundled" / "conf").is_dir() else PACKAGE.parent
 CONF = ROOT / "conf"
 EXPERIMENTS = ROOT / "experiments"
+RENAMED = {"compile": "tune"}  # keys of before
 BROKEN: dict[str, str] = {}  # files of experiments/ that cannot be options: name -> what is wrong
 
 
@@ -150,6 +151,8 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
     It lists the valid names too if they are few.
     """
+    if RENAMED.get(name) in names:
+        return f"; it is called {RENAMED[name]} now"
     names = [other for other in names if other != name]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     listed = f"; there are {', '.join(sorted(names))}" if len(names) <= 24 else ""

@@ -30,6 +30,7 @@ from ddpm.config.validation import (
     validate,
 )
 from ddpm.system.precision import Precision
+from ddpm.system.ways import Name
 
 
 class Data(Section):
@@ -82,7 +83,7 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda", "mps"]
     device_batch: Count | Literal["auto"]
     recompute: list[int]
-    compile: bool | Literal["auto"]
+    tune: bool | Literal["auto"] | Name
     feed: Literal["auto", "device", "file", "decode"]
     workers: Count | None
     log_every: Count

@@ -16,6 +16,7 @@ from ddpm.runs.results import Measurement, told
 from ddpm.sample.drawing import Drawing
 from ddpm.sample.subject import Trained
 from ddpm.system.files import short_hash
+from ddpm.tune.decide import Tune
 
 NAMES = {  # how the figures of each metric begin
     "fd": ("fid", "fd_"),
@@ -50,6 +51,7 @@ class Job:
     network: str
     entries: list[dict[str, Any]]
     keep: Keep
+    tune: Tune
     found: list[Measurement] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,17 @@ from ddpm.sample.folder import (
     claim_folder,
     draw_missing,
     holds,
+    num_missing,
     read_samples,
     sample_file,
     word_for,
 )
 from ddpm.sample.images import read_image, save_png
 from ddpm.sample.subject import Trained
+from ddpm.sample.tuning import tuned
 from ddpm.system.files import write_arrays
 from ddpm.system.processes import agree, gather, share
+from ddpm.tune.decide import Tune
 
 OF_REFERENCE = ("fd", "kd", "precision_recall")  # metrics of drawn images against a reference
 OF_FEATURES = ("fd", "kd", "inception_score", "precision_recall", "nearest")
@@ -48,6 +52,7 @@ def job_of(
     device: torch.device,
     keep: Keep,
     data: ImageSet | None = None,
+    tune: Tune = False,
 ) -> Job:
     """Makes ready to measure a run's network at its step. Every process must call this.
 
@@ -59,6 +64,7 @@ def job_of(
         device: Where this one works.
         keep: Records figures, on the main process, as soon as they are there.
         data: The run's pictures, if they are at hand; else they are read.
+        tune: How the network is carried out where it draws (ddpm.sample.tuning).
 
     Raises:
         ValueError: If the reference does not fit, or the pictures are not the run's.
@@ -81,7 +87,8 @@ def job_of(
     entries = results.read_measurements(trained.run.path / "evaluation.json")
     entries = gather([entries], processes)[0]  # what the main process sees counts
     return Job(
-        trained, settings, processes, drawing, sampler, file, splits, about, network, entries, keep
+        *(trained, settings, processes, drawing, sampler, file, splits, about, network, entries),
+        *(keep, tune),
     )
 
 
@@ -301,9 +308,11 @@ def _drawn(job: Job) -> Path:
         claim_folder(folder, decides)
     agree()
     classes = job.trained.subject.classes_in_turn(count)
-    draw_missing(
-        job.drawing, folder, count, classes, settings.batch_size, processes, settings.quantize
-    )
+    left = gather([num_missing(folder, count, settings.quantize)], processes)[0]
+    batch, cache = settings.batch_size, Path(job.trained.config.data.cache)
+    rest = (job.trained.subject, classes, batch, left, processes, job.tune, cache)
+    with tuned(job.drawing, *rest) if left else nullcontext(job.drawing) as drawing:
+        draw_missing(drawing, folder, count, classes, batch, processes, settings.quantize)
     agree()
     return folder
 

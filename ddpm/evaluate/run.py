@@ -20,6 +20,7 @@ from ddpm.runs import recording, results
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.results import Measurement
 from ddpm.sample.subject import Trained, of_run
+from ddpm.sample.tuning import check as check_tune
 from ddpm.system import signals
 from ddpm.system.files import lock
 from ddpm.system.precision import Precision
@@ -31,6 +32,7 @@ from ddpm.system.processes import (
     wait_to_leave,
 )
 from ddpm.system.signals import Preempted
+from ddpm.system.ways import Name
 
 
 class Settings(Section):
@@ -43,6 +45,7 @@ class Settings(Section):
     weights: Literal["ema", "raw"]
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Precision
+    tune: bool | Literal["auto"] | Name
     outputs: Text
     trusted_modules: list[str]
     data: Place
@@ -70,6 +73,7 @@ def run(composed: Composed) -> list[Measurement]:
     trusted, path = settings.trusted_modules, settings.data.path
     trained = of_run(folder, settings.step, settings.weights, trusted, path)
     device = device_of(processes, settings.device)
+    check_tune(settings.tune, device)
     if settings.reference_to is not None:
         with naming_lost(), signals.listening(), together():
             if processes.is_main_process:
@@ -83,7 +87,10 @@ def run(composed: Composed) -> list[Measurement]:
 
     try:
         with naming_lost(), signals.listening(), _saying_what_stays(processes), together():
-            job = job_of(trained, settings.sampler, settings.evaluation, processes, device, keep)
+            job = job_of(
+                *(trained, settings.sampler, settings.evaluation, processes, device, keep),
+                tune=settings.tune,
+            )
             found, missing = measure(job)
     finally:
         if fresh:

@@ -21,7 +21,6 @@ from ddpm.plan.sizes import (
     sizes,
     steps_per_epoch,
 )
-from ddpm.plan.timing import TrainingStep, random_images
 from ddpm.runs.finding import locate
 from ddpm.runs.identity import flat
 from ddpm.runs.pictures import with_pictures
@@ -29,6 +28,7 @@ from ddpm.sample.previews import cost, previews_of
 from ddpm.system.devices import device as device_named
 from ddpm.system.files import by_value
 from ddpm.system.processes import accelerator_for
+from ddpm.train.timed import TrainingStep, random_images
 from ddpm.weights.initial import with_initial_weights
 
 GIGA = 1e9

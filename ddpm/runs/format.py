@@ -46,7 +46,11 @@ def upgraded(plain: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, A
     if any(plain.get(group, {}).keys() != kind.model_fields for group, kind in CARRIED_OUT.items()):
         today = plain_config(compose([]))
         for group, kind in CARRIED_OUT.items():
-            given = plain.get(group) or {}
+            given = dict(plain.get(group) or {})
+            if "compile" in given:  # what runtime.tune was
+                given.setdefault(
+                    "tune", "compiled" if given["compile"] is True else given["compile"]
+                )
             plain[group] = {**today[group], **given}
             plain[group] = {key: plain[group][key] for key in kind.model_fields}
     return {key: value for key, value in plain.items() if key in Config.model_fields}

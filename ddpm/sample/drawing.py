@@ -1,6 +1,6 @@
 """Drawing images from a network: which weights, which images of which classes, in which batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -30,6 +30,8 @@ class Drawing:
         any_class: The class number that stands for "any" in classifier-free guidance; None if the
             network has not learned one.
         precision: What the network computes in. The rest of a step is float32.
+        forward: What is called in the network's place, and gives the same (ways.of_batch); None:
+            the network.
 
     Raises:
         ValueError: If the sampler asks for guidance and any_class is None.
@@ -42,6 +44,7 @@ class Drawing:
     seed: int
     any_class: int | None = None
     precision: Precision = "tf32"
+    forward: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.sampler.guidance_scale != 1 and self.any_class is None:
@@ -182,14 +185,16 @@ class Drawing:
             classes: (B,) int64; None for a network without.
         """
 
+        forward = self.forward or self.network
+
         def model(x_t: Tensor, t: Tensor) -> Tensor:
-            return self.network(x_t, t) if classes is None else self.network(x_t, t, classes)
+            return forward(x_t, t) if classes is None else forward(x_t, t, classes)
 
         def guided(x_t: Tensor, t: Tensor) -> Tensor:
             """Ho & Salimans 2022, Eq. 6, scale 1 + w; a learned variance stays the class's."""
             assert classes is not None
             both = torch.cat([classes, torch.full_like(classes, self.any_class or 0)])
-            output = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+            output = forward(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
             with_class, without = output.to(x_t.dtype).chunk(2)
             channels = self.shape[0]
             prediction = without[:, :channels] + self.sampler.guidance_scale * (

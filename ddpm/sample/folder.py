@@ -100,6 +100,12 @@ def draw_missing(
             bar.update(len(indices) * processes.num_processes)
 
 
+def num_missing(folder: Path, count: int, quantize: Quantize = "round") -> int:
+    """Returns how many of the first `count` images are not there yet."""
+    files_of = (sample_file(folder, index, quantize) for index in range(count))
+    return sum(not file.is_file() for file in files_of)
+
+
 def sample_file(folder: Path, index: int, quantize: Quantize = "round") -> Path:
     """Returns the file of image number `index`."""
     return folder / f"{index:05d}.{'npy' if quantize == 'none' else 'png'}"

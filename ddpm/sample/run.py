@@ -1,5 +1,6 @@
 """python -m ddpm.sample: draw images from a run or a folder of weights, and write them."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,14 @@ from ddpm.runs.folder import RunFolder
 from ddpm.sample import figures
 from ddpm.sample.drawing import Drawing
 from ddpm.sample.figures import Figure
-from ddpm.sample.folder import claim_folder, draw_missing, pack_samples, read_samples, word_for
+from ddpm.sample.folder import (
+    claim_folder,
+    draw_missing,
+    num_missing,
+    pack_samples,
+    read_samples,
+    word_for,
+)
 from ddpm.sample.images import grid, save_png
 from ddpm.sample.previews import drawn_by
 from ddpm.sample.subject import (
@@ -33,17 +41,21 @@ from ddpm.sample.subject import (
     of_folder,
     of_run,
 )
+from ddpm.sample.tuning import check as check_tune
+from ddpm.sample.tuning import tuned
 from ddpm.system import signals
 from ddpm.system.precision import Precision
 from ddpm.system.processes import (
     agree,
     device_of,
     find_processes,
+    gather,
     naming_lost,
     together,
     wait_to_leave,
 )
 from ddpm.system.signals import Preempted
+from ddpm.system.ways import Name
 from ddpm.weights import folders
 from ddpm.weights.published import Published, file_at
 
@@ -75,6 +87,7 @@ class Settings(Section):
     pictures: Annotated[list[int | str], Field(min_length=2, max_length=2)]
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Precision
+    tune: bool | Literal["auto"] | Name
     to: Text | None
     outputs: Text
     trusted_modules: list[str]
@@ -95,6 +108,7 @@ def run(composed: Composed) -> Path:
     settings = settings_of(composed)
     processes = find_processes(settings.device)
     device = device_of(processes, settings.device)
+    check_tune(settings.tune, device)
     subject, trained, name = _opened(settings, composed)
     sampler = build.sampler(settings.sampler, subject.diffusion)
     names = subject.classes or []
@@ -126,7 +140,12 @@ def run(composed: Composed) -> Path:
         if leads:
             claim_folder(folder, protocol)
         agree()
-        _fill(folder, settings, drawing, classes, processes)
+        cache = Path(trained.config.data.cache if trained else f"{settings.outputs}/cache")
+        left = gather([num_missing(folder, count)], processes)[0]
+        rest = (subject, classes, settings.batch_size, left, processes, settings.tune, cache)
+        draws = left and not _is_packed(folder, settings)
+        with tuned(drawing, *rest) if draws else nullcontext(drawing) as drawing:
+            _fill(folder, settings, drawing, classes, processes)
     if leads:
         print(f"samples {folder / 'grid.png'}", flush=True)
     wait_to_leave()

@@ -1,6 +1,5 @@
-"""Devices: which there are, networks on them, and whether a network is compiled."""
+"""Devices: which there are, and networks on them."""
 
-import logging
 import os
 from collections.abc import Callable
 from typing import Literal, TypeVar
@@ -9,60 +8,8 @@ import torch
 from torch import nn
 
 from ddpm.system.environment import check_environment
-from ddpm.system.internals import compile_up_to, keep_dropout_when_compiled
 
-log = logging.getLogger("ddpm")
 T = TypeVar("T")
-
-# share of a training step's time that compiling saved, where it was measured (README, Speed)
-GAIN = {"cpu": 0.0}
-# batches of so many shapes are compiled; torch's own limit, 8, is reached by previews and measures
-SHAPES = 64
-
-
-def decide(choice: bool | Literal["auto"], device: torch.device) -> tuple[bool, str]:
-    """Decides whether to compile.
-
-    Args:
-        choice: runtime.compile. "auto" compiles only where it was measured to save time; elsewhere
-            no number of steps makes up for it.
-        device: Where the network runs.
-
-    Returns:
-        Whether to compile, and why.
-    """
-    if choice != "auto":
-        return choice, f"runtime.compile={str(choice).lower()}"
-    gain = GAIN.get(device.type)
-    if gain is None:
-        return (
-            False,
-            f"runtime.compile=auto: what it saves on {device.type} depends on the network and the "
-            "device; try runtime.compile=true",
-        )
-    return gain > 0, f"runtime.compile=auto: measured to save {gain:.0%} of a step on {device.type}"
-
-
-def compile_in_place(network: nn.Module) -> None:
-    """Has the network compiled when it is first called.
-
-    Its weights keep their plain names, and dropout its masks. Each shape is compiled by itself: the
-    code for all shapes that torch otherwise makes at the second one fails in attention on a CPU
-    (torch 2.13), as in a sweep over resolutions. A last, short batch of an epoch is a shape more.
-    """
-    keep_dropout_when_compiled()
-    compile_up_to(SHAPES, _say_eager)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    network.compile(dynamic=False)
-
-
-def _say_eager(limit: int) -> None:
-    log.warning(
-        "not compiled: the compiler has made code for %d shapes of batches and makes no more; all "
-        "others run as they are, with the same results, slower. There are fewer shapes with "
-        "training.drop_last=true, and with a runtime.device_batch that divides the batch",
-        limit,
-    )
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -71,7 +18,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
     channels_last is faster on a CPU. On CUDA torch's GroupNorm makes everything contiguous again,
     which costs more than channels_last gains: unet128 takes 269 ms a step of 64 images with it and
     199 ms without (H100, bf16, torch 2.11). Compiled code has no such GroupNorm, and its weights
-    are channels_last everywhere (compile_in_place). The meta device stands for a CPU.
+    are channels_last everywhere (see ways.py). The meta device stands for a CPU.
     """
     return torch.channels_last if device.type in ("cpu", "meta") else torch.contiguous_format
 
@@ -103,6 +50,12 @@ def device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
     if name != "auto" and name not in here:
         raise ValueError(f"device={name} is not on this machine; there are {', '.join(here)}")
     return torch.device(here[0] if name == "auto" else name)
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def halve_to_fit(call: Callable[[slice], T], count: int) -> list[T]:

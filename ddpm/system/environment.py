@@ -20,7 +20,7 @@ import torch
 OFF = frozenset({"", "0", "false", "no", "off", "n", "f"})
 
 _PRECISION = "training.precision says how numbers are multiplied"
-_COMPILED = "runtime.compile says whether a network is compiled, and the code decides how"
+_COMPILED = "runtime.tune says whether a network is compiled, and the code decides how"
 _PROCESSES = "each process has the whole network and a share of training.batch_size"
 
 

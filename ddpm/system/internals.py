@@ -8,9 +8,8 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def hydra_parser(refuse: Any = None) -> argparse.ArgumentParser:
@@ -303,31 +302,74 @@ def keep_dropout_when_compiled() -> None:
     torch._inductor.config.fallback_random = True
 
 
-def compile_up_to(shapes: int, given_up: Callable[[int], None]) -> None:
-    """Has the compiler make code for so many shapes of a function, and tell when it makes no more.
+class Compilation(NamedTuple):
+    """Code that the compiler made.
 
-    It then runs the function as it is, for all other shapes, and tells its own log alone.
+    Attributes:
+        id: The compiler's, such as "0/1": the second code of the first function.
+        name: Of the function.
+        why: What did not fit the code that was there; None for a function's first.
+        seconds: That it took.
+    """
+
+    id: str
+    name: str
+    why: str | None
+    seconds: float
+
+    @property
+    def words(self) -> str:
+        return f"{self.name} in {self.seconds:.1f} s ({self.why or 'the first of its name'})"
+
+
+def compilations() -> list[Compilation]:
+    """Returns the last code that the compiler has made in this process, up to 64 pieces.
+
+    torch tells of it only in its log, where the user's own settings decide what is heard.
+    """
+    from torch._dynamo.utils import get_compilation_metrics
+
+    return [
+        Compilation(one.compile_id, one.co_name, one.recompile_reason, one.duration_us / 1e6)
+        for one in get_compilation_metrics()
+        if one.compile_id and one.co_name and one.duration_us
+    ]
+
+
+@contextmanager
+def naming_limit(limit: int, words: str) -> Iterator[None]:
+    """Has the compiler make so many pieces of code for a function, and stop when it needs more.
+
+    Else it goes on without compiling, and tells its own log alone.
 
     Args:
-        shapes: How many; where torch's limit is higher already, it stays.
-        given_up: Is called with the limit, when the compiler reaches it.
+        limit: How many; where torch's is higher already, it stays.
+        words: Of the error.
+
+    Raises:
+        ValueError: In place of the compiler's.
     """
     import torch._dynamo.config as settings
+    from torch._dynamo.exc import FailOnRecompileLimitHit
 
-    settings.recompile_limit = max(shapes, settings.recompile_limit)
-    logging.getLogger("torch._dynamo.convert_frame").addHandler(_at_limit(given_up))
+    limits = {
+        "recompile_limit": max(limit, settings.recompile_limit),
+        "accumulated_recompile_limit": max(4 * limit, settings.accumulated_recompile_limit),
+        "fail_on_recompile_limit_hit": True,
+    }
+    logger = logging.getLogger("torch._dynamo.convert_frame")
 
+    def is_other(record: logging.LogRecord) -> bool:
+        return "recompile_limit" not in record.getMessage()
 
-@cache  # a logger holds a handler once
-def _at_limit(given_up: Callable[[int], None]) -> logging.Handler:
-    import torch._dynamo.config as settings
-
-    class AtLimit(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if "recompile_limit" in record.getMessage():
-                given_up(settings.recompile_limit)
-
-    return AtLimit()
+    logger.addFilter(is_other)
+    try:
+        with settings.patch(limits):
+            yield
+    except FailOnRecompileLimitHit as error:
+        raise ValueError(words) from error
+    finally:
+        logger.removeFilter(is_other)
 
 
 def skip_updates_if(optimizer: Any, failed: Any) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddpm.system.devices import wait_for
 from ddpm.system.precision import Precision
 
 DTYPES = {
@@ -88,12 +89,6 @@ def peak_memory(device: torch.device) -> int | None:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def wait_for(device: torch.device) -> None:
-    """Waits until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _best(call: Callable[[], Tensor], device: torch.device, repeats: int) -> float:

@@ -13,9 +13,13 @@ from ddpm.train.state import TrainingState
 
 
 def largest_fitting(
-    state: TrainingState, diffusion: GaussianDiffusion, batches: Batches, seed: int
+    state: TrainingState,
+    diffusion: GaussianDiffusion,
+    batches: Batches,
+    seed: int,
+    at_most: int | None = None,
 ) -> int:
-    """The most images that every device can take at once. All processes agree.
+    """The most images that every device can take at once, `at_most` if given. All processes agree.
 
     On a GPU its share of the global batch, halved until forward and backward fit, with room for
     what Adam will hold. The state is left as it was: gradients are dropped, and
@@ -26,6 +30,7 @@ def largest_fitting(
     """
     accelerator, optimizer = state.accelerator, state.optimizer
     share = -(-batches.size(0) // accelerator.num_processes)
+    share = min(share, at_most or share)
     if accelerator.device.type != "cuda":  # elsewhere memory does not run out with an error
         return share
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,6 +1,5 @@
 """Starting a run: its data, and the state that it goes on from."""
 
-import logging
 import math
 
 import torch
@@ -20,15 +19,14 @@ from ddpm.models.layers import drops, takes_dropout_keys
 from ddpm.runs import checkpoint, pictures
 from ddpm.runs.folder import RunFolder, steps_of_before
 from ddpm.runs.format import DROPOUT_BY_PLACE
-from ddpm.system.devices import compile_in_place, cores, decide
+from ddpm.system import ways
+from ddpm.system.devices import cores
 from ddpm.system.internals import keep_forward
 from ddpm.system.processes import gather, together
 from ddpm.system.signals import at_once
 from ddpm.train.meter import Meter
 from ddpm.train.state import EMA, TrainingState
 from ddpm.weights.initial import initial_weights
-
-log = logging.getLogger("ddpm")
 
 
 def load_data(
@@ -198,8 +196,17 @@ def state_of(
     accelerator: Accelerator,
     diffusion: GaussianDiffusion,
     num_classes: int,
+    way: str,
 ) -> TrainingState:
     """The state of the run's newest whole checkpoint, or that of its start.
+
+    Args:
+        config: The run's.
+        run: Its folder.
+        accelerator: Of its processes.
+        diffusion: Its process.
+        num_classes: Of its data.
+        way: How the network is carried out, of ddpm.system.ways.
 
     Raises:
         ValueError: If all checkpoints are damaged, or init_from does not fit.
@@ -207,10 +214,7 @@ def state_of(
     network = build.network(config, accelerator.device, num_classes)
     if _starts_from_weights(config, run):
         network.load_state_dict(initial_weights(config, network))
-    compiles, why = decide(config.runtime.compile, accelerator.device)
-    if compiles:
-        compile_in_place(network)
-    log.info("compiled: %s (%s)", "yes" if compiles else "no", why)
+    ways.put(network, way)
     state = prepare(config, accelerator, diffusion, network)
     newest = checkpoint.newest_whole(run.checkpoints)
     if newest is not None:

@@ -3,7 +3,7 @@
 import logging
 import shlex
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 
 import torch
 import yaml
@@ -18,6 +18,7 @@ from ddpm.runs.identity import hparams
 from ddpm.runs.recording import Recorder
 from ddpm.sample.previews import MOST, Previews, cost, others_before, previews_of
 from ddpm.sample.subject import Trained, of_config
+from ddpm.system import ways
 from ddpm.system.processes import Asking, garbage_kept
 from ddpm.system.signals import Preempted
 from ddpm.train import progress, saving, start
@@ -27,6 +28,8 @@ from ddpm.train.loop import is_due, updates
 from ddpm.train.shown import Shown
 from ddpm.train.state import TrainingState
 from ddpm.train.trace import traced
+from ddpm.train.tuning import draws_as_it_is, way_of
+from ddpm.tune.search import table
 
 log = logging.getLogger("ddpm")
 
@@ -47,16 +50,19 @@ def take_steps(
     classes = data.classes
     training, runtime, leads = config.training, config.runtime, accelerator.is_main_process
     diffusion, lr_schedule = build.diffusion(config), build.lr_schedule(config)
-    state = start.state_of(config, folder, accelerator, diffusion, len(classes))
+    choice = way_of(config, folder, accelerator, batches, len(classes), num_steps)
+    state = start.state_of(config, folder, accelerator, diffusion, len(classes), choice.way)
     subject = of_config(config, classes, lambda device: state.network, state.ema.state_dict)
     recorder = _recorder(config, folder, state, batches, num_steps) if leads else None
+    if recorder is not None and choice.found:
+        recorder.text("tuning", "```\n" + "\n".join(table(choice.found)) + "\n```")
     drawn_by = previews_of(config, num_steps)
     if leads:
         _say_previews(folder, config, num_steps, drawn_by)
     spent = Spent(batches, state.step, folder.record())
     device_batch = runtime.device_batch
     if device_batch == "auto":
-        device_batch = largest_fitting(state, diffusion, batches, config.seed)
+        device_batch = largest_fitting(state, diffusion, batches, config.seed, choice.device_batch)
         log.info("%d images at once on each device", device_batch)
 
     def lr_at(step: int) -> float:
@@ -77,9 +83,16 @@ def take_steps(
         teller = progress.Progress(folder, config, num_steps, recorder, bar, spent, costs, guesses)
     trace = traced(iter(bar), state.step, runtime.profile if leads else None, folder.path)
     asking, saver = Asking(), saving.Saver(folder, config, state, recorder, spent)
-    with _naming_device_batch(device_batch), garbage_kept() as tidy, closing(trace) as steps:
+    recompiled = ways.Recompilations()
+    plainly = ways.as_it_is if draws_as_it_is(choice, config, num_steps) else nullcontext
+    with (
+        _naming_device_batch(device_batch),
+        ways.carried_out(choice.way),
+        garbage_kept() as tidy,
+        closing(trace) as steps,
+    ):
         if state.step:
-            with state.averaged():
+            with state.averaged(), plainly():
                 shown(state.step).make_up_for()
         spent.go_on()
         for step in steps:
@@ -106,7 +119,7 @@ def take_steps(
                 raise Preempted(told)
             if previews or evaluates:
                 try:
-                    with state.averaged():
+                    with state.averaged(), plainly():
                         if previews:
                             with spent.doing("preview"):
                                 shown(step).preview()
@@ -116,6 +129,10 @@ def take_steps(
                 except Preempted:
                     saver.save()
                     raise
+            for one in recompiled.since():
+                log.info("compiled after step %d: %s", step, one.words)
+                if leads:
+                    folder.update(recompilations=recompiled.count)
             if logs or saves or previews:
                 spent.go_on()
     if recorder is not None:

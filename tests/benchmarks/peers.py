@@ -50,11 +50,12 @@ from ddpm.data.batches import Batches
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import image_set
 from ddpm.diffusion.samplers import step_noise
-from ddpm.plan.timing import TrainingStep, random_images
 from ddpm.sample.drawing import Drawing
-from ddpm.system.peak import matrix_products, wait_for
+from ddpm.system.devices import wait_for
+from ddpm.system.peak import matrix_products
 from ddpm.system.precision import products
 from ddpm.system.processes import accelerator_for
+from ddpm.train.timed import TrainingStep, random_images
 from ddpm.weights.unet_settings import unet_config
 
 WORK = {  # name -> settings, batch
@@ -322,7 +323,7 @@ def training(
                 Times(
                     "ours compiled",
                     TrainingStep(
-                        config, accelerator, random_images(config, batch), batch, compiled=True
+                        config, accelerator, random_images(config, batch), batch, "compiled"
                     ).run,
                     count,
                     batch,

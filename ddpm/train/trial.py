@@ -1,0 +1,128 @@
+"""A trial of a way to train: one process that checks it beside the plain one, and times it."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm.config.schema import Config
+from ddpm.models.layers import drops, takes_dropout_keys
+from ddpm.system import ways
+from ddpm.system.devices import wait_for
+from ddpm.system.precision import autocast
+from ddpm.system.processes import accelerator_for
+from ddpm.system.ways import Difference, difference
+from ddpm.train.timed import TrainingStep, random_images
+from ddpm.tune.search import FEW, Found
+from ddpm.tune.timing import fill, rounds
+
+CHECKS = 3  # updates compared before it is timed: graphs are recorded in the second
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is tried.
+
+    Attributes:
+        config: Of the run.
+        num_classes: Of its data.
+        batch: Images of an update that one process takes.
+        device_batch: Of these at once. On a GPU they are halved until they fit.
+        way: How, of ddpm.system.ways.
+    """
+
+    config: Config
+    num_classes: int
+    batch: int
+    device_batch: int
+    way: str
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """Returns the plain form of what is found."""
+    size = task.device_batch
+    while True:
+        try:
+            return _of_size(task, size).plain()
+        except torch.OutOfMemoryError:
+            if size == 1 or task.config.runtime.device_batch != "auto":
+                raise
+        torch.cuda.empty_cache()  # outside the except block, where the error still holds tensors
+        torch._dynamo.reset()
+        size = -(-size // 2)
+
+
+def _of_size(task: Task, size: int) -> Found:
+    config, runtime = task.config, task.config.runtime
+    precision = config.training.precision
+    with accelerator_for(runtime.device, precision, runtime.deterministic) as accelerator:
+        images = random_images(config, task.batch)
+        own = ways.default(accelerator.device)
+
+        def step(way: str) -> TrainingStep:
+            made = TrainingStep(
+                config, accelerator, images, task.batch, way, size, task.num_classes
+            )
+            fill(made.network)
+            return made
+
+        with ways.carried_out(task.way):
+            tried = step(task.way)
+            plain = tried if task.way == own else step(own)
+            began = time.perf_counter()
+            tried.gradients(0, size)
+            first = time.perf_counter() - began
+            worst = Difference("", 0.0)
+            for number in range(CHECKS if plain is not tried else 0):
+                worst = max(
+                    worst, _compared(tried, plain, number, config), key=lambda one: one.times
+                )
+                if worst.times > FEW:
+                    return Found(task.way, size, [0.0], first, worst.times, worst.of)
+            seconds = rounds(lambda: tried.run(1))
+            if plain is not tried:
+                plain.network.load_state_dict(tried.network.state_dict())
+                again = _compared(tried, plain, CHECKS, config)
+                worst = max(worst, again, key=lambda one: one.times)
+            forward = [] if ways.WAYS[task.way].graphs else _forward(tried, config)
+    return Found(task.way, size, seconds, first, worst.times, worst.of, forward)
+
+
+def _compared(tried: TrainingStep, plain: TrainingStep, number: int, config: Config) -> Difference:
+    """Compares the gradients of an update, and its losses."""
+    size, device = plain.device_batch or 1, plain.device
+    wanted = plain.gradients(number, size)
+    again = wanted
+    # masks from torch's own generator differ where a batch is cut
+    if not drops(plain.network) or takes_dropout_keys(plain.network):
+        again = plain.gradients(number, -(-size // 2))
+    found = tried.gradients(number, size)
+    if found.keys() != wanted.keys():
+        return Difference(", ".join(sorted(found.keys() ^ wanted.keys())), float("inf"))
+    return difference(found, wanted, again, ways.rounding(device, config.training.precision))
+
+
+def _forward(step: TrainingStep, config: Config) -> list[list[float]]:
+    """Seconds of the first call and of each call after it, as previews make them: plain, tried."""
+    network, device, batches = step.network, step.device, step.batches
+    x: Tensor = batches.images(0, 0, batches.size(0))
+    t = torch.zeros(len(x), dtype=torch.int64, device=device)
+    classes = batches.classes(0, 0, len(x))
+
+    def call() -> None:
+        with torch.inference_mode(), autocast(device, config.training.precision):
+            network(x, t) if classes is None else network(x, t, classes)
+        wait_for(device)
+
+    def timed() -> list[float]:
+        began = time.perf_counter()
+        call()
+        return [time.perf_counter() - began, statistics.median(rounds(call))]
+
+    network.eval()
+    with ways.as_it_is():
+        found = [timed()]
+    return [*found, timed()]

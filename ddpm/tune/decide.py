@@ -1,0 +1,211 @@
+"""The decision: whether to tune, what is remembered, and what comes of it."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ddpm
+from ddpm.system.files import short_hash, write_text
+from ddpm.system.trials import LATE
+from ddpm.tune.search import Budget, Found, Try, fastest, search, table
+
+Tune = bool | str  # "auto", or a name of ddpm.system.ways
+
+AUTO = ("cuda",)  # devices on which auto tunes; a CPU's and Apple's stay as they are, bits included
+SHARE = 0.02  # of the time that the work will take, that auto may spend
+SHORTEST = 60.0  # seconds to spend below which it does not begin: code alone takes that long
+ENOUGH = 1000  # repeats below which it does not even measure
+EACH = 900.0  # seconds for a trial that was asked for, beside 200 pieces of work
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a network is carried out.
+
+    Attributes:
+        way: Its name, of ddpm.system.ways.
+        why: In words.
+        device_batch: Images at once; None where that was not tried.
+        facts: What it holds for: device, versions, network, batch. Empty where nothing was tried.
+        found: The trials.
+        seconds: That the trials took.
+    """
+
+    way: str
+    why: str
+    device_batch: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    found: Sequence[Found] = ()
+    seconds: float = 0.0
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "way": self.way,
+            "why": self.why,
+            "device_batch": self.device_batch,
+            "facts": dict(self.facts),
+            "found": [one.plain() for one in self.found],
+            "seconds": round(self.seconds, 1),
+        }
+
+    @property
+    def trial(self) -> Found | None:
+        """The trial of what was chosen."""
+        for one in self.found:
+            if (one.way, one.device_batch) == (self.way, self.device_batch):
+                return one
+        return None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done, in whichever way.
+
+    Attributes:
+        device: Where.
+        deterministic: Whether the same bits are asked for.
+        repeats: How often.
+        facts: All that a measured time holds for.
+        names: The ways that can be tried, the device's own first.
+        device_batch: Images at once to begin with; None where that is not asked.
+        may_split: Whether fewer images at once may be tried.
+        seconds: Measures one piece of it, here; for auto alone.
+        cache: Where what was found is remembered.
+    """
+
+    device: torch.device
+    deterministic: bool
+    repeats: int
+    facts: Mapping[str, Any]
+    names: Sequence[str]
+    device_batch: int | None
+    may_split: bool
+    seconds: Callable[[], float]
+    cache: Path
+
+
+def without_trials(tune: Tune, work: Work, before: Mapping[str, Any] | None) -> Choice | None:
+    """Returns the choice where nothing has to be tried for it, None where something has.
+
+    Args:
+        tune: runtime.tune, or a command's tune.
+        work: What is to be done.
+        before: The plain form of the choice that the same run had last; None for none.
+    """
+    own = work.names[0]
+    if isinstance(tune, str) and tune != "auto":
+        return Choice(tune, f"tune={tune}")
+    if tune is False:
+        return Choice(own, "tune=false")
+    if tune == "auto" and work.device.type not in AUTO:
+        return Choice(own, f"tune=auto: nothing is gained on {work.device.type}")
+    if tune == "auto" and work.deterministic:
+        return Choice(own, "tune=auto: a choice by time is not the same each time (deterministic)")
+    if before is not None and before.get("facts") == work.facts:
+        found = [Found(**one) for one in before["found"]]
+        return Choice(before["way"], "as before", before["device_batch"], work.facts, found)
+    if tune == "auto" and work.repeats < ENOUGH:
+        return Choice(own, f"tune=auto: {work.repeats} times are too few to earn it")
+    return None
+
+
+def budget_of(tune: Tune, work: Work) -> Budget | Choice:
+    """Returns the time for trials, or the choice to do without them. All processes must call it."""
+    each = work.seconds()
+    if tune is True:
+        longest = EACH + 200 * each
+        return Budget(10 * longest, longest)
+    planned = each * work.repeats
+    if SHARE * planned < SHORTEST:
+        why = f"tune=auto: about {planned / 60:,.0f} minutes are too short to earn it"
+        return Choice(work.names[0], why)
+    return Budget(SHARE * planned, SHARE * planned)
+
+
+def by_trials(work: Work, budget: Budget, try_way: Try, say: Callable[[str], None]) -> Choice:
+    """Returns what the trials, or those of before, have shown to be fastest.
+
+    Args:
+        work: What is to be done.
+        budget: The time for it.
+        try_way: See `search`.
+        say: Takes a line for the user.
+    """
+    file = work.cache / "tune" / f"{short_hash(dict(work.facts))}.json"
+    known = _remembered(file, work.facts)
+    searches = work.device.type == "cuda" and not work.deterministic
+
+    def told(name: str, size: int | None, seconds: float) -> Found:
+        one = try_way(name, size, seconds)
+        _remember(file, work.facts, [one])
+        return one
+
+    found = search(
+        told,
+        work.names,
+        work.device_batch,
+        work.may_split,
+        searches,
+        work.repeats,
+        budget,
+        known,
+    )
+    _remember(file, work.facts, [one for one in found if not (one.why or "").startswith(LATE)])
+    for line in table(found) if found else []:
+        say(f"tuning: {line}")
+    if not found or found[0].why is not None:
+        why = found[0].why if found else "no time was left"
+        return Choice(work.names[0], f"the device's own way could not be tried: {why}")
+    best, spent = fastest(found, work.repeats), budget.spent
+    tried, share = sum(one not in known for one in found), spent / (best.median * work.repeats)
+    why = (
+        f"the fastest of {len(found)}"
+        if best is not found[0]
+        else f"of {len(found)} none is worth it"
+    )
+    say(
+        f"tuning: {best.way}, {why}; tried {tried} in {spent:.0f} s, {share:.2%} of the work's time"
+    )
+    return Choice(best.way, why, best.device_batch, work.facts, found, spent)
+
+
+def facts_of_device(device: torch.device) -> dict[str, Any]:
+    """Returns what decides how fast a device is: the card or the threads, and the versions."""
+    facts: dict[str, Any] = {"device": device.type, "torch": torch.__version__}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        facts |= {"card": card.name, "memory": card.total_memory, "cuda": torch.version.cuda}
+        facts["cudnn"] = torch.backends.cudnn.version()
+    elif device.type == "cpu":
+        facts |= {
+            "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+        }
+    return {**facts, "ddpm": ddpm.__version__}
+
+
+def changed(before: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Returns in words what a choice of before held for, and does not any more."""
+    keys = [key for key in facts if facts[key] != before.get(key)]
+    return ", ".join(f"{key} {before.get(key)} is {facts[key]} now" for key in keys)
+
+
+def _remembered(file: Path, facts: Mapping[str, Any]) -> list[Found]:
+    """What was found on this device before. A file that cannot be read is as none."""
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        return [Found(**one) for one in said["found"]] if said["facts"] == facts else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _remember(file: Path, facts: Mapping[str, Any], found: Sequence[Found]) -> None:
+    """Adds to what is remembered. What another process finds meanwhile may be lost."""
+    both = {(one.way, one.device_batch): one for one in [*_remembered(file, facts), *found]}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kept = {"facts": dict(facts), "found": [one.plain() for one in both.values()]}
+    write_text(file, json.dumps(kept, indent=1) + "\n")

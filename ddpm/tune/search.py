@@ -1,0 +1,179 @@
+"""The search: ways tried one after the other, and the one with which all work is done soonest."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ddpm.system.trials import Failed
+from ddpm.system.ways import SEARCH, WAYS
+
+FEW = 8.0  # times the rounding of the plain way that results of another may be off
+LEAST = 0.03  # share of the time that a way must save to be worth a change
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a trial of a way has found.
+
+    Attributes:
+        way: Its name, of ddpm.system.ways.
+        device_batch: Images at once; None where that is not asked.
+        seconds: Of one piece of work (an update, a call of the network), one per round.
+        first: Seconds of the first one, in which code is made.
+        differs: How far its results are from the plain way's, in times the plain way's rounding.
+        of: Which result is farthest.
+        forward: For an update's way, (first, each) seconds of the network alone as previews call
+            it, once plain and once in this way; empty if it can not draw.
+        why: Why the way is out; None if it may be chosen.
+    """
+
+    way: str
+    device_batch: int | None = None
+    seconds: list[float] = field(default_factory=list)
+    first: float = 0.0
+    differs: float = 0.0
+    of: str = ""
+    forward: list[list[float]] = field(default_factory=list)
+    why: str | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Budget:
+    """The seconds that tuning may take, and those that it has taken.
+
+    Attributes:
+        total: For all trials.
+        each: For one of them.
+    """
+
+    total: float
+    each: float
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def spent(self) -> float:
+        return time.monotonic() - self.began
+
+    def for_one(self) -> float | None:
+        """Returns the seconds that the next trial may take, None if it should not begin."""
+        left = min(self.each, self.total - self.spent)
+        return left if left >= 0.1 * min(self.each, self.total) else None
+
+
+Try = Callable[[str, int | None, float], Found]
+
+
+def search(
+    try_way: Try,
+    names: Sequence[str],
+    device_batch: int | None,
+    may_split: bool,
+    may_search: bool,
+    repeats: int,
+    budget: Budget,
+    known: Sequence[Found],
+) -> list[Found]:
+    """Tries ways, each with what was best of those before.
+
+    First the plain ways; then what cuDNN's search adds to the fastest of them; then smaller and
+    smaller device batches, while they are faster.
+
+    Args:
+        try_way: Tries a way with so many images at once for at most so many seconds.
+        names: The ways, the device's own first.
+        device_batch: Images at once to begin with.
+        may_split: Whether fewer of them may be tried.
+        may_search: Whether cuDNN's search may be.
+        repeats: How often the work is done in the end.
+        budget: Of time.
+        known: What was found before; it is not tried again.
+
+    Returns:
+        What was found, the device's own way first; known or new.
+    """
+    found: dict[tuple[str, int | None], Found] = {}
+    before = {(one.way, one.device_batch): one for one in known}
+
+    def attempt(name: str, size: int | None) -> Found | None:
+        if (name, size) in found:
+            return None
+        one = before.get((name, size))
+        if one is None:
+            seconds = budget.for_one()
+            if seconds is None:
+                return None
+            try:
+                one = try_way(name, size, seconds)
+            except Failed as failed:
+                one = Found(name, size, why=str(failed))
+        one = checked(one)
+        found[name, one.device_batch] = one
+        return one
+
+    first = attempt(names[0], device_batch)
+    if first is None or first.why is not None:
+        return list(found.values())
+    for name in names[1:]:
+        if not WAYS[name].graphs or first.device_batch == device_batch:
+            attempt(name, first.device_batch)
+    if may_search:
+        best = fastest(list(found.values()), repeats)
+        attempt(best.way + SEARCH, best.device_batch)
+    best = fastest(list(found.values()), repeats)
+    while may_split and best.device_batch and best.device_batch > 1 and not WAYS[best.way].graphs:
+        one = attempt(best.way, -(-best.device_batch // 2))
+        if one is None or one.why is not None or one.median > (1 - LEAST) * best.median:
+            break
+        best = one
+    return list(found.values())
+
+
+def checked(one: Found) -> Found:
+    """Throws out what does not compute the same."""
+    if one.why is not None or one.differs <= FEW:
+        return one
+    how = f"{one.differs:.3g} times as far off as rounding is"
+    return Found(**{**one.plain(), "why": f"computes something else: {one.of}, {how}"})
+
+
+def fastest(found: Sequence[Found], repeats: int) -> Found:
+    """Returns that with which all work is done soonest, the first where another saves little.
+
+    Args:
+        found: The device's own way first.
+        repeats: How often the work is done; making the code is part of it.
+    """
+    own, *others = found
+
+    def total(one: Found) -> float:
+        return one.first + repeats * one.median
+
+    best = min((one for one in [own, *others] if one.why is None), key=total)
+    return best if total(best) < (1 - LEAST) * total(own) else own
+
+
+def table(found: Sequence[Found]) -> list[str]:
+    """Returns a line per way: its time, and how far it is off, or why it is out."""
+    lines, own = [], found[0]
+    for one in found:
+        at_once = "" if one.device_batch is None else f"{one.device_batch} at once"
+        if one.why is not None:
+            lines.append(f"{one.way:<22} {at_once:<14} out: {one.why}")
+            continue
+        share = one.median / own.median
+        lines.append(
+            f"{one.way:<22} {at_once:<14} {one.median * 1e3:,.4g} ms "
+            f"({min(one.seconds) * 1e3:,.4g} to {max(one.seconds) * 1e3:,.4g}), {share:.2f} of "
+            f"{own.way}'s, first {one.first:.1f} s"
+            + (f", off by {one.differs:.2g} times rounding" if one is not own else "")
+        )
+    return lines

@@ -1,0 +1,34 @@
+"""What trials of both kinds need: a network with nothing at zero, and times in rounds."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+ROUNDS, SECONDS = 5, 3.0
+
+
+def fill(network: nn.Module) -> None:
+    """Fills what begins at zero, in which the gradients of all before it would vanish."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+def rounds(work: Callable[[], None]) -> list[float]:
+    """Times a piece of work, in rounds, after two times that are not counted."""
+    work()
+    began = time.perf_counter()
+    work()
+    once = time.perf_counter() - began
+    count = max(1, int(SECONDS / ROUNDS / max(once, 1e-6)))
+    found = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        for _ in range(count):
+            work()
+        found.append((time.perf_counter() - began) / count)
+    return found
