@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ddpm.config.schema import Config, Split
 from ddpm.data.batches import to_floats
 from ddpm.diffusion.process import Model
+from ddpm.diffusion.timesteps import NUM_QUARTILES
 from ddpm.evaluate import bound
 from ddpm.evaluate.job import Job, file_of
 from ddpm.runs.results import Measurement
@@ -95,7 +96,7 @@ def held_out_losses(job: Job, held_out: Split) -> list[Measurement]:
     figures = []
     for split in (held_out, "train"):
         protocol = _protocol_of_losses(watching, split)
-        found = _summed(watching, split, f"loss {split}", bound.quartile_sums, calls=4)
+        found = _summed(watching, split, f"loss {split}", bound.quartile_sums, NUM_QUARTILES)
         total = Measurement("loss_total", found.total(), protocol)
         watching.add([total])
         figures.append(total)

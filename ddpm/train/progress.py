@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from ddpm.config import build
 from ddpm.config.schema import Config, Runtime
+from ddpm.diffusion.timesteps import NUM_QUARTILES
 from ddpm.evaluate.measure import OF_SAMPLES
+from ddpm.evaluate.of_data import WATCHED, held_out_split
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.recording import Recorder
 from ddpm.sample.previews import PASSES, Previews
@@ -64,6 +66,7 @@ class Progress:
     spent: Spent
     costs: Costs
     guesses: Mapping[str, float]
+    _shown: str = ""  # of the last report, in the bar
     _lines: int = 0
     _said: float = field(default_factory=time.monotonic)
 
@@ -78,7 +81,8 @@ class Progress:
         self.recorder.speed(step, {"train/images_per_second": speed})
         self.recorder.costs(step, self.costs.line(images, seconds))
         left, words = self._left(step)
-        self.bar.set_postfix_str(f"loss {values['train/loss']:.4f}, {speed:.1f} img/s, {words}")
+        self._shown = f"loss {values['train/loss']:.4f}, {speed:.1f} img/s, "
+        self.bar.set_postfix_str(self._shown + words)
         if step == self.num_steps or self._lines < FIRST_LINES or self._overdue():
             self._say(left)
             log.info(
@@ -93,7 +97,12 @@ class Progress:
             )
 
     def remind(self, step: int) -> None:
-        """Has the log say how far the run is, where reports come seldom; no device waits."""
+        """Has the bar, and the log where reports come seldom, say how far the run is.
+
+        No device waits for it.
+        """
+        if not self.bar.disable:
+            self.bar.set_postfix_str(self._shown + self._left(step)[1], refresh=False)
         if self._overdue():
             left, words = self._left(step)
             self._say(left)
@@ -170,6 +179,8 @@ def guesses_of(config: Config, previews: Previews, network: nn.Module) -> dict[s
         measured += evaluation.num_samples * own.calls(process)
     if "bits_per_dim" in evaluation.metrics:
         measured += evaluation.num_images * process.num_timesteps
+    if held_out_split(config) is not None:
+        measured += 2 * WATCHED * NUM_QUARTILES
     return {
         "checkpoint": BYTES * parameters / DISK_SPEED,
         "preview": config.runtime.num_previews * calls / of_update,
