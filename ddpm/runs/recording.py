@@ -51,7 +51,7 @@ LAYOUT = {
     },
     "cost": {
         "images": ["Multiline", [r"^cost/images$"]],
-        "hours and waits, in seconds": ["Multiline", [r"^cost/seconds"]],
+        "seconds: in all, in updates, waiting for data": ["Multiline", [r"^cost/seconds"]],
         "share of the device's peak": ["Multiline", [r"^cost/share_of_peak$"]],
         "peak memory": ["Multiline", [r"^cost/peak_memory_bytes$"]],
     },

@@ -181,10 +181,11 @@ def prepare(
     config: Config, accelerator: Accelerator, diffusion: GaussianDiffusion, network: nn.Module
 ) -> TrainingState:
     """The state at step 0 of a network as it is, in training mode."""
-    ema = EMA(network, config.training.ema_decay, config.training.ema_warmup)
     optimizer = build.optimizer(config, list(network.parameters()))
     with keep_forward(network):
         model, optimizer = accelerator.prepare(network.train(), optimizer)
+    # last: among several processes on a CPU Accelerate puts the weights into other memory
+    ema = EMA(network, config.training.ema_decay, config.training.ema_warmup)
     timesteps = build.timestep_sampler(diffusion, accelerator.device)
     meter = Meter(diffusion.num_timesteps, accelerator)
     return TrainingState(accelerator, network, model, ema, optimizer, timesteps, meter)
