@@ -94,9 +94,9 @@ def test_both_losses_are_recorded_at_each_evaluation_and_shown_in_one_chart(watc
 
 
 def test_nothing_but_the_weights_moves_the_curves(settings, tmp_path):
-    still = run([*settings, f"outputs={tmp_path}", "optimizer.lr=1e-30"])
+    still = run([*settings, f"outputs={tmp_path}", "optimizer.lr=1e-30", "training.steps=4"])
     first, *others = [{**line, "step": 0} for line in evaluations(still.path)]
-    assert others == [first, first]
+    assert others == [first]
 
 
 def test_the_weights_are_those_of_a_run_that_measures_nothing(watched, settings, tmp_path):
