@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from ddpm.config import build
 from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
-from ddpm.system.devices import compile_in_place, decide
+from ddpm.system import ways
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -116,7 +116,7 @@ def test_a_compiled_network_computes_the_same_and_its_weights_keep_their_names()
         )
         for _ in range(2)
     )
-    compile_in_place(compiled)
+    ways.put(compiled, "compiled")
     for keys in (torch.tensor([5, -6]), torch.tensor([7, 2**62])):  # no constants of the code
         loss, gradients = loss_and_gradients(compiled, x, t, dropout_keys=keys)
         expected_loss, expected = loss_and_gradients(plain, x, t, dropout_keys=keys)
@@ -130,31 +130,10 @@ def test_dropout_of_torchs_own_draws_the_same_when_compiled():
     for compiles in (False, True):
         layer = nn.Dropout(0.3)
         if compiles:
-            compile_in_place(layer)
+            ways.put(layer, "compiled")
         torch.manual_seed(0)
         outs.append(layer(torch.ones(50)))
     assert torch.equal(*outs)
-
-
-class Double(nn.Module):
-    def forward(self, x):
-        return x + x
-
-
-def test_the_compiler_says_once_when_it_runs_more_shapes_as_they_are(caplog):
-    """As the last, short batch of an epoch may be."""
-    torch._dynamo.reset()
-    net = Double()
-    compile_in_place(net)
-    with torch._dynamo.config.patch(recompile_limit=2), caplog.at_level("WARNING", "ddpm"):
-        for count in (8, 5):
-            net(torch.ones(count, 3))
-        assert "ddpm" not in [record.name for record in caplog.records]
-        for count in (3, 1, 8, 4):
-            assert torch.equal(net(torch.ones(count, 3)), torch.full((count, 3), 2.0))
-    (record,) = [record for record in caplog.records if record.name == "ddpm"]
-    assert "2 shapes" in record.getMessage()
-    assert torch._dynamo.config.recompile_limit > 8
 
 
 def test_networks_of_several_resolutions_are_compiled_in_one_process():
@@ -165,17 +144,6 @@ def test_networks_of_several_resolutions_are_compiled_in_one_process():
             "model.num_res_blocks=1",
             "model.attention_resolutions=[]",
         )
-        compile_in_place(net)
+        ways.put(net, "compiled")
         x = torch.randn(2, 1, resolution, resolution)
         assert net(x, torch.zeros(2, dtype=torch.int64)).shape == x.shape
-
-
-def test_whether_to_compile_is_decided_by_what_was_measured_and_said():
-    assert decide("auto", CPU) == (
-        False,
-        "runtime.compile=auto: measured to save 0% of a step on cpu",
-    )
-    assert decide("auto", torch.device("cuda"))[0] is False
-    assert "try runtime.compile=true" in decide("auto", torch.device("cuda"))[1]
-    assert decide(True, CPU)[0] is True
-    assert decide(False, torch.device("cuda"))[0] is False

@@ -95,15 +95,21 @@ def trials(module: str) -> Iterator[Trials]:
 
 
 def _serve(module: str, orders: BinaryIO) -> None:
-    """Forks a child for each order, and prints a line of JSON for what came of it."""
+    """Forks a child for each order, and prints a line of JSON for what came of it.
+
+    They share the code that the compiler makes, up to one that is ended in the middle: what it was
+    making stays there, cut off.
+    """
     parent = os.getppid()
     functions = importlib.import_module(module)
-    while header := orders.read(8):
-        function, argument, seconds, memory = pickle.loads(
-            orders.read(struct.unpack("<Q", header)[0])
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        number = code = 0
+        while header := orders.read(8):
+            order = pickle.loads(orders.read(struct.unpack("<Q", header)[0]))
+            function, argument, seconds, memory = order
+            number, place = number + 1, Path(folder) / f"trial_{number}"
+            place.mkdir()
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / f"code_{code}")
             child = os.fork()
             if child == 0:
                 _child(getattr(functions, function), argument, place)
@@ -113,7 +119,8 @@ def _serve(module: str, orders: BinaryIO) -> None:
                 line = answer.read_text(encoding="utf-8")
             else:
                 line = json.dumps({"failed": why or _last_line(place / "printed")})
-        print(line, flush=True)
+                code = number
+            print(line, flush=True)
 
 
 def _child(function: Any, argument: Any, place: Path) -> None:

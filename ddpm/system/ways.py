@@ -186,7 +186,7 @@ def carried_out(name: str) -> Iterator[None]:
     way = WAYS[name]
     cudnn = torch.backends.cudnn
     before, limit = cudnn.benchmark, SHAPES if way.compiled != "blocks" else 64 * SHAPES
-    cudnn.benchmark = way.search or before
+    cudnn.benchmark = way.search
     try:
         with naming_limit(limit, TOO_MANY) if way.compiled != "no" else nullcontext():
             yield

@@ -77,28 +77,31 @@ def _of_size(task: Task, size: int) -> Found:
             first = time.perf_counter() - began
             worst = Difference("", 0.0)
             for number in range(CHECKS if plain is not tried else 0):
-                worst = max(
-                    worst, _compared(tried, plain, number, config), key=lambda one: one.times
-                )
+                worst = _worse(worst, _compared(tried, plain, number, config))
                 if worst.times > FEW:
                     return Found(task.way, size, [0.0], first, worst.times, worst.of)
             seconds = rounds(lambda: tried.run(1))
             if plain is not tried:
                 plain.network.load_state_dict(tried.network.state_dict())
-                again = _compared(tried, plain, CHECKS, config)
-                worst = max(worst, again, key=lambda one: one.times)
-            forward = [] if ways.WAYS[task.way].graphs else _forward(tried, config)
+                worst = _worse(worst, _compared(tried, plain, CHECKS, config))
+            way = ways.WAYS[task.way]
+            draws = way.compiled != "no" and not way.graphs
+            forward = _forward(tried, config) if draws else []
     return Found(task.way, size, seconds, first, worst.times, worst.of, forward)
+
+
+def _worse(one: Difference, other: Difference) -> Difference:
+    return max(one, other, key=lambda difference: difference.times)
 
 
 def _compared(tried: TrainingStep, plain: TrainingStep, number: int, config: Config) -> Difference:
     """Compares the gradients of an update, and its losses."""
     size, device = plain.device_batch or 1, plain.device
-    wanted = plain.gradients(number, size)
-    again = wanted
-    # masks from torch's own generator differ where a batch is cut
-    if not drops(plain.network) or takes_dropout_keys(plain.network):
-        again = plain.gradients(number, -(-size // 2))
+    with ways.carried_out(ways.default(device)):
+        wanted = again = plain.gradients(number, size)
+        # masks from torch's own generator differ where a batch is cut
+        if not drops(plain.network) or takes_dropout_keys(plain.network):
+            again = plain.gradients(number, -(-size // 2))
     found = tried.gradients(number, size)
     if found.keys() != wanted.keys():
         return Difference(", ".join(sorted(found.keys() ^ wanted.keys())), float("inf"))

@@ -1,5 +1,6 @@
 """runtime.tune: the way in which a run trains, decided before it does."""
 
+import functools
 import logging
 import time
 from dataclasses import replace
@@ -160,18 +161,14 @@ def _tried(first: Task, work: Work, budget: Budget, before: dict[str, Any] | Non
             if before is not None and before["facts"]:
                 log.warning("tuning again: %s", changed(before["facts"], work.facts))
             with at_once(), trials("ddpm.train.trial") as run:
+                say = functools.partial(print, flush=True)
 
                 def attempt(name: str, size: int | None, seconds: float) -> Found:
                     task = replace(first, way=name, device_batch=size or first.batch)
                     return Found(**run.run("measure", task, seconds))
 
-                chosen.append(by_trials(work, budget, attempt, _say))
+                chosen.append(by_trials(work, budget, attempt, say))
     return gather(chosen, PartialState())[0]
-
-
-def _say(line: str) -> None:
-    log.info("%s", line)
-    print(line, flush=True)
 
 
 def _seconds(config: Config, accelerator: Accelerator, batches: Batches, num_classes: int) -> float:

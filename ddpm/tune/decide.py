@@ -1,6 +1,7 @@
 """The decision: whether to tune, what is remembered, and what comes of it."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ import ddpm
 from ddpm.system.files import short_hash, write_text
 from ddpm.system.trials import LATE
 from ddpm.tune.search import Budget, Found, Try, fastest, search, table
+
+log = logging.getLogger("ddpm")
 
 Tune = bool | str  # "auto", or a name of ddpm.system.ways
 
@@ -133,19 +136,15 @@ def by_trials(work: Work, budget: Budget, try_way: Try, say: Callable[[str], Non
         work: What is to be done.
         budget: The time for it.
         try_way: See `search`.
-        say: Takes a line for the user.
+        say: Takes a line for the user, at the beginning and at the end.
     """
+    say(f"tuning: {', '.join(work.names)}, for {budget.total / 60:,.0f} minutes at most")
     file = work.cache / "tune" / f"{short_hash(dict(work.facts))}.json"
     known = _remembered(file, work.facts)
     searches = work.device.type == "cuda" and not work.deterministic
 
-    def told(name: str, size: int | None, seconds: float) -> Found:
-        one = try_way(name, size, seconds)
-        _remember(file, work.facts, [one])
-        return one
-
     found = search(
-        told,
+        try_way,
         work.names,
         work.device_batch,
         work.may_split,
@@ -153,10 +152,8 @@ def by_trials(work: Work, budget: Budget, try_way: Try, say: Callable[[str], Non
         work.repeats,
         budget,
         known,
+        lambda one: _remember(file, work.facts, one),
     )
-    _remember(file, work.facts, [one for one in found if not (one.why or "").startswith(LATE)])
-    for line in table(found) if found else []:
-        say(f"tuning: {line}")
     if not found or found[0].why is not None:
         why = found[0].why if found else "no time was left"
         return Choice(work.names[0], f"the device's own way could not be tried: {why}")
@@ -167,8 +164,10 @@ def by_trials(work: Work, budget: Budget, try_way: Try, say: Callable[[str], Non
         if best is not found[0]
         else f"of {len(found)} none is worth it"
     )
+    for line in table(found):
+        log.info("tuning: %s", line)
     say(
-        f"tuning: {best.way}, {why}; tried {tried} in {spent:.0f} s, {share:.2%} of the work's time"
+        f"tuning: {best.way}, {why}; tried {tried} in {spent:.0f} s, {100 * share:.2g}% of the work"
     )
     return Choice(best.way, why, best.device_batch, work.facts, found, spent)
 
@@ -203,9 +202,14 @@ def _remembered(file: Path, facts: Mapping[str, Any]) -> list[Found]:
         return []
 
 
-def _remember(file: Path, facts: Mapping[str, Any], found: Sequence[Found]) -> None:
-    """Adds to what is remembered. What another process finds meanwhile may be lost."""
-    both = {(one.way, one.device_batch): one for one in [*_remembered(file, facts), *found]}
+def _remember(file: Path, facts: Mapping[str, Any], found: Found) -> None:
+    """Adds to what is remembered, but for what more time may change.
+
+    What another process finds meanwhile may be lost.
+    """
+    if (found.why or "").startswith(LATE):
+        return
+    both = {(one.way, one.asked): one for one in [*_remembered(file, facts), found]}
     file.parent.mkdir(parents=True, exist_ok=True)
     kept = {"facts": dict(facts), "found": [one.plain() for one in both.values()]}
     write_text(file, json.dumps(kept, indent=1) + "\n")

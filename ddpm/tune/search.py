@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ddpm.system.trials import Failed
@@ -27,6 +27,7 @@ class Found:
         forward: For an update's way, (first, each) seconds of the network alone as previews call
             it, once plain and once in this way; empty if it can not draw.
         why: Why the way is out; None if it may be chosen.
+        asked: The device_batch asked for, of which fewer may have fit.
     """
 
     way: str
@@ -37,6 +38,7 @@ class Found:
     of: str = ""
     forward: list[list[float]] = field(default_factory=list)
     why: str | None = None
+    asked: int | None = None
 
     @property
     def median(self) -> float:
@@ -81,6 +83,7 @@ def search(
     repeats: int,
     budget: Budget,
     known: Sequence[Found],
+    keep: Callable[[Found], None],
 ) -> list[Found]:
     """Tries ways, each with what was best of those before.
 
@@ -96,12 +99,13 @@ def search(
         repeats: How often the work is done in the end.
         budget: Of time.
         known: What was found before; it is not tried again.
+        keep: Is given what is found, as soon as it is.
 
     Returns:
         What was found, the device's own way first; known or new.
     """
     found: dict[tuple[str, int | None], Found] = {}
-    before = {(one.way, one.device_batch): one for one in known}
+    before = {(one.way, one.asked): one for one in known}
 
     def attempt(name: str, size: int | None) -> Found | None:
         if (name, size) in found:
@@ -115,8 +119,8 @@ def search(
                 one = try_way(name, size, seconds)
             except Failed as failed:
                 one = Found(name, size, why=str(failed))
-        one = checked(one)
-        found[name, one.device_batch] = one
+        found[name, size] = one = replace(checked(one), asked=size)
+        keep(one)
         return one
 
     first = attempt(names[0], device_batch)
@@ -142,7 +146,7 @@ def checked(one: Found) -> Found:
     if one.why is not None or one.differs <= FEW:
         return one
     how = f"{one.differs:.3g} times as far off as rounding is"
-    return Found(**{**one.plain(), "why": f"computes something else: {one.of}, {how}"})
+    return replace(one, why=f"computes something else: {one.of}, {how}")
 
 
 def fastest(found: Sequence[Found], repeats: int) -> Found:

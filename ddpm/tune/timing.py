@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-ROUNDS, SECONDS = 5, 3.0
+ROUNDS, SECONDS = 5, 2.0
 
 
 def fill(network: nn.Module) -> None:
