@@ -65,8 +65,8 @@ def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def weights(run):
-    return checkpoint.find(run / "checkpoints").weights("raw")
+def weights(run, kind):
+    return checkpoint.find(run / "checkpoints").weights(kind)
 
 
 def assert_nearly_same(run, expected):
@@ -76,7 +76,8 @@ def assert_nearly_same(run, expected):
     ]
     for record, other in zip(found, metrics(expected), strict=True):
         assert record["train/loss"] == pytest.approx(other["train/loss"], rel=1e-6)
-    torch.testing.assert_close(weights(run), weights(expected), rtol=0, atol=1e-5)
+    for kind in ("raw", "ema"):
+        torch.testing.assert_close(weights(run, kind), weights(expected, kind), rtol=0, atol=1e-5)
 
 
 def assert_same(run, expected):

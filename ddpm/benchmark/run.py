@@ -2,9 +2,7 @@
 
 import json
 import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,20 +20,14 @@ from ddpm.config.compose import Composed
 from ddpm.config.schema import Config, settings_and_config
 from ddpm.config.validation import Count, PositiveFloat, Section
 from ddpm.plan.sizes import images_at_once, number_of_steps, sizes
-from ddpm.plan.timing import HostWaits, SamplerStep, matrix_products
+from ddpm.plan.timing import HostWaits, SamplerStep
 from ddpm.sample.tuning import tuned
 from ddpm.system import ways
 from ddpm.system.files import write_text
+from ddpm.system.peak import DTYPES, matrix_products, peak_memory
 from ddpm.system.processes import accelerator_for
 from ddpm.train.timed import TrainingStep, random_images
 from ddpm.train.tuning import way_of
-
-DTYPES = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 
 
 class Settings(Section):
@@ -112,7 +104,7 @@ def _time_training(
             first = _seconds(step.run)
         step.batches.seconds = 0.0
         speed, seconds = time_rounds(step.run, batch, settings)
-    waiting, memory = step.batches.seconds / seconds, _peak_memory(accelerator.device)
+    waiting, memory = step.batches.seconds / seconds, peak_memory(accelerator.device)
     training = {
         "batch": batch,
         "images_per_second": speed,
@@ -137,7 +129,7 @@ def _time_training(
         "",
         (
             f"{waiting:.2%} of the time waiting for data, {waits.count} waits for the device in a "
-            f"step, {memory / 1e9:.2f} GB at most"
+            f"step, {(memory or 0) / 1e9:.2f} GB at most"
         ),
     )
     return {**found, "training": training}
@@ -237,14 +229,6 @@ def _seconds(run: Callable[[int], None], count: int = 1) -> float:
     began = time.perf_counter()
     run(count)
     return time.perf_counter() - began
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the device's memory, or, on a CPU, of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _words(measured: dict[str, Any]) -> str:

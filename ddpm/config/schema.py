@@ -95,8 +95,9 @@ class Runtime(Section):
     num_previews: Count
     preview_sampler: Text = "auto"  # runs of before have none
     trusted_modules: list[str]
-    check_sweep: bool = True  # this and the next: runs of before have none
+    check_sweep: bool = True  # this and the next two: runs of before have none
     deterministic: bool = False
+    profile: tuple[Count, Count] | None = None
 
 
 Split = Literal["train", "heldout", "validation", "test"]
@@ -267,6 +268,12 @@ def config_of(plain: dict[str, Any], overrides: list[str]) -> Config:
             )
     _check_shapes(config)
     _check_splits(config)
+    span = config.runtime.profile
+    if span is not None and span[0] > span[1]:
+        raise ValueError(
+            f"runtime.profile={list(span)}: give the first step to trace, then the last, such as "
+            f"runtime.profile=[{span[1]},{span[0]}]"
+        )
     if config.data.path is not None and "path" not in config.data.source:
         raise ValueError(
             f"data.path={config.data.path}: data={config.data.name} has pictures of its own; yours "
@@ -344,6 +351,12 @@ def _check_splits(config: Config) -> None:
     """Checks before a run, not in the middle of it, that what it will measure is there."""
     if config.runtime.evaluate_every is None:
         return
+    splits = (config.evaluation.split, config.evaluation.bound_split)
+    if not config.evaluation.metrics and not config.data.holdout and {*splits} <= {"train"}:
+        raise ValueError(
+            f"runtime.evaluate_every={config.runtime.evaluate_every} with evaluation.metrics=[] "
+            "measures nothing; with data.holdout=0.1 it has the loss on pictures held out"
+        )
     for key, split in (
         ("split", config.evaluation.split),
         ("bound_split", config.evaluation.bound_split),

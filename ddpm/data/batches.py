@@ -3,6 +3,7 @@
 No state: step and position decide.
 """
 
+import time
 from concurrent.futures import Future
 from typing import Any
 
@@ -110,6 +111,12 @@ class Batches:
         first = step % self.steps_per_epoch * self.batch_size
         return min(self.batch_size, self.num_images - first)
 
+    def images_before(self, step: int) -> int:
+        """Returns how many images all steps before this one have together."""
+        epochs, within = divmod(step, self.steps_per_epoch)
+        of_epoch = min(self.steps_per_epoch * self.batch_size, self.num_images)
+        return epochs * of_epoch + within * self.batch_size
+
     def indices(self, step: int, start: int, stop: int) -> Tensor:
         """Returns which images stand at positions start to stop of this step's batch.
 
@@ -199,3 +206,20 @@ class Batches:
         return torch.where(
             randomness.uniform(keys, 1)[:, 0] < self._label_dropout, self._any_class, labels
         )
+
+
+class TimedBatches(Batches):
+    """Batches that add up how long the host took to hand them over, in `seconds`."""
+
+    seconds = 0.0
+
+    def images(self, step: int, start: int, stop: int) -> Tensor:
+        began = time.perf_counter()
+        found = super().images(step, start, stop)
+        self.seconds += time.perf_counter() - began
+        return found
+
+    def send(self, step: int, start: int, stop: int) -> None:
+        began = time.perf_counter()
+        super().send(step, start, stop)
+        self.seconds += time.perf_counter() - began

@@ -6,6 +6,7 @@ shards, so that several processes can read it; it holds places, not pictures.
 
 import re
 import socket
+import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -145,7 +146,8 @@ def hub(
     if not offline and not _reachable(huggingface_hub.constants.ENDPOINT):
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
-        data = datasets.load_dataset(repo, split=split, revision=revision)
+        with _bars_where_watched():
+            data = datasets.load_dataset(repo, split=split, revision=revision)
     except (ConnectionError, FileNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
@@ -160,6 +162,21 @@ def hub(
         where=repo,
         stamp=f"{repo} {split} {data._fingerprint}",
     )
+
+
+@contextmanager
+def _bars_where_watched() -> Iterator[None]:
+    """Has `datasets` show its progress on a terminal alone, and not fill a log with it."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    if shown and not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 @contextmanager

@@ -3,12 +3,25 @@
 Both ways are unbiased: the weights make up for what is picked more often.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from ddpm.system import randomness
 
+NUM_QUARTILES = 4  # of the timesteps, from the least noise; t is of NUM_QUARTILES * t // T
 UNIFORM_SHARE = 0.001  # of timesteps that are drawn whatever their losses (the authors' code)
+
+
+def quartiles(num_timesteps: int) -> dict[int, tuple[int, int]]:
+    """Returns the first and the last timestep of each quartile; with T below 4 some have none."""
+    edges = [-(-index * num_timesteps // NUM_QUARTILES) for index in range(NUM_QUARTILES + 1)]
+    return {
+        index: (first, following - 1)
+        for index, (first, following) in enumerate(pairwise(edges))
+        if first < following
+    }
 
 
 class Uniform:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion.process import GaussianDiffusion, Model
+from ddpm.diffusion.timesteps import quartiles
 from ddpm.system import files, randomness
 from ddpm.system.devices import memory_format
 from ddpm.system.signals import check
@@ -192,19 +193,93 @@ def loss_sums(
         raise ValueError(
             f"num_buckets={num_buckets} must be from 1 to the {num_timesteps} timesteps"
         )
-    totals = torch.zeros(1 + num_buckets, dtype=torch.float64)
+    streams = [num_timesteps + 2 * bucket for bucket in range(num_buckets)]  # the bound's are below
+    spans = _spans(num_timesteps, num_buckets)
+    stretches = list(zip(streams, spans, strict=True))
+    totals = _loss_totals(model, diffusion, batches, randomness.EVALUATION, seed, stretches)
+    return LossSums(num_timesteps, totals)
+
+
+@dataclass(frozen=True)
+class QuartileSums:
+    """What losses by quartile of the timesteps are the mean of; a + b adds up images.
+
+    Attributes:
+        num_timesteps: T.
+        totals: (1 + number of quartiles,) float64 on the CPU, as those of LossSums.
+    """
+
+    num_timesteps: int
+    totals: Tensor
+
+    def __add__(self, other: "QuartileSums") -> "QuartileSums":
+        assert self.num_timesteps == other.num_timesteps
+        return QuartileSums(self.num_timesteps, self.totals + other.totals)
+
+    def by_quartile(self) -> dict[int, float]:
+        """Returns the mean over the images, for each quartile that has timesteps.
+
+        Raises:
+            ValueError: If there are no images.
+        """
+        losses = _means(self.totals)[1].tolist()
+        return dict(zip(quartiles(self.num_timesteps), losses, strict=True))
+
+    def total(self) -> float:
+        """Returns the mean over the images and all timesteps alike.
+
+        Raises:
+            ValueError: If there are no images.
+        """
+        spans = quartiles(self.num_timesteps)
+        found = self.by_quartile()
+        weights = {index: last - first + 1 for index, (first, last) in spans.items()}
+        return sum(weights[index] * found[index] for index in found) / self.num_timesteps
+
+
+@torch.no_grad()
+def quartile_sums(
+    model: Model, diffusion: GaussianDiffusion, batches: Iterable[Batch], seed: int
+) -> QuartileSums:
+    """Sums the loss that training minimizes over images, in the quartiles of training's reports.
+
+    Each image takes one timestep and one noise draw in each quartile.
+
+    Args:
+        model: In evaluation mode.
+        diffusion: The process that it was trained for.
+        batches: See Batch.
+        seed: Timestep and noise are functions of seed, quartile and the image's number.
+    """
+    stretches = [(2 * index, span) for index, span in quartiles(diffusion.num_timesteps).items()]
+    totals = _loss_totals(model, diffusion, batches, randomness.HELD_OUT, seed, stretches)
+    return QuartileSums(diffusion.num_timesteps, totals)
+
+
+def _loss_totals(
+    model: Model,
+    diffusion: GaussianDiffusion,
+    batches: Iterable[Batch],
+    purpose: int,
+    seed: int,
+    stretches: list[tuple[int, tuple[int, int]]],
+) -> Tensor:
+    """The number of images, and their losses' sums in stretches of timesteps.
+
+    A stretch has a stream of timesteps, the next one being that of noise, and its first and last
+    timestep.
+    """
+    totals = torch.zeros(1 + len(stretches), dtype=torch.float64)
     for numbers, x0 in batches:
         found = []
-        for bucket, (first, last) in enumerate(_spans(num_timesteps, num_buckets)):
+        for stream, (first, last) in stretches:
             check()
-            stream = num_timesteps + 2 * bucket  # those below are the bound's
-            keys = randomness.stream_keys(
-                randomness.EVALUATION, seed, stream, numbers.to(x0.device)
-            )
+            keys = randomness.stream_keys(purpose, seed, stream, numbers.to(x0.device))
             t = first + randomness.integers(keys, last - first + 1)
-            found.append(diffusion.losses(model, x0, t, _noise(seed, stream + 1, numbers, x0)))
+            noise = _noise(seed, stream + 1, numbers, x0, purpose)
+            found.append(diffusion.losses(model, x0, t, noise))
         totals += torch.cat([torch.tensor([len(x0)]), torch.stack(found).cpu().double().sum(dim=1)])
-    return LossSums(num_timesteps, totals)
+    return totals
 
 
 class Point(NamedTuple):
@@ -284,8 +359,10 @@ def save_rate_distortion(path_png: Path, path_csv: Path, bound: Bound) -> None:
         figure.savefig(scratch, format="png", dpi=150)
 
 
-def _noise(seed: int, stream: int, numbers: Tensor, x0: Tensor) -> Tensor:
-    keys = randomness.stream_keys(randomness.EVALUATION, seed, stream, numbers.to(x0.device))
+def _noise(
+    seed: int, stream: int, numbers: Tensor, x0: Tensor, purpose: int = randomness.EVALUATION
+) -> Tensor:
+    keys = randomness.stream_keys(purpose, seed, stream, numbers.to(x0.device))
     noise = randomness.normal(keys, tuple(x0.shape[1:])).to(x0.dtype)
     return noise.contiguous(memory_format=memory_format(noise.device))
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
@@ -254,7 +255,10 @@ def _fetch(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(
-            INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256, progress=False
+            INCEPTION_URL,
+            str(path),
+            hash_prefix=INCEPTION_SHA256,
+            progress=sys.stderr.isatty(),
         )
     except (OSError, RuntimeError) as error:  # the last: other bytes came
         reason = " ".join(str(error).split())

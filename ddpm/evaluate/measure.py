@@ -1,33 +1,27 @@
-"""Measuring a run's network by a protocol: from drawn images, and from the data's own pictures."""
+"""Measuring a run's network by a protocol, above all from drawn images."""
 
-import functools
-import operator
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.config import build
-from ddpm.config.schema import EvaluationSettings, Split
+from ddpm.config.schema import EvaluationSettings
 from ddpm.config.validation import Node
-from ddpm.data.batches import to_floats
 from ddpm.data.image_set import ImageSet
-from ddpm.diffusion.process import Model
-from ddpm.evaluate import bound, distances, features, metrics, reference
+from ddpm.evaluate import distances, features, metrics, of_data, reference
 from ddpm.evaluate.features import Extractor, Features
+from ddpm.evaluate.job import Job, Keep, file_of
 from ddpm.evaluate.reference import Reference, ReferenceFile
 from ddpm.evaluate.splits import Splits
 from ddpm.runs import results
-from ddpm.runs.results import Measurement, told
+from ddpm.runs.results import Measurement
 from ddpm.sample.drawing import Drawing
 from ddpm.sample.folder import (
     claim_folder,
@@ -41,80 +35,26 @@ from ddpm.sample.folder import (
 from ddpm.sample.images import read_image, save_png
 from ddpm.sample.subject import Trained
 from ddpm.sample.tuning import tuned
-from ddpm.system.devices import halve_to_fit
-from ddpm.system.files import short_hash, write_arrays
+from ddpm.system.files import write_arrays
 from ddpm.system.processes import agree, gather, share
 from ddpm.tune.decide import Tune
 
 OF_REFERENCE = ("fd", "kd", "precision_recall")  # metrics of drawn images against a reference
 OF_FEATURES = ("fd", "kd", "inception_score", "precision_recall", "nearest")
 OF_SAMPLES = (*OF_FEATURES, "colour")  # metrics that need drawn images
-NAMES = {  # how the figures of each metric begin
-    "fd": ("fid", "fd_"),
-    "kd": ("kid", "kd_"),
-    "precision_recall": ("precision", "recall"),
-    "inception_score": ("inception_score", "class_score_"),
-    "nearest": ("nearest_ratio",),
-    "colour": ("channel_",),
-    "losses": ("loss_t",),
-    "bits_per_dim": ("bits_per_dim", "rmse"),
-}
-Keep = Callable[[list[Measurement]], None]
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What every measure of one call needs; `about` is the protocol that all have in common.
-
-    `network` is the identity of what is measured: no part of a protocol, but of what is kept of it.
-    `entries` are the figures recorded before this call; `found` are those of this call, measured or
-    recorded before, on the main process, and `missing` why some could not be had.
-    """
-
-    trained: Trained
-    settings: EvaluationSettings
-    processes: PartialState
-    drawing: Drawing
-    sampler: Node
-    file: ReferenceFile | None
-    splits: Splits
-    about: dict[str, Any]
-    network: str
-    entries: list[dict[str, Any]]
-    keep: Keep
-    tune: Tune
-    found: list[Measurement] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-
-    def has(self, metric: str, protocol: dict[str, Any]) -> bool:
-        """Whether a metric's figures are recorded already; then they are found."""
-        before = results.recorded(self.entries, NAMES[metric], protocol, self.network)
-        if self.processes.is_main_process:
-            self.found.extend(before)
-        return bool(before)
-
-    def add(self, figures: Sequence[Measurement]) -> None:
-        """Records what was measured, on the main process."""
-        if self.processes.is_main_process:
-            of_network = [replace(one, network=self.network) for one in figures]
-            self.keep(of_network)
-            self.found.extend(of_network)
-
-
-def measure(
+def job_of(
     trained: Trained,
     sampler: Node,
     settings: EvaluationSettings,
     processes: PartialState,
     device: torch.device,
     keep: Keep,
-    keep_samples: bool = True,
     data: ImageSet | None = None,
     tune: Tune = False,
-) -> tuple[list[Measurement], list[str]]:
-    """Measures a run's network at its step. Every process must call this.
-
-    What is recorded already, of the same network by the same protocol, is not measured again.
+) -> Job:
+    """Makes ready to measure a run's network at its step. Every process must call this.
 
     Args:
         trained: The network.
@@ -123,16 +63,11 @@ def measure(
         processes: Those that share the work.
         device: Where this one works.
         keep: Records figures, on the main process, as soon as they are there.
-        keep_samples: Leave the drawn images for whoever measures them again.
         data: The run's pictures, if they are at hand; else they are read.
         tune: How the network is carried out where it draws (ddpm.sample.tuning).
 
-    Returns:
-        The measurements, whole on the main process; and why metrics that could not be had here
-        could not.
-
     Raises:
-        ValueError: If the data has no such split, or the pictures are not the run's.
+        ValueError: If the reference does not fit, or the pictures are not the run's.
     """
     file = _reference_file(settings, trained.subject.shape)
     diffusion = trained.subject.diffusion
@@ -151,26 +86,40 @@ def measure(
     network = trained.subject.identity()
     entries = results.read_measurements(trained.run.path / "evaluation.json")
     entries = gather([entries], processes)[0]  # what the main process sees counts
-    job = _Job(
+    return Job(
         *(trained, settings, processes, drawing, sampler, file, splits, about, network, entries),
         *(keep, tune),
     )
+
+
+def measure(job: Job, keep_samples: bool = True) -> tuple[list[Measurement], list[str]]:
+    """Measures a run's network at its step. Every process must call this.
+
+    What is recorded already, of the same network by the same protocol, is not measured again.
+
+    Args:
+        job: What is measured, and by which protocol.
+        keep_samples: Leave the drawn images for whoever measures them again.
+
+    Returns:
+        The measurements, whole on the main process; and why metrics that could not be had here
+        could not.
+
+    Raises:
+        ValueError: If the data has no such split.
+    """
+    settings = job.settings
     if {"losses", "bits_per_dim"} & set(settings.metrics):
-        splits.of(settings.bound_split)  # is refused before anything is measured
+        job.splits.of(settings.bound_split)  # is refused before anything is measured
     wanted: list[str] = [metric for metric in OF_SAMPLES if metric in settings.metrics]
     protocols = {metric: _protocol_of_samples(job, metric) for metric in wanted}
     left = {metric: said for metric, said in protocols.items() if not job.has(metric, said)}
     if left:
         _of_samples(job, left, keep_samples)
     if "losses" in settings.metrics:
-        for split in dict.fromkeys(["train", settings.bound_split]):
-            protocol = _protocol_of_losses(job, split)
-            if not job.has("losses", protocol):
-                job.add(_losses(job, split, protocol))
+        of_data.losses(job)
     if "bits_per_dim" in settings.metrics:
-        protocol = _protocol_of_bound(job, settings.bound_split)
-        if not job.has("bits_per_dim", protocol):
-            job.add(_bits_per_dim(job, settings.bound_split, protocol))
+        of_data.bits_per_dim(job)
     return job.found, job.missing
 
 
@@ -229,7 +178,7 @@ def write_reference(
     return found.count
 
 
-def _protocol_of_samples(job: _Job, metric: str) -> dict[str, Any]:
+def _protocol_of_samples(job: Job, metric: str) -> dict[str, Any]:
     """The protocol of a metric of drawn images."""
     settings, kept = job.settings, reference.KEPT
     protocol: dict[str, Any] = {
@@ -257,7 +206,7 @@ def _protocol_of_samples(job: _Job, metric: str) -> dict[str, Any]:
     return protocol
 
 
-def _of_samples(job: _Job, protocols: dict[str, dict[str, Any]], keep_samples: bool) -> None:
+def _of_samples(job: Job, protocols: dict[str, dict[str, Any]], keep_samples: bool) -> None:
     """Distances, nearest pictures and colours, from one set of drawn images."""
     settings = job.settings
     if job.file is None or not set(protocols) <= {*OF_REFERENCE, "inception_score"}:
@@ -283,12 +232,12 @@ def _of_samples(job: _Job, protocols: dict[str, dict[str, Any]], keep_samples: b
         job.add(gaps)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
-    if not keep_samples and folder.parent == _file(job, "").parent:
+    if not keep_samples and folder.parent == file_of(job, "").parent:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _of_features(
-    job: _Job,
+    job: Job,
     extractor: Extractor,
     drawn: Features,
     folder: Path,
@@ -315,7 +264,7 @@ def _of_features(
 
 
 def _nearest(
-    job: _Job, extractor: Extractor, drawn: Features, folder: Path, protocol: dict[str, Any]
+    job: Job, extractor: Extractor, drawn: Features, folder: Path, protocol: dict[str, Any]
 ) -> Measurement:
     """How near drawn images are to training pictures, and the sheet of the nearest pairs."""
     training = job.splits.of("train")
@@ -325,14 +274,14 @@ def _nearest(
     rows = training.rows[reference.kept(len(training))[[pair[1] for pair in pairs]]]
     files = [sample_file(folder, pair[0], job.settings.quantize) for pair in pairs]
     samples = np.stack([read_image(file).round().astype(np.uint8) for file in files])
-    path = _file(job, "nearest", protocol).with_suffix(".png")
+    path = file_of(job, "nearest", protocol).with_suffix(".png")
     path.parent.mkdir(exist_ok=True)
     save_png(path, distances.pairs_sheet(samples, training.stored[rows].transpose(0, 2, 3, 1)))
     print(f"nearest {path}", flush=True)
     return ratio
 
 
-def _decides(job: _Job) -> dict[str, Any]:
+def _decides(job: Job) -> dict[str, Any]:
     """All that decides the drawn images; which classes in turn the network's identity has."""
     return {
         "network": job.network,
@@ -344,14 +293,7 @@ def _decides(job: _Job) -> dict[str, Any]:
     }
 
 
-def _file(job: _Job, words: str, protocol: dict[str, Any] | None = None) -> Path:
-    """Where something of this step is kept; what has a protocol is told apart by all of it."""
-    more = "" if protocol is None else f"-{short_hash([job.network, told(words, protocol)])}"
-    name = f"step_{job.trained.step:08d}_{job.trained.kind}_{words}{more}"
-    return job.trained.run.path / "evaluation" / name
-
-
-def _drawn(job: _Job) -> Path:
+def _drawn(job: Job) -> Path:
     """The folder of the call's images, all of them drawn."""
     settings, processes, count = job.settings, job.processes, job.settings.num_samples
     decides = _decides(job)
@@ -361,7 +303,7 @@ def _drawn(job: _Job) -> Path:
     if shared:
         return Path(shared[0])
     name = _sampler_name(job.sampler, job.drawing)
-    folder = _file(job, f"{name}_seed_{settings.seed}-{digest}")
+    folder = file_of(job, f"{name}_seed_{settings.seed}-{digest}")
     if processes.is_main_process:
         claim_folder(folder, decides)
     agree()
@@ -375,7 +317,7 @@ def _drawn(job: _Job) -> Path:
     return folder
 
 
-def _sampled(job: _Job, digest: str, decides: dict[str, Any]) -> list[Path]:
+def _sampled(job: Job, digest: str, decides: dict[str, Any]) -> list[Path]:
     """Folders in which ddpm.sample has drawn all images of this call."""
     return [
         folder
@@ -401,7 +343,7 @@ def _extractor(settings: EvaluationSettings, device: torch.device) -> Extractor:
     return features.efficientnet_lite0(device, settings.batch_size)
 
 
-def _features_of_folder(job: _Job, folder: Path, extractor: Extractor) -> Features:
+def _features_of_folder(job: Job, folder: Path, extractor: Extractor) -> Features:
     """Features of drawn images, each process computing its share; whole on every process."""
     count, size, quantize = (
         job.settings.num_samples,
@@ -409,7 +351,9 @@ def _features_of_folder(job: _Job, folder: Path, extractor: Extractor) -> Featur
         job.settings.quantize,
     )
     mine: list[tuple[int, Any, Any]] = []
-    for start in _bar(range(0, count, size), extractor.name, job.processes):
+    hidden = None if job.processes.is_main_process else True
+    starts = share(range(0, count, size), job.processes)
+    for start in tqdm(starts, desc=extractor.name, unit="batch", disable=hidden):
         indices = range(start, min(start + size, count))
         images = [read_image(sample_file(folder, index, quantize)) for index in indices]
         found = extractor(np.stack(images), quantized=quantize != "none")
@@ -417,93 +361,3 @@ def _features_of_folder(job: _Job, folder: Path, extractor: Extractor) -> Featur
     parts = sorted(gather(mine, job.processes), key=lambda part: part[0])
     probabilities = None if parts[0][2] is None else torch.cat([part[2] for part in parts])
     return Features(torch.cat([part[1] for part in parts]), probabilities)
-
-
-def _protocol_of_losses(job: _Job, split: Split) -> dict[str, Any]:
-    objective = job.trained.config.objective
-    return {
-        **job.about,
-        "split": split,
-        "count": min(job.settings.num_images, len(job.splits.of(split))),
-        "loss": objective["loss"],
-        "prediction": objective["prediction"],
-    }
-
-
-def _losses(job: _Job, split: Split, protocol: dict[str, Any]) -> list[Measurement]:
-    """Mean loss in ten buckets of timesteps."""
-    found = _summed(job, split, "losses", bound.loss_sums).mean()
-    return [
-        Measurement(f"loss_t{bucket.first:04d}_{bucket.last:04d}", bucket.loss, protocol)
-        for bucket in found
-    ]
-
-
-def _protocol_of_bound(job: _Job, split: Split) -> dict[str, Any]:
-    count = min(job.settings.num_images, len(job.splits.of(split)))
-    return {**job.about, "split": split, "count": count}
-
-
-def _bits_per_dim(job: _Job, split: Split, protocol: dict[str, Any]) -> list[Measurement]:
-    """The variational bound and its parts, and its rate-distortion curve as a file."""
-    found = _summed(job, split, "bits/dim", bound.bound_sums).mean()
-    if job.processes.is_main_process:
-        path = _file(job, "rate_distortion", protocol)
-        path.parent.mkdir(exist_ok=True)
-        bound.save_rate_distortion(path.with_suffix(".png"), path.with_suffix(".csv"), found)
-        print(f"rate-distortion {path.with_suffix('.png')}", flush=True)
-    parts = {
-        "bits_per_dim": found.total,
-        "bits_per_dim_rate": found.rate,
-        "bits_per_dim_distortion": found.distortion,
-        "bits_per_dim_prior": found.prior,
-        "rmse": float(found.rmse[0]),
-    }
-    return [Measurement(name, value, protocol) for name, value in parts.items()]
-
-
-def _summed(job: _Job, split: Split, what: str, sums: Callable[..., Any]) -> Any:
-    """What bound.loss_sums or bound.bound_sums find on the pictures, of all processes in one."""
-    diffusion = job.drawing.diffusion
-    mine: list[Any] = []
-    with job.drawing.computing():
-        for model, numbers, x0 in _batches(job, split, what):
-
-            def part(span: slice, model: Any = model, n: Any = numbers, x0: Any = x0) -> Any:
-                return sums(model(span), diffusion, [(n[span], x0[span])], job.settings.seed)
-
-            mine += halve_to_fit(part, len(x0))
-    added = [functools.reduce(operator.add, mine)] if mine else []  # a process may have no share
-    return functools.reduce(operator.add, gather(added, job.processes))
-
-
-def _batches(
-    job: _Job, split: Split, what: str
-) -> Iterator[tuple[Callable[[slice], Model], Tensor, Tensor]]:
-    """This process's share of num_images pictures, evenly spaced in the set.
-
-    Yields:
-        The unguided model for the classes of a part of them, their numbers, and x0.
-    """
-    data, drawing, settings = job.splits.of(split), job.drawing, job.settings
-    unguided = replace(drawing, sampler=replace(drawing.sampler, guidance_scale=1.0))
-    count = min(settings.num_images, len(data))
-    chosen = np.arange(count) * len(data) // count
-    conditional = job.trained.subject.classes is not None
-    for start in _bar(range(0, count, settings.batch_size), what, job.processes):
-        numbers = chosen[start : start + settings.batch_size]
-        x0 = to_floats(torch.from_numpy(data.stored[data.rows[numbers]]).to(drawing.device))
-        labels: Tensor | None = None
-        if conditional and data.labels is not None:
-            labels = torch.from_numpy(data.labels[numbers]).to(drawing.device)
-
-        def model(part: slice, labels: Tensor | None = labels) -> Model:
-            return unguided.model(None if labels is None else labels[part])
-
-        yield model, torch.from_numpy(numbers).to(drawing.device), x0
-
-
-def _bar(starts: range, what: str, processes: PartialState) -> Iterator[int]:
-    """This process's share of the batches' starts, under a progress bar on the main process."""
-    hidden = None if processes.is_main_process else True
-    yield from tqdm(share(starts, processes), desc=what, unit="batch", disable=hidden)

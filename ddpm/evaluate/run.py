@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ddpm.config.compose import Composed
 from ddpm.config.schema import EvaluationSettings, Metric, Place, plain_config
 from ddpm.config.validation import Node, Section, Text, check_node, validate
-from ddpm.evaluate.measure import measure, write_reference
+from ddpm.evaluate.measure import job_of, measure, write_reference
 from ddpm.runs import recording, results
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.results import Measurement
@@ -86,10 +87,11 @@ def run(composed: Composed) -> list[Measurement]:
 
     try:
         with naming_lost(), signals.listening(), _saying_what_stays(processes), together():
-            found, missing = measure(
+            job = job_of(
                 *(trained, settings.sampler, settings.evaluation, processes, device, keep),
                 tune=settings.tune,
             )
+            found, missing = measure(job)
     finally:
         if fresh:
             _show(trained, fresh)
@@ -162,12 +164,19 @@ def _settings(composed: Composed) -> Settings:
     return settings.model_copy(update={"evaluation": evaluation})
 
 
+def _tags(folder: RunFolder, figures: Sequence[Measurement]) -> list[str]:
+    """A tag for each figure that no other figure of the run has."""
+    entries = results.read_measurements(folder.path / "evaluation.json")
+    named = results.names((entry["metric"], entry["protocol"]) for entry in entries)
+    known = {results.key(entry): name for entry, name in zip(entries, named, strict=True)}
+    return [f"eval/{known[results.key(asdict(one))]}" for one in figures]
+
+
 def _show(trained: Trained, figures: Sequence[Measurement]) -> None:
     """In TensorBoard."""
     folder = trained.run
     with SummaryWriter(str(folder.path)) as board:
-        for one in figures:
-            tag = f"eval/{results.name(one.metric, one.protocol)}"
+        for tag, one in zip(_tags(folder, figures), figures, strict=True):
             board.add_scalar(tag, one.value, trained.step)
     record = folder.record()
     if record["status"] != "running":

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm.config import build
 from ddpm.config.schema import Config
 from ddpm.models import fast
 from ddpm.models.layers import AttentionBlock, takes_dropout_keys
 from ddpm.system.internals import storage_id
+from ddpm.train.costs import forward_flops
 
 # so many gradients of the widest activation does a backward pass hold besides what is kept for it:
 # of what goes in, of what comes out, and a copy in another layout. On an H100, TF32, without it the
@@ -47,10 +47,10 @@ class Sizes(NamedTuple):
 def sizes(config: Config, device: torch.device) -> Sizes:
     """Finds what a run's network needs on a device, without memory or arithmetic."""
     with fast.as_on(device):
-        return _sizes(config)
+        return _sizes(config, device)
 
 
-def _sizes(config: Config) -> Sizes:
+def _sizes(config: Config, device: torch.device) -> Sizes:
     meta = torch.device("meta")
     network = build.network(config, meta, config.data.num_classes or 1).train()
     shape = (config.data.channels, *build.image_size(config.data))
@@ -72,12 +72,12 @@ def _sizes(config: Config) -> Sizes:
         for module in network.modules()
         if isinstance(module, AttentionBlock)
     ]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with torch.no_grad():
         call(1)
     for hook in hooks:
         hook.remove()
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Sizes(parameters, counter.get_total_flops(), two - one, dict(attention))
+    return Sizes(parameters, forward_flops(config, device), two - one, dict(attention))
 
 
 def _activation_bytes(forward: Callable[[], None], own: set[int]) -> int:

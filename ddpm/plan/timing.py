@@ -1,15 +1,11 @@
-"""The pieces of work that are timed, and what they are measured against.
+"""The pieces of work that are timed.
 
 ddpm.benchmark, ddpm.plan and the comparison with other projects use them.
 """
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm.config import build
@@ -81,41 +77,3 @@ class HostWaits(TorchDispatchMode):
             source = args[1] if func.overloadpacket is torch.ops.aten.copy_ else args[0]
             self.count += source.device.type != "cpu" and out.device.type == "cpu"
         return out
-
-
-def matrix_products(device: torch.device, dtype: torch.dtype, size: int) -> dict[str, float]:
-    """Measures FLOP/s of (size, size) matrix products, the best of ten each.
-
-    Once as torch.mm, and once as the 1x1 convolution that is one too. They may differ: on a CPU the
-    one is MKL's, the other oneDNN's.
-
-    Args:
-        device: Where they run.
-        dtype: Of the matrices.
-        size: A multiple of 16.
-
-    Returns:
-        FLOP/s by name, "torch.mm" and "1x1 convolution".
-    """
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    # channels_last; a batch of 16, below which one thread has MKL's here too
-    rows = a.reshape(16, 1, size // 16, size).permute(0, 3, 1, 2)
-    return {
-        "torch.mm": 2 * size**3 / _best_of_ten(lambda: torch.mm(a, b), device),
-        "1x1 convolution": 2
-        * size**3
-        / _best_of_ten(lambda: F.conv2d(rows, b[:, :, None, None]), device),
-    }
-
-
-def _best_of_ten(call: Callable[[], Tensor], device: torch.device) -> float:
-    """Seconds."""
-    call()
-    found = []
-    for _ in range(10):
-        wait_for(device)
-        began = time.perf_counter()
-        call()
-        wait_for(device)
-        found.append(time.perf_counter() - began)
-    return min(found)

@@ -1,6 +1,6 @@
 """What a run measures, written as it goes.
 
-metrics.jsonl (the same bytes for the same run) and TensorBoard (also speed).
+metrics.jsonl (the same bytes for the same run), costs.jsonl, and TensorBoard (also speed).
 """
 
 import io
@@ -32,6 +32,7 @@ log = logging.getLogger("ddpm")
 Status = Literal["complete", "failed", "preempted", "running"]
 
 _CURVE = r"(?!.*_(final|best)$)"
+_SPLITS = r"(train|heldout|validation|test)$"
 # TensorBoard's tab Custom Scalars: the curves worth comparing, each kind of all runs in one chart
 LAYOUT = {
     "training": {
@@ -42,9 +43,17 @@ LAYOUT = {
         "images a second": ["Multiline", [r"^train/images_per_second$"]],
     },
     "evaluation": {
+        "loss, held out and trained on": ["Multiline", [r"^eval/loss_total:" + _SPLITS]],
+        "the same by noise level": ["Multiline", [r"^eval/loss_q\d:" + _SPLITS]],
         "distances": ["Multiline", [r"^eval/(fid|fd_|kid|kd_)" + _CURVE]],
         "precision and recall": ["Multiline", [r"^eval/(precision|recall)" + _CURVE]],
         "bits/dim": ["Multiline", [r"^eval/bits_per_dim" + _CURVE]],
+    },
+    "cost": {
+        "images": ["Multiline", [r"^cost/images$"]],
+        "seconds: in all, in updates, waiting for data": ["Multiline", [r"^cost/seconds"]],
+        "share of the device's peak": ["Multiline", [r"^cost/share_of_peak$"]],
+        "peak memory": ["Multiline", [r"^cost/peak_memory_bytes$"]],
     },
 }
 
@@ -63,25 +72,14 @@ class Recorder:
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        self._path = folder / "metrics.jsonl"
-        kept = []
-        self._last: dict[str, float] = {}  # of first_step
-        for line in results.read_lines(self._path):
-            if line.record is None:
-                where = f"{self._path}, line {line.number}"
-                log.warning("%s: damaged and left out: %.100r", where, line.text)
-            elif line.record["step"] <= first_step:
-                kept.append(line.text)
-                if line.record["step"] == first_step:
-                    self._last.update(line.record)
-        write_text(self._path, "".join(text + "\n" for text in kept))
-        self._file = self._path.open("a", encoding="utf-8")
+        self._metrics = _Lines(folder / "metrics.jsonl", first_step)
+        self._costs = _Lines(folder / "costs.jsonl", first_step, gaps=True)
         _forget_conclusion(folder)
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def has(self, prefix: str) -> bool:
         """Returns whether the step before this start has records of such names."""
-        return any(name.startswith(prefix) for name in self._last)
+        return any(name.startswith(prefix) for name in self._metrics.last)
 
     def settings(self, values: Mapping[str, float | str]) -> None:
         """Writes the run's row in TensorBoard's tab HPARAMS.
@@ -101,9 +99,14 @@ class Recorder:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Records values that the configuration decides, such as losses, after `step` updates."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._metrics.add(step, values)
         self.speed(step, values)
+
+    def costs(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Records what the run has cost after `step` updates, in costs.jsonl; None: not known."""
+        self._costs.add(step, values)
+        known = {f"cost/{name}": value for name, value in values.items() if value is not None}
+        self.speed(step, known)
 
     def speed(self, step: int, values: dict[str, float]) -> None:
         """Shows values that differ from one machine to the next, in TensorBoard only."""
@@ -123,8 +126,38 @@ class Recorder:
         self._board.flush()
 
     def close(self) -> None:
-        self._file.close()
+        self._metrics.close()
+        self._costs.close()
         self._board.close()
+
+
+class _Lines:
+    """A file of records, one a line, that a run adds to.
+
+    Attributes:
+        last: What it says of the step before this start.
+    """
+
+    def __init__(self, path: Path, first_step: int, gaps: bool = False) -> None:
+        self.last: dict[str, float | None] = {}
+        kept = []
+        for line in results.read_lines(path, gaps):
+            if line.record is None:
+                where = f"{path}, line {line.number}"
+                log.warning("%s: damaged and left out: %.100r", where, line.text)
+            elif line.record["step"] <= first_step:
+                kept.append(line.text)
+                if line.record["step"] == first_step:
+                    self.last.update(line.record)
+        write_text(path, "".join(text + "\n" for text in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def add(self, step: int, values: Mapping[str, float | None]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def conclude(folder: Path, status: Status, step: int, values: Mapping[str, float]) -> None:
@@ -179,53 +212,3 @@ def _forget_conclusion(folder: Path) -> None:
 def _hparams(tag: str, content: HParamsPluginData) -> Summary:
     about = metadata.create_summary_metadata(content)
     return Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)])
-
-
-class Speed:
-    """Images per second between reports, and the time that the run took in all.
-
-    The speed leaves out the time for samples and checkpoints.
-
-    Args:
-        step: Optimizer updates done before this start.
-        batch_size: Images per step.
-        before: What `timed` said when an earlier start of the run got as far as `step`.
-    """
-
-    def __init__(self, step: int, batch_size: int, before: dict[str, float] | None) -> None:
-        self._batch_size = batch_size
-        self._steps, self._seconds = 0, 0.0
-        self._started = time.perf_counter()
-        self._before = before or {"seconds": 0.0, "images": 0, "seconds_in_steps": 0.0}
-        self._all_steps, self._all_seconds = 0, 0.0
-        self._resume(step)
-
-    def _resume(self, step: int) -> None:
-        self._from_step, self._from_time = step, time.perf_counter()
-
-    def pause(self, step: int) -> None:
-        """Leaves out the time since the last report at this step."""
-        self._resume(step)
-
-    def since_last(self, step: int) -> float:
-        """Returns images per second since the last call."""
-        self._steps += step - self._from_step
-        self._seconds += time.perf_counter() - self._from_time
-        speed = self._steps * self._batch_size / self._seconds if self._seconds else 0.0
-        self._all_steps += self._steps
-        self._all_seconds += self._seconds
-        self._steps, self._seconds = 0, 0.0
-        self._resume(step)
-        return speed
-
-    def timed(self) -> dict[str, float]:
-        """Returns the time of all starts so far.
-
-        Returns:
-            Seconds in all; and of the steps that were timed, their images and seconds.
-        """
-        return {
-            "seconds": self._before["seconds"] + time.perf_counter() - self._started,
-            "images": self._before["images"] + self._all_steps * self._batch_size,
-            "seconds_in_steps": self._before["seconds_in_steps"] + self._all_seconds,
-        }

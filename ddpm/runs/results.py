@@ -5,7 +5,7 @@ Nothing is built, nothing of the folder runs.
 
 import bisect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +14,10 @@ from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import canonical, flat
 from ddpm.system.files import as_key, lock, write_text
 
-# one timestep bucket, one channel, one term of the bound
+# one timestep bucket or quartile, one channel, one term of the bound
 PARTS = (
     "loss_t",
+    "loss_q",
     "channel_",
     "bits_per_dim_",
 )
@@ -81,6 +82,59 @@ def name(metric: str, protocol: Mapping[str, Any]) -> str:
     return ":".join(
         [f"{metric}@{count // 1000}k" if count % 1000 == 0 else f"{metric}@{count}", *said]
     )
+
+
+def names(figures: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Returns a name for each figure that no other has, of those recorded one after the other.
+
+    The first of a name keeps it; a further one says what of its protocol differs from that one's,
+    so that a figure's name stays when more are recorded: fid@50k:train:...:ema:guidance_scale_1.5.
+
+    Args:
+        figures: The metric and protocol of each. The step does not count.
+    """
+    first: dict[str, dict[str, Any]] = {}
+    found = []
+    for metric, protocol in figures:
+        said, own = name(metric, protocol), flat(protocol)
+        known = first.setdefault(said, own)
+        differs = [
+            f"{key.removesuffix('._target_').rpartition('.')[2]}_{own.get(key)}"
+            for key in dict.fromkeys([*known, *own])
+            if key != "step" and own.get(key) != known.get(key)
+        ]
+        found.append(":".join([said, *differs]))
+    return found
+
+
+def tags(figures: Sequence[Measurement]) -> dict[str, float]:
+    """Returns the values of one evaluation in training under names that tell them apart.
+
+    That is the metric's; where an evaluation has several figures of one, what differs between their
+    protocols follows each, the split before all else: loss_total:train, loss_total:heldout.
+    """
+    same: dict[str, list[Measurement]] = {}
+    for figure in figures:
+        same.setdefault(figure.metric, []).append(figure)
+    found: dict[str, float] = {}
+    for metric, some in same.items():
+        protocols = [flat(figure.protocol) for figure in some]
+        keys = dict.fromkeys(["split", *(key for protocol in protocols for key in protocol)])
+        differ = [
+            key for key in keys if len({as_key(protocol.get(key)) for protocol in protocols}) > 1
+        ]
+        enough = next(
+            count
+            for count in range(len(differ) + 1)
+            if len({_said(protocol, differ[:count]) for protocol in protocols}) == len(some)
+        )
+        for figure, protocol in zip(some, protocols, strict=True):
+            found[":".join([metric, *_said(protocol, differ[:enough])])] = figure.value
+    return found
+
+
+def _said(protocol: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
+    return tuple(str(protocol.get(key)) for key in keys)
 
 
 def whole_protocol(metric: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,7 +299,7 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
 
 
 class Line(NamedTuple):
-    """A whole line of metrics.jsonl.
+    """A whole line of metrics.jsonl or costs.jsonl.
 
     Attributes:
         number: In the file, from 1.
@@ -258,26 +312,31 @@ class Line(NamedTuple):
     record: dict[str, Any] | None
 
 
-def read_lines(file: Path) -> list[Line]:
-    """Returns the lines of a metrics.jsonl, none if it is not there.
+def read_lines(file: Path, gaps: bool = False) -> list[Line]:
+    """Returns the lines of a metrics.jsonl or costs.jsonl, none if it is not there.
 
     A last line that a crash cut short is no line.
+
+    Args:
+        file: The file.
+        gaps: Take a line with null for a value as whole: costs.jsonl has it where one is not known.
     """
     lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
     return [
-        Line(number, line.decode(errors="replace"), _parse(line))
+        Line(number, line.decode(errors="replace"), _parse(line, gaps))
         for number, line in enumerate(lines, start=1)
         if line
     ]
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes, gaps: bool) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except ValueError:
         return None
     sound = isinstance(record, dict) and isinstance(record.get("step"), int)
-    numbers = sound and all(isinstance(value, int | float) for value in record.values())
+    kinds = int | float | None if gaps else int | float
+    numbers = sound and all(isinstance(value, kinds) for value in record.values())
     return record if numbers else None
 
 
@@ -321,10 +380,15 @@ def scalars(measures: Sequence[Result]) -> dict[str, float]:
     They stand beside the curves that they are of. Of the parts of a figure there are none.
     """
     values = {}
+    figures = [result for result in measures if "count" in result.protocol]
+    named = dict(
+        zip(map(id, figures), names((one.metric, one.protocol) for one in figures), strict=True)
+    )
     for result in measures:
         if result.metric.startswith(PARTS):
             continue
-        tag = f"train/{result.name}" if result.metric == "loss" else f"eval/{result.name}"
+        said = named.get(id(result), result.name)
+        tag = f"train/{said}" if result.metric == "loss" else f"eval/{said}"
         values[f"{tag}_final"] = result.final[0]
         if result.best is not None:
             values[f"{tag}_best"] = result.best[0]

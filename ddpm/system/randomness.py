@@ -29,7 +29,8 @@ from torch import Tensor
     SAMPLE_STEP,
     TRAIN_LABEL,
     EVALUATION,
-) = range(1, 11)
+    HELD_OUT,
+) = range(1, 12)
 
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 _INVERSE_GAMMA = pow(_GOLDEN_GAMMA, -1, 2**64)

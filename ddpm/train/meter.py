@@ -10,9 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ddpm.diffusion.timesteps import NUM_QUARTILES
 from ddpm.system.internals import skip_updates_if
-
-NUM_QUARTILES = 4  # of the timesteps, from the least noise
 
 
 class NotFinite(FloatingPointError):

@@ -104,6 +104,7 @@ def _train(begun: which.Start, composed: Composed, accelerator: Accelerator) -> 
             changed=changes or None,
         )
         folder.update(
+            expected_end=None,
             num_steps=num_steps,
             steps_per_epoch=steps_per_epoch,
             data={
@@ -168,7 +169,7 @@ def _conclusion(folder: RunFolder, config: Config, batches: Batches) -> Iterator
     """Writes down how the run ended, also for TensorBoard, however it ends."""
 
     def conclude(status: recording.Status, error: str | None) -> None:
-        folder.update(status=status, error=error)
+        folder.update(status=status, error=error, expected_end=None)
         ended = results.scalars(results.read_results(folder, config.model_dump(mode="json")))
         recording.conclude(folder.path, status, folder.record().get("step", 0), ended)
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from ddpm.config.schema import Config
 from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
-from ddpm.runs.recording import Recorder, Speed
+from ddpm.runs.recording import Recorder
 from ddpm.system import signals, torchrun
+from ddpm.train.costs import Spent
 from ddpm.train.state import TrainingState
 
 log = logging.getLogger("ddpm")
@@ -35,14 +36,14 @@ class Saver:
         config: Its configuration.
         state: What is saved.
         recorder: Of the process that leads and writes; None on the others.
-        speed: What the run's time went into.
+        spent: What the run's time went into.
     """
 
     folder: RunFolder
     config: Config
     state: TrainingState
     recorder: Recorder | None
-    speed: Speed
+    spent: Spent
     saved: int | None = None
 
     def save(self) -> None:
@@ -65,7 +66,7 @@ class Saver:
                 best = (self.folder.record().get("best") or {}).get("step")
                 checkpoint.save(self.folder.checkpoints, saved, keep, best)
                 seconds = time.perf_counter() - started
-                timed = {**self.speed.timed(), "seconds_to_save": seconds}
+                timed = {**self.spent.timed(), "seconds_to_save": seconds}
                 self.folder.saved(self.state.step, timed=timed)
 
             _in_bounds(write, self.folder)

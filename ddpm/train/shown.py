@@ -13,7 +13,8 @@ from accelerate import PartialState
 
 from ddpm.config import build
 from ddpm.data.image_set import ImageSet
-from ddpm.evaluate.measure import measure
+from ddpm.evaluate.measure import job_of, measure
+from ddpm.evaluate.of_data import held_out_losses, held_out_split
 from ddpm.runs import checkpoint, results
 from ddpm.runs.recording import Recorder
 from ddpm.sample.images import grid, save_png, to_uint8
@@ -72,30 +73,35 @@ class Shown:
                 save_png(self._preview_file(), sheet, said)  # last: it says that all is there
 
     def evaluate(self) -> None:
-        """Measures what evaluation.metrics asks for; all processes share the work.
+        """Measures what evaluation.metrics asks for, and the loss on pictures held out.
+
+        All processes share the work.
 
         Raises:
             Preempted: If told to stop.
             ValueError: If nothing could be measured.
         """
         config, file = self.trained.config, self.trained.run.path / "evaluation.json"
+        split, watched = held_out_split(config), list[results.Measurement]()
         with together():
-            found, missing = measure(
+            job = job_of(
                 self.trained,
                 config.sampler,
                 config.evaluation,
                 PartialState(),
                 self.device,
                 lambda figures: results.record(file, figures),
-                keep_samples=False,
                 data=self.data,
             )
+            found, missing = measure(job, keep_samples=False)
+            if split is not None:
+                watched = held_out_losses(job, split)
         if missing and not found and self.recorder is not None:
             raise ValueError("; ".join(missing))
         for reason in missing:
             log.warning("not measured: %s", reason)
         if self.recorder is not None:
-            self._write_down(self.recorder, found)
+            self._write_down(self.recorder, [*found, *watched])
 
     def _preview_file(self) -> Path:
         return self.trained.run.samples / f"step_{self.trained.step:08d}.png"
@@ -126,7 +132,8 @@ class Shown:
             run.update(best={"id": first.id, "value": first.value, "step": step})
             checkpoint.drop_old(run.checkpoints, config.runtime.keep_checkpoints, step)
         # last: it says that all is there
-        recorder.scalars(step, {f"eval/{one.metric}": one.value for one in found})
+        named = results.tags(found)
+        recorder.scalars(step, {f"eval/{name}": value for name, value in named.items()})
         recorder.flush()
-        words = "  ".join(f"{one.metric} {one.value:.4f}" for one in found)
-        log.info("step %d  %s", step, words)
+        shown = [f"{name} {named[name]:.4f}" for name in named if not name.startswith("loss_q")]
+        log.info("step %d  %s", step, "  ".join(shown))

@@ -10,7 +10,7 @@ from ddpm.config import build
 from ddpm.config.schema import Config
 from ddpm.config.validation import public_names
 from ddpm.data.ahead import copies_to
-from ddpm.data.batches import Batches
+from ddpm.data.batches import Batches, TimedBatches
 from ddpm.data.image_set import ImageSet, goes_on_device
 from ddpm.data.shards import Source
 from ddpm.data.stored import Packed
@@ -80,12 +80,12 @@ def check_data(data: ImageSet, source: Source, config: Config, run: RunFolder) -
     pictures.check(run, data.fingerprint, source)
 
 
-def batches_of(data: ImageSet, config: Config, device: torch.device) -> Batches:
+def batches_of(data: ImageSet, config: Config, device: torch.device) -> TimedBatches:
     """The training batches of what is not held out."""
     training = config.training
     trained_on, _ = data.split(config.data.holdout)
     on_device = goes_on_device(config.runtime.feed, data, device)
-    return Batches(
+    return TimedBatches(
         trained_on.stored,
         training.batch_size,
         config.seed,
@@ -181,10 +181,11 @@ def prepare(
     config: Config, accelerator: Accelerator, diffusion: GaussianDiffusion, network: nn.Module
 ) -> TrainingState:
     """The state at step 0 of a network as it is, in training mode."""
-    ema = EMA(network, config.training.ema_decay, config.training.ema_warmup)
     optimizer = build.optimizer(config, list(network.parameters()))
     with keep_forward(network):
         model, optimizer = accelerator.prepare(network.train(), optimizer)
+    # last: among several processes on a CPU Accelerate puts the weights into other memory
+    ema = EMA(network, config.training.ema_decay, config.training.ema_warmup)
     timesteps = build.timestep_sampler(diffusion, accelerator.device)
     meter = Meter(diffusion.num_timesteps, accelerator)
     return TrainingState(accelerator, network, model, ema, optimizer, timesteps, meter)

@@ -3,30 +3,31 @@
 import logging
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 
 import torch
 import yaml
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from ddpm.config import build
 from ddpm.config.schema import Config
-from ddpm.data.batches import Batches
+from ddpm.data.batches import Batches, TimedBatches
 from ddpm.data.image_set import ImageSet
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import hparams
-from ddpm.runs.recording import Recorder, Speed
+from ddpm.runs.recording import Recorder
 from ddpm.sample.previews import MOST, Previews, cost, others_before, previews_of
 from ddpm.sample.subject import Trained, of_config
 from ddpm.system import ways
 from ddpm.system.processes import Asking, garbage_kept
 from ddpm.system.signals import Preempted
-from ddpm.train import saving, start
+from ddpm.train import progress, saving, start
+from ddpm.train.costs import Spent, costs_of
 from ddpm.train.device_batch import largest_fitting
 from ddpm.train.loop import is_due, updates
 from ddpm.train.shown import Shown
 from ddpm.train.state import TrainingState
+from ddpm.train.trace import traced
 from ddpm.train.tuning import draws_as_it_is, way_of
 from ddpm.tune.search import table
 
@@ -37,7 +38,7 @@ def take_steps(
     config: Config,
     folder: RunFolder,
     accelerator: Accelerator,
-    batches: Batches,
+    batches: TimedBatches,
     num_steps: int,
     data: ImageSet,
 ) -> None:
@@ -58,8 +59,7 @@ def take_steps(
     drawn_by = previews_of(config, num_steps)
     if leads:
         _say_previews(folder, config, num_steps, drawn_by)
-    timed = folder.record().get("timed") if state.step else None
-    speed = Speed(state.step, training.batch_size, timed)
+    spent = Spent(batches, state.step, folder.record())
     device_batch = runtime.device_batch
     if device_batch == "auto":
         device_batch = largest_fitting(state, diffusion, batches, config.seed, choice.device_batch)
@@ -73,18 +73,28 @@ def take_steps(
         return Shown(trained, data, num_steps, accelerator.device, drawn_by, recorder)
 
     rest = (lr_at, config.seed, num_steps, device_batch, training.grad_clip)
-    steps = _bar(updates(state, diffusion, batches, *rest), state.step, num_steps, leads)
-    asking, saver = Asking(), saving.Saver(folder, config, state, recorder, speed)
+    bar = progress.bar(
+        updates(state, diffusion, batches, *rest), state.step, num_steps, watched=leads
+    )
+    teller = None
+    if recorder is not None:
+        costs = costs_of(config, spent, accelerator.device, accelerator.num_processes)
+        guesses = progress.guesses_of(config, drawn_by, state.network)
+        teller = progress.Progress(folder, config, num_steps, recorder, bar, spent, costs, guesses)
+    trace = traced(iter(bar), state.step, runtime.profile if leads else None, folder.path)
+    asking, saver = Asking(), saving.Saver(folder, config, state, recorder, spent)
     recompiled = ways.Recompilations()
     plainly = ways.as_it_is if draws_as_it_is(choice, config, num_steps) else nullcontext
     with (
         _naming_device_batch(device_batch),
         ways.carried_out(choice.way),
         garbage_kept() as tidy,
+        closing(trace) as steps,
     ):
         if state.step:
             with state.averaged(), plainly():
                 shown(state.step).make_up_for()
+        spent.go_on()
         for step in steps:
             told = asking.after(step)
             logs = is_due(step, runtime.log_every, num_steps)
@@ -95,44 +105,38 @@ def take_steps(
             tidy(bool(logs or saves or previews))  # while a GPU still computes
             if logs or saves or previews:
                 means = state.meter.means()  # raises NotFinite: nothing is saved unseen
+                spent.pause(step)
             if logs:
                 state.meter.reset()
-                if recorder is not None:
-                    _report(recorder, steps, speed, step, {**means, "train/lr": lr_at(step - 1)})
+            if teller is not None and logs:
+                teller.report(step, {**means, "train/lr": lr_at(step - 1)})
+            elif teller is not None:
+                teller.remind(step)  # where reports come seldom
             if saves:
-                saver.save()
+                with spent.doing("checkpoint"):
+                    saver.save()
             if told and step < num_steps:
                 raise Preempted(told)
             if previews or evaluates:
                 try:
                     with state.averaged(), plainly():
                         if previews:
-                            shown(step).preview()
+                            with spent.doing("preview"):
+                                shown(step).preview()
                         if evaluates:
-                            shown(step).evaluate()
+                            with spent.doing("evaluation"):
+                                shown(step).evaluate()
                 except Preempted:
                     saver.save()
                     raise
-            if saves or previews:
-                speed.pause(step)
             if made := recompiled.since():
                 log.info("compiled after step %d: %s", step, ways.in_words(made))
                 if leads:
                     folder.update(recompilations=recompiled.count)
+            if logs or saves or previews:
+                spent.go_on()
     if recorder is not None:
         recorder.close()
-
-
-def _bar(steps: Iterator[int], done: int, num_steps: int, leads: bool) -> "tqdm[int]":
-    """The steps under a progress bar, where somebody watches."""
-    return tqdm(
-        steps,
-        initial=done,
-        total=num_steps,
-        unit="step",
-        disable=None if leads else True,
-        dynamic_ncols=True,
-    )
 
 
 def _recorder(
@@ -174,24 +178,6 @@ def _say_previews(folder: RunFolder, config: Config, num_steps: int, chosen: Pre
     before = others_before(config, chosen, sorted(folder.samples.glob("step_*[0-9].png")))
     if before is not None:
         log.warning("%s", before)
-
-
-def _report(
-    recorder: Recorder, bar: "tqdm[int]", speed: Speed, step: int, values: dict[str, float]
-) -> None:
-    """One record: to metrics.jsonl and TensorBoard, the progress bar and the log."""
-    images_per_second = speed.since_last(step)
-    recorder.scalars(step, values)
-    recorder.speed(step, {"train/images_per_second": images_per_second})
-    bar.set_postfix_str(f"loss {values['train/loss']:.4f}, {images_per_second:.1f} img/s")
-    log.info(
-        "step %d  loss %.5f  grad norm %.4f  lr %.3g  %.1f img/s",
-        step,
-        values["train/loss"],
-        values["train/grad_norm"],
-        values["train/lr"],
-        images_per_second,
-    )
 
 
 @contextmanager

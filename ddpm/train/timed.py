@@ -1,6 +1,5 @@
 """A run's training step by itself: to be timed, and tried in other ways."""
 
-import time
 from itertools import islice
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 from ddpm.config import build
 from ddpm.config.schema import Config
 from ddpm.data.ahead import copies_to
-from ddpm.data.batches import Batches
+from ddpm.data.batches import TimedBatches
 from ddpm.system import ways
 from ddpm.system.devices import wait_for
 from ddpm.train.loop import backward, micro_batches, updates
@@ -103,23 +102,6 @@ class TrainingStep:
                 found[name], parameter.grad = parameter.grad, None
         wait_for(self.device)
         return found
-
-
-class TimedBatches(Batches):
-    """Batches that add up how long the host took to hand them over, in `seconds`."""
-
-    seconds = 0.0
-
-    def images(self, step: int, start: int, stop: int) -> Tensor:
-        began = time.perf_counter()
-        found = super().images(step, start, stop)
-        self.seconds += time.perf_counter() - began
-        return found
-
-    def send(self, step: int, start: int, stop: int) -> None:
-        began = time.perf_counter()
-        super().send(step, start, stop)
-        self.seconds += time.perf_counter() - began
 
 
 def random_images(config: Config, count: int) -> np.ndarray:

@@ -50,9 +50,9 @@ from ddpm.data.batches import Batches
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import image_set
 from ddpm.diffusion.samplers import step_noise
-from ddpm.plan.timing import matrix_products
 from ddpm.sample.drawing import Drawing
 from ddpm.system.devices import wait_for
+from ddpm.system.peak import matrix_products
 from ddpm.system.precision import products
 from ddpm.system.processes import accelerator_for
 from ddpm.train.timed import TrainingStep, random_images

@@ -1,0 +1,77 @@
+"""One call of measuring: what all its measures need, and where their figures go."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from ddpm.config.schema import EvaluationSettings
+from ddpm.config.validation import Node
+from ddpm.evaluate.reference import ReferenceFile
+from ddpm.evaluate.splits import Splits
+from ddpm.runs import results
+from ddpm.runs.results import Measurement, told
+from ddpm.sample.drawing import Drawing
+from ddpm.sample.subject import Trained
+from ddpm.system.files import short_hash
+from ddpm.tune.decide import Tune
+
+NAMES = {  # how the figures of each metric begin
+    "fd": ("fid", "fd_"),
+    "kd": ("kid", "kd_"),
+    "precision_recall": ("precision", "recall"),
+    "inception_score": ("inception_score", "class_score_"),
+    "nearest": ("nearest_ratio",),
+    "colour": ("channel_",),
+    "losses": ("loss_t",),
+    "bits_per_dim": ("bits_per_dim", "rmse"),
+}
+Keep = Callable[[list[Measurement]], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every measure of one call needs; `about` is the protocol that all have in common.
+
+    `network` is the identity of what is measured: no part of a protocol, but of what is kept of it.
+    `entries` are the figures recorded before this call; `found` are those of this call, measured or
+    recorded before, on the main process, and `missing` why some could not be had.
+    """
+
+    trained: Trained
+    settings: EvaluationSettings
+    processes: PartialState
+    drawing: Drawing
+    sampler: Node
+    file: ReferenceFile | None
+    splits: Splits
+    about: dict[str, Any]
+    network: str
+    entries: list[dict[str, Any]]
+    keep: Keep
+    tune: Tune
+    found: list[Measurement] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def has(self, metric: str, protocol: dict[str, Any]) -> bool:
+        """Whether a metric's figures are recorded already; then they are found."""
+        before = results.recorded(self.entries, NAMES[metric], protocol, self.network)
+        if self.processes.is_main_process:
+            self.found.extend(before)
+        return bool(before)
+
+    def add(self, figures: Sequence[Measurement]) -> None:
+        """Records what was measured, on the main process."""
+        if self.processes.is_main_process:
+            of_network = [replace(one, network=self.network) for one in figures]
+            self.keep(of_network)
+            self.found.extend(of_network)
+
+
+def file_of(job: Job, words: str, protocol: dict[str, Any] | None = None) -> Path:
+    """Where something of this step is kept; what has a protocol is told apart by all of it."""
+    more = "" if protocol is None else f"-{short_hash([job.network, told(words, protocol)])}"
+    name = f"step_{job.trained.step:08d}_{job.trained.kind}_{words}{more}"
+    return job.trained.run.path / "evaluation" / name
