@@ -47,12 +47,14 @@ class Panel:
     Attributes:
         name: Of both.
         measure: The measure alone.
+        reported: Whether training reports it, so that it is averaged; else it is measured.
         courses: One or more, in the runs' order.
         left_out: Folders of runs that have the measure, but not the cost.
     """
 
     name: str
     measure: str
+    reported: bool
     courses: list[Course]
     left_out: list[str]
 
@@ -88,7 +90,9 @@ def find(compared: Sequence[Compared], metric: str, over: Over) -> list[Panel]:
         if panel.courses or panel.left_out
     ]
     if not found:
-        lines = [line.record for one in compared for line in read_lines(one.run.path / "metrics.jsonl")]
+        lines = [
+            line.record for one in compared for line in read_lines(one.run.path / "metrics.jsonl")
+        ]
         names = sorted({key for line in lines if line for key in line} - {"step"})
         raise ValueError(f"plot_of={metric}: no run has reported it{nearest(metric, names)}")
     if not any(panel.courses for panel in found):
@@ -121,9 +125,10 @@ def _panel(
     courses = []
     for (_, failed), members in groups.items():
         settings = {key: value for key, value in apart[members[0]].items() if key != "seed"}
-        courses.append(_course(settings, failed, [drawn[index] for index in members]))
+        runs = [drawn[index] for index in members]
+        courses.append(_course(settings, failed, runs, whole=over != "step"))
     measure = column.partition("@")[0].partition(" ")[0]
-    return Panel(column, measure, courses, left_out)
+    return Panel(column, measure, protocol[0] == "loss", courses, left_out)
 
 
 def _points(one: Compared, protocol: order.Protocol, tag: str) -> list[tuple[int, float]]:
@@ -155,13 +160,18 @@ def _course(
     settings: dict[str, Any],
     failed: bool,
     members: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    whole: bool,
 ) -> Course:
-    """The mean of runs at each step that one of them reports; of those that got so far."""
+    """The mean of runs at each step that one of them reports; of those that got so far.
+
+    `whole` leaves out steps that only some have: a mean of hours would go back there.
+    """
     steps = np.unique(np.concatenate([at for at, _, _ in members]))
+    first, last = max(at[0] for at, _, _ in members), min(at[-1] for at, _, _ in members)
+    if whole and first <= last:
+        steps = steps[(steps >= first) & (steps <= last)]
     over, values = (
-        np.stack(
-            [np.interp(steps, member[0], member[part], np.nan, np.nan) for member in members]
-        )
+        np.stack([np.interp(steps, member[0], member[part], np.nan, np.nan) for member in members])
         for part in (1, 2)
     )
     counts = np.isfinite(values).sum(axis=0)

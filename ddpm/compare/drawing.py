@@ -11,8 +11,11 @@ import numpy as np
 from ddpm.system.files import whole
 
 MOST = 24  # entries of a legend
-STYLES = [
-    (line, marker) for marker in (None, "o", "s", "^") for line in ("-", "--", ":", (0, (5, 1, 1, 1)))
+SPREAD = 12  # of a setting with more values, which are listed
+STYLES: list[tuple[Any, str | None]] = [  # of the line, and of a marker on it
+    (line, marker)
+    for marker in (None, "o", "s", "^")
+    for line in ("-", "--", ":", (0, (5, 1, 1, 1)))
 ]
 GREY = (0.5, 0.5, 0.5, 1.0)
 
@@ -27,6 +30,26 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ValueError("plot=true draws with matplotlib: pip install -e '.[plots]'") from error
+
+
+class Legend:
+    """What stands beside a panel.
+
+    Args:
+        handles: What is drawn.
+        texts: Of each, plain.
+        title: Plain; empty for none.
+    """
+
+    def __init__(self, handles: Sequence[Any], texts: Sequence[str], title: str = "") -> None:
+        self.handles = handles
+        self.texts = [wrapped(text) for text in texts]
+        self.title = wrapped(title)
+
+    @property
+    def lines(self) -> int:
+        """Lines of text."""
+        return sum(text.count("\n") + 1 for text in [*self.texts, self.title])
 
 
 def panels(lines: Sequence[int]) -> tuple[Any, list[Any]]:
@@ -46,12 +69,12 @@ def panels(lines: Sequence[int]) -> tuple[Any, list[Any]]:
     return figure, list(grid[:, 0])
 
 
-def legend(axes: Any, handles: Sequence[Any], texts: Sequence[str], title: str = "") -> None:
+def legend(axes: Any, made: Legend) -> None:
     """Puts a legend beside a panel, at the right."""
-    made = axes.legend(
-        handles,
-        texts,
-        title=title or None,
+    drawn = axes.legend(
+        made.handles,
+        made.texts,
+        title=made.title or None,
         fontsize="small",
         title_fontsize="small",
         alignment="left",
@@ -59,7 +82,7 @@ def legend(axes: Any, handles: Sequence[Any], texts: Sequence[str], title: str =
         bbox_to_anchor=(1.01, 1),
         borderaxespad=0,
     )
-    made.set_in_layout(False)  # the panel keeps its width; the picture grows by the legend
+    drawn.set_in_layout(False)  # the panel keeps its width; the picture grows by the legend
 
 
 def title(axes: Any, text: str) -> None:
@@ -81,11 +104,18 @@ def save(figure: Any, path: Path) -> None:
         )
 
 
-def scale(axes: Any, values: Sequence[np.ndarray], decades: float) -> None:
-    """Makes the values' axis a log one where all are above 0 and so many decades apart."""
+def scale(axes: Any, values: Sequence[np.ndarray], ratio: float) -> None:
+    """Makes the values' axis a log one: all are above 0, the most so many times the least."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     finite = np.concatenate([value[np.isfinite(value)] for value in values])
-    if len(finite) and finite.min() > 0 and finite.max() >= finite.min() * 10**decades:
-        axes.set_yscale("log")
+    if not len(finite) or finite.min() <= 0 or finite.max() < finite.min() * ratio:
+        return
+    axes.set_yscale("log")
+    if finite.max() < finite.min() * 1e3:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def colours(values: Sequence[Any]) -> list[Any]:

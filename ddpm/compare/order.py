@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ddpm.compare.tables import in_a_word, metric_columns, protocol_of
+from ddpm.compare.tables import Row, in_a_word, metric_columns, protocol_of
 from ddpm.config.compose import nearest
 from ddpm.runs.identity import flat
 from ddpm.runs.reader import At, Compared, format_value
@@ -27,6 +27,7 @@ class Ordered(NamedTuple):
         compared: The runs: those with the figure, the better first, or the least first where
             neither is better; those without; those that failed.
         values: Of each run, as the table shows it; None where it has none.
+        sign: 1 where less comes first, else -1.
         ranked: Runs with the figure that have not failed; they come first.
         notes: What there is to say of the others, in a line each.
     """
@@ -34,6 +35,7 @@ class Ordered(NamedTuple):
     column: str
     compared: list[Compared]
     values: list[Any]
+    sign: int
     ranked: int
     notes: list[str]
 
@@ -74,9 +76,20 @@ def by(compared: Sequence[Compared], metric: str, key: str) -> Ordered:
         column,
         [compared[index] for index in indices],
         [values[index] for index in indices],
+        sign,
         places.count(0),
         notes,
     )
+
+
+def by_mean(seeds: Sequence[Row], ordered: Ordered) -> list[Row]:
+    """Puts rows of means over seeds in the same order, those without the figure last."""
+
+    def place(row: Row) -> tuple[Any, ...]:
+        mean = row.get(f"{ordered.column} mean", row.get(ordered.column))
+        return (0, *_place(mean, ordered.sign)) if _ranks(mean) else (1,)
+
+    return sorted(seeds, key=place)
 
 
 def best(compared: Sequence[Compared], metric: str) -> Ordered:
@@ -160,10 +173,8 @@ def setting(compared: Sequence[Compared], name: str, key: str) -> str:
         return found[0]
     if found:
         raise ValueError(f"{key}={name}: several settings end so: {', '.join(found)}")
-    near = nearest(name, [*keys, "loss", "lr"])
-    raise ValueError(
-        f"{key}={name}: neither a figure (loss, eval/NAME) nor a setting of these runs{near}"
-    )
+    kinds = "a setting" if key == "colour_by" else "a figure (loss, eval/NAME) or a setting"
+    raise ValueError(f"{key}={name} is not {kinds} of these runs{nearest(name, keys)}")
 
 
 def _is_figure(metric: str) -> bool:

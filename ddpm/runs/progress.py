@@ -37,7 +37,8 @@ def progress(run: RunFolder, record: Mapping[str, Any]) -> Progress:
     """
     costs = read_costs(run.path)
     start = (starts_of(dict(record)) or [{}])[-1]
-    reported = [line.record["step"] for line in read_lines(run.path / "metrics.jsonl") if line.record]
+    lines = read_lines(run.path / "metrics.jsonl")
+    reported = [line.record["step"] for line in lines if line.record]
     step = max([record.get("step", 0), start.get("from_step", 0), *reported[-1:]])
     speed = images_per_second({"timed": costs[-1]} if costs else record)
     own = _time(record.get("expected_end"))
