@@ -155,7 +155,8 @@ def test_best_prints_the_folder_that_sample_takes(measured, typed, tmp_path):
     assert (refused.code, refused.out, refused.err.count("\n")) == (1, "", 1)
 
 
-def test_top_leaves_the_first_in_the_table_and_the_files(measured, typed, tmp_path):
+def test_top_leaves_the_first_in_the_table_and_the_files(measured, typed, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
     done = typed(
         "compare", f"runs={measured}", f"order_by=eval/{FD}", "top=1", f"to={tmp_path / 'to'}"
     )

@@ -12,11 +12,7 @@ from ddpm.system.files import whole
 
 MOST = 24  # entries of a legend
 SPREAD = 12  # of a setting with more values, which are listed
-STYLES: list[tuple[Any, str | None]] = [  # of the line, and of a marker on it
-    (line, marker)
-    for marker in (None, "o", "s", "^")
-    for line in ("-", "--", ":", (0, (5, 1, 1, 1)))
-]
+STYLES = [(line, marker) for marker in (None, "o", "s", "^") for line in ("-", "--", ":", "-.")]
 GREY = (0.5, 0.5, 0.5, 1.0)
 
 
