@@ -47,10 +47,10 @@ def test_the_better_comes_first_then_runs_without_the_figure_then_failed_ones(ru
     given = runs(9.0, [], 7.0, 1.0, statuses=["complete", "complete", "running", "failed"])
     ordered = order.by(given, f"eval/{FD}", "order_by")
     assert (names(ordered), ordered.values, ordered.ranked) == ("cabd", [7.0, 9.0, None, 1.0], 2)
-    assert ordered.notes == [
-        f"order_by=eval/{FD}: 1 without this figure, which come after the others",
-        f"order_by=eval/{FD}: 1 failed, which come last after the others",
-    ]
+    assert ordered.note == (
+        f"order_by=eval/{FD}: 2 of 4 runs are in its order; behind them 1 without this figure, "
+        "then 1 failed"
+    )
     more = runs(
         [("recall", PROTOCOL, 0.2)], [("recall", PROTOCOL, 0.6)], [("recall", PROTOCOL, 0.4)]
     )

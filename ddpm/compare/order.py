@@ -29,7 +29,7 @@ class Ordered(NamedTuple):
         values: Of each run, as the table shows it; None where it has none.
         sign: 1 where less comes first, else -1.
         ranked: Runs with the figure that have not failed; they come first.
-        notes: What there is to say of the others, in a line each.
+        note: What there is to say of the others, in a line; None where there are none.
     """
 
     column: str
@@ -37,7 +37,7 @@ class Ordered(NamedTuple):
     values: list[Any]
     sign: int
     ranked: int
-    notes: list[str]
+    note: str | None
 
 
 def by(compared: Sequence[Compared], metric: str, key: str) -> Ordered:
@@ -64,21 +64,19 @@ def by(compared: Sequence[Compared], metric: str, key: str) -> Ordered:
         range(len(compared)),
         key=lambda index: (places[index], _place(values[index], sign) if not places[index] else ()),
     )
-    notes = [
-        f"{key}={metric}: {count} {word} after the others"
-        for count, word in (
-            (places.count(1), "without this figure, which come"),
-            (places.count(2), "failed, which come last"),
-        )
-        if count
-    ]
+    ranked, without, failed = (places.count(place) for place in (0, 1, 2))
+    behind = [f"{without} without this figure"] if without else []
+    behind += [f"{failed} failed"] if failed else []
     return Ordered(
         column,
         [compared[index] for index in indices],
         [values[index] for index in indices],
         sign,
-        places.count(0),
-        notes,
+        ranked,
+        f"{key}={metric}: {ranked} of {len(compared)} runs are in its order; behind them "
+        f"{', then '.join(behind)}"
+        if behind
+        else None,
     )
 
 

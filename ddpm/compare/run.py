@@ -64,7 +64,7 @@ def run(composed: Composed) -> list[Compared]:
     compared = _read(settings)
     if settings.best is not None:
         ordered = order.best(compared, settings.best)
-        _say(ordered.notes, "note")
+        _say([ordered.note] if ordered.note else [], "note")
         print(ordered.compared[0].run.path)
         return ordered.compared[:1]
     if isinstance(settings.runs, str):  # a list keeps its order
@@ -72,7 +72,7 @@ def run(composed: Composed) -> list[Compared]:
     first = None
     if settings.order_by is not None:
         first = order.by(compared, settings.order_by, "order_by")
-        _say(first.notes, "note")
+        _say([first.note] if first.note else [], "note")
         compared = first.compared
     colour_by = settings.colour_by and order.setting(compared, settings.colour_by, "colour_by")
     over_steps, over_scales = curves.find_curves(compared, settings.over_seeds)
@@ -202,7 +202,7 @@ def _print_rows(
         print("every figure of drawn images has a column in table.csv (to=DIR)")
     seeds = tables.over_seeds(compared)
     if first is not None:
-        seeds = order.by_mean(seeds, first)
+        seeds = order.by_mean(tables.over_seeds(tables.sort_runs(compared)), first)
     if seeds:
         print(f"\nover seeds\n{tables.text(_but(hidden, seeds[: settings.top]), width())}")
     for one in compared[: settings.top]:
