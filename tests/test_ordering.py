@@ -48,8 +48,7 @@ def test_the_better_comes_first_then_runs_without_the_figure_then_failed_ones(ru
     ordered = order.by(given, f"eval/{FD}", "order_by")
     assert (names(ordered), ordered.values, ordered.ranked) == ("cabd", [7.0, 9.0, None, 1.0], 2)
     assert ordered.note == (
-        f"order_by=eval/{FD}: 2 of 4 runs are in its order; behind them 1 without this figure, "
-        "then 1 failed"
+        f"order_by=eval/{FD}: 2 of 4 runs are in its order; behind them 1 without it, then 1 failed"
     )
     more = runs(
         [("recall", PROTOCOL, 0.2)], [("recall", PROTOCOL, 0.6)], [("recall", PROTOCOL, 0.4)]

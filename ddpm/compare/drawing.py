@@ -12,7 +12,9 @@ from ddpm.system.files import whole
 
 MOST = 24  # entries of a legend
 SPREAD = 12  # of a setting with more values, which are listed
-STYLES = [(line, marker) for marker in (None, "o", "s", "^") for line in ("-", "--", ":", "-.")]
+STYLES: list[tuple[Any, str | None]] = [
+    (line, marker) for marker in (None, "o", "s", "^") for line in ("-", "--", ":", "-.")
+]
 GREY = (0.5, 0.5, 0.5, 1.0)
 
 

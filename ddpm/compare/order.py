@@ -65,7 +65,7 @@ def by(compared: Sequence[Compared], metric: str, key: str) -> Ordered:
         key=lambda index: (places[index], _place(values[index], sign) if not places[index] else ()),
     )
     ranked, without, failed = (places.count(place) for place in (0, 1, 2))
-    behind = [f"{without} without this figure"] if without else []
+    behind = [f"{without} without it"] if without else []
     behind += [f"{failed} failed"] if failed else []
     return Ordered(
         column,

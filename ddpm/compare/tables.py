@@ -106,22 +106,25 @@ def list_runs(compared: Sequence[Compared]) -> list[Row]:
 
     Where one trains just now, its speed and expected end have columns.
     """
-    table = []
     some_train = any(one.status == "running" for one in compared)
-    for one in compared:
-        row: Row = {
+    return [
+        {
             "updated": str(one.record.get("updated", "-"))[:16],
             "hours": hours(one.record),
+            **(_pace(one) if some_train else {}),
+            **summary(one),
         }
-        if some_train:
-            row |= {"images/s": None, "expected end": None}
-        if one.status == "running":
-            found = progress(one.run, one.record)
-            row["images/s"] = found.images_per_second
-            if found.ends is not None:
-                row["expected end"] = found.ends.astimezone(UTC).isoformat()[:16]
-        table.append({**row, **summary(one)})
-    return table
+        for one in compared
+    ]
+
+
+def _pace(one: Compared) -> Row:
+    """Of a run that trains just now its speed and when it should end; nothing of others."""
+    if one.status != "running":
+        return {"images/s": None, "expected end": None}
+    found = progress(one.run, one.record)
+    ends = found.ends and found.ends.astimezone(UTC).isoformat()[:16]
+    return {"images/s": found.images_per_second, "expected end": ends}
 
 
 def rows(compared: Sequence[Compared]) -> list[Row]:
