@@ -119,6 +119,20 @@ def test_a_setting_orders_by_its_number_but_is_no_best(template, tmp_path):
         order.by(given, "bach_size", "order_by")
 
 
+def test_colours_follow_only_what_differs(template, tmp_path):
+    given = [
+        made(template, tmp_path / str(lr), losses=[(6, 1.0)], lr=lr, seed=int(lr * 1e4))
+        for lr in (1e-3, 1e-2)
+    ]
+    assert order.differing(given, "lr", "colour_by") == "optimizer.lr"
+    for name in ("seed", "batch_size"):
+        with pytest.raises(
+            ValueError,
+            match=rf"colour_by={name} is no setting, but the seed, that differs of these runs; there are optimizer.lr",
+        ):
+            order.differing(given, name, "colour_by")
+
+
 def test_means_over_seeds_are_in_the_same_order(template, tmp_path):
     given = [
         made(template, tmp_path / f"{lr}-{seed}", losses=[(6, loss + seed)], lr=lr, seed=seed)
@@ -194,7 +208,7 @@ def test_damaged_lines_of_costs_are_left_out(tmp_path):
 def test_a_run_that_trains_shows_its_speed_and_end_and_others_nothing(template, tmp_path):
     """Two of 10 s a step of the 6 done since 12:00:00: 4 are left, so 12:00:40 after the report."""
     standing = made(template, tmp_path / "stands", losses=[(6, 1.0)])
-    assert not {"images/s", "expected end"} & tables.list_runs([standing])[0].keys()
+    assert not {"images/s", "expected end (UTC)"} & tables.list_runs([standing])[0].keys()
     trains = made(template, tmp_path / "trains", "running", [(2, 1.0)], costs=[20.0])
     start = {"started": "2100-01-01T12:00:00+00:00", "from_step": 0, "to_step": 0}
     record = {"status": "running", "num_steps": 6, "starts": [start], "step": 0}
@@ -211,4 +225,4 @@ def test_a_run_that_trains_shows_its_speed_and_end_and_others_nothing(template, 
     unknown = progress(trains.run, {**record, "starts": []})
     assert (unknown.images_per_second, unknown.ends) == (None, None)
     rows = tables.list_runs([standing, made(template, tmp_path / "b", "running")])
-    assert rows[0]["expected end"] is None
+    assert rows[0]["expected end (UTC)"] is None

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ddpm.compare.tables import Row, in_a_word, metric_columns, protocol_of
+from ddpm.compare.tables import Row, differences, in_a_word, metric_columns, protocol_of
 from ddpm.config.compose import nearest
 from ddpm.runs.identity import flat
 from ddpm.runs.reader import At, Compared, format_value
@@ -161,18 +161,30 @@ def setting(compared: Sequence[Compared], name: str, key: str) -> str:
     Raises:
         ValueError: If there is none, or several have that last word.
     """
-    keys = list(dict.fromkeys(setting for one in compared for setting in one.settings))
-    if name in keys:
-        return name
-    found = [setting for setting in keys if setting.rpartition(".")[2] == name]
-    if "optimizer.lr" in found:  # lr is the optimizer's, whatever an own schedule has
+    keys = [setting for one in compared for setting in one.settings]
+    return _named(keys, name, f"{key}={name} is not a figure (loss, eval/NAME) or a setting")
+
+
+def differing(compared: Sequence[Compared], name: str, key: str) -> str:
+    """Returns the setting that a name means, as `setting` does, of those that differ but the seed.
+
+    Raises:
+        ValueError: If there is none, or several have that last word.
+    """
+    keys = [setting for one in differences(compared) for setting in one if setting != "seed"]
+    return _named(keys, name, f"{key}={name} is no setting, but the seed, that differs")
+
+
+def _named(keys: Sequence[str], name: str, otherwise: str) -> str:
+    keys = list(dict.fromkeys(keys))
+    found = [name] if name in keys else [key for key in keys if key.rpartition(".")[2] == name]
+    if name == "lr" and "optimizer.lr" in found:  # whatever an own schedule calls so too
         return "optimizer.lr"
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(f"{key}={name}: several settings end so: {', '.join(found)}")
-    kinds = "a setting" if key == "colour_by" else "a figure (loss, eval/NAME) or a setting"
-    raise ValueError(f"{key}={name} is not {kinds} of these runs{nearest(name, keys)}")
+    if len(found) > 1:
+        raise ValueError(f"{otherwise} alone: several end so, {', '.join(found)}")
+    if not found:
+        raise ValueError(f"{otherwise} of these runs{nearest(name, keys)}")
+    return found[0]
 
 
 def _is_figure(metric: str) -> bool:

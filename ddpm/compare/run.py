@@ -74,18 +74,20 @@ def run(composed: Composed) -> list[Compared]:
         first = order.by(compared, settings.order_by, "order_by")
         _say([first.note] if first.note else [], "note")
         compared = first.compared
-    colour_by = settings.colour_by and order.setting(compared, settings.colour_by, "colour_by")
-    over_steps, over_scales = curves.find_curves(compared, settings.over_seeds)
+    colour = settings.colour_by
+    colour_by = colour and order.differing(compared, colour, "colour_by")
+    shown = compared[: settings.top]
+    over_steps, over_scales = curves.find_curves(shown, settings.over_seeds)
     swept = [*over_steps, *over_scales]
     rows = tables.list_runs(compared) if settings.runs is None else tables.rows(compared)
     if first is not None:
         values = zip(first.values, rows, strict=True)
         rows = [{first.column: value, **row} for value, row in values]
     if settings.runs is None:
-        print(tables.text(rows[: settings.top], width()))
+        print(tables.text(rows[: settings.top], _width()))
     else:
         _print_rows(compared, rows, first, swept, settings)
-    rows, compared = rows[: settings.top], compared[: settings.top]
+    rows, compared = rows[: settings.top], shown
     folder = Path(settings.outputs) / "comparison"
     if settings.to is not None:
         folder = Path(settings.to)
@@ -153,7 +155,7 @@ def _say(lines: Sequence[str], kind: str) -> None:
         print(f"{kind}: {line}", file=sys.stderr, flush=True)
 
 
-def width() -> int:
+def _width() -> int:
     return shutil.get_terminal_size((200, 24)).columns
 
 
@@ -196,15 +198,15 @@ def _print_rows(
     hidden = _swept_columns(compared) if swept else set()  # a column each would be hundreds
     if first is not None:
         hidden -= {first.column}
-    print(tables.text(_but(hidden, rows[: settings.top]), width()))
+    print(tables.text(_but(hidden, rows[: settings.top]), _width()))
     if swept:
         print(f"\n{curves.lines(swept, settings.over_seeds)}")
         print("every figure of drawn images has a column in table.csv (to=DIR)")
-    seeds = tables.over_seeds(compared)
+    seeds = tables.over_seeds(compared if first is None else tables.sort_runs(compared))
     if first is not None:
-        seeds = order.by_mean(tables.over_seeds(tables.sort_runs(compared)), first)
+        seeds = order.by_mean(seeds, first)
     if seeds:
-        print(f"\nover seeds\n{tables.text(_but(hidden, seeds[: settings.top]), width())}")
+        print(f"\nover seeds\n{tables.text(_but(hidden, seeds[: settings.top]), _width())}")
     for one in compared[: settings.top]:
         if one.status in ("failed", "preempted"):
             print(f"\n{one.run.path} {one.status}: {one.record.get('error')}")

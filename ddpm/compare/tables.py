@@ -121,10 +121,10 @@ def list_runs(compared: Sequence[Compared]) -> list[Row]:
 def _pace(one: Compared) -> Row:
     """Of a run that trains just now its speed and when it should end; nothing of others."""
     if one.status != "running":
-        return {"images/s": None, "expected end": None}
+        return {"images/s": None, "expected end (UTC)": None}
     found = progress(one.run, one.record)
     ends = found.ends and found.ends.astimezone(UTC).isoformat()[:16]
-    return {"images/s": found.images_per_second, "expected end": ends}
+    return {"images/s": found.images_per_second, "expected end (UTC)": ends}
 
 
 def rows(compared: Sequence[Compared]) -> list[Row]:
