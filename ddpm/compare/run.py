@@ -74,9 +74,8 @@ def run(composed: Composed) -> list[Compared]:
         first = order.by(compared, settings.order_by, "order_by")
         _say([first.note] if first.note else [], "note")
         compared = first.compared
-    colour = settings.colour_by
-    colour_by = colour and order.differing(compared, colour, "colour_by")
-    shown = compared[: settings.top]
+    shown, colour = compared[: settings.top], settings.colour_by
+    colour_by = colour and order.differing(shown, colour, "colour_by")
     over_steps, over_scales = curves.find_curves(shown, settings.over_seeds)
     swept = [*over_steps, *over_scales]
     rows = tables.list_runs(compared) if settings.runs is None else tables.rows(compared)
