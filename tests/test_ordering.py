@@ -179,6 +179,8 @@ def test_top_leaves_the_first_in_the_table_and_the_files(measured, typed, tmp_pa
     assert str(measured / "first") not in done.out
     listed = typed("compare", f"outputs={measured}", f"order_by=eval/{FD}")
     assert [line.split()[0] for line in listed.out.splitlines()[1:]] == ["7", "9"]
+    shown = typed("compare", f"runs={measured}", f"order_by=eval/{FD}:best")
+    assert [line.split()[0] for line in shown.out.splitlines()[1:3]] == ["7", "9"]
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ def run(composed: Composed) -> list[Compared]:
     rows = tables.list_runs(compared) if settings.runs is None else tables.rows(compared)
     if first is not None:
         values = zip(first.values, rows, strict=True)
-        rows = [{first.column: value, **row} for value, row in values]
+        # leftmost, and said even where the best value is the final one
+        rows = [{first.column: None, **row, first.column: value} for value, row in values]
     if settings.runs is None:
         print(tables.text(rows[: settings.top], _width()))
     else:
