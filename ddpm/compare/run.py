@@ -3,7 +3,6 @@
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,13 +10,16 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from ddpm.compare import curves, tables
+from ddpm.compare import courses, curves, order, tables
+from ddpm.compare.course_plots import draw_courses
+from ddpm.compare.courses import Over
 from ddpm.compare.curves import Curve, OverSeeds
-from ddpm.compare.plots import draw_scales, draw_steps, plot
+from ddpm.compare.drawing import require_matplotlib
+from ddpm.compare.plots import draw_scales, draw_steps
 from ddpm.config import build
 from ddpm.config.compose import Composed
 from ddpm.config.schema import plain_config
-from ddpm.config.validation import Count, Node, Section, check_node, validate
+from ddpm.config.validation import Count, Node, Section, Text, check_node, validate
 from ddpm.runs.reader import Compared, read
 from ddpm.sample.figures import Figure, draw_labels
 from ddpm.sample.images import save_png, to_picture, to_uint8
@@ -31,7 +33,13 @@ class Settings(Section):
 
     runs: str | list[str] | None
     to: str | None
+    order_by: Text | None
+    top: Count | None
+    best: Text | None
     plot: bool
+    plot_of: Text
+    plot_over: Over
+    colour_by: Text | None
     over_seeds: OverSeeds
     grid: bool
     weights: Literal["ema", "raw"]
@@ -46,30 +54,40 @@ class Settings(Section):
 def run(composed: Composed) -> list[Compared]:
     """Prints the table, writes it and the pictures into a folder, and prints where.
 
+    With best=METRIC it prints the folder of one run and nothing else.
+
     Raises:
-        ValueError: If there is no run at all, or a picture cannot be drawn.
+        ValueError: If there is no run at all, a picture cannot be drawn, or runs cannot be ordered.
     """
     settings = validate(Settings, plain_config(composed))
-    width = shutil.get_terminal_size((200, 24)).columns
-    found, empty = tables.find(settings.runs, settings.outputs)
-    for given in empty:
-        print(f"warning: {given}: no run there", file=sys.stderr, flush=True)
-    compared, copies = tables.once([read(one) for one in found])
-    for words in copies:
-        print(f"note: {words}", file=sys.stderr, flush=True)
-    for one in compared:
-        for number in one.damaged:
-            line = f"{one.run.path / 'metrics.jsonl'}, line {number}"
-            print(f"warning: {line}: damaged and left out", file=sys.stderr, flush=True)
+    _check(settings)
+    compared = _read(settings)
+    if settings.best is not None:
+        ordered = order.best(compared, settings.best)
+        _say([ordered.note] if ordered.note else [], "note")
+        print(ordered.compared[0].run.path)
+        return ordered.compared[:1]
     if isinstance(settings.runs, str):  # a list keeps its order
         compared = tables.sort_runs(compared)
-    over_steps, over_scales = curves.find_curves(compared, settings.over_seeds)
+    first = None
+    if settings.order_by is not None:
+        first = order.by(compared, settings.order_by, "order_by")
+        _say([first.note] if first.note else [], "note")
+        compared = first.compared
+    shown, colour = compared[: settings.top], settings.colour_by
+    colour_by = colour and order.differing(shown, colour, "colour_by")
+    over_steps, over_scales = curves.find_curves(shown, settings.over_seeds)
     swept = [*over_steps, *over_scales]
     rows = tables.list_runs(compared) if settings.runs is None else tables.rows(compared)
+    if first is not None:
+        values = zip(first.values, rows, strict=True)
+        # leftmost, and said even where the best value is the final one
+        rows = [{first.column: None, **row, first.column: value} for value, row in values]
     if settings.runs is None:
-        print(tables.text(rows, width))
+        print(tables.text(rows[: settings.top], _width()))
     else:
-        _print_rows(compared, swept, settings.over_seeds, width)
+        _print_rows(compared, rows, first, swept, settings)
+    rows, compared = rows[: settings.top], shown
     folder = Path(settings.outputs) / "comparison"
     if settings.to is not None:
         folder = Path(settings.to)
@@ -85,9 +103,14 @@ def run(composed: Composed) -> list[Compared]:
         save_png(folder / "grid.png", draw(settings, compared))
         print(f"grid {folder / 'grid.png'}", flush=True)
     if settings.plot:
-        folder.mkdir(parents=True, exist_ok=True)
-        plot(folder / "loss.png", compared)
-        print(f"plot {folder / 'loss.png'}", flush=True)
+        file = folder / f"{'loss' if settings.plot_of == 'loss' else 'measure'}.png"
+        panels = courses.find(compared, settings.plot_of, settings.plot_over)
+        for panel in panels:
+            _say(
+                [f"{run} is not in {file}: it has no costs.jsonl" for run in panel.left_out], "note"
+            )
+        draw_courses(file, panels, settings.plot_over, colour_by)
+        print(f"plot {file}", flush=True)
         if over_steps:
             draw_steps(folder / "steps.png", over_steps, settings.over_seeds)
             print(f"plot {folder / 'steps.png'}", flush=True)
@@ -95,6 +118,45 @@ def run(composed: Composed) -> list[Compared]:
             draw_scales(folder / "scales.png", over_scales)
             print(f"plot {folder / 'scales.png'}", flush=True)
     return compared
+
+
+def _check(settings: Settings) -> None:
+    """Refuses what does not go together, before a folder is read.
+
+    Raises:
+        ValueError: If something does not.
+    """
+    if settings.top is not None and settings.order_by is None:
+        raise ValueError(f"top={settings.top} is of an order: give order_by=METRIC too")
+    for key in ("order_by", "to", "plot", "grid"):
+        if settings.best is not None and getattr(settings, key):
+            raise ValueError(
+                f"best={settings.best} prints a folder and nothing else: leave out {key}="
+            )
+    if settings.plot:
+        require_matplotlib()
+
+
+def _read(settings: Settings) -> list[Compared]:
+    """All that is known of the runs, each once; says what is left out."""
+    found, empty = tables.find(settings.runs, settings.outputs)
+    _say([f"{given}: no run there" for given in empty], "warning")
+    compared, copies = tables.once([read(one) for one in found])
+    _say(copies, "note")
+    for one in compared:
+        file = one.run.path / "metrics.jsonl"
+        damaged = [f"{file}, line {number}: damaged and left out" for number in one.damaged]
+        _say(damaged, "warning")
+    return compared
+
+
+def _say(lines: Sequence[str], kind: str) -> None:
+    for line in lines:
+        print(f"{kind}: {line}", file=sys.stderr, flush=True)
+
+
+def _width() -> int:
+    return shutil.get_terminal_size((200, 24)).columns
 
 
 def draw(settings: Settings, compared: Sequence[Compared]) -> np.ndarray:
@@ -126,29 +188,45 @@ def draw(settings: Settings, compared: Sequence[Compared]) -> np.ndarray:
 
 
 def _print_rows(
-    compared: Sequence[Compared], swept: Sequence[Curve], over_seeds: OverSeeds, width: int
+    compared: Sequence[Compared],
+    rows: Sequence[tables.Row],
+    first: order.Ordered | None,
+    swept: Sequence[Curve],
+    settings: Settings,
 ) -> None:
     """The table, and what it does not show; figures over a sampler's settings as curves."""
-    if swept:  # a column each would be hundreds
-        compared = [
-            replace(one, results=[o for o in one.results if "sampler_settings" not in o.protocol])
-            for one in compared
-        ]
-    print(tables.text(tables.rows(compared), width))
+    hidden = _swept_columns(compared) if swept else set()  # a column each would be hundreds
+    if first is not None:
+        hidden -= {first.column}
+    print(tables.text(_but(hidden, rows[: settings.top]), _width()))
     if swept:
-        print(f"\n{curves.lines(swept, over_seeds)}")
+        print(f"\n{curves.lines(swept, settings.over_seeds)}")
         print("every figure of drawn images has a column in table.csv (to=DIR)")
-    _print_more(compared, width)
-
-
-def _print_more(compared: Sequence[Compared], width: int) -> None:
-    """What the table does not show: means over seeds, and why runs ended."""
-    seeds = tables.over_seeds(compared)
+    seeds = tables.over_seeds(compared if first is None else tables.sort_runs(compared))
+    if first is not None:
+        seeds = order.by_mean(seeds, first)
     if seeds:
-        print(f"\nover seeds\n{tables.text(seeds, width)}")
-    for one in compared:
+        print(f"\nover seeds\n{tables.text(_but(hidden, seeds[: settings.top]), _width())}")
+    for one in compared[: settings.top]:
         if one.status in ("failed", "preempted"):
             print(f"\n{one.run.path} {one.status}: {one.record.get('error')}")
+
+
+def _swept_columns(compared: Sequence[Compared]) -> set[str]:
+    """The columns of figures of drawn images."""
+    drawn = {
+        tables.protocol_of(result)
+        for one in compared
+        for result in one.results
+        if "sampler_settings" in result.protocol
+    }
+    columns = tables.metric_columns(compared).items()
+    names = [column for column, protocol in columns if protocol in drawn]
+    return {f"{name}{of}" for name in names for of in ("", " best", " mean", " deviation", " runs")}
+
+
+def _but(hidden: set[str], rows: Sequence[tables.Row]) -> list[tables.Row]:
+    return [{name: value for name, value in row.items() if name not in hidden} for row in rows]
 
 
 def _samples(settings: Settings, one: Compared, device: torch.device) -> np.ndarray:

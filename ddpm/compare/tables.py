@@ -6,12 +6,14 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from datetime import UTC
 from pathlib import Path
 from typing import Any
 
 from ddpm.config.sweeps import align
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import flat
+from ddpm.runs.progress import progress
 from ddpm.runs.reader import (
     At,
     Compared,
@@ -100,15 +102,29 @@ def once(compared: Sequence[Compared]) -> tuple[list[Compared], list[str]]:
 
 
 def list_runs(compared: Sequence[Compared]) -> list[Row]:
-    """Makes a row a run, whatever their settings: when it last wrote, and how it stands."""
+    """Makes a row a run, whatever their settings: when it last wrote, and how it stands.
+
+    Where one trains just now, its speed and expected end have columns.
+    """
+    some_train = any(one.status == "running" for one in compared)
     return [
         {
             "updated": str(one.record.get("updated", "-"))[:16],
             "hours": hours(one.record),
+            **(_pace(one) if some_train else {}),
             **summary(one),
         }
         for one in compared
     ]
+
+
+def _pace(one: Compared) -> Row:
+    """Of a run that trains just now its speed and when it should end; nothing of others."""
+    if one.status != "running":
+        return {"images/s": None, "expected end (UTC)": None}
+    found = progress(one.run, one.record)
+    ends = found.ends and found.ends.astimezone(UTC).isoformat()[:16]
+    return {"images/s": found.images_per_second, "expected end (UTC)": ends}
 
 
 def rows(compared: Sequence[Compared]) -> list[Row]:
@@ -147,16 +163,7 @@ def over_seeds(compared: Sequence[Compared]) -> list[Row]:
     groups: dict[str, list[int]] = {}
     for index, one in enumerate(compared):
         if one.status == "complete":
-            groups.setdefault(
-                json.dumps(
-                    [
-                        {key: value for key, value in one.identity.items() if key != "seed"},
-                        (one.record.get("data") or {}).get("fingerprint"),
-                    ],
-                    sort_keys=True,
-                ),
-                [],
-            ).append(index)
+            groups.setdefault(but_for_seed(one), []).append(index)
     differing = differences(compared)
     table = []
     for members in groups.values():
@@ -180,6 +187,12 @@ def over_seeds(compared: Sequence[Compared]) -> list[Row]:
                     row[f"{column} runs"] = len(values)
         table.append(row)
     return table
+
+
+def but_for_seed(one: Compared) -> str:
+    """Returns what runs have in common that differ in their seed alone, as text."""
+    identity = {key: value for key, value in one.identity.items() if key != "seed"}
+    return as_key([identity, (one.record.get("data") or {}).get("fingerprint")])
 
 
 def differences(compared: Sequence[Compared]) -> list[Row]:
@@ -344,12 +357,14 @@ def metric_columns(compared: Sequence[Compared]) -> dict[str, tuple[str, str]]:
             if len({as_key(detail.get(key)) for detail in details}) > 1
         ]
         for protocol, detail in zip(protocols, details, strict=True):
-            said = " ".join(
-                f"{key.removesuffix('._target_').rpartition('.')[2]}={_short(detail.get(key))}"
-                for key in differing
-            )
+            said = " ".join(in_a_word(key, detail.get(key)) for key in differing)
             columns[f"{name} {said}".strip()] = protocol
     return columns
+
+
+def in_a_word(key: str, value: Any) -> str:
+    """Returns a field of a protocol and its value in one word, as a column's name has them."""
+    return f"{key.removesuffix('._target_').rpartition('.')[2]}={_short(value)}"
 
 
 def _short(value: Any) -> str:

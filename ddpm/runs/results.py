@@ -160,7 +160,9 @@ def better(metric: str) -> Callable[..., Any] | None:
 
     It returns None where neither is better in itself (a colour gap, a ratio of nearest distances).
     """
-    if metric.startswith(("fid", "fd_", "kid", "kd_", "bits_per_dim", "loss_", "rmse")):
+    if metric == "loss" or metric.startswith(
+        ("fid", "fd_", "kid", "kd_", "bits_per_dim", "loss_", "rmse")
+    ):
         return min
     return (
         max
@@ -233,6 +235,8 @@ class Result:
         final: (value, step).
         best: (value, step); None where neither less nor more is better.
         deviation: Of the final value, over subsets or splits.
+        measured: (step, value) of every measurement, by step; none of the training loss, whose
+            curve is `loss_curve`.
     """
 
     metric: str
@@ -240,6 +244,7 @@ class Result:
     final: tuple[float, int]
     best: tuple[float, int] | None
     deviation: float | None = None
+    measured: tuple[tuple[int, float], ...] = ()
 
     @property
     def name(self) -> str:
@@ -293,6 +298,7 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
                 (last["value"], last["protocol"]["step"]),
                 best,
                 last["deviation"],
+                tuple(sorted((entry["protocol"]["step"], entry["value"]) for entry in same)),
             )
         )
     return found
@@ -341,12 +347,21 @@ def _parse(line: bytes, gaps: bool) -> dict[str, Any] | None:
 
 
 def loss_curve(folder: Path) -> list[tuple[int, float]]:
-    """Returns the (step, training loss since the record before) of every report so far.
+    """Returns the (step, training loss since the record before) of every report so far."""
+    return scalar_curve(folder, "train/loss")
+
+
+def scalar_curve(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """Returns the (step, value) of every report of a scalar so far.
 
     There are none without a metrics.jsonl. Lines that are cut short or damaged are left out.
+
+    Args:
+        folder: The run's.
+        tag: Such as train/grad_norm.
     """
     records = [line.record for line in read_lines(folder / "metrics.jsonl") if line.record]
-    return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
+    return [(record["step"], record[tag]) for record in records if tag in record]
 
 
 def window_means(

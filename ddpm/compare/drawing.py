@@ -1,0 +1,166 @@
+"""What pictures of curves share: panels below each other, whole text, legends beside them."""
+
+import functools
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm.system.files import whole
+
+MOST = 24  # entries of a legend
+SPREAD = 12  # of a setting with more values, which are listed
+STYLES: list[tuple[Any, str | None]] = [
+    (line, marker) for marker in (None, "o", "s", "^") for line in ("-", "--", ":", "-.")
+]
+GREY = (0.5, 0.5, 0.5, 1.0)
+
+
+def require_matplotlib() -> None:
+    """Looks whether there is something to draw with.
+
+    Raises:
+        ValueError: If not.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError("plot=true draws with matplotlib: pip install -e '.[plots]'") from error
+
+
+class Legend:
+    """What stands beside a panel.
+
+    Args:
+        handles: What is drawn.
+        texts: Of each, plain.
+        title: Plain; empty for none.
+    """
+
+    def __init__(self, handles: Sequence[Any], texts: Sequence[str], title: str = "") -> None:
+        self.handles = handles
+        self.texts = [wrapped(text) for text in texts]
+        self.title = wrapped(title)
+
+    @property
+    def lines(self) -> int:
+        """Lines of text."""
+        return sum(text.count("\n") + 1 for text in [*self.texts, self.title])
+
+
+def panels(lines: Sequence[int]) -> tuple[Any, list[Any]]:
+    """Makes a figure with a panel below the other, each as high as its legend needs.
+
+    Args:
+        lines: Of text in each panel's legend.
+
+    Returns:
+        The figure and the panels' axes.
+    """
+    from matplotlib.figure import Figure
+
+    heights = [max(4.2, 0.19 * count + 0.6) for count in lines]
+    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
+    grid = figure.subplots(len(heights), squeeze=False, height_ratios=heights)
+    return figure, list(grid[:, 0])
+
+
+def legend(axes: Any, made: Legend) -> None:
+    """Puts a legend beside a panel, at the right."""
+    drawn = axes.legend(
+        made.handles,
+        made.texts,
+        title=made.title or None,
+        fontsize="small",
+        title_fontsize="small",
+        alignment="left",
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1),
+        borderaxespad=0,
+    )
+    drawn.set_in_layout(False)  # the panel keeps its width; the picture grows by the legend
+
+
+def title(axes: Any, text: str) -> None:
+    axes.set_title(wrapped(text, 90), loc="left", fontsize="medium")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes the picture, as large as all of its text needs."""
+    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend() is not None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as scratch:
+        figure.savefig(
+            scratch,
+            dpi=120,
+            format="png",
+            bbox_inches="tight",
+            bbox_extra_artists=legends,
+            pad_inches=0.15,
+        )
+
+
+def scale(axes: Any, values: Sequence[np.ndarray], ratio: float) -> None:
+    """Makes the values' axis a log one: all are above 0, the most so many times the least."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    finite = np.concatenate([value[np.isfinite(value)] for value in values])
+    if not len(finite) or finite.min() <= 0 or finite.max() < finite.min() * ratio:
+        return
+    axes.set_yscale("log")
+    if finite.max() < finite.min() * 1e3:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def colours(values: Sequence[Any]) -> list[Any]:
+    """Returns a colour for each value, none twice: numbers from dark to light, others apart.
+
+    Args:
+        values: All different; a number's colour is by its rank; None is grey.
+    """
+    import matplotlib
+
+    numbers = sorted(value for value in values if _is_number(value))
+    others = [value for value in values if value is not None and not _is_number(value)]
+    if others:
+        numbers, others = [], [value for value in values if value is not None]
+    few = next((name for name, most in (("tab10", 10), ("tab20", 20)) if len(others) <= most), None)
+    apart = matplotlib.colormaps[few or "turbo"]
+    ranked = matplotlib.colormaps["viridis"]
+    found = []
+    for value in values:
+        if value is None:
+            found.append(GREY)
+        elif others:
+            place = others.index(value)
+            found.append(apart(place if few else place / (len(others) - 1)))
+        else:  # the palest yellow is hard to see
+            found.append(ranked(0.92 * numbers.index(value) / max(1, len(numbers) - 1)))
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def wrapped(text: str, width: int = 60) -> str:
+    """Returns text in lines, as matplotlib draws it: no formula, and no letter its font lacks."""
+    there = _letters()
+    plain = "".join(
+        letter if ord(letter) in there else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+    lines = textwrap.wrap(plain, width) or [""]
+    return "\n".join(lines).replace("$", r"\$")
+
+
+@functools.cache
+def _letters() -> frozenset[int]:
+    from matplotlib import font_manager
+
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    return frozenset(font.get_charmap())
