@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from ddpm.compare import curves, tables
+from ddpm.compare import curves, report, tables
 from ddpm.compare.curves import Curve, OverSeeds
 from ddpm.compare.plots import draw_scales, draw_steps, plot
 from ddpm.config import build
@@ -31,6 +31,7 @@ class Settings(Section):
 
     runs: str | list[str] | None
     to: str | None
+    report: str | None
     plot: bool
     over_seeds: OverSeeds
     grid: bool
@@ -50,6 +51,8 @@ def run(composed: Composed) -> list[Compared]:
         ValueError: If there is no run at all, or a picture cannot be drawn.
     """
     settings = validate(Settings, plain_config(composed))
+    if settings.report is not None:
+        report.check()
     width = shutil.get_terminal_size((200, 24)).columns
     found, empty = tables.find(settings.runs, settings.outputs)
     for given in empty:
@@ -70,6 +73,10 @@ def run(composed: Composed) -> list[Compared]:
         print(tables.text(rows, width))
     else:
         _print_rows(compared, swept, settings.over_seeds, width)
+    if settings.report is not None:
+        page = Path(settings.report).expanduser()
+        size = report.write(page, compared, _asked(settings))
+        print(f"report {page} ({size / 1e6:.1f} MB)", flush=True)
     folder = Path(settings.outputs) / "comparison"
     if settings.to is not None:
         folder = Path(settings.to)
@@ -95,6 +102,15 @@ def run(composed: Composed) -> list[Compared]:
             draw_scales(folder / "scales.png", over_scales)
             print(f"plot {folder / 'scales.png'}", flush=True)
     return compared
+
+
+def _asked(settings: Settings) -> str:
+    runs = settings.runs
+    return (
+        f"all below {settings.outputs}"
+        if runs is None
+        else ", ".join([runs] if isinstance(runs, str) else runs)
+    )
 
 
 def draw(settings: Settings, compared: Sequence[Compared]) -> np.ndarray:

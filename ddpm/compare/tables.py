@@ -144,24 +144,9 @@ def over_seeds(compared: Sequence[Compared]) -> list[Row]:
     There is a row for each group of two or more, with mean and deviation (of a sample).
     """
     columns = metric_columns(compared)
-    groups: dict[str, list[int]] = {}
-    for index, one in enumerate(compared):
-        if one.status == "complete":
-            groups.setdefault(
-                json.dumps(
-                    [
-                        {key: value for key, value in one.identity.items() if key != "seed"},
-                        (one.record.get("data") or {}).get("fingerprint"),
-                    ],
-                    sort_keys=True,
-                ),
-                [],
-            ).append(index)
     differing = differences(compared)
     table = []
-    for members in groups.values():
-        if len(members) < 2:
-            continue
+    for members in seed_groups(compared):
         row: Row = {key: value for key, value in differing[members[0]].items() if key != "seed"}
         row["seeds"] = " ".join(str(compared[index].settings.get("seed")) for index in members)
         for column, protocol in columns.items():
@@ -180,6 +165,24 @@ def over_seeds(compared: Sequence[Compared]) -> list[Row]:
                     row[f"{column} runs"] = len(values)
         table.append(row)
     return table
+
+
+def seed_groups(compared: Sequence[Compared]) -> list[list[int]]:
+    """Returns the places of complete runs that are the same but for the seed, two or more each."""
+    groups: dict[str, list[int]] = {}
+    for index, one in enumerate(compared):
+        if one.status == "complete":
+            groups.setdefault(
+                json.dumps(
+                    [
+                        {key: value for key, value in one.identity.items() if key != "seed"},
+                        (one.record.get("data") or {}).get("fingerprint"),
+                    ],
+                    sort_keys=True,
+                ),
+                [],
+            ).append(index)
+    return [members for members in groups.values() if len(members) > 1]
 
 
 def differences(compared: Sequence[Compared]) -> list[Row]:
