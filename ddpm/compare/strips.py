@@ -101,11 +101,14 @@ def _fitted(
     one: Compared, files: Sequence[tuple[int, Path]], share: int
 ) -> tuple[Strip | None, int, int]:
     """A run's rows within its share of bytes, how many previews they are, and a picture's side."""
+    drawn = _num_previews(one)
     sides = [SIDE, SIDE // 2, SIDE // 4, SIDE // 8]
     for side, count in itertools.product(sides, (STEPS, 12, 6, 3, 2, 1)):
         if side < SIDE and count > 1:
             continue  # fewer steps come before smaller pictures
-        sheets = [(step, cut) for step, file in _spaced(files, count) if (cut := _cut(one, file))]
+        sheets = [
+            (step, cut) for step, file in _spaced(files, count) if (cut := _cut(one, file, drawn))
+        ]
         if not sheets:
             return None, 0, 0
         pictures = [_encoded(step, tiles, side) for step, tiles in sheets]
@@ -129,7 +132,7 @@ def _spaced(files: Sequence[tuple[int, Path]], count: int) -> list[tuple[int, Pa
     return list(files[::-1][::every][::-1])
 
 
-def _cut(one: Compared, file: Path) -> list[Image.Image]:
+def _cut(one: Compared, file: Path, drawn: int | None) -> list[Image.Image]:
     """The first pictures of a preview's grid, as small as they were drawn; none if it is damaged.
 
     The grid is that of ddpm.sample.images.grid: pictures 2 pixels apart, each pixel magnified where
@@ -148,7 +151,7 @@ def _cut(one: Compared, file: Path) -> list[Image.Image]:
         times = max(1, 512 // (columns * width))
         if sheet.width == columns * (width * times + 2) + 2:
             rows = (sheet.height - 2) // (height * times + 2)
-            count = min(TILES, columns * rows, _num_previews(one) or columns * rows)
+            count = min(TILES, columns * rows, drawn or columns * rows)
             return [
                 _tile(sheet, divmod(index, columns), (width, height), times)
                 for index in range(count)

@@ -172,7 +172,7 @@ function drawPanel(panel) {
   if (!curves.length) return;
   const layout = layoutOf({
     xaxis: { title: { text: OVER[byId("over").value] }, type: byId("log-x").checked ? "log" : "linear" },
-    yaxis: { type: log ? "log" : "linear", tickformat: log ? ".3~g" : "" },
+    yaxis: { type: log ? "log" : "linear", tickformat: log ? ".3~g" : "", ...(log ? logTicks(values) : {}) },
   });
   Plotly.react(panel.chart, traces, layout, PLOT).then(() => listen(panel));
 }

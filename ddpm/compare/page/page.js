@@ -107,6 +107,12 @@ function coloursBy(key) {
   return { of, colours };
 }
 
+/* Labels of a log axis at 1, 2, 5, 10: all nine of a decade do not fit. */
+function logTicks(values) {
+  const decades = Math.log10(Math.max(...values) / Math.min(...values));
+  return decades > 0.8 && decades < 4 ? { dtick: "D2" } : {};
+}
+
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function layoutOf(more) {
@@ -115,7 +121,8 @@ function layoutOf(more) {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: style("--text"), size: 12, family: getComputedStyle(document.body).fontFamily },
-    margin: { l: 56, r: 14, t: 10, b: 44 },
+    margin: { l: 56, r: 14, t: 30, b: 44 },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--quiet"), activecolor: style("--accent") },
     showlegend: false,
     hovermode: "closest",
     hoverlabel: { bgcolor: style("--panel"), bordercolor: style("--line"), font: { color: style("--text") }, align: "left" },
@@ -124,6 +131,6 @@ function layoutOf(more) {
     yaxis: { ...axis, ...more.yaxis },
   };
 }
-const PLOT = { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+const PLOT = { responsive: true, displaylogo: false, modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]] };
 
 byId("about").textContent = `${many(RUNS.length, "run")} of ${DATA.asked}, ${DATA.made.replace("T", " ").replace("+00:00", " UTC")}, ddpm ${DATA.version}`;

@@ -17,7 +17,9 @@ function stripOf(run, step) {
   const picture = found ? element("img", { src: found[1], alt: `${label}: ${said}`, className: width <= 64 ? "pixels" : "" }) : null;
   if (picture) picture.style.aspectRatio = `${samples.columns * width} / ${height}`;
   const words = element("div", { className: "words", title: path }, label, element("br"), element("span", { className: "at" }, said));
-  return element("div", { className: "strip" }, words, element("div", { className: "pictures" }, picture));
+  const pictures = element("div", { className: "pictures" }, picture);
+  pictures.style.setProperty("--columns", samples.columns);
+  return element("div", { className: "strip" }, words, pictures);
 }
 
 function drawStrips() {
@@ -27,10 +29,8 @@ function drawStrips() {
   const some = having.slice(0, stripsShown);
   const byNoise = new Map();
   for (const run of some) {
-    const { noise, columns } = RUNS[run].samples;
-    const key = `noise of ${noise}`;
+    const key = `noise of ${RUNS[run].samples.noise}`;
     byNoise.set(key, [...(byNoise.get(key) || []), run]);
-    byNoise.get(key).columns = Math.max(columns, byNoise.get(key).columns || 0);
   }
   const made = [];
   for (const [noise, mine] of byNoise) {
