@@ -17,7 +17,7 @@ from ddpm import __version__
 from ddpm.compare import tables
 from ddpm.compare.strips import Strips, strips_of
 from ddpm.compare.tables import protocol_of
-from ddpm.compare.told import told_of
+from ddpm.compare.told import told_of, whole_configuration
 from ddpm.runs.reader import Compared
 from ddpm.runs.results import PARTS, Result, better, read_json_lines, read_lines
 from ddpm.system.files import write_text
@@ -86,8 +86,9 @@ def contents(compared: Sequence[Compared], asked: str) -> dict[str, Any]:
     """Returns all that the page tells; rows and numbers are those of table.csv and table.json."""
     rows = tables.rows(compared)
     labels = _labels(compared)
-    strips = strips_of(compared)
-    common, told = told_of(compared)
+    settings = [whole_configuration(one) for one in compared]
+    strips = strips_of(compared, settings)
+    common, told = told_of(compared, settings)
     count = min(max(POINTS // max(_num_curves(compared), 1), FEWEST_POINTS), MOST_POINTS)
     names = {protocol: name for name, protocol in tables.metric_columns(compared).items()}
     return {

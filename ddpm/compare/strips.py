@@ -3,7 +3,7 @@
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +56,9 @@ class Strips:
     reduced: list[str] = field(default_factory=list)
 
 
-def strips_of(compared: Sequence[Compared], most: int = BYTES) -> Strips:
+def strips_of(
+    compared: Sequence[Compared], settings: Sequence[Mapping[str, str]], most: int = BYTES
+) -> Strips:
     """Cuts the previews of all runs into rows that together take at most so many bytes.
 
     Each run has the same share. Of a run's previews as many are kept as fit, evenly spaced and with
@@ -64,6 +66,7 @@ def strips_of(compared: Sequence[Compared], most: int = BYTES) -> Strips:
 
     Args:
         compared: The runs.
+        settings: Of each all of its configuration, as text.
         most: Bytes of all pictures.
     """
     previews = {
@@ -73,7 +76,7 @@ def strips_of(compared: Sequence[Compared], most: int = BYTES) -> Strips:
     left_out = shrunk = 0
     unreadable = []
     for index, files in previews.items():
-        strip, kept, side = _fitted(compared[index], files, most // len(previews))
+        strip, kept, side = _fitted(compared[index], files, most // len(previews), settings[index])
         if strip is None:
             unreadable.append(str(compared[index].run.path))
             continue
@@ -98,10 +101,10 @@ def _previews(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _fitted(
-    one: Compared, files: Sequence[tuple[int, Path]], share: int
+    one: Compared, files: Sequence[tuple[int, Path]], share: int, settings: Mapping[str, str]
 ) -> tuple[Strip | None, int, int]:
     """A run's rows within its share of bytes, how many previews they are, and a picture's side."""
-    drawn = _num_previews(one)
+    drawn = int(settings.get("runtime.num_previews", TILES))
     sides = [SIDE, SIDE // 2, SIDE // 4, SIDE // 8]
     for side, count in itertools.product(sides, (STEPS, 12, 6, 3, 2, 1)):
         if side < SIDE and count > 1:
@@ -132,7 +135,7 @@ def _spaced(files: Sequence[tuple[int, Path]], count: int) -> list[tuple[int, Pa
     return list(files[::-1][::every][::-1])
 
 
-def _cut(one: Compared, file: Path, drawn: int | None) -> list[Image.Image]:
+def _cut(one: Compared, file: Path, drawn: int) -> list[Image.Image]:
     """The first pictures of a preview's grid, as small as they were drawn; none if it is damaged.
 
     The grid is that of ddpm.sample.images.grid: pictures 2 pixels apart, each pixel magnified where
@@ -151,7 +154,7 @@ def _cut(one: Compared, file: Path, drawn: int | None) -> list[Image.Image]:
         times = max(1, 512 // (columns * width))
         if sheet.width == columns * (width * times + 2) + 2:
             rows = (sheet.height - 2) // (height * times + 2)
-            count = min(TILES, columns * rows, drawn or columns * rows)
+            count = min(TILES, columns * rows, drawn)
             return [
                 _tile(sheet, divmod(index, columns), (width, height), times)
                 for index in range(count)
@@ -167,12 +170,6 @@ def _tile(
     )
     drawn = sheet.crop((left, top, left + size[0] * times, top + size[1] * times))
     return drawn.resize(size, Image.Resampling.NEAREST)
-
-
-def _num_previews(one: Compared) -> int | None:
-    with suppress(ValueError):
-        return one.run.plain()["runtime"].get("num_previews")
-    return None
 
 
 def _noise(one: Compared, tile: Image.Image) -> str:

@@ -21,14 +21,19 @@ LOG_BYTES = 200_000  # of a train.log that are looked through, the last
 Told = dict[str, Any]
 
 
-def told_of(compared: Sequence[Compared]) -> tuple[dict[str, str], list[Told]]:
+def told_of(
+    compared: Sequence[Compared], settings: Sequence[dict[str, str]]
+) -> tuple[dict[str, str], list[Told]]:
     """Returns what runs tell, what is the same in all of their configurations once.
+
+    Args:
+        compared: The runs.
+        settings: Of each, as whole_configuration gives them.
 
     Returns:
         Settings, as text, that every readable run has the same; and for each run its other
         settings, those in which its recipe differs, its starts, data, warnings and error.
     """
-    settings = [_settings(one) for one in compared]
     readable = [some for some in settings if some]
     common = (
         {
@@ -53,8 +58,8 @@ def told_of(compared: Sequence[Compared]) -> tuple[dict[str, str], list[Told]]:
     ]
 
 
-def _settings(one: Compared) -> dict[str, str]:
-    """The whole config.yaml as dotted keys; nothing where it cannot be read."""
+def whole_configuration(one: Compared) -> dict[str, str]:
+    """Returns all of config.yaml, dotted keys and text; nothing where it cannot be read."""
     if not one.settings:
         return {}
     return _as_text(upgraded(one.run.plain(), one.record))

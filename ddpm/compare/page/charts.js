@@ -1,7 +1,6 @@
 /* Curves: a panel a measure, drawn when it is scrolled to; a few traces, however many the runs. */
 
 const MOST_ON_SCREEN = 40_000; // points of a panel
-const POINTED = "pointed"; // the trace of the run under the mouse
 const OVER = { step: "step (optimizer updates)", images: "images trained on", seconds: "hours of training", flops: "FLOPs of training" };
 
 const names = [...new Set(RUNS.flatMap((run) => run.series.flatMap(([, values]) => Object.keys(values))))];
@@ -145,19 +144,14 @@ function tracesOf(name, runs, { of, colours }) {
       hovertemplate: "%{text}<br>%{y:.5~g}<extra></extra>",
     });
   }
-  traces.push({ x: [], y: [], mode: "lines+markers", marker: { size: 4, color: style("--text") }, line: { width: 2.6, color: style("--text") }, hoverinfo: "skip", name: POINTED });
   return { traces, curves };
-}
-
-function groupLabel(group) {
-  const said = SETTINGS.filter((key) => key !== "seed").map((key) => `${key.split(".").pop()} ${words(valueOf(group.members[0], key))}`);
-  return said.join(", ") || "all that is not the seed is the same";
 }
 
 function drawPanel(panel) {
   panel.stale = false;
   const runs = drawn();
   const { traces, curves } = tracesOf(panel.name, runs, coloursBy(byId("colour").value));
+  lineOver(panel);
   panel.curves = new Map(curves.map((curve) => [curve.run, curve]));
   const values = curves.flatMap((curve) => curve.y).filter(isNumber);
   const logWanted = byId("log-y").checked;
@@ -183,6 +177,7 @@ function listen(panel) {
   panel.listens = true;
   panel.chart.on("plotly_hover", ({ points }) => pointAt(points[0].customdata));
   panel.chart.on("plotly_unhover", () => pointAt(null));
+  panel.chart.on("plotly_relayout", () => pointAt(null));
   panel.chart.on("plotly_click", ({ points }) => {
     const run = points[0].customdata;
     if (run !== null && run !== undefined) pick([run], !state.picked.has(run));
@@ -195,11 +190,22 @@ function pointAt(run) {
   pointed = run;
   for (const row of document.querySelectorAll("#rows tr.pointed")) row.classList.remove("pointed");
   if (run !== null) document.querySelector(`#rows tr[data-run="${run}"]`)?.classList.add("pointed");
-  for (const { chart, curves, chosen, visible } of panels) {
-    if (!chosen || !visible || !chart.data) continue;
-    const curve = run === null ? undefined : curves.get(run);
-    Plotly.restyle(chart, { x: [curve ? curve.x : []], y: [curve ? curve.y : []] }, [chart.data.length - 1]);
+  for (const panel of panels) if (panel.chosen && panel.visible && panel.curves) lineOver(panel, run === null ? undefined : panel.curves.get(run));
+}
+
+/* One run's curve over the chart. It is no trace: to change one draws the whole chart anew. */
+function lineOver({ over, chart }, curve) {
+  const layout = chart._fullLayout;
+  if (!curve || !layout) {
+    over.replaceChildren();
+    return;
   }
+  const { xaxis, yaxis } = layout;
+  Object.assign(over.style, { left: `${xaxis._offset}px`, top: `${yaxis._offset}px`, width: `${xaxis._length}px`, height: `${yaxis._length}px` });
+  const places = curve.x.map((x, index) => (x === null || curve.y[index] === null ? null : [xaxis.d2p(x), yaxis.d2p(curve.y[index])]));
+  const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+  path.setAttribute("d", places.map((place, index) => (place === null ? "" : `${index && places[index - 1] ? "L" : "M"}${place[0].toFixed(1)},${place[1].toFixed(1)}`)).join(""));
+  over.replaceChildren(path);
 }
 
 const watcher = new IntersectionObserver((seen) => {
@@ -272,7 +278,9 @@ function setUpCurves() {
     box.lastElementChild.append(element("label", {}, input, titleOf(panel.name)));
     panel.chart = element("div", { className: "chart" });
     panel.note = element("p", { className: "note" });
-    panel.box = element("div", { className: "panel", hidden: !panel.chosen }, element("h3", {}, titleOf(panel.name)), panel.note, panel.chart);
+    panel.over = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    const both = element("div", { className: "both" }, panel.chart, panel.over);
+    panel.box = element("div", { className: "panel", hidden: !panel.chosen }, element("h3", {}, titleOf(panel.name)), panel.note, both);
     byId("panels").append(panel.box);
     watcher.observe(panel.box);
   }

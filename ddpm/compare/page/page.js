@@ -81,6 +81,11 @@ const isNumeric = (key, runs) => {
 };
 const wantsLog = (values) => values.length > 1 && Math.min(...values) > 0 && Math.max(...values) / Math.min(...values) >= 8;
 
+function groupLabel(group) {
+  const said = SETTINGS.filter((key) => key !== "seed").map((key) => `${key.split(".").pop()} ${words(valueOf(group.members[0], key))}`);
+  return said.join(", ") || "all that is not the seed is the same";
+}
+
 /* Colours: ten for up to ten values, else one scale by rank, so that none is there twice. */
 const TEN = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c6bb1", "#a6761d", "#7f7f7f", "#b2b200"];
 const SCALE = [[72, 40, 120], [62, 74, 137], [49, 104, 142], [38, 130, 142], [31, 158, 137], [53, 183, 121], [109, 205, 89], [180, 200, 44], [235, 190, 40]];

@@ -83,6 +83,8 @@ function drawMap(figure, first, second, runs) {
   };
 }
 
+const axisName = (name) => asText(name, 60).replace(/(.{8,}?[:@._])/g, "$1<br>");
+
 function drawParallel(figure, runs) {
   const keys = [...candidates(), figure.key];
   const scales = keys.map((key) => scaleOf(key, runs));
@@ -102,15 +104,15 @@ function drawParallel(figure, runs) {
     return trace;
   }).filter((trace) => trace.x.length);
   const annotations = keys.flatMap((key, index) => [
-    { x: index, y: 1.08, text: asText(key === figure.key ? figure.figure.split("@")[0] : key, 60).replace(/([._])/g, "$1<wbr>").replace(/<wbr>/g, key.length > 16 ? "<br>" : ""), showarrow: false, yanchor: "bottom", font: { size: 12 } },
+    { x: index, y: 1, yref: "paper", yanchor: "bottom", yshift: 8, text: axisName(key === figure.key ? figure.figure : key), showarrow: false, font: { size: 12, color: style("--text") } },
     ...scales[index].ticks.map(([y, text]) => ({ x: index, y, text: asText(text, 22), showarrow: false, xanchor: index === keys.length - 1 ? "right" : "left", xshift: index === keys.length - 1 ? -7 : 7, font: { size: 11 }, bgcolor: style("--back"), opacity: 0.85 })),
   ]);
   const layout = layoutOf({
-    margin: { l: 30, r: 30, t: 70, b: 16 }, annotations,
+    margin: { l: 44, r: 44, t: 84, b: 16 }, annotations,
     xaxis: { range: [-0.15, keys.length - 0.85], showticklabels: false, zeroline: false, tickvals: keys.map((_, index) => index), gridcolor: style("--quiet"), fixedrange: true },
     yaxis: { range: [-0.06, 1.06], showticklabels: false, showgrid: false, zeroline: false, fixedrange: true },
   });
-  return { traces, layout, width: keys.length * 130, said: ["One line a run, over all settings to the figure.", scales.some(({ log }) => log) ? "Wide ranges are on a log axis." : ""] };
+  return { traces, layout, width: keys.length * 140, said: ["One line a run, over all settings to the figure.", scales.some(({ log }) => log) ? "Wide ranges are on a log axis." : ""] };
 }
 
 function drawAgainst() {

@@ -88,15 +88,16 @@ function groupRow({ group, members }, columns) {
   box.indeterminate = picked > 0 && picked < members.length;
   box.addEventListener("change", () => pick(members, box.checked));
   const count = members.length < group.members.length ? `${members.length} of ${group.members.length} seeds` : many(members.length, "seed");
-  const made = element("tr", { className: `group ${picked === members.length ? "picked" : ""}` },
-    element("th", { className: "name", scope: "row" }, element("div", { className: "cell" }, box, fold, element("span", {}, `mean of ${group.members.length} seeds${members.length < group.members.length ? `, ${count} shown` : ""}`))));
+  const title = `Mean and deviation of ${many(group.members.length, "seed")}: ${groupLabel(group)}`;
+  const name = element("th", { className: "name", scope: "row", title }, element("div", { className: "cell" }, box, fold, element("span", {}, count)));
+  const made = element("tr", { className: `group ${picked === members.length ? "picked" : ""}` }, name);
   made.dataset.group = DATA.groups.indexOf(group);
   for (const column of columns) {
     const mean = column.of === "final" ? group.figures[column.key] : undefined;
-    const values = new Set(members.map((run) => words(valueOf(run, column.key))));
+    const values = new Set(members.map((run) => words(valueOf(run, column.key)))); // what they have in common stands in their row
     if (mean) {
       const [value, deviation, runs] = mean;
-      const cell = element("td", { className: "number", title: `${value} ± ${deviation}` }, `${digits(value)} `, element("span", { className: "deviation" }, `± ${digits(deviation, 2)}${runs ? ` (${runs} runs)` : ""}`));
+      const cell = element("td", { className: "number", title: `${value} ± ${deviation}` }, element("span", { className: "mean" }, digits(value)), " ", element("span", { className: "deviation" }, `± ${digits(deviation, 2)}${runs ? ` (${runs} runs)` : ""}`));
       made.append(cell);
     } else if (column.kind !== "figure" && values.size === 1) made.append(cellOf(column, RUNS[members[0]].row[column.key]));
     else made.append(element("td"));
@@ -155,6 +156,9 @@ function filterOf(key, name) {
   return element("th", {}, input);
 }
 
+/* Long names may break after these signs. */
+const breakable = (text) => text.split(/(?<=[:@ ])/).flatMap((part) => [part, element("wbr")]);
+
 function drawHead() {
   const columns = visibleColumns();
   const grouped = element("tr", { className: "grouped" }, element("th", { className: "name" }));
@@ -164,7 +168,7 @@ function drawHead() {
     while (end < columns.length && groupName(columns[end]) === groupName(columns[at]) && columns[end].kind === columns[at].kind) end += 1;
     const { protocol } = columns[at];
     const title = protocol ? Object.entries(protocol).map(([key, value]) => `${key}: ${typeof value === "object" ? JSON.stringify(value) : value}`).join("\n") : "";
-    grouped.append(element("th", { colSpan: end - at, scope: "colgroup", title }, groupName(columns[at])));
+    grouped.append(element("th", { colSpan: end - at, scope: "colgroup", title }, ...breakable(groupName(columns[at]))));
     at = end;
   }
   const all = RUNS.map((_, run) => run);
