@@ -74,7 +74,7 @@ def write_run(
     if costs:
         (folder / "costs.jsonl").write_text(
             "".join(
-                json.dumps({"step": step, "images": 32 * step, "flops": 1e9 * step, "seconds": 36.0 * step}) + "\n"
+                json.dumps({"step": step, "images": 32 * step, "flops": 1e9 * step, "seconds": 36.0 * step, "seconds_in_steps": 30.0 * step}) + "\n"
                 for step in range(10, last + 1, 10)
             )
         )  # fmt: skip

@@ -18,8 +18,9 @@ from ddpm.compare import tables
 from ddpm.compare.strips import Strips, strips_of
 from ddpm.compare.tables import protocol_of
 from ddpm.compare.told import told_of, whole_configuration
+from ddpm.runs.costs import read_costs
 from ddpm.runs.reader import Compared
-from ddpm.runs.results import PARTS, Result, better, read_json_lines, read_lines
+from ddpm.runs.results import PARTS, Result, better, read_lines
 from ddpm.system.files import write_text
 
 PAGE = Path(__file__).with_name("page")
@@ -196,7 +197,7 @@ def _series(one: Compared, names: Mapping[tuple[str, str], str], count: int) -> 
                 curves.setdefault(name, []).append((line.record["step"], value))  # type: ignore[index]
     for found in one.results:
         if found.measured:
-            curves[names[protocol_of(found)]] = [(step, value) for value, step in found.measured]
+            curves[names[protocol_of(found)]] = list(found.measured)
     together: dict[tuple[int, ...], dict[str, list[float]]] = {}
     for name, points in curves.items():
         steps, values = _thinned(points, count)
@@ -221,11 +222,7 @@ def _rounded(value: float) -> float:
 def _costs(one: Compared, count: int) -> dict[str, list[float]] | None:
     """What the run had cost at some of its steps, from costs.jsonl; None where it has none."""
     wanted = ("step", *COSTS)
-    lines = [
-        line
-        for line in read_json_lines(one.run.path / "costs.jsonl")
-        if all(isinstance(line.get(name), int | float) for name in wanted)
-    ]
+    lines = read_costs(one.run.path)
     some = lines[:: math.ceil(len(lines) / count)] if lines else []
     if some and some[-1] is not lines[-1]:
         some.append(lines[-1])

@@ -172,17 +172,14 @@ def seed_groups(compared: Sequence[Compared]) -> list[list[int]]:
     groups: dict[str, list[int]] = {}
     for index, one in enumerate(compared):
         if one.status == "complete":
-            groups.setdefault(
-                json.dumps(
-                    [
-                        {key: value for key, value in one.identity.items() if key != "seed"},
-                        (one.record.get("data") or {}).get("fingerprint"),
-                    ],
-                    sort_keys=True,
-                ),
-                [],
-            ).append(index)
+            groups.setdefault(but_for_seed(one), []).append(index)
     return [members for members in groups.values() if len(members) > 1]
+
+
+def but_for_seed(one: Compared) -> str:
+    """Returns what runs have in common that differ in their seed alone, as text."""
+    identity = {key: value for key, value in one.identity.items() if key != "seed"}
+    return as_key([identity, (one.record.get("data") or {}).get("fingerprint")])
 
 
 def differences(compared: Sequence[Compared]) -> list[Row]:

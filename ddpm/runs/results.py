@@ -6,9 +6,7 @@ Nothing is built, nothing of the folder runs.
 import bisect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,8 +179,8 @@ class Result:
         final: (value, step).
         best: (value, step); None where neither less nor more is better.
         deviation: Of the final value, over subsets or splits.
-        measured: (value, step) of each time it was measured, by step; none of the loss, whose
-            curve is in metrics.jsonl.
+        measured: (step, value) of every measurement, by step; none of the training loss, whose
+            curve is `loss_curve`.
     """
 
     metric: str
@@ -190,7 +188,7 @@ class Result:
     final: tuple[float, int]
     best: tuple[float, int] | None
     deviation: float | None = None
-    measured: Sequence[tuple[float, int]] = ()
+    measured: tuple[tuple[int, float], ...] = ()
 
     @property
     def name(self) -> str:
@@ -237,9 +235,6 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
         best = None if chosen is None else (chosen["value"], chosen["protocol"]["step"])
         protocol = {key: value for key, value in last["protocol"].items() if key != "step"}
         protocol |= pictures
-        measured = sorted(
-            ((entry["value"], entry["protocol"]["step"]) for entry in same), key=itemgetter(1)
-        )
         found.append(
             Result(
                 last["metric"],
@@ -247,7 +242,7 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
                 (last["value"], last["protocol"]["step"]),
                 best,
                 last["deviation"],
-                tuple(measured),
+                tuple(sorted((entry["protocol"]["step"], entry["value"]) for entry in same)),
             )
         )
     return found
@@ -288,18 +283,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     sound = isinstance(record, dict) and isinstance(record.get("step"), int)
     numbers = sound and all(isinstance(value, int | float) for value in record.values())
     return record if numbers else None
-
-
-def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """Returns the objects of a file with one a line, none if it is not there.
-
-    What is damaged or cut short is left out.
-    """
-    found = []
-    for line in file.read_bytes().split(b"\n") if file.is_file() else []:
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return [entry for entry in found if isinstance(entry, dict)]
 
 
 def loss_curve(folder: Path) -> list[tuple[int, float]]:

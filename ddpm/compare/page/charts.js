@@ -5,16 +5,17 @@ const OVER = { step: "step (optimizer updates)", images: "images trained on", se
 
 const names = [...new Set(RUNS.flatMap((run) => run.series.flatMap(([, values]) => Object.keys(values))))];
 const figureNames = new Set(columnsOf("figure").map((column) => column.figure));
+const isFigure = (name) => figureNames.has(name) && name.includes("@"); // has a protocol; the loss of training has none
 const kindOf = (name) =>
-  /^loss_q\d/.test(name) ? 2 : /^loss( |$)/.test(name) ? 0 : name === "grad_norm" ? 1 : figureNames.has(name) ? (isPart(name) ? 5 : 3) : 4;
+  isFigure(name) ? (isPart(name) ? 5 : 3) : /^loss( |$)/.test(name) ? 0 : name === "grad_norm" ? 1 : /^loss_q\d/.test(name) ? 2 : 4;
 const isPart = (name) => columnsOf("figure").some((column) => column.figure === name && column.part);
 const titleOf = (name) =>
-  name.replace(/^loss_q(\d)/, (_, quartile) => `loss, quartile ${quartile} of the timesteps${{ 0: " (least noise)", 3: " (most noise)" }[quartile] || ""}`).replace(/^grad_norm$/, "gradient norm").replace(/^lr$/, "learning rate");
+  isFigure(name) ? name : name.replace(/^loss_q(\d)/, (_, quartile) => `loss, quartile ${quartile} of the timesteps${{ 0: " (least noise)", 3: " (most noise)" }[quartile] || ""}`).replace(/^grad_norm$/, "gradient norm").replace(/^lr$/, "learning rate");
 names.sort((one, other) => kindOf(one) - kindOf(other) || (kindOf(one) === 2 ? one.localeCompare(other) : 0));
 
 /* A figure with one value a run is no curve; the table and the next section have it. */
 const panels = names
-  .filter((name) => !figureNames.has(name) || kindOf(name) < 2 || RUNS.some((run) => (seriesOf(run, name) || [[]])[0].length > 1))
+  .filter((name) => !isFigure(name) || RUNS.some((run) => (seriesOf(run, name) || [[]])[0].length > 1))
   .map((name) => ({ name, kind: kindOf(name), stale: true, visible: false }));
 let evaluations = 0;
 for (const panel of panels) panel.chosen = panel.kind < 3 || (panel.kind === 3 && (evaluations += 1) <= SHOWN_FIGURES);
