@@ -252,3 +252,9 @@ def test_without_plotly_one_line_says_what_to_install(typed, tmp_path, monkeypat
         1,
         "error: report= draws with Plotly: pip install -e '.[report]'\n",
     )
+
+
+@pytest.mark.parametrize("path", [".", "sweep", "sweep.pdf"])
+def test_a_report_is_an_html_file(typed, path):
+    done = typed("compare", "runs=/nowhere", f"report={path}")
+    assert (done.code, done.err) == (1, f"error: report={path}: give the page's file, such as report=sweep.html\n")  # fmt: skip

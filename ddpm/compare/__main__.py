@@ -12,6 +12,7 @@ main = command(
     [
         "python -m ddpm.compare",
         "python -m ddpm.compare runs='outputs/quickstart-digits/optimizer.lr*' plot=true grid=true",
+        "python -m ddpm.compare runs='outputs/quickstart-digits/*' report=sweep.html",
         "python -m ddpm.compare runs=[DIR,DIR] to=tables sampler=ancestral",
     ],
 )

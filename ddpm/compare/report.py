@@ -33,12 +33,17 @@ COSTS = ("images", "seconds", "flops")  # of costs.jsonl, that curves can be dra
 DIGITS = 5  # of a curve's values; those of the table have all
 
 
-def check() -> None:
-    """Looks whether a report can be made here.
+def check(path: Path) -> None:
+    """Looks whether a report can be made, before runs are read.
+
+    Args:
+        path: Of the HTML file.
 
     Raises:
-        ValueError: If Plotly is missing.
+        ValueError: If that is none, or Plotly is missing.
     """
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+        raise ValueError(f"report={path}: give the page's file, such as report=sweep.html")
     _plotly()
 
 

@@ -51,8 +51,9 @@ def run(composed: Composed) -> list[Compared]:
         ValueError: If there is no run at all, or a picture cannot be drawn.
     """
     settings = validate(Settings, plain_config(composed))
-    if settings.report is not None:
-        report.check()
+    page = None if settings.report is None else Path(settings.report).expanduser()
+    if page is not None:
+        report.check(page)
     width = shutil.get_terminal_size((200, 24)).columns
     found, empty = tables.find(settings.runs, settings.outputs)
     for given in empty:
@@ -73,8 +74,7 @@ def run(composed: Composed) -> list[Compared]:
         print(tables.text(rows, width))
     else:
         _print_rows(compared, swept, settings.over_seeds, width)
-    if settings.report is not None:
-        page = Path(settings.report).expanduser()
+    if page is not None:
         size = report.write(page, compared, _asked(settings))
         print(f"report {page} ({size / 1e6:.1f} MB)", flush=True)
     folder = Path(settings.outputs) / "comparison"

@@ -248,10 +248,11 @@ function drawLegend() {
     const swatch = element("span", { className: "swatch" });
     swatch.style.background = colour;
     const button = element("button", { type: "button", "aria-pressed": String(on), title: on ? "leave these out" : "pick these" }, swatch, element("span", {}, name));
+    button.dataset.key = name;
     button.addEventListener("click", () => pick(members, !on));
     return button;
   });
-  byId("legend").replaceChildren(...buttons.filter(Boolean));
+  keepingFocus(byId("legend"), () => byId("legend").replaceChildren(...buttons.filter(Boolean)));
 }
 
 function setUpCurves() {

@@ -67,6 +67,13 @@ function changed() {
   });
 }
 
+/* Draws a part anew; what had the keyboard's focus there has it afterwards. */
+function keepingFocus(part, draw) {
+  const key = part.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
+  draw();
+  if (key !== undefined) part.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
+}
+
 function pick(runs, on) {
   for (const run of runs) on ? state.picked.add(run) : state.picked.delete(run);
   changed();

@@ -48,19 +48,25 @@ function insideOf(run) {
   return inside;
 }
 
+const openRuns = new Set();
+
 function drawEach() {
-  const runs = drawn();
+  const runs = inTableOrder(drawn());
   const made = runs.map((index) => {
     const run = RUNS[index];
     const notes = [run.status, run.warnings.length ? many(run.warnings.length, "warning") : ""].filter(Boolean).join(", ");
     const bad = /failed|unreadable|cut off/.test(run.status);
-    const box = element("details", {}, element("summary", {}, `${run.label} `, element("span", { className: bad ? "at bad" : "at" }, notes)));
+    const summary = element("summary", {}, `${run.label} `, element("span", { className: bad ? "at bad" : "at" }, notes));
+    summary.dataset.key = index;
+    const box = element("details", {}, summary);
     box.addEventListener("toggle", () => {
+      box.open ? openRuns.add(index) : openRuns.delete(index);
       if (box.open && box.children.length === 1) box.append(insideOf(run));
     });
+    box.open = openRuns.has(index);
     return box;
   });
-  byId("each").replaceChildren(...made);
+  keepingFocus(byId("each"), () => byId("each").replaceChildren(...made));
   byId("runs-said").textContent = state.picked.size ? "Those picked." : "All that the table shows.";
 }
 

@@ -24,7 +24,7 @@ function stripOf(run, step) {
 
 function drawStrips() {
   const step = allSteps[Number(when.value)];
-  const runs = drawn();
+  const runs = inTableOrder(drawn());
   const having = runs.filter((run) => RUNS[run].samples);
   const some = having.slice(0, stripsShown);
   const byNoise = new Map();

@@ -54,6 +54,8 @@ function entries(runs) {
   return made.sort(order(ofEntry));
 }
 
+const inTableOrder = (runs) => entries(runs).flatMap(({ run, members }) => members ?? [run]);
+
 function cellOf(column, value, best) {
   const cell = element("td", { className: typeof plain(value) === "number" ? "number" : "" });
   cell.textContent = words(plain(value));
@@ -67,6 +69,7 @@ function cellOf(column, value, best) {
 function rowOf(run, columns, best, member) {
   const { label, path, row } = RUNS[run];
   const box = element("input", { type: "checkbox", checked: state.picked.has(run), "aria-label": `pick ${label}` });
+  box.dataset.key = `pick run ${run}`;
   box.addEventListener("change", () => pick([run], box.checked));
   const name = element("th", { className: "name", scope: "row", title: path }, element("div", { className: "cell" }, box, element("span", {}, label)));
   const made = element("tr", { className: `${state.picked.has(run) ? "picked" : ""} ${member ? "member" : ""}` }, name);
@@ -80,12 +83,13 @@ function groupRow({ group, members }, columns) {
   const fold = element("button", { type: "button", className: "fold", "aria-expanded": String(open), "aria-label": "show each seed" }, open ? "▾" : "▸");
   fold.addEventListener("click", () => {
     open ? state.open.delete(group) : state.open.add(group);
-    drawTable();
-    document.querySelector(`tr[data-group="${DATA.groups.indexOf(group)}"] .fold`).focus();
+    drawBody();
   });
+  fold.dataset.key = `fold ${DATA.groups.indexOf(group)}`;
   const picked = members.filter((run) => state.picked.has(run)).length;
   const box = element("input", { type: "checkbox", checked: picked === members.length, "aria-label": "pick all its seeds" });
   box.indeterminate = picked > 0 && picked < members.length;
+  box.dataset.key = `pick group ${DATA.groups.indexOf(group)}`;
   box.addEventListener("change", () => pick(members, box.checked));
   const count = members.length < group.members.length ? `${members.length} of ${group.members.length} seeds` : many(members.length, "seed");
   const title = `Mean and deviation of ${many(group.members.length, "seed")}: ${groupLabel(group)}`;
@@ -127,7 +131,8 @@ function drawBody() {
       if (state.open.has(entry.group)) for (const run of entry.members) rows.push(rowOf(run, columns, best, true));
     }
   }
-  document.querySelector("#rows tbody").replaceChildren(...rows);
+  const body = document.querySelector("#rows tbody");
+  keepingFocus(body, () => body.replaceChildren(...rows));
   const left = runs.length < RUNS.length ? `${runs.length} of ${many(RUNS.length, "run")} shown` : `all ${many(RUNS.length, "run")} shown`;
   byId("shown").textContent = `${left}, ${state.picked.size ? `${state.picked.size} picked` : "none picked"}`;
 }
@@ -141,8 +146,10 @@ function headerOf(key, name, numeric, title) {
     else if (!state.down) state.down = true;
     else state.sort = null;
     drawTable();
-    document.querySelector(`#rows button[data-sort="${CSS.escape(key)}"]`).focus();
+    drawStrips();
+    drawEach();
   });
+  button.dataset.key = `sort ${key}`;
   return element("th", { scope: "col", className: numeric ? "number" : "", "aria-sort": sorted ? (state.down ? "descending" : "ascending") : "none" }, button);
 }
 
@@ -180,7 +187,8 @@ function drawHead() {
     heads.append(headerOf(column.key, column.of || column.key, isNumeric(column.key, all), column.key));
     filters.append(filterOf(column.key, column.key));
   }
-  document.querySelector("#rows thead").replaceChildren(grouped, heads, filters);
+  const head = document.querySelector("#rows thead");
+  keepingFocus(head, () => head.replaceChildren(grouped, heads, filters));
 }
 
 function drawTable() {
