@@ -16,6 +16,7 @@ main = command(
     [
         "python -m ddpm.compare",
         "python -m ddpm.compare runs='outputs/quickstart-digits/optimizer.lr*' plot=true grid=true",
+        "python -m ddpm.compare runs='outputs/quickstart-digits/*' report=sweep.html",
         "python -m ddpm.compare runs=[DIR,DIR] to=tables sampler=ancestral",
         "python -m ddpm.compare order_by=eval/fid:ddim50 top=10",
         "python -m ddpm.sample run=$(python -m ddpm.compare best=loss)",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from ddpm.compare import courses, curves, order, tables
+from ddpm.compare import courses, curves, order, report, tables
 from ddpm.compare.course_plots import draw_courses
 from ddpm.compare.courses import Over
 from ddpm.compare.curves import Curve, OverSeeds
@@ -36,6 +36,7 @@ class Settings(Section):
     order_by: Text | None
     top: Count | None
     best: Text | None
+    report: str | None
     plot: bool
     plot_of: Text
     plot_over: Over
@@ -61,6 +62,9 @@ def run(composed: Composed) -> list[Compared]:
     """
     settings = validate(Settings, plain_config(composed))
     _check(settings)
+    page = None if settings.report is None else Path(settings.report).expanduser()
+    if page is not None:
+        report.check(page)
     compared = _read(settings)
     if settings.best is not None:
         ordered = order.best(compared, settings.best)
@@ -88,6 +92,9 @@ def run(composed: Composed) -> list[Compared]:
     else:
         _print_rows(compared, rows, first, swept, settings)
     rows, compared = rows[: settings.top], shown
+    if page is not None:
+        size = report.write(page, compared, _asked(settings))
+        print(f"report {page} ({size / 1e6:.1f} MB)", flush=True)
     folder = Path(settings.outputs) / "comparison"
     if settings.to is not None:
         folder = Path(settings.to)
@@ -128,7 +135,7 @@ def _check(settings: Settings) -> None:
     """
     if settings.top is not None and settings.order_by is None:
         raise ValueError(f"top={settings.top} is of an order: give order_by=METRIC too")
-    for key in ("order_by", "to", "plot", "grid"):
+    for key in ("order_by", "to", "report", "plot", "grid"):
         if settings.best is not None and getattr(settings, key):
             raise ValueError(
                 f"best={settings.best} prints a folder and nothing else: leave out {key}="
@@ -157,6 +164,15 @@ def _say(lines: Sequence[str], kind: str) -> None:
 
 def _width() -> int:
     return shutil.get_terminal_size((200, 24)).columns
+
+
+def _asked(settings: Settings) -> str:
+    runs = settings.runs
+    return (
+        f"all below {settings.outputs}"
+        if runs is None
+        else ", ".join([runs] if isinstance(runs, str) else runs)
+    )
 
 
 def draw(settings: Settings, compared: Sequence[Compared]) -> np.ndarray:

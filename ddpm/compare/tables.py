@@ -160,15 +160,9 @@ def over_seeds(compared: Sequence[Compared]) -> list[Row]:
     There is a row for each group of two or more, with mean and deviation (of a sample).
     """
     columns = metric_columns(compared)
-    groups: dict[str, list[int]] = {}
-    for index, one in enumerate(compared):
-        if one.status == "complete":
-            groups.setdefault(but_for_seed(one), []).append(index)
     differing = differences(compared)
     table = []
-    for members in groups.values():
-        if len(members) < 2:
-            continue
+    for members in seed_groups(compared):
         row: Row = {key: value for key, value in differing[members[0]].items() if key != "seed"}
         row["seeds"] = " ".join(str(compared[index].settings.get("seed")) for index in members)
         for column, protocol in columns.items():
@@ -187,6 +181,15 @@ def over_seeds(compared: Sequence[Compared]) -> list[Row]:
                     row[f"{column} runs"] = len(values)
         table.append(row)
     return table
+
+
+def seed_groups(compared: Sequence[Compared]) -> list[list[int]]:
+    """Returns the places of complete runs that are the same but for the seed, two or more each."""
+    groups: dict[str, list[int]] = {}
+    for index, one in enumerate(compared):
+        if one.status == "complete":
+            groups.setdefault(but_for_seed(one), []).append(index)
+    return [members for members in groups.values() if len(members) > 1]
 
 
 def but_for_seed(one: Compared) -> str:

@@ -1,5 +1,6 @@
 """Run folders of earlier versions: what they hold, as today's version would have written it."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,8 +44,11 @@ def upgraded(plain: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, A
         raise ValueError(f"format {number} is a later one than this version reads, {FORMAT}")
     if number == 1:
         plain = _of_first_format(plain, record)
-    if any(plain.get(group, {}).keys() != kind.model_fields for group, kind in CARRIED_OUT.items()):
-        today = plain_config(compose([]))
+    if any(
+        (plain.get(group) or {}).keys() != kind.model_fields.keys()
+        for group, kind in CARRIED_OUT.items()
+    ):
+        today = _today()
         for group, kind in CARRIED_OUT.items():
             given = dict(plain.get(group) or {})
             if "compile" in given:  # what runtime.tune was
@@ -54,6 +58,12 @@ def upgraded(plain: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, A
             plain[group] = {**today[group], **given}
             plain[group] = {key: plain[group][key] for key in kind.model_fields}
     return {key: value for key, value in plain.items() if key in Config.model_fields}
+
+
+@functools.cache
+def _today() -> dict[str, Any]:
+    """What nothing on the command line composes to. Only to be read: composing takes a while."""
+    return plain_config(compose([]))
 
 
 def _of_first_format(plain: dict[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +84,7 @@ def _of_first_format(plain: dict[str, Any], record: Mapping[str, Any]) -> dict[s
             raise ValueError("run.json does not tell which pictures it had (data.fingerprint)")
     plain["sampler"] = _known_arguments(plain.get("sampler") or {})
     if "_target_" not in plain["sampler"]:
-        plain["sampler"] = plain_config(compose([]))["sampler"]
+        plain["sampler"] = _today()["sampler"]
     return {"resume": None, "init_from": None, "init_weights": None, "recipe": None, **plain}
 
 

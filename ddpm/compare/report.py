@@ -1,0 +1,277 @@
+"""One HTML page of a sweep: its table, curves, settings, samples and runs; nothing is loaded.
+
+What was found in run folders stands in one JSON block, escaped, and gets into the page as text.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ddpm import __version__
+from ddpm.compare import tables
+from ddpm.compare.strips import Strips, strips_of
+from ddpm.compare.tables import protocol_of
+from ddpm.compare.told import told_of, whole_configuration
+from ddpm.runs.costs import read_costs
+from ddpm.runs.reader import Compared
+from ddpm.runs.results import PARTS, Result, better, read_lines
+from ddpm.system.files import write_text
+
+PAGE = Path(__file__).with_name("page")
+STYLES = ("page.css",)
+SCRIPTS = ("page.js", "table.js", "charts.js", "settings.js", "samples.js", "runs.js")
+POINTS = 400_000  # of curves in a page; runs share them
+MOST_POINTS = 1000  # of a curve
+FEWEST_POINTS = 40
+COSTS = ("images", "seconds", "flops")  # of costs.jsonl, that curves can be drawn over
+DIGITS = 5  # of a curve's values; those of the table have all
+
+
+def check(path: Path) -> None:
+    """Looks whether a report can be made, before runs are read.
+
+    Args:
+        path: Of the HTML file.
+
+    Raises:
+        ValueError: If that is none, or Plotly is missing.
+    """
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+        raise ValueError(f"report={path}: give the page's file, such as report=sweep.html")
+    _plotly()
+
+
+def write(path: Path, compared: Sequence[Compared], asked: str) -> int:
+    """Writes the page of these runs.
+
+    Args:
+        path: Of the HTML file.
+        compared: The runs, in the table's order.
+        asked: What was asked for, for the page's head.
+
+    Returns:
+        The page's size in bytes.
+
+    Raises:
+        ValueError: If Plotly is missing.
+    """
+    scripts = [_plotly(), "\n".join(_part(name) for name in SCRIPTS)]
+    parts = {
+        "policy": " ".join(f"'sha256-{_digest(script)}'" for script in scripts),
+        "styles": "\n".join(_part(name) for name in STYLES),
+        "data": embedded(contents(compared, asked)),
+        "plotly": scripts[0],
+        "script": scripts[1],
+    }
+    # in one pass: what stands in a part is no place for another
+    page = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _part("page.html"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
+    return path.stat().st_size
+
+
+def embedded(content: Any) -> str:
+    """Returns JSON that stands in a page whatever its strings hold.
+
+    No `<`, `>` or `&` is left, so that nothing in it can end the block. What is not finite becomes
+    a string, since JSON has no such number.
+    """
+    text = json.dumps(_finite(content), allow_nan=False, separators=(",", ":"))
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def contents(compared: Sequence[Compared], asked: str) -> dict[str, Any]:
+    """Returns all that the page tells; rows and numbers are those of table.csv and table.json."""
+    rows = tables.rows(compared)
+    labels = _labels(compared)
+    settings = [whole_configuration(one) for one in compared]
+    strips = strips_of(compared, settings)
+    common, told = told_of(compared, settings)
+    count = min(max(POINTS // max(_num_curves(compared), 1), FEWEST_POINTS), MOST_POINTS)
+    names = {protocol: name for name, protocol in tables.metric_columns(compared).items()}
+    return {
+        "asked": asked,
+        "made": datetime.now(UTC).isoformat(timespec="minutes"),
+        "version": __version__,
+        "columns": _columns(compared, rows),
+        "groups": _groups(compared),
+        "common": common,
+        "reduced": strips.reduced,
+        "points": count,
+        "runs": [
+            {
+                "label": label,
+                "path": str(one.run.path),
+                "status": one.status,
+                "row": row,
+                "series": _series(one, names, count),
+                "costs": _costs(one, count),
+                "samples": _samples(strips, index),
+                **about,
+            }
+            for index, (one, row, label, about) in enumerate(
+                zip(compared, rows, labels, told, strict=True)
+            )
+        ],
+    }
+
+
+def _labels(compared: Sequence[Compared]) -> list[str]:
+    """What differs, in a line each; the folder's name where that does not tell runs apart."""
+    said = [tables.label(settings) for settings in tables.differences(compared)]
+    return [
+        one.run.path.name
+        if words == "-" or not one.settings
+        else words
+        if said.count(words) == 1
+        else f"{words} ({one.run.path.name})"
+        for one, words in zip(compared, said, strict=True)
+    ]
+
+
+def _columns(compared: Sequence[Compared], rows: Sequence[tables.Row]) -> list[dict[str, Any]]:
+    """What stands in each column of the rows: settings, state, and figures by protocol."""
+    settings = {key for row in tables.differences(compared) for key in row}
+    figures = tables.metric_columns(compared)
+    results = {protocol_of(found): found for one in compared for found in one.results}
+    columns: list[dict[str, Any]] = []
+    for key in dict.fromkeys(key for row in rows for key in row):
+        figure = key.removesuffix(" best") if key not in figures else key
+        if key in settings:
+            columns.append({"key": key, "kind": "setting"})
+        elif figure in figures:
+            columns.append({"key": key, **_figure(figure, key, results[figures[figure]])})
+        elif key != "run":
+            columns.append({"key": key, "kind": "state"})
+    return columns
+
+
+def _figure(name: str, key: str, result: Result) -> dict[str, Any]:
+    choose = min if result.metric == "loss" else better(result.metric)
+    return {
+        "kind": "figure",
+        "figure": name,
+        "of": "final" if key == name else "best",
+        "protocol": result.protocol,
+        "part": result.metric.startswith(PARTS),
+        "better": None if choose is None else choose.__name__,
+    }
+
+
+def _groups(compared: Sequence[Compared]) -> list[dict[str, Any]]:
+    """Runs that are the same but for the seed, with mean and deviation of their final values."""
+    columns = tables.metric_columns(compared)
+    groups = []
+    for members, row in zip(tables.seed_groups(compared), tables.over_seeds(compared), strict=True):
+        figures = {
+            name: [row[f"{name} mean"], row[f"{name} deviation"], row.get(f"{name} runs")]
+            for name in columns
+            if f"{name} mean" in row
+        }
+        groups.append({"members": members, "figures": figures})
+    return groups
+
+
+def _num_curves(compared: Sequence[Compared]) -> int:
+    return sum(7 + sum(len(found.measured) > 1 for found in one.results) for one in compared)
+
+
+def _series(one: Compared, names: Mapping[tuple[str, str], str], count: int) -> list[Any]:
+    """Curves of one run, those of the same steps together: [[steps, {name: values}], ...].
+
+    Losses are called as their column is, so that those of other objectives are another curve.
+    """
+    if not one.settings:
+        return []
+    loss = next((found for found in one.results if found.metric == "loss"), None)
+    suffix = names[protocol_of(loss)].removeprefix("loss") if loss else ""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for line in read_lines(one.run.path / "metrics.jsonl"):
+        for tag, value in (line.record or {}).items():
+            if tag.startswith("train/"):  # figures come with their protocol from evaluation.json
+                name = tag.removeprefix("train/")
+                name += suffix if name.startswith("loss") else ""
+                curves.setdefault(name, []).append((line.record["step"], value))  # type: ignore[index]
+    for found in one.results:
+        if found.measured:
+            curves[names[protocol_of(found)]] = list(found.measured)
+    together: dict[tuple[int, ...], dict[str, list[float]]] = {}
+    for name, points in curves.items():
+        steps, values = _thinned(points, count)
+        together.setdefault(steps, {})[name] = values
+    return [[steps, values] for steps, values in together.items()]
+
+
+def _thinned(
+    points: Sequence[tuple[int, float]], count: int
+) -> tuple[tuple[int, ...], list[float]]:
+    """At most so many points: means of as many records each, at the step of the last one."""
+    size = math.ceil(len(points) / count)
+    bins = [points[first : first + size] for first in range(0, len(points), size)]
+    means = [math.fsum(value for _, value in some) / len(some) for some in bins]
+    return tuple(some[-1][0] for some in bins), [_rounded(mean) for mean in means]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+def _costs(one: Compared, count: int) -> dict[str, list[float]] | None:
+    """What the run had cost at some of its steps, from costs.jsonl; None where it has none."""
+    wanted = ("step", *COSTS)
+    lines = read_costs(one.run.path)
+    some = lines[:: math.ceil(len(lines) / count)] if lines else []
+    if some and some[-1] is not lines[-1]:
+        some.append(lines[-1])
+    return {name: [line[name] for line in some] for name in wanted} if some else None
+
+
+def _samples(strips: Strips, index: int) -> dict[str, Any] | None:
+    found = strips.of_run.get(index)
+    if found is None:
+        return None
+    shown = [
+        [step, f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"]
+        for step, kind, picture in found.pictures
+    ]
+    return {
+        "noise": found.noise,
+        "columns": found.columns,
+        "size": found.size,
+        "by": found.drawn_by,
+        "steps": shown,
+    }
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {str(key): _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return "NaN" if math.isnan(content) else "Infinity" if content > 0 else "-Infinity"
+    return content if isinstance(content, str | int | float | None) else str(content)
+
+
+def _plotly() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ValueError("report= draws with Plotly: pip install -e '.[report]'") from error
+    return str(get_plotlyjs()).replace("</script", "<\\/script")
+
+
+def _part(name: str) -> str:
+    return (PAGE / name).read_text(encoding="utf-8")
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
