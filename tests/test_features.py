@@ -87,9 +87,9 @@ def test_features_do_not_depend_on_the_batch_and_grey_is_a_colour():
 @pytest.mark.slow
 def test_distances_grow_as_pictures_differ_more():
     """Two halves of the emoji, then the second half with light noise, blurred, exchanged for digits, and for noise alone."""
-    emoji, digits = pictures(sources.emoji(), 80), pictures(sources.digits(), 40)
+    emoji, digits = pictures(sources.emoji(), 50), pictures(sources.digits(), 25)
     generator = np.random.default_rng(0)
-    real, half = np.split(emoji[generator.permutation(80)], 2)
+    real, half = np.split(emoji[generator.permutation(50)], 2)
     noisy = np.clip(half + generator.normal(0, 10, half.shape), 0, 255).round().astype(np.uint8)
     blurred = np.stack(
         [np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(1.5))) for image in half]

@@ -19,7 +19,7 @@ from ddpm.config.schema import plain_config
 from ddpm.runs.identity import flat
 from ddpm.train import __main__ as train
 
-EXAMPLES = int(os.environ.get("DDPM_PROPERTY_EXAMPLES", "20"))
+EXAMPLES = int(os.environ.get("DDPM_PROPERTY_EXAMPLES", "15"))
 # What keeps a run that is accepted short; what is drawn comes after it, and so before it in precedence.
 SHORT = [
     *(

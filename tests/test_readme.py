@@ -1,5 +1,6 @@
 """What the README says to type can be typed."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -14,6 +15,7 @@ from ddpm.runs.finding import locate
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+OPTUNA = "hydra/sweeper=optuna"
 
 
 def lines():
@@ -37,13 +39,22 @@ def commands():
         )
         yield (
             words[started].removeprefix("ddpm."),
-            [word for word in words[started + 1 : ends] if word != "-m"],
+            [
+                word
+                for word in words[started + 1 : ends]
+                if word != "-m" and not word.startswith("hydra")
+            ],
         )
 
 
 def typed_here():
-    """(module, words) of each that needs no network and no second device."""
+    """(module, words) of each that needs no network, no second device, and nothing that is not installed."""
     for words in lines():
+        if (
+            OPTUNA in words
+            and importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None
+        ):
+            continue
         python = next(
             (
                 index
@@ -66,11 +77,12 @@ def jobs(overrides):
     for override in OverridesParser.create().parse_overrides(
         [override.replace("=~/", "=/home/") for override in overrides]
     ):
-        values = (
-            [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
-            if override.is_sweep_override()
-            else [override.input_line]
-        )
+        values = [override.input_line]
+        if override.is_interval_sweep():
+            ends = override.value()
+            values = [f"{override.key_or_group}={value}" for value in (ends.start, ends.end)]
+        elif override.is_sweep_override():
+            values = [f"{override.key_or_group}={one}" for one in override.sweep_string_iterator()]
         lists = [[*before, value] for before in lists for value in values]
     return lists
 
@@ -93,6 +105,7 @@ SHORT = {  # appended to what the README says, to try in seconds what takes minu
         "training.batch_size=2",
         "runtime.num_previews=1",
         "sampler.num_steps=2",
+        "schedule.num_timesteps=50",
     ],
     "sample": ["num_samples=2", "sampler.num_steps=2"],
     "evaluate": [
@@ -143,6 +156,8 @@ def test_the_commands_of_the_readme_run_as_they_are_written(typed, pictures, tmp
             *words,
             *SHORT.get(module, []),
             *(["training.steps=4"] if any(word.startswith("resume=") for word in words) else []),
+            *(["hydra.sweeper.n_trials=1"] if OPTUNA in words else []),
+            *(["model.base_channels=32"] if module == "train" and "model=unet64" in words else []),
         )
         assert done.code == 0, (module, words, done.err)
         run = run or done.run

@@ -17,7 +17,7 @@ from ddpm.config.schema import training_config
 from ddpm.runs import results
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import hparams
-from ddpm.runs.recording import Recorder, conclude
+from ddpm.runs.recording import PICTURES, SIDE, Recorder, conclude, shows_picture
 
 
 @pytest.fixture(autouse=True)
@@ -219,3 +219,31 @@ def test_a_column_of_tensorboard_is_filtered_by_the_values_that_it_shows(ask):
     for kept in (["1.0", "0.5"], ["none"], ["1.0"], []):
         found = ask(hparam="grad_clip", filterDiscrete=kept)
         assert {row["grad_clip"].string_value for row in found} == set(kept)
+
+
+@pytest.mark.parametrize(("every", "num_steps"), [(5000, 800_000), (1, 21), (7, 1000), (3, 60)])
+def test_a_long_run_shows_tensorboard_few_of_its_previews_evenly_and_the_last(every, num_steps):
+    due = [step for step in range(1, num_steps + 1) if step % every == 0 or step == num_steps]
+    shown = [step for step in due if shows_picture(step, every, num_steps)]
+    assert PICTURES / 2 < len(shown) <= PICTURES
+    assert shown[-1] == num_steps
+    places = [due.index(step) for step in shown]
+    assert len(set(np.diff(places))) == 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_short_run_shows_all_of_its_previews_and_a_large_one_smaller(tmp_path, channels):
+    steps = [*range(50, 1000, 50), 999]
+    recorder = Recorder(tmp_path, 0)
+    for step in steps:
+        assert shows_picture(step, 50, 999)
+        recorder.picture(step, "samples", np.full((8, 8, channels), 9, dtype=np.uint8))
+    recorder.picture(999, "large", np.full((SIDE, 3 * SIDE, channels), 9, dtype=np.uint8))
+    recorder.picture(999, "fits", np.full((SIDE, SIDE, channels), 9, dtype=np.uint8))
+    recorder.close()
+    board = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    assert [one.step for one in board.Images("samples")] == steps
+    [large], [fits] = board.Images("large"), board.Images("fits")
+    assert (fits.height, fits.width) == (SIDE, SIDE)
+    assert large.width == SIDE
+    assert large.height == pytest.approx(SIDE / 3, abs=1)

@@ -21,7 +21,7 @@ from ddpm.runs.folder import RunFolder
 ROOT = Path(__file__).resolve().parent.parent
 STOPS = int(os.environ.get("DDPM_TORTURE_KILLS", "1"))
 STEPS = 20
-FOUR = ["-m", "seed=0,1,2,3"]
+THREE = ["-m", "seed=0,1,2"]
 pytestmark = pytest.mark.slow
 
 
@@ -91,7 +91,7 @@ def test_told_at_any_instant_a_parallel_sweep_saves_leaves_no_process_and_is_com
     typed, settings, tmp_path
 ):
     outputs, chance = tmp_path / "outputs", random.Random(0)
-    words = [*settings, f"outputs={outputs}", *FOUR]
+    words = [*settings, f"outputs={outputs}", *THREE]
     at_once = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     for turn in range(STOPS):
         sweep = Sweep(tmp_path / f"log_{turn}", *words, *at_once)
@@ -109,13 +109,13 @@ def test_told_at_any_instant_a_parallel_sweep_saves_leaves_no_process_and_is_com
             assert "run " not in said
             continue
         assert code in (0, 75), said
-        assert len(sweep.table()) == 4, said
+        assert len(sweep.table()) == 3, said
         if code == 75:
             assert said.count("stopping, to carry on later") == 1
         check_saved(outputs)
     done = typed("train", *words)
     assert done.code == 0, done.err
-    whole = typed("train", *settings, f"outputs={tmp_path / 'whole'}", "-m", "seed=0,3")
+    whole = typed("train", *settings, f"outputs={tmp_path / 'whole'}", "-m", "seed=0,2")
     assert whole.code == 0
     for run in (tmp_path / "whole").glob("*/*/run.json"):
         ours = outputs / run.parent.relative_to(tmp_path / "whole")

@@ -13,18 +13,18 @@ import pytest
 import yaml
 
 pytestmark = pytest.mark.slow
-RATES = {0.001, 0.002, 0.004}
+RATES = {0.001, 0.002}
 
 
 @pytest.fixture(scope="module")
 def board(tmp_path_factory, typed, tiny):
-    """Ask TensorBoard's server on a folder with a sweep of three learning rates, and with the same sweep as it was when one of the three had failed."""
+    """Ask TensorBoard's server on a folder with a sweep of two learning rates, and with the same sweep as it was when one of the two had failed."""
     folder = tmp_path_factory.mktemp("board")
     sweep = [
         "-m",
         *tiny,
         f"outputs={folder / 'whole'}",
-        "optimizer.lr=0.001,0.002,0.004",
+        "optimizer.lr=0.001,0.002",
         "runtime.checkpoint_every=4",
         "runtime.log_every=2",
     ]
@@ -74,7 +74,7 @@ def board(tmp_path_factory, typed, tiny):
 
         until = time.monotonic() + 100
         while (
-            len(rows(ask, "")) < 6 and time.monotonic() < until
+            len(rows(ask, "")) < 4 and time.monotonic() < until
         ):  # the server reads the files after it has started
             time.sleep(0.2)
         yield ask
@@ -105,9 +105,9 @@ def values(row):
 
 def test_there_is_one_run_a_job_and_each_scalar_once_a_step(board):
     runs = [run for run in board("runs") if run.startswith("whole/")]
-    assert len(runs) == 3
+    assert len(runs) == 2
     tags = {run: shown for run, shown in board("plugin/scalars/tags").items() if run in runs}
-    assert len(tags) == 3
+    assert len(tags) == 2
     wanted = {
         "train/loss",
         "train/lr",
@@ -141,7 +141,6 @@ def test_a_failed_run_is_a_row_too_and_says_so(board):
     assert {rate: row["sessions"][0]["status"] for rate, row in found.items()} == {
         0.001: "STATUS_SUCCESS",
         0.002: "STATUS_FAILURE",
-        0.004: "STATUS_SUCCESS",
     }
     assert "train/loss_final" in values(found[0.002])
 
@@ -153,12 +152,12 @@ def test_samples_configuration_command_and_the_charts_are_there(board):
             for run, tags in board("plugin/images/tags").items()
             if run.startswith("whole/")
         )
-        == 3
+        == 2
     )
     texts = {
         run: tags for run, tags in board("plugin/text/tags").items() if run.startswith("whole/")
     }
-    assert len(texts) == 3
+    assert len(texts) == 2
     for run, tags in texts.items():
         assert {tag.partition("/")[0] for tag in tags} == {"config", "command"}
         command = next(tag for tag in tags if tag.startswith("command"))

@@ -17,7 +17,7 @@ import torch
 
 from ddpm.runs import checkpoint
 
-KILLS = int(os.environ.get("DDPM_TORTURE_KILLS", "4"))
+KILLS = int(os.environ.get("DDPM_TORTURE_KILLS", "3"))
 LAST = 12
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from ddpm.config import launching, sweeps
+from ddpm.config import launching, search, sweeps
 from ddpm.config.compose import (
     CONF,
     EXPERIMENTS,
@@ -37,7 +37,6 @@ from ddpm.system.internals import (
     before_sweeps,
     flags_last,
     hydra_parser,
-    returns_of_sweeps,
 )
 from ddpm.system.signals import Preempted
 
@@ -66,6 +65,7 @@ def command(
     facts: sweeps.Facts = lambda composed: {},
     check: sweeps.Check | None = None,
     heeds: bool = False,
+    scored: search.Scored | None = None,
 ) -> Callable[[], None]:
     """Returns the main function of `python -m ddpm.<name>`.
 
@@ -84,6 +84,7 @@ def command(
         facts: What to show of a job in the table at the end of a sweep, by column.
         check: Looks, before a sweep's first job, whether a job can run, on this machine or another.
         heeds: Whether it stops when told, to carry on later (ddpm.system.signals); so a sweep does.
+        scored: Says what a search goes by (hydra/sweeper=optuna), of a job that is complete.
     """
     config_name = config_name or name
 
@@ -95,9 +96,15 @@ def command(
         slurm.join_step()
         sys.argv[1:] = typed = flags_last([at_home(word) for word in sys.argv[1:]])
         process = os.getpid()
-        outcomes: list[sweeps.Outcome] = []
-        sweep = launching.Sweep(facts, heeds, wants_traceback)
-        ended = sweep.ended
+        parsed = _parsed(typed)
+        own = parsed.config_dir and str(Path(parsed.config_dir).resolve())
+
+        def told(error: Exception, words: Sequence[str]) -> str:
+            return explain_composition(error, words, config_name, own)
+
+        checked = functools.partial(sweeps.check_jobs, check, told)
+        sweep = launching.Sweep(facts, heeds, wants_traceback, checked, scored)
+        ended, outcomes = sweep.ended, sweep.outcomes
 
         def job(cfg: DictConfig) -> sweeps.Outcome | None:
             elsewhere = os.getpid() != process  # where the launcher has put the job
@@ -122,32 +129,35 @@ def command(
         # have Hydra raise rather than print its own several lines
         os.environ["HYDRA_FULL_ERROR"] = "1"
         start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)
-        parsed = _parsed(typed)
-        own = parsed.config_dir and str(Path(parsed.config_dir).resolve())
-
-        def told(error: Exception, words: Sequence[str]) -> str:
-            return explain_composition(error, words, config_name, own)
-
-        checked = functools.partial(sweeps.check_jobs, check, told)
         with contextlib.nullcontext() if wants_traceback else _errors_in_a_line(told, parsed):
             refuse_paths(parsed.overrides)
             refuse_hidden([*([own] if own else []), *searchpath(parsed.overrides)])
             sweeps.refuse_in_process_group(typed)
-            with signals.commanded():
-                with (
-                    contextlib.closing(sweep),
-                    returns_of_sweeps(outcomes),
-                    before_sweeps(checked),
-                    around_launches(sweep.launch),
-                ):
-                    start()
-                if any(outcome.facts for outcome in outcomes):
-                    print(f"\n{sweeps.job_table(outcomes)}", flush=True)
+            with (
+                signals.commanded(),
+                _table_at_the_end(sweep),
+                contextlib.closing(sweep),
+                before_sweeps(checked),
+                around_launches(sweep.launch),
+            ):
+                start()
         codes = {outcome.code for outcome in outcomes} - {0}
         if codes:
             sys.exit(max(codes))
 
     return main
+
+
+@contextlib.contextmanager
+def _table_at_the_end(sweep: launching.Sweep) -> Iterator[None]:
+    """Says how the jobs ended that there were, also where a search ends early."""
+    try:
+        yield
+    finally:
+        if any(outcome.facts for outcome in sweep.outcomes):
+            print(f"\n{sweeps.job_table(sweep.outcomes)}", flush=True)
+        if sweep.scores:
+            print(search.best(sweep.scores), flush=True)
 
 
 @contextlib.contextmanager

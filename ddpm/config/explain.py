@@ -57,7 +57,7 @@ def explain_composition(
         word = next((word for word in words if "interval(" in word), message)
         return (
             f"{word}: an interval has no values to try; give them: key=1e-4,2e-4 or "
-            "'key=range(0,0.5,0.1)'"
+            "'key=range(0,0.5,0.1)', or have hydra/sweeper=optuna pick some"
         )
     twice = re.match(r"Multiple values for ([\w/]+)", message)
     if twice:
@@ -80,11 +80,11 @@ def _no_such_option(file: str, options: Sequence[str]) -> str:
     group, _, option = file.rpartition("/")
     if group == "experiment" and option in BROKEN:
         return BROKEN[option]
-    more = (
-        "; pip install -e '.[sweep]' brings joblib, submitit_local and submitit_slurm"
-        if group == "hydra/launcher" and "joblib" not in options
-        else ""
-    )
+    more = ""
+    if group == "hydra/launcher" and "joblib" not in options:
+        more = "; pip install -e '.[sweep]' brings joblib, submitit_local and submitit_slurm"
+    if group == "hydra/sweeper" and "optuna" not in options:
+        more = "; pip install -e '.[search]' brings optuna"
     return f"{group}={option}: no such option of {group}{nearest(option, options)}{more}"
 
 

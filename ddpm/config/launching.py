@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ddpm.config import submitit_jobs
+from ddpm.config import search, submitit_jobs
 from ddpm.config.explain import explain
 from ddpm.config.sweeps import HERE, Facts, Outcome, as_job, left
 from ddpm.system import relay, signals
@@ -18,9 +18,13 @@ from ddpm.system.signals import Preempted
 
 @dataclass(frozen=True)
 class Returned:
-    """What a launcher gives back of a job, as Hydra's JobReturn."""
+    """What a launcher gives back of a job, as Hydra's JobReturn.
 
-    return_value: Outcome
+    Attributes:
+        return_value: How the job ended; for a search its score, None where it has none.
+    """
+
+    return_value: Outcome | float | None
 
 
 @dataclass
@@ -31,17 +35,26 @@ class Sweep:
         facts: What to show of a job, by column.
         heeds: Whether a job heeds signals, so that one can stop the sweep.
         wants_traceback: Whether an error is to be raised, not told in a line.
+        check: Looks at the first jobs of a search, before they start.
+        scored: Says what a search goes by; None where there is no such thing.
         ended: How those ended that ran in this process, by their number.
+        outcomes: How all ended, in their order.
+        scores: What a search went by, by the job's number.
     """
 
     facts: Facts
     heeds: bool
     wants_traceback: bool
+    check: Callable[[Callable[[list[str]], DictConfig], Sequence[list[str]]], None]
+    scored: search.Scored | None = None
     ended: dict[int, Outcome] = field(default_factory=dict)
+    outcomes: list[Outcome] = field(default_factory=list)
+    scores: dict[int, search.Score] = field(default_factory=dict)
     _held: ExitStack = field(default_factory=ExitStack)
 
     def launch(
         self,
+        sweeper: DictConfig,
         launcher: Any,
         compose_job: Callable[[list[str]], DictConfig],
         jobs: Sequence[list[str]],
@@ -49,10 +62,8 @@ class Sweep:
     ) -> list[Returned]:
         """Launches jobs, and waits for them.
 
-        A launcher that raises keeps what it knows to itself. So what is missing is asked of the
-        runs' folders.
-
         Args:
+            sweeper: The settings of the one that asks for them.
             launcher: Hydra's.
             compose_job: Composes the overrides of a job.
             jobs: The overrides of each job.
@@ -60,6 +71,39 @@ class Sweep:
 
         Raises:
             Exception: What the launcher raises, where no job got under way.
+            ValueError: For a search that cannot be.
+            Preempted: When a search is told to stop, which nothing else would end.
+        """
+        learns = search.learns(sweeper)
+        if learns and first == 0:
+            search.check(sweeper, self.scored)
+            self.check(compose_job, jobs)
+        returned = self._launch(launcher, compose_job, jobs, first)
+        outcomes: list[Outcome] = [one.return_value for one in returned]
+        self.outcomes += outcomes
+        if not learns:
+            return returned
+        if signals.noted():
+            raise Preempted("the search was told to stop")
+        for number, outcome in enumerate(outcomes, first):
+            if not outcome.code and self.scored is not None:
+                with as_job(compose_job(list(jobs[number - first])), number) as composed:
+                    self.scores[number] = self.scored(composed)
+                search.check_score(sweeper, self.scores[number])
+        values = {number: score.value for number, score in self.scores.items()}
+        return [Returned(values.get(number)) for number in range(first, first + len(jobs))]
+
+    def _launch(
+        self,
+        launcher: Any,
+        compose_job: Callable[[list[str]], DictConfig],
+        jobs: Sequence[list[str]],
+        first: int,
+    ) -> list[Any]:
+        """Launches jobs, and waits for them.
+
+        A launcher that raises keeps what it knows to itself. So what is missing is asked of the
+        runs' folders.
         """
         if type(launcher).__name__ == "SlurmLauncher":
             return self._on_slurm(launcher, compose_job, jobs, first)

@@ -22,9 +22,20 @@ from ddpm.system.files import lock
 
 _claimed: list[str] = []
 _claims = ExitStack()  # never closed: the system ends its locks with the process
-LAUNCHERS: dict[str, dict[str, Any]] = {  # what is not as the plugins have it
-    "joblib": {"n_jobs": "${num_devices:}"},
-    "submitit_slurm": {"timeout_min": 1440, "max_num_timeout": 100, "signal_delay_s": 300},
+PLUGINS: dict[str, dict[str, Any]] = {  # what is not as the plugins have it
+    "launcher/joblib": {"n_jobs": "${num_devices:}"},
+    "launcher/submitit_slurm": {
+        "timeout_min": 1440,
+        "max_num_timeout": 100,
+        "signal_delay_s": 300,
+    },
+    # a job that fails is told by its own line, and ends no search
+    "sweeper/optuna": {"n_jobs": 1, "max_failure_rate": 1.0},
+    # typed again, a search is the same
+    **{
+        f"sweeper/sampler/{name}": {"seed": "${search_seed:${hydra.sweeper.storage}}"}
+        for name in ("tpe", "random", "cmaes", "nsgaii")
+    },
 }
 
 
@@ -230,23 +241,24 @@ def claim_device(devices: Sequence[str]) -> str | None:
 
 
 def set_defaults() -> None:
-    """Sets up the launchers that are installed (extra sweep).
+    """Sets up the launchers and searches that are installed (extras sweep and search).
 
-    They run a job for each device, and queue a Slurm job again as often as its time runs out.
+    Launchers run a job for each device, and queue a Slurm job again as often as its time runs out.
+    Searches are the same each time, but for those with a storage, which go on from what it has.
     """
     OmegaConf.register_new_resolver(
         "num_devices", lambda: max(1, len(visible_devices())), replace=True
     )
+    OmegaConf.register_new_resolver(
+        "search_seed", lambda storage: 0 if storage is None else None, replace=True
+    )
     Plugins.instance()  # which puts their options into the store
     store = ConfigStore.instance()
-    for name, settings in LAUNCHERS.items():
+    for option, settings in PLUGINS.items():
         with suppress(ConfigLoadError):  # not installed
-            store.store(
-                group="hydra/launcher",
-                name=name,
-                node=OmegaConf.merge(store.load(f"hydra/launcher/{name}.yaml").node, settings),
-                provider="ddpm",
-            )
+            group, _, name = f"hydra/{option}".rpartition("/")
+            node = OmegaConf.merge(store.load(f"{group}/{name}.yaml").node, settings)
+            store.store(group=group, name=name, node=node, provider="ddpm")
 
 
 def visible_devices() -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata
@@ -60,6 +61,23 @@ LAYOUT = {
 
 # after the newest file's name: TensorBoard reads a folder's files in the order of their names
 _CONCLUSION = ".end"
+
+
+PICTURES = 20  # at most of a run in its event files, which TensorBoard reads whole
+SIDE = 1200  # pixels, at most of each: 64 pictures of 128 fit
+
+
+def shows_picture(step: int, every: int, num_steps: int) -> bool:
+    """Whether TensorBoard gets the preview of a step: the last, and others evenly before it.
+
+    Args:
+        step: Of a preview, a multiple of `every` or the last step.
+        every: Steps between previews.
+        num_steps: Of the whole run.
+    """
+    previews = -(-num_steps // every)
+    apart = -(-previews // PICTURES)
+    return step == num_steps or (previews - step // every) % apart == 0
 
 
 class Recorder:
@@ -114,7 +132,12 @@ class Recorder:
             self._board.add_scalar(tag, value, step)
 
     def picture(self, step: int, tag: str, image: np.ndarray) -> None:
-        """Shows a picture, (H, W, C) uint8, in TensorBoard."""
+        """Shows a picture, (H, W, C) uint8, in TensorBoard; one larger than SIDE smaller."""
+        shrink = -(-max(image.shape[:2]) // SIDE)
+        if shrink > 1:
+            grey = image.shape[2] == 1
+            small = Image.fromarray(image[..., 0] if grey else image).reduce(shrink)
+            image = np.asarray(small).reshape(small.height, small.width, -1)
         self._board.add_image(tag, image, step, dataformats="HWC")
 
     def text(self, tag: str, text: str) -> None:

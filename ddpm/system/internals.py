@@ -156,39 +156,18 @@ def flags_last(words: list[str]) -> list[str]:
 
 
 @contextmanager
-def returns_of_sweeps(outcomes: list[Any]) -> Iterator[None]:
-    """Adds to `outcomes` what the jobs of a sweep return, in whatever process they ran.
-
-    hydra.main drops what Hydra.multirun returns.
-    """
-    from hydra._internal.hydra import Hydra
-
-    multirun = Hydra.multirun
-
-    def collect(self: Hydra, *arguments: Any, **named: Any) -> Any:
-        batches = multirun(self, *arguments, **named)
-        outcomes.extend(done.return_value for batch in batches for done in batch)
-        return batches
-
-    Hydra.multirun = collect  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Hydra.multirun = multirun  # type: ignore[method-assign]
-
-
-@contextmanager
 def around_launches(
-    launch: Callable[[Any, Callable[[list[str]], Any], list[list[str]], int], list[Any]],
+    launch: Callable[[Any, Any, Callable[[list[str]], Any], list[list[str]], int], list[Any]],
 ) -> Iterator[None]:
     """Has `launch` start the jobs of a sweep in place of its launcher.
 
-    Hydra makes the launcher itself, and a callback of Hydra's sees neither what it raises nor
-    what the jobs return.
+    Hydra makes the launcher itself, a callback of Hydra's sees neither what it raises nor what the
+    jobs return, and hydra.main drops what a sweep returns.
 
     Args:
-        launch: Is called with the launcher, a function that composes a job, the overrides of each
-            job, and the first one's number; it returns what has a `return_value` for each.
+        launch: Is called with the sweeper's settings, the launcher, a function that composes a job,
+            the overrides of each job, and the first one's number; it returns what has a
+            `return_value` for each.
     """
     from hydra.core.plugins import Plugins
 
@@ -201,7 +180,8 @@ def around_launches(
             return hydra_context.config_loader.load_sweep_config(config, words)
 
         def launched(job_overrides: Any, initial_job_idx: int) -> list[Any]:
-            return launch(launcher, compose_job, [*map(list, job_overrides)], initial_job_idx)
+            jobs = [*map(list, job_overrides)]
+            return launch(config.hydra.sweeper, launcher, compose_job, jobs, initial_job_idx)
 
         return SimpleNamespace(launch=launched)
 

@@ -18,6 +18,7 @@ main = command(
     facts=lazily("ddpm.train.run.facts"),
     check=lazily("ddpm.train.which.check_job"),
     heeds=True,
+    scored=lazily("ddpm.train.run.score"),
 )
 
 if __name__ == "__main__":

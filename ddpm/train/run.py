@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator, PartialState
 
+from ddpm.config import search
 from ddpm.config.compose import Composed
 from ddpm.config.schema import Config
 from ddpm.data.batches import Batches
@@ -134,6 +135,27 @@ def facts(composed: Composed) -> dict[str, str]:
     if not folder.record():
         return reader.summary(reader.not_started(folder))
     return reader.summary(reader.read(folder))
+
+
+def score(composed: Composed) -> search.Score:
+    """What a search goes by, of a run that is complete.
+
+    That is the figure that its best checkpoint is kept by, where some are measured in training,
+    else the loss over its last tenth.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    folder = which.which_run(composed).folder
+    best = folder.record().get("best")
+    if composed.cfg.runtime.evaluate_every is not None and best:
+        metric = best["id"].partition("@")[0]
+        more = results.better(metric) is max
+        return search.Score(best["id"], best["value"], "maximize" if more else "minimize")
+    found = results.read_results(folder, folder.plain())
+    if not found or found[0].metric != "loss":
+        raise ValueError(f"{folder.path}: no loss is recorded to search by")
+    return search.Score("loss", found[0].final[0], "minimize")
 
 
 @contextmanager

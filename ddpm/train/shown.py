@@ -16,7 +16,7 @@ from ddpm.data.image_set import ImageSet
 from ddpm.evaluate.measure import job_of, measure
 from ddpm.evaluate.of_data import held_out_losses, held_out_split
 from ddpm.runs import checkpoint, results
-from ddpm.runs.recording import Recorder
+from ddpm.runs.recording import Recorder, shows_picture
 from ddpm.sample.images import grid, save_png, to_uint8
 from ddpm.sample.previews import Previews
 from ddpm.sample.subject import Trained, class_words
@@ -67,7 +67,9 @@ class Shown:
         with together():
             if self.recorder is not None:
                 sheet = self._sheet()
-                self.recorder.picture(self.trained.step, "samples", sheet)
+                every = self.trained.config.runtime.sample_every
+                if every and shows_picture(self.trained.step, every, self.num_steps):
+                    self.recorder.picture(self.trained.step, "samples", sheet)
                 self.recorder.flush()
                 said = self.previews.text(self.trained.config, self.trained.step)
                 save_png(self._preview_file(), sheet, said)  # last: it says that all is there
