@@ -403,3 +403,21 @@ def test_the_two_ways_to_upsample_agree(device):
         F.interpolate(x, scale_factor=2.0), layer.conv.weight, layer.conv.bias, padding=1
     )
     torch.testing.assert_close(layer(x, torch.empty(0)), wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.gpu
+def test_every_way_of_a_training_step_computes_the_same_or_is_out_with_its_reason(tmp_path):
+    small = ["model.base_channels=32", "model.channel_multipliers=[1,2]", "model.num_res_blocks=1"]
+    words = ["model=unet32", "data=digits", *small, "training.batch_size=32", "training.steps=20"]
+    words += ["model.resolution=16", "runtime.log_every=1", "sampler=ddim50"]
+    losses = []
+    for tune in ("true", "false"):
+        folder = run([*words, f"runtime.tune={tune}", f"outputs={tmp_path / tune}"])
+        losses.append([loss for _, loss in loss_curve(folder.path)])
+        if tune == "true":
+            found = folder.record()["tuned"]["found"]
+            for one in found:
+                print(one["way"], one["device_batch"], one["seconds"], one["differs"], one["why"])
+            assert {"nchw", "compiled", "graphs", "channels_last"} <= {one["way"] for one in found}
+            assert found[0]["why"] is None
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)

@@ -201,10 +201,11 @@ def test_damaged_lines_of_costs_are_left_out(tmp_path):
     assert read_costs(tmp_path) == []
     good = {"step": 2, "images": 16, "flops": 1e9, "seconds": 2.0, "seconds_in_steps": 1.0}
     good |= {"share_of_peak": None}
-    lines = [good, {**good, "step": 8, "seconds": "2"}, [3], {**good, "step": 6}, {"step": 4}]
+    own = {**good, "step": 7, "flops": None}  # of a network whose operations cannot be counted
+    lines = [good, {**good, "step": 8, "seconds": "2"}, [3], {**good, "step": 6}, {"step": 4}, own]
     text = "\n".join([*map(json.dumps, lines), '{"step": 3, "im{', "", json.dumps(good)])
     (tmp_path / "costs.jsonl").write_text(text)  # whose last line was cut short
-    assert read_costs(tmp_path) == [good, {**good, "step": 6}]
+    assert read_costs(tmp_path) == [good, {**good, "step": 6}, own]
 
 
 def test_a_run_that_trains_shows_its_speed_and_end_and_others_nothing(template, tmp_path):

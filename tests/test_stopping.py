@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm.evaluate import measure
+from ddpm.evaluate import of_data
 from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
 from ddpm.system import files, signals
@@ -148,13 +148,13 @@ def test_drawing_that_was_stopped_goes_on_to_the_same_images(run_folder, tmp_pat
 
 def told_at_losses():
     """Has the process tell itself to stop where the second measure begins."""
-    really = measure._losses
+    really = of_data.losses
 
     def losses(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
         return really(*arguments)
 
-    measure._losses = losses
+    of_data.losses = losses
 
 
 def test_measuring_that_was_stopped_goes_on_to_the_same_figures(run_folder, tmp_path):

@@ -148,9 +148,9 @@ def _costs(one: Compared, steps: np.ndarray, over: Over) -> np.ndarray:
     if over == "step":
         return steps
     lines = read_costs(one.run.path)
-    if not lines:
-        return np.full(len(steps), np.nan)
     key, unit = ("seconds", 3600.0) if over == "hours" else (over, 1.0)
+    if not lines or any(line[key] is None for line in lines):
+        return np.full(len(steps), np.nan)
     at = [0.0, *(line["step"] for line in lines)]
     spent = [0.0, *(line[key] / unit for line in lines)]
     return np.interp(steps, at, spent, right=np.nan)

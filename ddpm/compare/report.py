@@ -231,7 +231,8 @@ def _costs(one: Compared, count: int) -> dict[str, list[float]] | None:
     some = lines[:: math.ceil(len(lines) / count)] if lines else []
     if some and some[-1] is not lines[-1]:
         some.append(lines[-1])
-    return {name: [line[name] for line in some] for name in wanted} if some else None
+    found = {name: [line[name] for line in some] for name in wanted}
+    return {name: values for name, values in found.items() if None not in values} if some else None
 
 
 def _samples(strips: Strips, index: int) -> dict[str, Any] | None:

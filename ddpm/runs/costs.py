@@ -1,8 +1,11 @@
 """What a run's training has cost so far, read from its folder: images, operations, time."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from ddpm.runs.results import read_lines
+
+KNOWN = ("images", "seconds", "seconds_in_steps")  # that each whole line has; flops may be null
 
 
 def read_costs(folder: Path) -> list[dict[str, Any]]:
@@ -15,22 +18,10 @@ def read_costs(folder: Path) -> list[dict[str, Any]]:
         folder: The run's.
 
     Returns:
-        Of each report `step`, `images`, `flops`, `seconds`, `seconds_in_steps`, and what else its
-        line says.
+        Of each report `step`, `images`, `flops` (None for a network whose operations cannot be
+        counted), `seconds`, `seconds_in_steps`, and what else its line says.
     """
-    file = folder / "costs.jsonl"
-    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
-    by_step = {line["step"]: line for line in map(_parse, lines) if line is not None}
+    records = [line.record for line in read_lines(folder / "costs.jsonl", gaps=True)]
+    whole = [one for one in records if one and all(one.get(key) is not None for key in KNOWN)]
+    by_step = {one["step"]: {"flops": None, **one} for one in whole}
     return [by_step[step] for step in sorted(by_step)]
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    sound = isinstance(found, dict) and all(
-        isinstance(found.get(key), int | float)
-        for key in ("step", "images", "flops", "seconds", "seconds_in_steps")
-    )
-    return found if sound else None

@@ -93,7 +93,7 @@ def _choice(
     check(tune, device)
     batches = -(-images // (batch * processes.num_processes))
     of_batch = None if classes is None else list(classes[:batch])
-    names = [name for name in ways.possible(device, True) if ways.WAYS[name].compiled != "blocks"]
+    names = ways.possible(device, alone=True, repeats=False)
     task = Task(
         subject.model,
         drawing.diffusion,

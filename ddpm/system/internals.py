@@ -286,7 +286,7 @@ class Compilation(NamedTuple):
     """Code that the compiler made.
 
     Attributes:
-        id: The compiler's, such as "0/1": the second code of the first function.
+        id: The compiler's, such as 0/1, the second code of the first function, and when it began.
         name: Of the function.
         why: What did not fit the code that was there; None for a function's first.
         seconds: That it took.
@@ -306,7 +306,12 @@ def compilations() -> list[Compilation]:
     from torch._dynamo.utils import get_compilation_metrics
 
     return [
-        Compilation(one.compile_id, one.co_name, one.recompile_reason, one.duration_us / 1e6)
+        Compilation(
+            f"{one.compile_id} at {one.start_time_us}",
+            one.co_name,
+            one.recompile_reason,
+            one.duration_us / 1e6,
+        )
         for one in get_compilation_metrics()
         if one.compile_id and one.co_name and one.duration_us
     ]

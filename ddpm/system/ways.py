@@ -72,7 +72,7 @@ def default(device: torch.device) -> str:
     return "nchw" if memory_format(device) == torch.contiguous_format else "channels_last"
 
 
-def possible(device: torch.device, alone: bool) -> list[str]:
+def possible(device: torch.device, alone: bool, repeats: bool) -> list[str]:
     """Returns the names of the ways that a device has, the default first, then the likeliest.
 
     What cuDNN's search adds to one of them is left out.
@@ -82,11 +82,12 @@ def possible(device: torch.device, alone: bool) -> list[str]:
         alone: Whether one process takes each batch, in one piece. CUDA graphs need it: what a graph
             gives is overwritten when it is replayed for the next piece, and DDP's sending is no
             part of it.
+        repeats: Whether the network has `blocks`.
     """
     first = default(device)
     graphs = ["graphs"] if device.type == "cuda" and alone else []
     (other,) = {"nchw", "channels_last"} - {first}
-    return [first, "compiled", *graphs, other, "compiled_blocks"]
+    return [first, "compiled", *graphs, other, *(["compiled_blocks"] if repeats else [])]
 
 
 def check(name: str, device: torch.device, deterministic: bool) -> None:
@@ -125,7 +126,7 @@ def put(network: nn.Module, name: str) -> None:
     if way.compiled == "no":
         return
     keep_dropout_when_compiled()
-    for part in _blocks(network) if way.compiled == "blocks" else [network]:
+    for part in blocks(network) if way.compiled == "blocks" else [network]:
         part.compile(dynamic=False, mode="reduce-overhead" if way.graphs else None)
 
 
@@ -159,8 +160,8 @@ def of_batch(network: nn.Module, name: str, size: int) -> Callable[..., Tensor]:
     return call
 
 
-def _blocks(network: nn.Module) -> list[nn.Module]:
-    """The largest parts with parts of their own whose kind occurs more than once."""
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """Returns the largest parts with parts of their own whose kind occurs more than once."""
     called = [part for part in network.modules() if type(part).forward is not nn.Module.forward]
     kinds = [type(part) for part in called if next(part.children(), None) is not None]
     found: list[nn.Module] = []

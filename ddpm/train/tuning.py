@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator, PartialState
 
 from ddpm.config import build
@@ -71,7 +72,6 @@ def way_of(
         **facts_of_device(device),
         "precision": config.training.precision,
         "deterministic": runtime.deterministic,
-        "processes": accelerator.num_processes,
         "batch": share,
         "device_batch": runtime.device_batch,
         "recompute": runtime.recompute,
@@ -79,19 +79,20 @@ def way_of(
         "optimizer": config.optimizer["_target_"],
     }
     alone = accelerator.num_processes == 1 and size == share
+    repeats = bool(ways.blocks(build.network(config, torch.device("meta"), num_classes)))
     work = Work(
         device,
         runtime.deterministic,
         num_steps - record.get("step", 0),
         facts,
-        ways.possible(device, alone),
+        ways.possible(device, alone, repeats),
         size,
         fixed is None,
         lambda: _seconds(config, accelerator, batches, num_classes),
         Path(config.data.cache),
     )
     if isinstance(runtime.tune, str) and runtime.tune != "auto":
-        check(config, accelerator, size < share)
+        check(config, accelerator, size < share, repeats)
     before = record.get("tuned")
     choice = without_trials(runtime.tune, work, before)
     if choice is None:
@@ -107,14 +108,25 @@ def way_of(
     return choice
 
 
-def check(config: Config, accelerator: Accelerator, in_pieces: bool) -> None:
+def check(config: Config, accelerator: Accelerator, in_pieces: bool, repeats: bool) -> None:
     """Refuses a way asked for by name that cannot be had here.
+
+    Args:
+        config: The run's.
+        accelerator: Of its processes.
+        in_pieces: Whether a process takes its part of a batch in pieces.
+        repeats: Whether the network has blocks.
 
     Raises:
         ValueError: If it cannot.
     """
     name, runtime = str(config.runtime.tune), config.runtime
     ways.check(name, accelerator.device, runtime.deterministic)
+    if ways.WAYS[name].compiled == "blocks" and not repeats:
+        raise ValueError(
+            f"runtime.tune={name}: {config.model['_target_']} has no part that occurs twice; "
+            "tune=compiled compiles it whole"
+        )
     if ways.WAYS[name].graphs and (in_pieces or accelerator.num_processes > 1):
         raise ValueError(
             f"runtime.tune={name}: CUDA graphs take each batch whole, in one process; here are "

@@ -65,7 +65,7 @@ function curveOf(run, name, most) {
   const found = seriesOf(RUNS[run], name);
   const over = byId("over").value;
   const { costs } = RUNS[run];
-  if (!found || (over !== "step" && !costs)) return null;
+  if (!found || (over !== "step" && !costs?.[over])) return null;
   const values = smoothed(found[0], found[1].map((value) => (isNumber(value) ? value : null)), Number(byId("smoothing").value) / 100);
   const every = Math.ceil(found[0].length / Math.max(most, 20));
   const at = found[0].map((_, index) => index).filter((index) => (found[0].length - 1 - index) % every === 0);
@@ -225,7 +225,7 @@ function drawCurves() {
   }
   const runs = drawn();
   const over = byId("over").value;
-  const without = over === "step" ? 0 : runs.filter((run) => !RUNS[run].costs).length;
+  const without = over === "step" ? 0 : runs.filter((run) => !RUNS[run].costs?.[over]).length;
   byId("curves-said").textContent = [
     `${many(runs.length, "run")}: ${state.picked.size ? "those picked" : "all that the table shows"}.`,
     without ? `${without} of them ${without === 1 ? "has" : "have"} no costs.jsonl, and no place on this axis.` : "",
