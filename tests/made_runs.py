@@ -34,7 +34,7 @@ def made(template, folder, status="complete", losses=(), costs=None, figures=(),
     (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     if costs is not None:
         lines = [
-            json.dumps({"step": step, "images": 8 * step, "flops": 1e9 * step, "seconds": seconds, "seconds_in_steps": seconds})
+            json.dumps({"step": step, "images": 8 * step, "flops": 1e9 * step, "seconds": seconds, "device_seconds": 2 * seconds, "seconds_in_steps": seconds})
             for (step, _), seconds in zip(losses, costs, strict=True)
         ]  # fmt: skip
         (folder / "costs.jsonl").write_text("".join(f"{line}\n" for line in lines))

@@ -43,6 +43,7 @@ def test_costs_are_those_of_the_images_and_of_the_network(whole):
     assert [line["flops"] for line in found] == [16 * flops, 32 * flops, 48 * flops]
     for line in found:
         assert 0 <= line["seconds_waiting"] <= line["seconds_in_steps"] <= line["seconds"]
+        assert line["device_seconds"] == line["seconds"]  # one device
         assert line["share_of_peak"] > 0
         assert line["peak_memory_bytes"] > 0
     board = EventAccumulator(str(whole.path)).Reload()
@@ -57,6 +58,7 @@ def test_costs_survive_a_resume_and_count_no_step_twice(whole, settings, tmp_pat
     shutil.rmtree(folder / "checkpoints" / "step_00000006")
     cut = RunFolder(folder)
     timed = {**cut.record()["timed"], "seconds": 1000.0, "seconds_in_steps": 900.0}
+    timed |= {"device_seconds": 4000.0}  # on four, before
     timed |= {"seconds_waiting": 50.0, "images": 32, "images_trained": 32}
     cut.update(status="running", step=4, timed=timed)
     before = lines(folder)
@@ -65,7 +67,10 @@ def test_costs_survive_a_resume_and_count_no_step_twice(whole, settings, tmp_pat
     assert after[:2] == before[:2]
     assert (after[2]["step"], after[2]["images"]) == (6, 48)
     assert after[2]["flops"] == before[2]["flops"]
-    for name, least in (("seconds", 1000), ("seconds_in_steps", 900), ("seconds_waiting", 50)):
+    for name, least in (
+        *(("seconds", 1000), ("device_seconds", 4000)),
+        *(("seconds_in_steps", 900), ("seconds_waiting", 50)),
+    ):
         assert least < after[2][name] < least + 100
     assert (folder / "metrics.jsonl").read_bytes() == (whole.path / "metrics.jsonl").read_bytes()
 

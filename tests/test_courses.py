@@ -56,7 +56,7 @@ def test_a_figure_is_drawn_over_what_its_step_had_cost(template, tmp_path):
     figures = [(FD, PROTOCOL, {1: 9.0, 3: 7.0, 4: 5.0, 9: 4.0})]
     run = made(template, tmp_path / "a", "complete", [(2, 1.0), (4, 1.0)], [3600, 14400], figures)
     before = made(template, tmp_path / "b", "complete", [(2, 1.0)], None, figures, seed=1)
-    for over, at in (("hours", [0.5, 2.5, 4.0]), ("images", [8, 24, 32]), ("flops", [1e9, 3e9, 4e9])):  # fmt: skip
+    for over, at in (("hours", [0.5, 2.5, 4.0]), ("device_hours", [1.0, 5.0, 8.0]), ("images", [8, 24, 32]), ("flops", [1e9, 3e9, 4e9])):  # fmt: skip
         (panel,) = courses.find([run, before], f"eval/{FD}", over)
         (course,) = panel.courses
         assert course.over.tolist() == at

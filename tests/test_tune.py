@@ -96,7 +96,7 @@ def test_a_trial_that_takes_too_much_memory_is_ended_and_the_next_one_runs(monke
 
 
 def test_a_run_that_is_tuned_trains_as_one_that_is_not_and_keeps_its_choice(
-    tmp_path, own, capsys, ddpm, monkeypatch
+    tmp_path, own, capsys, caplog, ddpm, monkeypatch
 ):
     """The layout nchw lies; what is compiled does not."""
     monkeypatch.setenv(
@@ -133,6 +133,12 @@ def test_a_run_that_is_tuned_trains_as_one_that_is_not_and_keeps_its_choice(
         assert carried_on["why"] == "as before"
         assert carried_on["way"] == tuned["way"]
         assert "tuning" not in capsys.readouterr().out
+        record = json.loads((folder.path / "run.json").read_text())
+        record["tuned"]["facts"]["torch"] = "1.0"
+        (folder.path / "run.json").write_text(json.dumps(record))
+        again = train(compose(["training.steps=6", *words[1:]])).record()["tuned"]
+        assert again["facts"] == tuned["facts"]
+        assert f"tuning again: torch 1.0 is {torch.__version__} now" in caplog.text
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-5)
     assert len(set(losses["true"])) == 4
 

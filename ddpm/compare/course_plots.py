@@ -16,6 +16,7 @@ AXES: dict[Over, str] = {
     "step": "step (optimizer updates)",
     "images": "images trained on",
     "hours": "hours of training (previews, measures and saving included)",
+    "device_hours": "hours of training times devices",
     "flops": "floating point operations of training",
 }
 Look = dict[str, Any]  # of a curve: its colour, line and marker

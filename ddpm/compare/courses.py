@@ -13,7 +13,7 @@ from ddpm.runs.costs import read_costs
 from ddpm.runs.reader import Compared
 from ddpm.runs.results import read_lines, scalar_curve, window_means
 
-Over = Literal["step", "images", "hours", "flops"]
+Over = Literal["step", "images", "hours", "device_hours", "flops"]
 SMOOTH = 0.05  # share of a run's steps that what training reports is averaged over
 
 
@@ -148,8 +148,9 @@ def _costs(one: Compared, steps: np.ndarray, over: Over) -> np.ndarray:
     if over == "step":
         return steps
     lines = read_costs(one.run.path)
-    key, unit = ("seconds", 3600.0) if over == "hours" else (over, 1.0)
-    if not lines or any(line[key] is None for line in lines):
+    key = {"hours": "seconds", "device_hours": "device_seconds"}.get(over, over)
+    unit = 3600.0 if over.endswith("hours") else 1.0
+    if not lines or any(line.get(key) is None for line in lines):
         return np.full(len(steps), np.nan)
     at = [0.0, *(line["step"] for line in lines)]
     spent = [0.0, *(line[key] / unit for line in lines)]

@@ -29,7 +29,12 @@ SCRIPTS = ("page.js", "table.js", "charts.js", "settings.js", "samples.js", "run
 POINTS = 400_000  # of curves in a page; runs share them
 MOST_POINTS = 1000  # of a curve
 FEWEST_POINTS = 40
-COSTS = ("images", "seconds", "flops")  # of costs.jsonl, that curves can be drawn over
+COSTS = (
+    "images",
+    "seconds",
+    "device_seconds",
+    "flops",
+)  # of costs.jsonl, that curves can be drawn over
 DIGITS = 5  # of a curve's values; those of the table have all
 
 
@@ -231,8 +236,10 @@ def _costs(one: Compared, count: int) -> dict[str, list[float]] | None:
     some = lines[:: math.ceil(len(lines) / count)] if lines else []
     if some and some[-1] is not lines[-1]:
         some.append(lines[-1])
-    found = {name: [line[name] for line in some] for name in wanted}
-    return {name: values for name, values in found.items() if None not in values} if some else None
+    if not some:
+        return None
+    found = {name: [line[name] for line in some if line.get(name) is not None] for name in wanted}
+    return {name: known for name, known in found.items() if len(known) == len(some)}
 
 
 def _samples(strips: Strips, index: int) -> dict[str, Any] | None:

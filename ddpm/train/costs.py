@@ -52,16 +52,21 @@ class Spent:
         batches: The run's.
         step: Optimizer updates done before this start.
         record: The content of run.json, whose `timed` is what `timed` gave at the last checkpoint.
+        devices: That train in this start.
 
     Attributes:
         seconds_each: What work of a kind took when it was last done.
     """
 
-    def __init__(self, batches: TimedBatches, step: int, record: Mapping[str, Any]) -> None:
+    def __init__(
+        self, batches: TimedBatches, step: int, record: Mapping[str, Any], devices: int
+    ) -> None:
         before = (record.get("timed") or {}) if step else {}
         self._batches = batches
         self._started = time.perf_counter()
+        self._devices = devices
         self._seconds_before = before.get("seconds", 0.0)
+        self._of_devices_before = before.get("device_seconds", self._seconds_before)
         self._in_steps = before.get("seconds_in_steps", 0.0)
         self._waiting = before.get("seconds_waiting", 0.0)
         self._timed_images = before.get("images", 0)
@@ -116,9 +121,11 @@ class Spent:
 
     def costs(self) -> dict[str, float]:
         """Returns pictures and seconds so far; those of updates to the last `pause`."""
+        now = time.perf_counter() - self._started
         return {
             "images": self._images,
-            "seconds": self._seconds_before + time.perf_counter() - self._started,
+            "seconds": self._seconds_before + now,
+            "device_seconds": self._of_devices_before + now * self._devices,
             "seconds_in_steps": self._in_steps,
             "seconds_waiting": self._waiting,
         }
@@ -190,6 +197,7 @@ class Costs:
             "images": costs["images"],
             "flops": flops,
             "seconds": costs["seconds"],
+            "device_seconds": costs["device_seconds"],
             "seconds_in_steps": costs["seconds_in_steps"],
             "seconds_waiting": costs["seconds_waiting"],
             "share_of_peak": share,

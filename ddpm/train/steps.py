@@ -59,7 +59,7 @@ def take_steps(
     drawn_by = previews_of(config, num_steps)
     if leads:
         _say_previews(folder, config, num_steps, drawn_by)
-    spent = Spent(batches, state.step, folder.record())
+    spent = Spent(batches, state.step, folder.record(), accelerator.num_processes)
     device_batch = runtime.device_batch
     if device_batch == "auto":
         device_batch = largest_fitting(state, diffusion, batches, config.seed, choice.device_batch)

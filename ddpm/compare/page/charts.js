@@ -1,7 +1,7 @@
 /* Curves: a panel a measure, drawn when it is scrolled to; a few traces, however many the runs. */
 
 const MOST_ON_SCREEN = 40_000; // points of a panel
-const OVER = { step: "step (optimizer updates)", images: "images trained on", seconds: "hours of training", flops: "FLOPs of training" };
+const OVER = { step: "step (optimizer updates)", images: "images trained on", seconds: "hours of training", device_seconds: "hours of training times devices", flops: "FLOPs of training" };
 
 const names = [...new Set(RUNS.flatMap((run) => run.series.flatMap(([, values]) => Object.keys(values))))];
 const figureNames = new Set(columnsOf("figure").map((column) => column.figure));
@@ -69,7 +69,7 @@ function curveOf(run, name, most) {
   const values = smoothed(found[0], found[1].map((value) => (isNumber(value) ? value : null)), Number(byId("smoothing").value) / 100);
   const every = Math.ceil(found[0].length / Math.max(most, 20));
   const at = found[0].map((_, index) => index).filter((index) => (found[0].length - 1 - index) % every === 0);
-  const x = (step) => (over === "step" ? step : over === "seconds" ? scaleHours(costAt(costs, over, step)) : costAt(costs, over, step));
+  const x = (step) => (over === "step" ? step : over.endsWith("seconds") ? scaleHours(costAt(costs, over, step)) : costAt(costs, over, step));
   return { run, steps: at.map((index) => found[0][index]), x: at.map((index) => x(found[0][index])), y: at.map((index) => values[index]) };
 }
 const scaleHours = (seconds) => (seconds === null ? null : seconds / 3600);
