@@ -72,8 +72,27 @@ def pytest_xdist_auto_num_workers() -> int:
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else 2
 
 
+# files that take long, the longest first: begun last, one of them would keep a process alone
+LONG = (
+    *("test_torture", "test_tune", "test_processes", "test_readme", "test_sweep", "test_stopping"),
+    *("test_evaluation", "test_stopped_sweep", "test_resume", "test_report_browser", "test_export"),
+    *("test_search", "test_features", "test_tensorboard", "test_property", "test_dropout"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Has several processes take the files in the order in which they are collected."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever else -m asks for, what needs a CUDA device is skipped where there is none."""
+    """Puts long files first.
+
+    Whatever else -m asks for, what needs a CUDA device is skipped where there is none.
+    """
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

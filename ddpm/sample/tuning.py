@@ -125,9 +125,10 @@ def _choice(
         lambda: _seconds(drawing, task),
         cache,
     )
-    choice = without_trials(tune, work, None)
+    # of what each process sees and measures that of the leading one counts
+    choice = gather([without_trials(tune, work, None)], processes)[0]
     if choice is None:
-        budget = budget_of(tune, work)
+        budget = gather([budget_of(tune, work)], processes)[0]
         choice = budget if isinstance(budget, Choice) else _tried(task, work, budget)
     return choice
 

@@ -28,7 +28,7 @@ from ddpm.train.loop import is_due, updates
 from ddpm.train.shown import Shown
 from ddpm.train.state import TrainingState
 from ddpm.train.trace import traced
-from ddpm.train.tuning import draws_as_it_is, way_of
+from ddpm.train.tuning import check_fits, draws_as_it_is, way_of
 from ddpm.tune.search import table
 
 log = logging.getLogger("ddpm")
@@ -64,6 +64,7 @@ def take_steps(
     if device_batch == "auto":
         device_batch = largest_fitting(state, diffusion, batches, config.seed, choice.device_batch)
         log.info("%d images at once on each device", device_batch)
+    check_fits(choice, device_batch, batches, accelerator.num_processes)
 
     def lr_at(step: int) -> float:
         return lr_schedule(step, num_steps, float(config.optimizer["lr"]))

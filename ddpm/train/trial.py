@@ -48,7 +48,8 @@ def measure(task: Task) -> dict[str, Any]:
         try:
             return _of_size(task, size).plain()
         except torch.OutOfMemoryError:
-            if size == 1 or task.config.runtime.device_batch != "auto":
+            graphs = ways.WAYS[task.way].graphs  # take each batch whole
+            if size == 1 or graphs or task.config.runtime.device_batch != "auto":
                 raise
         torch.cuda.empty_cache()  # outside the except block, where the error still holds tensors
         torch._dynamo.reset()

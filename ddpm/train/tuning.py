@@ -94,9 +94,10 @@ def way_of(
     if isinstance(runtime.tune, str) and runtime.tune != "auto":
         check(config, accelerator, size < share, repeats)
     before = record.get("tuned")
-    choice = without_trials(runtime.tune, work, before)
+    # of what each process sees and measures that of the leading one counts
+    choice = gather([without_trials(runtime.tune, work, before)], PartialState())[0]
     if choice is None:
-        budget = budget_of(runtime.tune, work)
+        budget = gather([budget_of(runtime.tune, work)], PartialState())[0]
         if isinstance(budget, Choice):
             choice = budget
         else:
@@ -131,6 +132,20 @@ def check(config: Config, accelerator: Accelerator, in_pieces: bool, repeats: bo
         raise ValueError(
             f"runtime.tune={name}: CUDA graphs take each batch whole, in one process; here are "
             f"{accelerator.num_processes} with runtime.device_batch={runtime.device_batch}"
+        )
+
+
+def check_fits(choice: Choice, device_batch: int, batches: Batches, num_processes: int) -> None:
+    """Refuses CUDA graphs where a batch turns out not to fit the device's memory whole.
+
+    Raises:
+        ValueError: If so.
+    """
+    share = -(-batches.size(0) // num_processes)
+    if ways.WAYS[choice.way].graphs and device_batch < share:
+        raise ValueError(
+            f"runtime.tune={choice.way}: CUDA graphs take each batch whole, and of {share} images "
+            f"{device_batch} fit the device's memory; tune=compiled does without graphs"
         )
 
 
