@@ -166,9 +166,7 @@ def by_trials(work: Work, budget: Budget, try_way: Try, say: Callable[[str], Non
     )
     for line in table(found):
         log.info("tuning: %s", line)
-    say(
-        f"tuning: {best.way}, {why}; tried {tried} in {spent:.0f} s, {100 * share:.2g}% of the work"
-    )
+    say(f"tuning: {best.way}, {why}; tried {tried} in {spent:.0f} s, {share:,.1%} of the work")
     return Choice(best.way, why, best.device_batch, work.facts, found, spent)
 
 
