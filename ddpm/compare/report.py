@@ -199,12 +199,13 @@ def _series(one: Compared, names: Mapping[tuple[str, str], str], count: int) -> 
     loss = next((found for found in one.results if found.metric == "loss"), None)
     suffix = names[protocol_of(loss)].removeprefix("loss") if loss else ""
     curves: dict[str, list[tuple[int, float]]] = {}
-    for line in read_lines(one.run.path / "metrics.jsonl"):
-        for tag, value in (line.record or {}).items():
+    lines = read_lines(one.run.path / "metrics.jsonl")
+    for record in [line.record for line in lines if line.record]:
+        for tag, value in record.items():
             if tag.startswith("train/"):  # figures come with their protocol from evaluation.json
                 name = tag.removeprefix("train/")
                 name += suffix if name.startswith("loss") else ""
-                curves.setdefault(name, []).append((line.record["step"], value))  # type: ignore[index]
+                curves.setdefault(name, []).append((record["step"], value))
     for found in one.results:
         if found.measured:
             curves[names[protocol_of(found)]] = list(found.measured)

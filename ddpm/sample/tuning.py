@@ -59,11 +59,24 @@ def tuned(
         ValueError: If this device does not have the way asked for.
         Preempted: If told to stop meanwhile.
     """
-    choice = _choice(drawing, subject, classes, batch, images, processes, tune, cache)
-    size = batch if drawing.sampler.guidance_scale == 1 else 2 * batch
-    own = choice.way == ways.default(drawing.device)
+    own = ways.default(drawing.device)
+    task = Task(
+        subject.model,
+        drawing.diffusion,
+        drawing.sampler,
+        drawing.shape,
+        drawing.any_class,
+        drawing.precision,
+        None if classes is None else list(classes[:batch]),
+        batch,
+        drawing.device,
+        own,
+    )
+    choice = _choice(task, drawing, images, processes, tune, cache)
     with ways.carried_out(choice.way):
-        forward = None if own else ways.of_batch(drawing.network, choice.way, size)
+        forward = None
+        if choice.way != own:
+            forward = ways.of_batch(drawing.network, choice.way, task.calls_of(batch))
         yield replace(drawing, forward=forward)
 
 
@@ -80,46 +93,24 @@ def check(tune: Tune, device: torch.device) -> None:
 
 
 def _choice(
-    drawing: Drawing,
-    subject: Subject,
-    classes: Sequence[int] | None,
-    batch: int,
-    images: int,
-    processes: PartialState,
-    tune: Tune,
-    cache: Path,
+    task: Task, drawing: Drawing, images: int, processes: PartialState, tune: Tune, cache: Path
 ) -> Choice:
-    device = drawing.device
+    device, of_call = task.device, task.calls_of(task.batch)
     check(tune, device)
-    batches = -(-images // (batch * processes.num_processes))
-    of_batch = None if classes is None else list(classes[:batch])
-    names = ways.possible(device, alone=True, repeats=False)
-    task = Task(
-        subject.model,
-        drawing.diffusion,
-        drawing.sampler,
-        drawing.shape,
-        drawing.any_class,
-        drawing.precision,
-        of_batch,
-        batch,
-        device,
-        names[0],
-    )
     facts = {
         **facts_of_device(device),
         "precision": drawing.precision,
-        "calls": task.calls_of(batch),
-        "network": subject.model,
+        "calls": of_call,
+        "network": task.model,
     }
-    calls = drawing.sampler.calls(drawing.diffusion)
-    repeats = batches * calls // (task.calls_of(batch) // batch)
+    batches = -(-images // (task.batch * processes.num_processes))
+    calls = drawing.sampler.calls(drawing.diffusion) * task.batch // of_call
     work = Work(
         device,
         False,
-        repeats,
+        batches * calls,
         facts,
-        names,
+        ways.possible(device, alone=True, repeats=False),
         None,
         False,
         lambda: _seconds(drawing, task),

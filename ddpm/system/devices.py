@@ -25,8 +25,13 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 def to_device(network: nn.Module, device: torch.device) -> nn.Module:
     """Puts the network on the device, its convolutions' weights as memory_format says."""
+    return lay(network.to(device), memory_format(device))
+
+
+def lay(network: nn.Module, layout: torch.memory_format) -> nn.Module:
+    """Has its convolutions' weights lie in memory so, in place."""
     # torch's stub does not know memory_format of modules
-    return network.to(device).to(memory_format=memory_format(device))  # type: ignore[call-overload]
+    return network.to(memory_format=layout)  # type: ignore[call-overload]
 
 
 def device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ddpm.system.devices import memory_format
+from ddpm.system.devices import lay, memory_format
 from ddpm.system.internals import (
     Compilation,
     compilations,
@@ -53,6 +53,7 @@ Name = Literal[
     "compiled_blocks_search",
     "graphs_search",
 ]
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 _PLAIN = {
     "nchw": Way("nchw"),
     "channels_last": Way("channels_last"),
@@ -121,8 +122,7 @@ def put(network: nn.Module, name: str) -> None:
         name: Of WAYS.
     """
     way = WAYS[name]
-    lies = torch.channels_last if way.layout == "channels_last" else torch.contiguous_format
-    network.to(memory_format=lies)  # type: ignore[call-overload]
+    lay(network, LAYOUTS[way.layout])
     if way.compiled == "no":
         return
     keep_dropout_when_compiled()
@@ -142,8 +142,7 @@ def of_batch(network: nn.Module, name: str, size: int) -> Callable[..., Tensor]:
         size: Images of a batch.
     """
     way = WAYS[name]
-    lies = torch.channels_last if way.layout == "channels_last" else torch.contiguous_format
-    network.to(memory_format=lies)  # type: ignore[call-overload]
+    lay(network, LAYOUTS[way.layout])
     if way.compiled == "no":
         return network
     keep_dropout_when_compiled()
