@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import tempfile
 import time
 
 import numpy as np
@@ -84,7 +85,8 @@ def test_a_way_that_lies_or_hangs_or_dies_is_out(server, own, lie, why):
         assert "\n" not in found.why
 
 
-def test_a_trial_that_takes_too_much_memory_is_ended_and_the_next_one_runs(monkeypatch):
+def test_a_trial_that_takes_too_much_memory_is_ended_and_the_next_one_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     free = psutil.virtual_memory().available
     monkeypatch.setattr(trials, "SHARE_OF_MEMORY", 1e9 / free)
     with trials.trials("liars") as running:
@@ -93,6 +95,7 @@ def test_a_trial_that_takes_too_much_memory_is_ended_and_the_next_one_runs(monke
         assert running.run("hangs_or_dies", "", 60) == {"done": ""}
         server = psutil.Process(running._server.pid)
     assert not server.is_running()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_is_tuned_trains_as_one_that_is_not_and_keeps_its_choice(

@@ -79,22 +79,24 @@ def trials(module: str) -> Iterator[Trials]:
         if not name.startswith(_OF_SEVERAL) and not name.startswith("ACCELERATE_")
     }
     own["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "ddpm.system.trials", module],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=own,
-        start_new_session=True,
-    )
-    try:
-        yield Trials(server)
-    finally:
-        _end(server.pid)
-        server.communicate()
+    # the place is this process's, since the server is killed in the end
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "ddpm.system.trials", module, place],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=own,
+            start_new_session=True,
+        )
+        try:
+            yield Trials(server)
+        finally:
+            _end(server.pid)
+            server.communicate()
 
 
-def _serve(module: str, orders: BinaryIO) -> None:
+def _serve(module: str, folder: Path, orders: BinaryIO) -> None:
     """Forks a child for each order, and prints a line of JSON for what came of it.
 
     They share the code that the compiler makes, up to one that is ended in the middle: what it was
@@ -102,25 +104,24 @@ def _serve(module: str, orders: BinaryIO) -> None:
     """
     parent = os.getppid()
     functions = importlib.import_module(module)
-    with tempfile.TemporaryDirectory() as folder:
-        number = code = 0
-        while header := orders.read(8):
-            order = pickle.loads(orders.read(struct.unpack("<Q", header)[0]))
-            function, argument, seconds, memory = order
-            number, place = number + 1, Path(folder) / f"trial_{number}"
-            place.mkdir()
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / f"code_{code}")
-            child = os.fork()
-            if child == 0:
-                _child(getattr(functions, function), argument, place)
-            why = _watched(child, parent, seconds, memory)
-            answer = place / "answer.json"
-            if why is None and answer.is_file():
-                line = answer.read_text(encoding="utf-8")
-            else:
-                line = json.dumps({"failed": why or _last_line(place / "printed")})
-                code = number
-            print(line, flush=True)
+    number = code = 0
+    while header := orders.read(8):
+        order = pickle.loads(orders.read(struct.unpack("<Q", header)[0]))
+        function, argument, seconds, memory = order
+        number, place = number + 1, folder / f"trial_{number + 1}"
+        place.mkdir()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"code_{code}")
+        child = os.fork()
+        if child == 0:
+            _child(getattr(functions, function), argument, place)
+        why = _watched(child, parent, seconds, memory)
+        answer = place / "answer.json"
+        if why is None and answer.is_file():
+            line = answer.read_text(encoding="utf-8")
+        else:
+            line = json.dumps({"failed": why or _last_line(place / "printed")})
+            code = number
+        print(line, flush=True)
 
 
 def _child(function: Any, argument: Any, place: Path) -> None:
@@ -193,4 +194,4 @@ def _end(process: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], sys.stdin.buffer)
+    _serve(sys.argv[1], Path(sys.argv[2]), sys.stdin.buffer)
