@@ -113,13 +113,14 @@ class EvaluationSettings(Section):
             "kd",
             "inception_score",
             "precision_recall",
+            "classes",
             "nearest",
             "colour",
             "bits_per_dim",
             "losses",
         ]
     ]
-    extractor: Literal["inception", "efficientnet_lite0"]
+    extractor: Literal["inception", "efficientnet_lite0", "digits"]
     weights_path: str | None
     download: bool
     num_samples: Annotated[int, Field(ge=2)]

@@ -1,7 +1,7 @@
 """Drawn images against the data: distances on features, nearest pictures, colours."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm.evaluate import metrics
-from ddpm.evaluate.features import Extractor, Features
+from ddpm.evaluate.features import SURE, Extractor, Features
 from ddpm.evaluate.reference import Reference
 from ddpm.runs.results import Measurement
 from ddpm.sample.images import grid
@@ -41,11 +41,11 @@ def distance(
 
     Raises:
         TooFew: If there are too few images.
-        ValueError: If inception_score is wanted and the extractor gives no probabilities.
+        CannotBeHad: If inception_score is wanted and the extractor gives no probabilities.
     """
     if metric == "inception_score":
         if drawn.probabilities is None:
-            raise ValueError(
+            raise metrics.CannotBeHad(
                 "inception_score needs class probabilities, and "
                 f"evaluation.extractor={extractor.name} gives none"
             )
@@ -76,6 +76,44 @@ def distance(
         Measurement(name, value, protocol, floor=floor)
         for name, value, floor in zip(("precision", "recall"), values, floors, strict=True)
     ]
+
+
+def classes(
+    drawn: Features, asked: Sequence[str] | None, extractor: Extractor, protocol: dict[str, Any]
+) -> list[Measurement]:
+    """Measures how surely a classifier names drawn images.
+
+    `named` is the share of them whose likeliest class has a probability of SURE or more; its floor
+    is the same share of real pictures that the classifier was not trained on. `class_accuracy` is
+    the share whose likeliest class is that which was asked for.
+
+    Args:
+        drawn: Features of the drawn images.
+        asked: The name of the class that each was drawn for; None for a network without classes.
+        extractor: What the features come from.
+        protocol: That of the measurements.
+
+    Raises:
+        CannotBeHad: If the extractor's classes are not the data's.
+    """
+    known = extractor.classes
+    if drawn.probabilities is None or not known:
+        raise metrics.CannotBeHad(
+            "classes needs a classifier of the data's classes, evaluation.extractor=digits, not "
+            f"{extractor.name}"
+        )
+    if asked is not None and not set(asked) <= set(known):
+        raise metrics.CannotBeHad(
+            f"classes needs a classifier of the data's classes; {extractor.name} knows "
+            f"{', '.join(known)}, and images were drawn of {', '.join(sorted(set(asked)))}"
+        )
+    sure, likeliest = drawn.probabilities.max(dim=1)
+    share = float((sure >= SURE).double().mean())
+    found = [Measurement("named", share, protocol, floor=extractor.sure_of_real)]
+    if asked is not None:
+        right = torch.tensor([known.index(name) for name in asked]) == likeliest
+        found.append(Measurement("class_accuracy", float(right.double().mean()), protocol))
+    return found
 
 
 def _evenly(features: Tensor, count: int | None) -> Tensor:

@@ -23,6 +23,7 @@ NAMES = {  # how the figures of each metric begin
     "kd": ("kid", "kd_"),
     "precision_recall": ("precision", "recall"),
     "inception_score": ("inception_score", "class_score_"),
+    "classes": ("named", "class_accuracy"),
     "nearest": ("nearest_ratio",),
     "colour": ("channel_",),
     "losses": ("loss_t",),

@@ -40,7 +40,7 @@ from ddpm.system.processes import agree, gather, share
 from ddpm.tune.decide import Tune
 
 OF_REFERENCE = ("fd", "kd", "precision_recall")  # metrics of drawn images against a reference
-OF_FEATURES = ("fd", "kd", "inception_score", "precision_recall", "nearest")
+OF_FEATURES = ("fd", "kd", "inception_score", "precision_recall", "classes", "nearest")
 OF_SAMPLES = (*OF_FEATURES, "colour")  # metrics that need drawn images
 
 
@@ -181,9 +181,10 @@ def write_reference(
 def _protocol_of_samples(job: Job, metric: str) -> dict[str, Any]:
     """The protocol of a metric of drawn images."""
     settings, kept = job.settings, reference.KEPT
+    split = "train" if metric == "nearest" else settings.split
     protocol: dict[str, Any] = {
         "count": settings.num_samples,
-        "split": "train" if metric == "nearest" else settings.split,
+        **({} if metric == "classes" else {"split": split}),
         "sampler": _sampler_name(job.sampler, job.drawing),
         "sampler_settings": job.sampler,
         "quantize": settings.quantize,
@@ -209,7 +210,7 @@ def _protocol_of_samples(job: Job, metric: str) -> dict[str, Any]:
 def _of_samples(job: Job, protocols: dict[str, dict[str, Any]], keep_samples: bool) -> None:
     """Distances, nearest pictures and colours, from one set of drawn images."""
     settings = job.settings
-    if job.file is None or not set(protocols) <= {*OF_REFERENCE, "inception_score"}:
+    if job.file is None or not set(protocols) <= {*OF_REFERENCE, "inception_score", "classes"}:
         job.splits.of(settings.split)  # is refused before anything is drawn
     extractor = None
     if set(OF_FEATURES) & set(protocols):
@@ -254,13 +255,23 @@ def _of_features(
         try:
             if metric == "nearest":
                 job.add([_nearest(job, extractor, drawn, folder, protocols[metric])])
+            elif metric == "classes":
+                asked = _classes_asked(job, len(drawn.features))
+                job.add(distances.classes(drawn, asked, extractor, protocols[metric]))
             else:
                 seed = job.settings.seed
                 job.add(
                     distances.distance(metric, drawn, against, extractor, protocols[metric], seed)
                 )
-        except metrics.TooFew as error:
+        except metrics.CannotBeHad as error:
             job.missing.append(str(error))
+
+
+def _classes_asked(job: Job, count: int) -> list[str] | None:
+    """The name of the class that each image was drawn for, None where there is none."""
+    subject = job.trained.subject
+    in_turn, names = subject.classes_in_turn(count), subject.classes
+    return None if in_turn is None or names is None else [names[index] for index in in_turn]
 
 
 def _nearest(
@@ -340,7 +351,8 @@ def _extractor(settings: EvaluationSettings, device: torch.device) -> Extractor:
         return features.inception(
             settings.weights_path, settings.download, device, settings.batch_size
         )
-    return features.efficientnet_lite0(device, settings.batch_size)
+    named = {"efficientnet_lite0": features.efficientnet_lite0, "digits": features.of_digits}
+    return named[settings.extractor](device, settings.batch_size)
 
 
 def _features_of_folder(job: Job, folder: Path, extractor: Extractor) -> Features:

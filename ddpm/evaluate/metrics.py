@@ -22,7 +22,11 @@ NUMBERS_AT_ONCE = 2**24  # of a chunk of rows, and of a chunk of distances: 128 
 SAME = 1e-12
 
 
-class TooFew(ValueError):
+class CannotBeHad(ValueError):
+    """A measure that these images or this extractor do not give."""
+
+
+class TooFew(CannotBeHad):
     """Fewer images than a measure needs."""
 
 

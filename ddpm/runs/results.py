@@ -166,7 +166,9 @@ def better(metric: str) -> Callable[..., Any] | None:
         return min
     return (
         max
-        if metric.startswith(("inception_score", "class_score_", "precision", "recall"))
+        if metric.startswith(
+            ("inception_score", "class_score_", "class_accuracy", "named", "precision", "recall")
+        )
         else None
     )
 

@@ -1,0 +1,1 @@
+"""Studies: claims of the papers, tried small, with seeds."""

@@ -1,0 +1,246 @@
+"""What came of studies: their figures as JSON and as a picture, and the page of all of them."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ddpm.compare import drawing, verdicts
+from ddpm.runs.reader import format_value
+from ddpm.study import plan
+from ddpm.study.figures import Cell, Tried, in_words, varied
+from ddpm.study.plan import Study
+from ddpm.system.files import as_key
+
+INTRO = """\
+# Studies
+
+Claims of the papers, tried small: a network of minutes, real pictures, several seeds. Each was \
+run by the command above its table, which trains, measures and computes the verdict; typed again \
+it carries on, and `study.seeds=N` adds seeds. All of this page is written by that command.
+
+- *holds*: the whole 95% interval (Student's t, one number for each seed) lies on the claim's \
+side; *does not hold here*: it lies on the other; *undecided at these seeds*: it holds zero.
+- Each number is of one seed: its runs have that seed, and so have their samples. A difference is \
+of two runs of one seed; a slope is of the measure over log2 of the setting.
+- The intervals are each claim's own: of twenty claims without any effect one would come out as \
+decided.
+- Settings are the command line's. What the network and the pictures are like, the files beside \
+this page say; the figures are in the JSON, each with the folder of its run.
+"""
+
+
+def as_json(
+    name: str, study: Study, cells: Sequence[Cell], tried: Sequence[Tried], about: dict[str, Any]
+) -> str:
+    """Writes all that was found, whole.
+
+    Args:
+        name: Of the study.
+        study: Its file.
+        cells: What each run came to.
+        tried: What follows for each claim.
+        about: Where and how long: minutes, device, versions, commit.
+    """
+    claims = []
+    for one in tried:
+        numbers = list(one.numbers.values())
+        found = verdicts.interval(numbers)._asdict() if len(numbers) > 1 else None
+        claims.append({**asdict(one), "claim": one.claim.model_dump(), "interval": found})
+    content = {
+        "study": name,
+        **about,
+        "spec": study.model_dump(),
+        "claims": claims,
+        "cells": [asdict(cell) for cell in cells],
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def text(tried: Sequence[Tried]) -> str:
+    """Puts each claim, its numbers and its verdict in lines."""
+    lines = []
+    for one in tried:
+        lines += [one.claim.says, f"  {_numbers(one)}: {one.verdict}"]
+        lines += [f"  not counted: {words}" for words in one.missing]
+    return "\n".join(lines)
+
+
+def _numbers(one: Tried) -> str:
+    numbers = list(one.numbers.values())
+    if len(numbers) < 2:
+        return f"{one.claim.of}, {len(numbers)} seeds"
+    mean, low, high = (format_value(value) for value in verdicts.interval(numbers))
+    return f"{_compared(one)} {mean} [{low}, {high}], {len(numbers)} seeds"
+
+
+def _compared(one: Tried) -> str:
+    claim = one.claim
+    if claim.less is not None and claim.than is not None:
+        return f"{claim.of}: {_side(claim.less)} less {_side(claim.than)}"
+    key = claim.falls_with or claim.rises_with or ""
+    sign = "" if claim.falls_with else "minus "
+    what = (
+        claim.of if claim.best is None else f"log2 of the {_last(claim.best)} of least {claim.of}"
+    )
+    return f"{sign}slope of {what} over log2 {_last(key)}"
+
+
+def _side(choice: plan.Choice) -> str:
+    return in_words({key: plan.word(value) for key, value in choice.items()})
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def page(folder: Path) -> str:
+    """Returns the page of all studies whose figures lie in a folder, in Markdown."""
+    parts = [INTRO]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    parts.append(_table(["study", "claim", "verdict"], _overview(found)))
+    parts += [_part(one) for one in found]
+    return "\n".join(parts)
+
+
+def _overview(found: Sequence[dict[str, Any]]) -> list[list[str]]:
+    return [
+        [f"[{one['study']}](#{one['study']})", claim["claim"]["says"], f"*{claim['verdict']}*"]
+        for one in found
+        for claim in one["claims"]
+    ]
+
+
+def _part(one: dict[str, Any]) -> str:
+    study, cells = Study.model_validate(one["spec"]), [Cell(**cell) for cell in one["cells"]]
+    tried = [
+        Tried(
+            plan.Claim.model_validate(claim["claim"]),
+            {int(seed): number for seed, number in claim["numbers"].items()},
+            claim["missing"],
+            claim["verdict"],
+        )
+        for claim in one["claims"]
+    ]
+    rows = [
+        [claim.claim.says, claim.claim.source, _numbers(claim), f"*{claim.verdict}*"]
+        for claim in tried
+    ]
+    missing = sorted({words for claim in tried for words in claim.missing})
+    left_out = f"Not counted: {'; '.join(missing)}.\n" if missing else ""
+    seeds, runs = (len({getattr(cell, name) for cell in cells}) for name in ("seed", "run"))
+    return "\n".join(
+        [
+            f"## {one['study']}",
+            f"{study.title}. {study.question}\n",
+            f"```bash\npython -m ddpm.study {one['study']}\n```\n",
+            f"{seeds} seeds, {runs} runs; {one['minutes']:.0f} minutes on"
+            f"  {one['device']}, commit {one['commit']}.\n",
+            _table(["claim", "source", "here", "verdict"], rows),
+            f"![The figures of each setting and seed]({one['study']}.png)\n",
+            _table(*_means(study, cells)),
+            f"{left_out}{study.method}\n",
+        ]
+    )
+
+
+def _means(study: Study, cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """Mean and deviation over seeds, a row for each setting."""
+    keys, measures = varied(cells), list(dict.fromkeys(claim.of for claim in study.claims))
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(as_key([cell.settings.get(key) for key in keys]), []).append(cell)
+    rows = []
+    for members in groups.values():
+        row = [members[0].settings.get(key, "") for key in keys]
+        for measure in measures:
+            values = [cell.values[measure] for cell in members if measure in cell.values]
+            row.append(_mean(values, len(members)))
+        if any(row[len(keys) :]):
+            rows.append(row)
+    return [*map(_last, keys), *measures], rows
+
+
+def _mean(values: Sequence[float], count: int) -> str:
+    if not values:
+        return ""
+    deviation = f" ± {format_value(statistics.stdev(values))}" if len(values) > 1 else ""
+    fewer = f" ({len(values)} of {count})" if len(values) < count else ""
+    return f"{format_value(statistics.fmean(values))}{deviation}{fewer}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def draw(path: Path, study: Study, cells: Sequence[Cell]) -> None:
+    """Draws a panel for each measure: each seed a point, and the mean of each setting.
+
+    A measure that a claim has rise or fall with a setting is drawn over it.
+    """
+    over: dict[str, str | None] = {}
+    for claim in study.claims:
+        key = claim.falls_with or claim.rises_with
+        over[claim.of] = over.get(claim.of) or (claim.best if claim.best else key)
+    shown = {measure: [cell for cell in cells if measure in cell.values] for measure in over}
+    shown = {measure: some for measure, some in shown.items() if some}
+    figure, grid = drawing.panels([0] * len(shown))
+    for axes, (measure, some) in zip(grid, shown.items(), strict=True):
+        key = over[measure]
+        if key is None:
+            _points(axes, measure, some)
+        else:
+            _lines(axes, measure, key, [cell for cell in some if key in cell.settings])
+        drawing.scale(axes, [_array(some, measure)], ratio=10)
+    drawing.save(figure, path)
+
+
+def _array(cells: Sequence[Cell], measure: str) -> Any:
+    import numpy as np
+
+    return np.array([cell.values[measure] for cell in cells])
+
+
+def _points(axes: Any, measure: str, cells: Sequence[Cell]) -> None:
+    """A place on the axis for each setting."""
+    groups = _groups(cells, varied(cells))
+    for place, members in enumerate(groups.values()):
+        values = _array(members, measure)
+        axes.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.5)
+        axes.plot([place - 0.2, place + 0.2], [values.mean()] * 2, color="black")
+    labels = [drawing.wrapped(name, 22) for name in groups]
+    axes.set_xticks(range(len(groups)), labels, fontsize="small")
+    axes.set(ylabel=measure)
+    axes.grid(alpha=0.3, axis="y")
+
+
+def _lines(axes: Any, measure: str, key: str, cells: Sequence[Cell]) -> None:
+    """A line over a setting for each of the others."""
+    groups = _groups(cells, [name for name in varied(cells) if name != key])
+    handles = []
+    for colour, members in zip(drawing.colours(list(groups)), groups.values(), strict=True):
+        places = sorted({float(cell.settings[key]) for cell in members})
+        means = [
+            _array([one for one in members if float(one.settings[key]) == place], measure).mean()
+            for place in places
+        ]
+        over = [float(cell.settings[key]) for cell in members]
+        axes.plot(over, _array(members, measure), "o", color=colour, alpha=0.35, markersize=4)
+        handles += axes.plot(places, means, color=colour)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({float(cell.settings[key]) for cell in cells})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set(xlabel=key, ylabel=measure)
+    axes.grid(alpha=0.3)
+    if len(groups) > 1:
+        drawing.legend(axes, drawing.Legend(handles, list(groups)))
+
+
+def _groups(cells: Sequence[Cell], keys: Sequence[str]) -> dict[str, list[Cell]]:
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(in_words(cell.settings, keys) or "all", []).append(cell)
+    return groups

@@ -1,0 +1,180 @@
+"""What a study is: its file, and the runs and measurements that its lines stand for."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from pydantic import Field
+
+from ddpm.config.compose import EXPERIMENTS, nearest
+from ddpm.config.validation import Section, Text, validate
+
+STUDIES = EXPERIMENTS / "studies"
+Value = str | int | float | bool | None
+Choice = dict[str, Value]  # settings as the lines have them: {objective: epsilon}
+Settings = dict[str, str]  # the same of one run or measurement, as typed
+
+
+class Claim(Section):
+    """A sentence of a paper, and the numbers that would bear it out.
+
+    For each seed there is one number, below 0 where the claim is borne out: the measure of `less`
+    minus that of `than`, or the slope of the measure over log2 of a setting (`falls_with`; with
+    `rises_with` its negative). Where a side has several settings, the mean over those that both
+    have in common counts.
+
+    Attributes:
+        says: The claim.
+        source: Where it is made.
+        of: The measure, as evaluation.json or metrics.jsonl call it (`fd_digits`,
+            `train/grad_norm`: the mean over the second half of training).
+        where: The settings that all of it is about.
+        less: The settings that should have less of the measure.
+        than: The settings that they are compared with.
+        falls_with: The setting with which the measure should fall.
+        rises_with: The setting with which it should rise.
+        best: In place of the measure, log2 of the value of this setting that has the least of it.
+    """
+
+    says: Text
+    source: Text
+    of: Text
+    where: Choice = Field(default_factory=dict)
+    less: Choice | None = None
+    than: Choice | None = None
+    falls_with: Text | None = None
+    rises_with: Text | None = None
+    best: Text | None = None
+
+
+class Study(Section):
+    """A file of experiments/studies/.
+
+    Attributes:
+        title: Of its part of the page.
+        question: What is asked, in a sentence or two.
+        method: How the measure was chosen, and what it can see.
+        seeds: How many runs there are of each setting.
+        train: Lines of ddpm.train -m, but for the seeds.
+        evaluate: Lines of ddpm.evaluate -m, but for the runs and the seed, which is the run's.
+        claims: What is tried.
+    """
+
+    title: Text
+    question: Text
+    method: Text
+    seeds: Annotated[int, Field(ge=3)]
+    train: Annotated[list[Annotated[list[Text], Field(min_length=1)]], Field(min_length=1)]
+    evaluate: list[Annotated[list[Text], Field(min_length=1)]] = Field(default_factory=list)
+    claims: Annotated[list[Claim], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, or a way to measure it: one of those that a line with commas stands for.
+
+    Attributes:
+        words: Its overrides.
+        settings: The same by key.
+    """
+
+    words: list[str]
+    settings: Settings
+
+
+def names() -> list[str]:
+    """Returns the names of all studies."""
+    return sorted(file.stem for file in STUDIES.glob("*.yaml"))
+
+
+def load(name: str, folder: Path = STUDIES) -> Study:
+    """Returns a study.
+
+    Raises:
+        ValueError: If there is none of that name, or its file says what cannot be.
+    """
+    file = folder / f"{name}.yaml"
+    if not file.is_file():
+        raise ValueError(f"study.name={name}: no such study{nearest(name, names())}")
+    try:
+        plain = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(plain, dict):
+            raise ValueError("it is no table of keys")
+        study = validate(Study, plain)
+        for claim in study.claims:
+            _check(claim, study)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{file.name}: {' '.join(str(error).split())}") from None
+    return study
+
+
+def _check(claim: Claim, study: Study) -> None:
+    ways = [
+        claim.less is not None and claim.than is not None,
+        claim.falls_with is not None,
+        claim.rises_with is not None,
+    ]
+    if sum(ways) != 1 or (claim.less is None) != (claim.than is None):
+        raise ValueError(
+            f"claim {claim.says!r}: give less and than, or falls_with, or rises_with, one of them"
+        )
+    cells = [
+        {**run.settings, **measured.settings}
+        for run in jobs(study.train)
+        for measured in jobs(study.evaluate) or [Job([], {})]
+    ]
+    for side in (claim.less, claim.than, {}):
+        if side is not None and not any(matches(cell, {**claim.where, **side}) for cell in cells):
+            raise ValueError(
+                f"claim {claim.says!r}: no run or measurement has { ({**claim.where, **side}) }"
+            )
+    for key in (claim.falls_with, claim.rises_with, claim.best):
+        found = [cell for cell in cells if key in cell and matches(cell, claim.where)]
+        if key is not None and len({cell[key] for cell in found}) < 2:
+            raise ValueError(f"claim {claim.says!r}: {key} has fewer than two values")
+
+
+def jobs(lines: Sequence[Sequence[str]]) -> list[Job]:
+    """Returns the jobs that lines with commas stand for, as -m makes them.
+
+    Raises:
+        ValueError: For what is no override.
+    """
+    return [job for line in lines for job in _jobs(line)]
+
+
+def _jobs(line: Sequence[str]) -> Iterator[Job]:
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(line))
+    except HydraException as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    values = [
+        list(one.sweep_string_iterator())
+        if one.is_sweep_override()
+        else [one.get_value_element_as_str()]
+        for one in parsed
+    ]
+    keys = [one.key_or_group for one in parsed]
+    for chosen in itertools.product(*values):
+        pairs = zip(keys, chosen, strict=True)
+        yield Job([f"{key}={value}" for key, value in pairs], dict(zip(keys, chosen, strict=True)))
+
+
+def matches(settings: Settings, choice: Mapping[str, Any]) -> bool:
+    """Whether settings are those of a choice, as far as it says any; null: the line says none."""
+    return all(
+        settings.get(key) == (None if value is None else word(value))
+        for key, value in choice.items()
+    )
+
+
+def word(value: Value) -> str:
+    """Returns a value as a command line has it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
