@@ -22,9 +22,9 @@ _main = command(
 
 
 def main() -> None:
-    """Takes a bare word for the study's name."""
+    """Takes a bare word, or a path to a YAML file, for the study's name."""
     sys.argv[1:] = [
-        f"study.name={word}" if re.fullmatch(r"[A-Za-z]\w*", word) else word
+        f"study.name={word}" if re.fullmatch(r"[A-Za-z]\w*|[^=]+\.yaml", word) else word
         for word in sys.argv[1:]
     ]
     _main()

@@ -1,5 +1,6 @@
 """What the runs of a study came to: one number for each setting, seed and measure."""
 
+import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from ddpm.compare import verdicts
 from ddpm.config import build
 from ddpm.config.compose import Composed, compose
 from ddpm.config.schema import plain_config, training_config
+from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.evaluate.job import NAMES
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.results import read_measurements, scalar_curve
@@ -19,13 +21,28 @@ from ddpm.system.files import as_key
 
 
 @dataclass(frozen=True)
+class StudyRun:
+    """A run of a study.
+
+    Attributes:
+        job: Its settings.
+        seed: Its seed, which its samples have too.
+        run: Its folder.
+    """
+
+    job: Job
+    seed: int
+    run: RunFolder
+
+
+@dataclass(frozen=True)
 class Cell:
     """One run, measured in one way.
 
     Attributes:
         settings: Those of the run and of the measurement, as typed, but the seed.
         seed: The run's.
-        run: Its folder.
+        run: Its folder, as text.
         status: How it stands.
         values: What it came to, by measure.
     """
@@ -54,22 +71,32 @@ class Tried:
     verdict: verdicts.Verdict
 
 
-def cells(study: Study, job: Job, run: RunFolder, seed: int) -> list[Cell]:
+def cells(study: Study, one: StudyRun) -> list[Cell]:
     """Returns a run of a study, once for each way in which it was measured."""
-    status, trained = run.status(), compose(job.words)
-    of_run = _of_training(run, [claim.of for claim in study.claims])
+    of_run = _of_training(one.run, [claim.of for claim in study.claims])
     ways: dict[str, tuple[Settings, dict[str, float]]] = {}
     for way in plan.jobs(study.evaluate) or [Job([], {})]:
         # what evaluation. says is what is measured, and no setting of it
-        said = {key: one for key, one in way.settings.items() if not key.startswith("evaluation.")}
+        said = {
+            key: value
+            for key, value in way.settings.items()
+            if key.partition(".")[0] != "evaluation"
+        }
         values = ways.setdefault(as_key(said), (said, dict(of_run)))[1]
-        if status == "complete" and way.words:
-            asked = compose([f"run={run.path}", *way.words, f"seed={seed}"], "evaluate")
-            values |= _of_measuring(run, asked, trained)
+        if way.words:
+            values |= {entry["metric"]: entry["value"] for entry in _measured(one, way)}
+    path, status = str(one.run.path), one.run.status()
     return [
-        Cell({**job.settings, **said}, seed, str(run.path), status, values)
+        Cell({**one.job.settings, **said}, one.seed, path, status, values)
         for said, values in ways.values()
     ]
+
+
+def is_measured(one: StudyRun, way: Job) -> bool:
+    """Whether a run has the figures of all metrics that a call of ddpm.evaluate measures."""
+    metrics = _asked(tuple(way.words)).cfg.evaluation.metrics
+    found = [entry["metric"] for entry in _measured(one, way)]
+    return all(any(name.startswith(NAMES[metric]) for name in found) for metric in metrics)
 
 
 def _of_training(run: RunFolder, measures: Sequence[str]) -> dict[str, float]:
@@ -84,51 +111,64 @@ def _of_training(run: RunFolder, measures: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def _of_measuring(run: RunFolder, asked: Composed, trained: Composed) -> dict[str, float]:
-    """Returns the figures of a run that a call of ddpm.evaluate made, by measure.
-
-    Args:
-        run: The run's folder.
-        asked: The call, composed.
-        trained: The run, composed.
+def _measured(one: StudyRun, way: Job) -> list[dict[str, Any]]:
+    """The entries of a run's evaluation.json that a call of ddpm.evaluate makes.
 
     Raises:
-        ValueError: If two figures of a measure are of that protocol.
+        ValueError: If two are of the same measure.
     """
-    wanted = _protocol(run, asked, trained)
+    entries = read_measurements(one.run.path / "evaluation.json")
+    if not entries:
+        return []
+    asked = _asked(tuple(way.words))
+    wanted = _protocol(one, asked)
     begin = tuple(start for metric in asked.cfg.evaluation.metrics for start in NAMES[metric])
-    found: dict[str, float] = {}
-    for entry in read_measurements(run.path / "evaluation.json"):
-        metric, protocol = entry["metric"], entry["protocol"]
-        if not metric.startswith(begin):
-            continue
-        if not all(
-            as_key(protocol.get(key, value)) == as_key(value) for key, value in wanted.items()
-        ):
-            continue
-        of_samples = "sampler" in protocol
-        most = asked.cfg.evaluation.num_samples if of_samples else asked.cfg.evaluation.num_images
-        split = asked.cfg.evaluation.split if of_samples else asked.cfg.evaluation.bound_split
-        if protocol["count"] > most or (of_samples and protocol["count"] < most):
-            continue
-        if metric != "nearest_ratio" and protocol.get("split", split) != split:
-            continue
-        if metric in found:
-            raise ValueError(f"{run.path} has two figures of {metric} that {asked.overrides} made")
-        found[metric] = entry["value"]
+    found = [
+        entry
+        for entry in entries
+        if entry["metric"].startswith(begin)
+        and all(
+            as_key(entry["protocol"].get(key, value)) == as_key(value)
+            for key, value in wanted.items()
+        )
+        and _is_of(entry["protocol"], asked.cfg.evaluation)
+    ]
+    names = [entry["metric"] for entry in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{one.run.path} has several figures of one measure by {way.words}")
     return found
 
 
-def _protocol(run: RunFolder, asked: Composed, trained: Composed) -> dict[str, Any]:
+@functools.cache
+def _asked(words: tuple[str, ...]) -> Composed:
+    """A call of ddpm.evaluate, whatever the run and the seed."""
+    return compose(["run=DIR", *words], "evaluate")
+
+
+@functools.cache
+def _process(words: tuple[str, ...]) -> GaussianDiffusion:
+    return build.diffusion(training_config(compose(words)))
+
+
+def _is_of(protocol: dict[str, Any], evaluation: Any) -> bool:
+    """Whether a figure is of as many images as asked, and of that part of the data."""
+    if "sampler" in protocol:
+        count, split = evaluation.num_samples, evaluation.split
+        return protocol["count"] == count and protocol.get("split", split) == split
+    # of a smaller part it is all there are
+    return (
+        protocol["count"] <= evaluation.num_images and protocol["split"] == evaluation.bound_split
+    )
+
+
+def _protocol(one: StudyRun, asked: Composed) -> dict[str, Any]:
     """The fields of a protocol that a call decides, where the protocol has them."""
-    cfg = asked.cfg
-    process = build.diffusion(training_config(trained))
-    sampler = build.sampler_settings(plain_config(asked)["sampler"], process)
+    cfg, process = asked.cfg, _process(tuple(one.job.words))
     return {
-        "step": cfg.step or run.record().get("step"),
-        "seed": cfg.seed,
+        "step": cfg.step or one.run.record().get("step"),
+        "seed": one.seed,
         "weights": cfg.weights,
-        "sampler_settings": sampler,
+        "sampler_settings": build.sampler_settings(plain_config(asked)["sampler"], process),
         "extractor": cfg.evaluation.extractor,
         "quantize": cfg.evaluation.quantize,
         "precision": cfg.evaluation.precision,

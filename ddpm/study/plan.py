@@ -1,6 +1,7 @@
 """What a study is: its file, and the runs and measurements that its lines stand for."""
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ from ddpm.config.compose import EXPERIMENTS, nearest
 from ddpm.config.validation import Section, Text, validate
 
 STUDIES = EXPERIMENTS / "studies"
+# trust is the command line's alone; the rest is the study's own
+SAID_ELSEWHERE = re.compile(
+    r"hydra\b|(.*\.)?trusted_modules$|(outputs|resume|seed|run|runs|device)$"
+)
 Value = str | int | float | bool | None
 Choice = dict[str, Value]  # settings as the lines have them: {objective: epsilon}
 Settings = dict[str, str]  # the same of one run or measurement, as typed
@@ -92,13 +97,19 @@ def names() -> list[str]:
     return sorted(file.stem for file in STUDIES.glob("*.yaml"))
 
 
-def load(name: str, folder: Path = STUDIES) -> Study:
+def load(name: str) -> Study:
     """Returns a study.
+
+    Args:
+        name: Of a file of experiments/studies/, or the path of one's own, PATH.yaml.
 
     Raises:
         ValueError: If there is none of that name, or its file says what cannot be.
     """
-    file = folder / f"{name}.yaml"
+    own = name.endswith(".yaml")
+    file = Path(name).expanduser() if own else STUDIES / f"{name}.yaml"
+    if own and not file.is_file():
+        raise ValueError(f"study.name={name} is not a file")
     if not file.is_file():
         raise ValueError(f"study.name={name}: no such study{nearest(name, names())}")
     try:
@@ -160,6 +171,10 @@ def _jobs(line: Sequence[str]) -> Iterator[Job]:
         for one in parsed
     ]
     keys = [one.key_or_group for one in parsed]
+    for given in line:
+        key = given.partition("=")[0]
+        if not re.fullmatch(r"[a-z]\w*(\.\w+)*", key) or SAID_ELSEWHERE.match(key):
+            raise ValueError(f"{given}: a study's line does not set that")
     for chosen in itertools.product(*values):
         pairs = zip(keys, chosen, strict=True)
         yield Job([f"{key}={value}" for key, value in pairs], dict(zip(keys, chosen, strict=True)))

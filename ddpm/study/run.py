@@ -5,7 +5,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,8 @@ from ddpm.config.schema import plain_config
 from ddpm.config.validation import Count, Section, Text, validate
 from ddpm.runs.folder import RunFolder, starts_of
 from ddpm.study import figures, page, plan
-from ddpm.study.plan import Job
+from ddpm.study.figures import StudyRun
+from ddpm.study.plan import Study
 from ddpm.system import relay, signals
 from ddpm.system.files import write_text
 from ddpm.system.signals import Preempted
@@ -45,101 +46,127 @@ def run(composed: Composed) -> None:
     """Trains and measures what is missing of a study, and prints and writes what came of it.
 
     Raises:
-        ValueError: If there is no such study, or a command line of it fails altogether.
+        ValueError: If there is no such study, or it has a line that cannot be.
         Preempted: When told to stop; the same command carries on.
     """
     settings = validate(Settings, plain_config(composed))
     which, outputs = settings.study, settings.outputs
     if which.name is None:
         for name in plan.names():
-            print(f"{name:<24} {plan.load(name).title}")
+            print(f"{name:<16} {plan.load(name).title}")
         return
     require_matplotlib()
-    study = plan.load(which.name)
-    seeds = list(range(which.seeds or study.seeds))
-    training = [_train_line(line, seeds, outputs, which.jobs) for line in study.train]
+    study, name = plan.load(which.name), Path(which.name).stem
+    seeds = range(which.seeds or study.seeds)
     if which.show:
-        print("\n".join(map(shlex.join, training)))
-        print("and for each seed, with its runs:")
-        print(
-            "\n".join(
-                shlex.join(_evaluate_line(line, ["..."], 0, which.jobs)) for line in study.evaluate
-            )
-        )
+        _show(study, seeds, settings)
         return
-    to = Path(which.to or Path(outputs) / "results")
-    spent = to / f".{which.name}.spent.jsonl"
+    to = Path(which.to or Path(outputs) / "results").expanduser()
     to.mkdir(parents=True, exist_ok=True)
+    spent = to / f".{name}.spent.jsonl"
     with signals.listening():
-        for line in training:
+        for line in _training(study, seeds, settings):
             _do(line, spent)
-        runs = {
-            seed: [(job, _run_of(job, seed, outputs)) for job in plan.jobs(study.train)]
-            for seed in seeds
-        }
-        for line in study.evaluate:
-            for seed in seeds:
-                whole = [str(one.path) for _, one in runs[seed] if one.status() == "complete"]
-                if whole:
-                    _do(_evaluate_line(line, whole, seed, which.jobs), spent)
-    cells = [
-        cell
-        for seed in seeds
-        for job, one in runs[seed]
-        for cell in figures.cells(study, job, one, seed)
-    ]
-    found = [figures.tried(claim, cells) for claim in study.claims]
-    about = _about(spent, [one for seed in seeds for _, one in runs[seed]])
-    write_text(to / f"{which.name}.json", page.as_json(which.name, study, cells, found, about))
-    page.draw(to / f"{which.name}.png", study, cells)
-    print(f"\n{page.text(found)}")
+        runs = _runs(study, seeds, outputs)
+        for line in _measuring(study, runs, which.jobs):
+            _do(line, spent)
+    cells = [cell for one in runs for cell in figures.cells(study, one)]
+    tried = [figures.tried(claim, cells) for claim in study.claims]
+    about = _about(spent, [one.run for one in runs])
+    write_text(to / f"{name}.json", page.as_json(name, study, cells, tried, about))
+    page.draw(to / f"{name}.png", study, cells)
+    print(f"\n{page.text(tried)}")
     write_text(to / "README.md", page.page(to))
     print(f"page {to / 'README.md'}", flush=True)
 
 
-def _train_line(
-    line: Sequence[str], seeds: Sequence[int], outputs: str, jobs: int | None
-) -> list[str]:
+def _show(study: Study, seeds: Sequence[int], settings: Settings) -> None:
+    for line in study.train:
+        print(_typed(_train(line, seeds, settings)))
+    print("and for each seed, with its runs:")
+    for line in study.evaluate:
+        print(_typed(_evaluate(line, ["DIR", "..."], 0, settings.study.jobs)))
+
+
+def _runs(study: Study, seeds: Sequence[int], outputs: str) -> list[StudyRun]:
+    found = []
+    for seed in seeds:
+        for job in plan.jobs(study.train):
+            begun = which_run(compose([f"outputs={outputs}", *job.words, f"seed={seed}"]))
+            found.append(StudyRun(job, seed, begun.folder))
+    return found
+
+
+def _training(study: Study, seeds: Sequence[int], settings: Settings) -> Iterator[list[str]]:
+    """The lines that train what is not complete, with the seeds that they lack."""
+    for line in study.train:
+        of_line = _runs(study.model_copy(update={"train": [line]}), seeds, settings.outputs)
+        left = sorted({one.seed for one in of_line if one.run.status() != "complete"})
+        if left:
+            yield _train(line, left, settings)
+
+
+def _measuring(study: Study, runs: Sequence[StudyRun], jobs: int | None) -> Iterator[list[str]]:
+    """The lines that measure what is complete and not measured; samples have their run's seed."""
+    for line in study.evaluate:
+        for seed in dict.fromkeys(one.seed for one in runs):
+            left = [
+                str(one.run.path)
+                for one in runs
+                if one.seed == seed
+                and one.run.status() == "complete"
+                and not all(figures.is_measured(one, way) for way in plan.jobs([line]))
+            ]
+            if left:
+                yield _evaluate(line, left, seed, jobs)
+
+
+def _train(line: Sequence[str], seeds: Sequence[int], settings: Settings) -> list[str]:
     seeded = f"seed={','.join(map(str, seeds))}"
-    return ["ddpm.train", "-m", f"outputs={outputs}", *line, seeded, *_at_once(jobs)]
+    outputs = f"outputs={settings.outputs}"
+    return ["ddpm.train", "-m", outputs, *line, seeded, *_at_once(settings.study.jobs)]
 
 
-def _evaluate_line(
-    line: Sequence[str], runs: Sequence[str], seed: int, jobs: int | None
-) -> list[str]:
+def _evaluate(line: Sequence[str], runs: Sequence[str], seed: int, jobs: int | None) -> list[str]:
     return ["ddpm.evaluate", "-m", f"run={','.join(runs)}", *line, f"seed={seed}", *_at_once(jobs)]
 
 
 def _at_once(jobs: int | None) -> list[str]:
+    if jobs == 1:
+        return []
     return ["hydra/launcher=joblib", *([] if jobs is None else [f"hydra.launcher.n_jobs={jobs}"])]
 
 
-def _do(line: Sequence[str], spent: Path) -> None:
-    """Runs a command line, and notes how long it took.
+def _typed(line: Sequence[str]) -> str:
+    return f"python -m {shlex.join(line)}"
 
-    Jobs of it that fail are told by the command, and stand in the page; nothing else ends it.
+
+def _do(line: Sequence[str], spent: Path) -> None:
+    """Runs a command line, and notes how long it took, also where it is cut off.
+
+    Jobs of it that fail are told by the command, and by the page.
+
+    Raises:
+        Preempted: When told to stop.
     """
-    print(f"\npython -m {shlex.join(line)}", flush=True)
+    print(f"\n{_typed(line)}", flush=True)
     began = time.monotonic()
     with relay.passing_on(relay.own_children):
-        ended = subprocess.run([sys.executable, "-m", *line], check=False)
-    signals.check()
+        code = subprocess.run([sys.executable, "-m", *line], check=False).returncode
     with spent.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"line": line, "seconds": time.monotonic() - began}) + "\n")
-    if ended.returncode not in (0, 1):
-        raise Preempted(f"{line[0]} ended with {ended.returncode}")
+    signals.check()
+    if code not in (0, 1):
+        raise Preempted(f"{line[0]} was told to stop")
 
 
 def _about(spent: Path, runs: Sequence[RunFolder]) -> dict[str, Any]:
     """Where, with which commit and for how long a study ran, over all its starts."""
-    lines = spent.read_text(encoding="utf-8").splitlines()
+    lines = spent.read_text(encoding="utf-8").splitlines() if spent.is_file() else []
     starts = [start for one in runs for start in starts_of(one.record())]
+    commits = {str((start.get("git") or {}).get("commit"))[:7] for start in starts}
     return {
         "minutes": sum(json.loads(line)["seconds"] for line in lines) / 60,
         "device": " and ".join(sorted({start["device"] for start in starts})),
-        "commit": ", ".join(sorted({str(start["git"]["commit"])[:7] for start in starts})),
+        "commit": ", ".join(sorted(commits)),
     }
-
-
-def _run_of(job: Job, seed: int, outputs: str) -> RunFolder:
-    return which_run(compose([f"outputs={outputs}", *job.words, f"seed={seed}"])).folder

@@ -1,0 +1,230 @@
+"""Studies: a claim's numbers by seed, what follows from them, and that a study carries on."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from ddpm.compare import verdicts
+from ddpm.config.compose import compose
+from ddpm.config.schema import plain_config, training_config
+from ddpm.config.validation import validate
+from ddpm.evaluate.run import Settings as EvaluateSettings
+from ddpm.study import figures, plan
+from ddpm.study.figures import Cell
+from ddpm.study.plan import Claim
+
+
+def test_the_interval_of_a_mean_is_students():
+    # t of 2 degrees of freedom at 0.975 is 4.302653 (tables); deviation 1, three numbers
+    found = verdicts.interval([1.0, 2.0, 3.0])
+    assert found == pytest.approx((2.0, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6)
+    with pytest.raises(ValueError, match="2 seeds or more, got 1"):
+        verdicts.interval([1.0])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ([-1.0, -1.1, -0.9], "holds"),
+        ([1.0, 1.1, 0.9], "does not hold here"),
+        ([-1.0, 1.0, -0.5], "undecided at these seeds"),
+        ([-1.0], "undecided at these seeds"),
+        ([], "undecided at these seeds"),
+        ([0.0, 0.0, 0.0], "undecided at these seeds"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval_on_one_side(numbers, expected):
+    assert verdicts.verdict(numbers) == expected
+
+
+def test_a_slope_is_over_doublings():
+    assert verdicts.slope([1, 2, 4, 8], [5.0, 3.0, 1.0, -1.0]) == pytest.approx(-2.0)
+    with pytest.raises(ValueError, match="above 0"):
+        verdicts.slope([0, 1], [1.0, 2.0])
+
+
+def cell(seed, value, status="complete", **settings):
+    values = {} if value is None else {"fd": value}
+    return Cell({key: str(word) for key, word in settings.items()}, seed, "DIR", status, values)
+
+
+def claim(**about):
+    return Claim.model_validate({"says": "s", "source": "p", "of": "fd", **about})
+
+
+def test_differences_are_of_runs_of_one_seed_and_of_settings_that_both_sides_have():
+    cells = [
+        cell(0, 1.0, loss="a", lr=1), cell(0, 3.0, loss="b", lr=1),
+        cell(0, 10.0, loss="a", lr=2),  # b has no such run
+        cell(1, 2.0, loss="a", lr=1), cell(1, 7.0, loss="b", lr=1),
+        cell(1, 4.0, loss="a", lr=2), cell(1, 5.0, loss="b", lr=2),
+    ]  # fmt: skip
+    found = figures.tried(claim(less={"loss": "a"}, than={"loss": "b"}), cells)
+    assert found.numbers == {0: -2.0, 1: pytest.approx((-5 - 1) / 2)}
+    one = figures.tried(claim(where={"lr": 2}, less={"loss": "a"}, than={"loss": "b"}), cells)
+    assert one.numbers == {1: -1.0}
+
+
+def test_slopes_are_of_the_seed_and_their_sign_is_the_claims():
+    cells = [cell(seed, seed + place, steps=2**place) for seed in (0, 1) for place in (0, 1, 2)]
+    assert figures.tried(claim(falls_with="steps"), cells).numbers == pytest.approx({0: 1, 1: 1})
+    assert figures.tried(claim(rises_with="steps"), cells).numbers == pytest.approx({0: -1, 1: -1})
+
+
+def test_the_best_value_of_a_setting_takes_the_place_of_the_measure():
+    # best at batch 1: lr 1; at batch 4: lr 4
+    values = {(1, 1): 0.5, (1, 4): 2.0, (4, 1): 3.0, (4, 4): 1.0}
+    cells = [cell(0, value, batch=batch, lr=lr) for (batch, lr), value in values.items()]
+    found = figures.tried(claim(best="lr", rises_with="batch"), cells)
+    assert found.numbers == {0: pytest.approx(-1.0)}
+
+
+def test_a_run_that_failed_is_named_and_its_seed_not_counted():
+    cells = [
+        cell(0, 1.0, loss="a"), cell(0, None, "failed", loss="b"),
+        cell(1, 1.0, loss="a"), cell(1, 2.0, loss="b"),
+    ]  # fmt: skip
+    found = figures.tried(claim(less={"loss": "a"}, than={"loss": "b"}), cells)
+    assert (found.numbers, found.verdict) == ({1: -1.0}, "undecided at these seeds")
+    assert found.missing == ["seed 0, loss b: failed, no fd"]
+
+
+@pytest.mark.parametrize("name", plan.names())
+def test_each_study_is_of_runs_and_measurements_that_can_be(name):
+    study = plan.load(name)
+    for job in plan.jobs(study.train):
+        training_config(compose(job.words))
+    for way in plan.jobs(study.evaluate):
+        composed = compose(["run=DIR", *way.words], "evaluate")
+        validate(EvaluateSettings, plain_config(composed))
+    assert all(len(said) <= 100 for said in (one.says for one in study.claims))
+
+
+TOY = {
+    "title": "A toy", "question": "Is it more?", "method": "By the loss.", "seeds": 3,
+    "train": [["data=digits", "training.steps=2,4", "training.batch_size=4", "model.base_channels=8",
+               "model.norm_groups=4", "model.channel_multipliers=[1]", "model.attention_resolutions=[]",
+               "runtime.preview_sampler=ddim10", "runtime.num_previews=1", "runtime.log_every=1"]],
+    "evaluate": [["evaluation.metrics=[losses]", "evaluation.num_images=8", "sampler=ddim10"]],
+    "claims": [
+        {"says": "More steps, less loss", "source": "nobody", "of": "loss_t0900_0999",
+         "less": {"training.steps": 4}, "than": {"training.steps": 2}},
+        {"says": "Norms rise", "source": "nobody", "of": "train/grad_norm", "rises_with": "training.steps"},
+    ],
+}  # fmt: skip
+
+
+def test_a_study_runs_its_lines_and_typed_again_only_what_is_missing(ddpm, tmp_path):
+    file, to = tmp_path / "toy.yaml", tmp_path / "page"
+    file.write_text(yaml.safe_dump(TOY))
+    words = [str(file), f"outputs={tmp_path / 'runs'}", f"study.to={to}", "study.jobs=1"]
+    first = ddpm("study", *words)
+    assert first.code == 0, first.err
+    assert first.out.count("\npython -m ddpm.train -m") == 1
+    assert first.out.count("\npython -m ddpm.evaluate -m") == 3  # one for each seed
+    found = json.loads((to / "toy.json").read_text())
+    assert [list(one["numbers"]) for one in found["claims"]] == [["0", "1", "2"]] * 2
+    runs = {one["run"] for one in found["cells"]}
+    assert len(runs) == 6
+    # the numbers are those of the runs' own files, as another reader takes them from there
+    for one in found["cells"]:
+        (value,) = [
+            entry["value"]
+            for entry in json.loads((tmp_path / one["run"] / "evaluation.json").read_text())
+            if entry["metric"] == "loss_t0900_0999"
+        ]
+        assert one["values"]["loss_t0900_0999"] == value
+    page = (to / "README.md").read_text()
+    assert "More steps, less loss" in page
+    assert found["claims"][0]["verdict"] in page
+    assert (to / "toy.png").is_file()
+
+    again = ddpm("study", *words)
+    assert again.code == 0, again.err
+    assert "python -m ddpm.train" not in again.out
+    assert "python -m ddpm.evaluate" not in again.out
+
+    # one more seed trains that alone; a run that is gone is trained again, and nothing else
+    more = ddpm("study", *words, "study.seeds=4")
+    assert more.code == 0, more.err
+    (line,) = [line for line in more.out.splitlines() if line.startswith("python -m ddpm.train")]
+    assert " seed=3" in line
+    grown = json.loads((to / "toy.json").read_text())
+    assert [list(one["numbers"]) for one in grown["claims"]] == [["0", "1", "2", "3"]] * 2
+    kept = {one["run"]: one["values"] for one in grown["cells"] if one["seed"] < 3}
+    assert kept == {one["run"]: one["values"] for one in found["cells"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            {"claims": [{**TOY["claims"][0], "less": {"training.steps": 5}}]},
+            "no run or measurement",
+        ),
+        ({"claims": [{**TOY["claims"][0], "falls_with": "training.steps"}]}, "one of them"),
+        ({"claims": [{**TOY["claims"][1], "rises_with": "seed"}]}, "fewer than two values"),
+        ({"seeds": 2}, "seeds"),
+        ({"colour": "red"}, "colour"),
+        ({"train": [["hydra.run.dir=/tmp"]]}, "hydra.run.dir=/tmp: a study's line does not set"),
+        ({"train": [["runtime.trusted_modules=[os]"]]}, "trusted_modules"),
+        ({"train": [["+x=1"]]}, "does not set that"),
+        ({"train": [["outputs=/tmp"]]}, "outputs=/tmp"),
+        ({"train": [["model=(,"]]}, "toy.yaml"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused_in_a_line_that_names_its_file(
+    typed, tmp_path, change, named
+):
+    file = tmp_path / "toy.yaml"
+    file.write_text(yaml.safe_dump({**TOY, **change}))
+    done = typed("study", str(file), f"outputs={tmp_path / 'runs'}")
+    assert done.code == 1
+    assert done.err.startswith("error: toy.yaml: ")
+    assert named in done.err
+    assert done.err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_name_that_is_no_study_is_refused_with_the_nearest(typed):
+    assert "did you mean song_steps?" in typed("study", "song_step").err
+    assert typed("study").out.split()[::1].count("song_steps") == 1
+
+
+def test_study_show_prints_lines_that_can_be_typed(typed, tmp_path):
+    done = typed("study", "song_steps", "study.show=true", f"outputs={tmp_path}", "study.jobs=2")
+    lines = [line for line in done.out.splitlines() if line.startswith("python -m ")]
+    assert len(lines) == 5
+    assert "seed=0,1,2,3" in lines[0]
+    assert all("hydra.launcher.n_jobs=2" in line for line in lines)
+    assert not list(tmp_path.iterdir())
+
+
+def test_real_digits_are_named_and_noise_is_not():
+    from sklearn.datasets import load_digits
+
+    from ddpm.evaluate import digits
+    from ddpm.evaluate.distances import classes
+    from ddpm.evaluate.features import of_digits
+    from ddpm.evaluate.metrics import CannotBeHad
+
+    extractor, data = of_digits(torch.device("cpu")), load_digits()
+    images = (data.images * (255 / 16)).round().astype("uint8")[:400, :, :, None]
+    asked = [str(digit) for digit in data.target[:400]]
+    drawn = extractor(images)
+    named, right = classes(drawn, asked, extractor, {"count": 400})
+    assert (named.metric, right.metric) == ("named", "class_accuracy")
+    assert named.value > 0.8
+    assert right.value > 0.97
+    assert 0.7 < named.floor < named.value  # of digits that the classifier was not trained on
+    wrong = [str((digit + 1) % 10) for digit in data.target[:400]]
+    assert classes(drawn, wrong, extractor, {"count": 400})[1].value < 0.03
+    noise = torch.randint(0, 256, (200, 16, 16, 1), generator=torch.Generator().manual_seed(0))
+    seen = extractor(noise.to(torch.uint8).numpy())
+    (of_noise,) = classes(seen, None, extractor, {"count": 200})
+    assert of_noise.value < named.value / 2
+    with pytest.raises(CannotBeHad, match="images were drawn of cat"):
+        classes(drawn, ["cat"] * 400, extractor, {"count": 400})
+    assert digits.classifier() is digits.classifier()
