@@ -218,7 +218,7 @@ def test_real_digits_are_named_and_noise_is_not():
     assert (named.metric, right.metric) == ("named", "class_accuracy")
     assert named.value > 0.8
     assert right.value > 0.97
-    assert 0.7 < named.floor < named.value  # of digits that the classifier was not trained on
+    assert 0.8 < named.floor < 0.9  # of digits that the classifier was not trained on
     wrong = [str((digit + 1) % 10) for digit in data.target[:400]]
     assert classes(drawn, wrong, extractor, {"count": 400})[1].value < 0.03
     noise = torch.randint(0, 256, (200, 16, 16, 1), generator=torch.Generator().manual_seed(0))
