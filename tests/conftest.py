@@ -33,6 +33,7 @@ from ddpm.runs.folder import RunFolder
 ROOT = Path(__file__).resolve().parent.parent
 
 TINY = [
+    *("schedule=linear", "objective=epsilon", "training.conditional=false"),
     *(
         "data=digits",
         "model.base_channels=8",

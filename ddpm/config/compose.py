@@ -278,6 +278,7 @@ def refuse_hidden(folders: Sequence[str]) -> None:
                 )
 
 
+OmegaConf.register_new_resolver("given", lambda value: value is not None, replace=True)
 compose_once()
 share_recipes()
 tap_composition(words_to_compose, one_unit, keep_runs_folder)
