@@ -4,7 +4,7 @@ import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ddpm.compare import verdicts
@@ -18,6 +18,8 @@ from ddpm.runs.results import read_measurements, scalar_curve
 from ddpm.study import plan
 from ddpm.study.plan import Claim, Job, Settings, Study, matches
 from ddpm.system.files import as_key
+
+MEASURES = "evaluation."  # begins what says how a run is measured
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Cell:
         run: Its folder, as text.
         status: How it stands.
         values: What it came to, by measure.
+        floors: What no network beats, where the measure has such a floor.
     """
 
     settings: Settings
@@ -52,6 +55,7 @@ class Cell:
     run: str
     status: str
     values: dict[str, float]
+    floors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,22 +78,19 @@ class Tried:
 def cells(study: Study, one: StudyRun) -> list[Cell]:
     """Returns a run of a study, once for each way in which it was measured."""
     of_run = _of_training(one.run, [claim.of for claim in study.claims])
-    ways: dict[str, tuple[Settings, dict[str, float]]] = {}
+    path, status = str(one.run.path), one.run.status()
+    found: dict[str, Cell] = {}
     for way in plan.jobs(study.evaluate) or [Job([], {})]:
         # what evaluation. says is what is measured, and no setting of it
-        said = {
-            key: value
-            for key, value in way.settings.items()
-            if key.partition(".")[0] != "evaluation"
-        }
-        values = ways.setdefault(as_key(said), (said, dict(of_run)))[1]
-        if way.words:
-            values |= {entry["metric"]: entry["value"] for entry in _measured(one, way)}
-    path, status = str(one.run.path), one.run.status()
-    return [
-        Cell({**one.job.settings, **said}, one.seed, path, status, values)
-        for said, values in ways.values()
-    ]
+        said = {key: value for key, value in way.settings.items() if not key.startswith(MEASURES)}
+        settings = {**one.job.settings, **said}
+        fresh = Cell(settings, one.seed, path, status, dict(of_run))
+        cell = found.setdefault(as_key(settings), fresh)
+        for entry in _measured(one, way) if way.words else []:
+            cell.values[entry["metric"]] = entry["value"]
+            if entry["floor"] is not None:
+                cell.floors[entry["metric"]] = entry["floor"]
+    return list(found.values())
 
 
 def is_measured(one: StudyRun, way: Job) -> bool:

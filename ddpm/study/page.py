@@ -141,7 +141,7 @@ def _part(one: dict[str, Any]) -> str:
             _table(["claim", "source", "here", "verdict"], rows),
             f"![The figures of each setting and seed]({one['study']}.png)\n",
             _table(*_means(study, cells)),
-            f"{left_out}{study.method}\n",
+            f"{left_out}{_floors(cells)}{study.method.strip()}\n",
         ]
     )
 
@@ -161,6 +161,16 @@ def _means(study: Study, cells: Sequence[Cell]) -> tuple[list[str], list[list[st
         if any(row[len(keys) :]):
             rows.append(row)
     return [*map(_last, keys), *measures], rows
+
+
+def _floors(cells: Sequence[Cell]) -> str:
+    """What no network beats: a half of the data against the other; of `named`, real pictures."""
+    floors: dict[str, list[float]] = {}
+    for cell in cells:
+        for measure, floor in cell.floors.items():
+            floors.setdefault(measure, []).append(floor)
+    said = [f"{measure} {format_value(statistics.fmean(some))}" for measure, some in floors.items()]
+    return f"Between real pictures: {', '.join(said)}. " if said else ""
 
 
 def _mean(values: Sequence[float], count: int) -> str:
@@ -187,13 +197,15 @@ def draw(path: Path, study: Study, cells: Sequence[Cell]) -> None:
         over[claim.of] = over.get(claim.of) or (claim.best if claim.best else key)
     shown = {measure: [cell for cell in cells if measure in cell.values] for measure in over}
     shown = {measure: some for measure, some in shown.items() if some}
+    best = {claim.of for claim in study.claims if claim.best is not None}
     figure, grid = drawing.panels([0] * len(shown))
     for axes, (measure, some) in zip(grid, shown.items(), strict=True):
         key = over[measure]
         if key is None:
             _points(axes, measure, some)
         else:
-            _lines(axes, measure, key, [cell for cell in some if key in cell.settings])
+            of_key = [cell for cell in some if key in cell.settings]
+            _lines(axes, measure, key, of_key, mark=measure in best)
         drawing.scale(axes, [_array(some, measure)], ratio=10)
     drawing.save(figure, path)
 
@@ -217,19 +229,28 @@ def _points(axes: Any, measure: str, cells: Sequence[Cell]) -> None:
     axes.grid(alpha=0.3, axis="y")
 
 
-def _lines(axes: Any, measure: str, key: str, cells: Sequence[Cell]) -> None:
-    """A line over a setting for each of the others."""
+def _lines(axes: Any, measure: str, key: str, cells: Sequence[Cell], mark: bool) -> None:
+    """A line over a setting for each of the others.
+
+    `mark` rings what is best of a line, and what is not told from it: means within the larger of
+    the two deviations over seeds.
+    """
     groups = _groups(cells, [name for name in varied(cells) if name != key])
     handles = []
     for colour, members in zip(drawing.colours(list(groups)), groups.values(), strict=True):
         places = sorted({float(cell.settings[key]) for cell in members})
-        means = [
-            _array([one for one in members if float(one.settings[key]) == place], measure).mean()
+        of_places = [
+            _array([one for one in members if float(one.settings[key]) == place], measure)
             for place in places
         ]
+        means = [values.mean() for values in of_places]
         over = [float(cell.settings[key]) for cell in members]
         axes.plot(over, _array(members, measure), "o", color=colour, alpha=0.35, markersize=4)
         handles += axes.plot(places, means, color=colour)
+        if mark:
+            near = _near_best(of_places)
+            look = {"markerfacecolor": "none", "markersize": 13, "color": colour}
+            axes.plot([places[at] for at in near], [means[at] for at in near], "o", **look)
     axes.set_xscale("log", base=2)
     ticks = sorted({float(cell.settings[key]) for cell in cells})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -237,6 +258,15 @@ def _lines(axes: Any, measure: str, key: str, cells: Sequence[Cell]) -> None:
     axes.grid(alpha=0.3)
     if len(groups) > 1:
         drawing.legend(axes, drawing.Legend(handles, list(groups)))
+
+
+def _near_best(of_places: Sequence[Any]) -> list[int]:
+    best = min(of_places, key=lambda values: values.mean())
+    return [
+        at
+        for at, values in enumerate(of_places)
+        if values.mean() - best.mean() <= max(values.std(), best.std())
+    ]
 
 
 def _groups(cells: Sequence[Cell], keys: Sequence[str]) -> dict[str, list[Cell]]:
