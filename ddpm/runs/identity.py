@@ -45,6 +45,7 @@ ADDED: dict[str, Any] = {
     "data.max_pixels": 89_478_485,
     "data.resize": "bicubic",
     "data.license": None,
+    "ddpm.data.sources.emoji.only": None,
 }
 
 
