@@ -63,7 +63,8 @@ def run(composed: Composed) -> None:
         return
     to = Path(which.to or Path(outputs) / "results").expanduser()
     to.mkdir(parents=True, exist_ok=True)
-    spent = to / f".{name}.spent.jsonl"
+    spent = Path(outputs) / f".{name}.spent.jsonl"
+    spent.parent.mkdir(parents=True, exist_ok=True)
     with signals.listening():
         for line in _training(study, seeds, settings):
             _do(line, spent)
