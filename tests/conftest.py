@@ -12,6 +12,7 @@ import functools
 import importlib
 import io
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -32,9 +33,11 @@ from ddpm.runs.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 
+CACHE = tempfile.TemporaryDirectory(prefix="ddpm-test-cache-")
 TINY = [
     *(
         "data=digits",
+        f"data.cache={CACHE.name}",  # decoded once
         "model.base_channels=8",
         "model.norm_groups=4",
         "model.channel_multipliers=[1,2]",

@@ -1,6 +1,7 @@
 """What the process that tests fork from has imported: all that commands import sooner or later."""
 
 import contextlib
+import gc
 import importlib
 
 with contextlib.suppress(ImportError):
@@ -26,3 +27,6 @@ with torch.device("meta"):  # imports the meta functions of what a network is ma
         norm_groups=4,
         dropout=0.0,
     )
+
+gc.collect()
+gc.freeze()  # what is there now is shared: a collection in a fork would look at all, and so copy it
