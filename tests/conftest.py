@@ -12,7 +12,6 @@ import functools
 import importlib
 import io
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ import forked
 import numpy as np
 import pytest
 import torch
+from decoded import DIGITS
 from hydra.core.config_store import ConfigStore
 from PIL import Image
 
@@ -33,11 +33,9 @@ from ddpm.runs.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 
-CACHE = tempfile.TemporaryDirectory(prefix="ddpm-test-cache-")
 TINY = [
     *(
-        "data=digits",
-        f"data.cache={CACHE.name}",  # decoded once
+        *DIGITS,
         "model.base_channels=8",
         "model.norm_groups=4",
         "model.channel_multipliers=[1,2]",

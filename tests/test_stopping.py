@@ -91,7 +91,8 @@ def an_hour_passes():
 
 
 def test_max_hours_ends_a_run_that_can_be_carried_on(tiny, tmp_path):
-    words = [*tiny, f"outputs={tmp_path}", "training.steps=100000", "runtime.max_hours=0.9"]
+    words = [*tiny, f"outputs={tmp_path}", f"data.cache={tmp_path / 'cache'}"]
+    words += ["training.steps=100000", "runtime.max_hours=0.9"]
     process = forked.command("train", *words, before="test_stopping:an_hour_passes")
     assert process.wait() == 75, process.err
     run = run_of(tmp_path)

@@ -67,11 +67,13 @@ def read_yaml_quickly() -> None:
 
     if not yaml.__with_libyaml__:
         return
+    from yaml._yaml import CParser
+
     slow: Any = _utils.get_yaml_loader()
 
-    class Loader(yaml.cyaml.CParser, slow):
+    class Loader(CParser, slow):
         def __init__(self, stream: Any) -> None:
-            yaml.cyaml.CParser.__init__(self, stream)
+            CParser.__init__(self, stream)
             yaml.constructor.SafeConstructor.__init__(self)
             yaml.resolver.Resolver.__init__(self)
 
