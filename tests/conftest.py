@@ -149,11 +149,11 @@ def typed() -> Callable[..., Done]:
 
 
 @pytest.fixture(scope="session")
-def train(ddpm: Callable[..., Done]) -> Callable[..., Done]:
+def train(typed: Callable[..., Done]) -> Callable[..., Done]:
     """Train a tiny network below a folder; it must end well."""
 
     def call(outputs: Path, *overrides: str) -> Done:
-        done = ddpm("train", *TINY, f"outputs={outputs}", *overrides)
+        done = typed("train", *TINY, f"outputs={outputs}", *overrides)
         assert done.code == 0, done.err
         return done
 
