@@ -188,9 +188,8 @@ def others_before(config: Config, chosen: Previews, pictures: Sequence[Path]) ->
     if not pictures:
         return None
     before, last = text_of(pictures[-1]), pictures[-1].name
-    own = _as_text(
-        build.preview_sampler(config, "run", build.diffusion(config))
-    )  # drew all of earlier versions
+    # the run's own drew all of earlier versions
+    own = _as_text(build.preview_sampler(config, "run", build.diffusion(config)))
     if before.get("sampler", own) == _as_text(chosen.settings):
         return None
     by = before.get("drawn by", OWN)
