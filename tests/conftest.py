@@ -20,6 +20,7 @@ import forked
 import numpy as np
 import pytest
 import torch
+from decoded import DIGITS
 from hydra.core.config_store import ConfigStore
 from PIL import Image
 
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = [
     *("schedule=linear", "objective=epsilon", "training.conditional=false"),
     *(
-        "data=digits",
+        *DIGITS,
         "model.base_channels=8",
         "model.norm_groups=4",
         "model.channel_multipliers=[1,2]",
@@ -149,11 +150,11 @@ def typed() -> Callable[..., Done]:
 
 
 @pytest.fixture(scope="session")
-def train(ddpm: Callable[..., Done]) -> Callable[..., Done]:
+def train(typed: Callable[..., Done]) -> Callable[..., Done]:
     """Train a tiny network below a folder; it must end well."""
 
     def call(outputs: Path, *overrides: str) -> Done:
-        done = ddpm("train", *TINY, f"outputs={outputs}", *overrides)
+        done = typed("train", *TINY, f"outputs={outputs}", *overrides)
         assert done.code == 0, done.err
         return done
 

@@ -74,6 +74,32 @@ def test_what_a_crash_left_half_written_is_no_checkpoint(tmp_path):
     assert checkpoint.find(tmp_path).weights("raw").keys() == WEIGHTS.keys()
 
 
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flipped(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def gone(file):
+    file.unlink()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "state.pt"])
+@pytest.mark.parametrize("hurt", [cut, flipped, gone])
+def test_a_damaged_one_is_named_and_passed_over_for_the_one_before(tmp_path, caplog, hurt, name):
+    save(tmp_path, 5, 6)
+    hurt(tmp_path / "step_00000006" / name)
+    assert checkpoint.newest_whole(tmp_path).step == 5
+    assert f"step_00000006: {name}" in caplog.text
+    hurt(tmp_path / "step_00000005" / name)
+    with pytest.raises(ValueError, match="no checkpoint is whole"):
+        checkpoint.newest_whole(tmp_path)
+
+
 def test_a_state_that_would_run_code_does_not_load(tmp_path):
     class Attack:
         def __reduce__(self):

@@ -105,12 +105,12 @@ def test_the_average_and_the_weights_both_move(finished):
         )
 
 
-def test_an_image_is_the_same_whatever_it_is_drawn_with(finished, ddpm, tmp_path):
+def test_an_image_is_the_same_whatever_it_is_drawn_with(finished, typed, tmp_path):
     for name, overrides in (
         ("alone", ["num_samples=3", "batch_size=1"]),
         ("together", ["num_samples=8", "batch_size=7"]),
     ):
-        done = ddpm(
+        done = typed(
             "sample",
             f"run={finished.run}",
             f"to={tmp_path / name}",
@@ -131,7 +131,7 @@ def test_an_image_is_the_same_whatever_it_is_drawn_with(finished, ddpm, tmp_path
 
 
 @pytest.fixture(scope="module")
-def draw(tmp_path_factory, train, ddpm):
+def draw(tmp_path_factory, train, typed):
     """Draw 4 images from a run with classes that moved far in its 6 steps."""
     settings = [
         "training.conditional=true",
@@ -143,7 +143,7 @@ def draw(tmp_path_factory, train, ddpm):
     run = train(tmp_path_factory.mktemp("outputs"), *settings).run
 
     def call(*overrides: str) -> np.ndarray:
-        done = ddpm(
+        done = typed(
             "sample",
             f"run={run}",
             "num_samples=4",
@@ -185,13 +185,13 @@ def test_a_picture_that_does_not_decode_is_left_out_of_training(train, pictures,
     )
 
 
-def test_a_run_is_not_carried_on_with_other_pictures(train, ddpm, tiny, pictures, tmp_path):
+def test_a_run_is_not_carried_on_with_other_pictures(train, typed, tiny, pictures, tmp_path):
     folder = pictures("set", [f"{index:02d}.png" for index in range(8)])
     own = ["data=folder", f"data.path={folder}", "training.steps=2"]
     run = train(tmp_path / "outputs", *own).run
     (run / "run.json").write_text((run / "run.json").read_text().replace('"complete"', '"failed"'))
     Image.new("RGB", (12, 10)).save(folder / "00.png")
-    done = ddpm("train", *tiny, f"outputs={tmp_path / 'outputs'}", *own)
+    done = typed("train", *tiny, f"outputs={tmp_path / 'outputs'}", *own)
     assert done.code == 1
     assert "are not those of" in done.err
 

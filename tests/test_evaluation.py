@@ -203,8 +203,8 @@ def few(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(ddpm, tiny, few, tmp_path_factory):
-    done = ddpm(
+def run(typed, tiny, few, tmp_path_factory):
+    done = typed(
         "train",
         f"outputs={tmp_path_factory.mktemp('outputs')}",
         *tiny,
@@ -272,12 +272,12 @@ def test_figures_do_not_depend_on_batches_or_processes_and_are_kept(ddpm, run):
 
 @pytest.mark.slow
 def test_a_reference_written_from_the_data_gives_the_same_distance_under_another_name(
-    ddpm, run, tmp_path
+    typed, run, tmp_path
 ):
     words = [f"run={run}", *SETTINGS, "evaluation.metrics=[fd]"]
     stats = tmp_path / "stats.npz"
     for more in ([], [f"reference_to={stats}"], [f"evaluation.reference={stats}"]):
-        done = ddpm("evaluate", *words, *more)
+        done = typed("evaluate", *words, *more)
         assert done.code == 0, done.err
     with np.load(stats) as found:
         assert (found["mu"].shape, found["sigma"].shape) == ((1280,), (1280, 1280))
@@ -291,8 +291,8 @@ def test_a_reference_written_from_the_data_gives_the_same_distance_under_another
 
 
 @pytest.mark.slow
-def test_what_cannot_be_had_is_said_in_one_line_and_the_rest_is_measured(ddpm, run):
-    done = ddpm(
+def test_what_cannot_be_had_is_said_in_one_line_and_the_rest_is_measured(typed, run):
+    done = typed(
         "evaluate",
         f"run={run}",
         *SETTINGS,
@@ -318,8 +318,8 @@ def test_an_impossible_protocol_is_refused_in_one_line(typed, run, overrides, na
 
 
 @pytest.mark.slow
-def test_in_training_the_best_checkpoint_is_kept(ddpm, tiny, few, tmp_path):
-    done = ddpm(
+def test_in_training_the_best_checkpoint_is_kept(typed, tiny, few, tmp_path):
+    done = typed(
         "train", f"outputs={tmp_path}", *tiny, *few, "runtime.evaluate_every=2", "runtime.keep_checkpoints=1", "evaluation.num_samples=6", "evaluation.metrics=[kd]",
         "optimizer.lr=0.1", "lr_schedule=constant", "lr_schedule.warmup_steps=0",
     )  # fmt: skip

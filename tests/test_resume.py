@@ -3,6 +3,7 @@
 import psutil
 import pytest
 import torch
+from decoded import DIGITS
 
 from ddpm import run
 from ddpm.runs import checkpoint, recording
@@ -27,7 +28,7 @@ FAMILIES = {
 
 
 def trained(*overrides):
-    return run(["data=digits", "training.steps=4", "training.batch_size=4", "runtime.checkpoint_every=2", "runtime.log_every=3",
+    return run([*DIGITS, "training.steps=4", "training.batch_size=4", "runtime.checkpoint_every=2", "runtime.log_every=3",
                         "runtime.num_previews=1", "sampler=ddim", "sampler.num_steps=2", "runtime.device=cpu", *overrides])  # fmt: skip
 
 

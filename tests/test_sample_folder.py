@@ -25,11 +25,11 @@ def pngs(folder):
 
 @pytest.mark.slow
 def test_images_are_the_same_bytes_from_one_process_and_two_and_nearly_so_from_other_batches(
-    ddpm, run, tmp_path
+    ddpm, typed, run, tmp_path
 ):
     settings = (f"run={run}", "num_samples=7", "sampler=ddim", "sampler.num_steps=4", "device=cpu")
     for to, batch in (("three", 3), ("one", 1), ("seven", 7)):
-        assert ddpm("sample", *settings, f"batch_size={batch}", f"to={tmp_path / to}").code == 0
+        assert typed("sample", *settings, f"batch_size={batch}", f"to={tmp_path / to}").code == 0
     two = ddpm("sample", *settings, "batch_size=3", f"to={tmp_path / 'two'}", processes=2)
     assert two.code == 0, two.err
     assert len(pngs(tmp_path / "three")) == 7
@@ -42,16 +42,16 @@ def test_images_are_the_same_bytes_from_one_process_and_two_and_nearly_so_from_o
 
 
 @pytest.mark.slow
-def test_killed_and_typed_again_it_makes_only_what_is_missing(ddpm, run, tmp_path):
+def test_killed_and_typed_again_it_makes_only_what_is_missing(typed, run, tmp_path):
     settings = (f"run={run}", "num_samples=12", "batch_size=2", "sampler.num_steps=10")
     cut, whole = tmp_path / "cut", tmp_path / "whole"
-    assert ddpm("sample", *settings, f"to={whole}").code == 0
+    assert typed("sample", *settings, f"to={whole}").code == 0
     killed = {"before": "forked:signalled_after_five_images", "SIGNAL": str(int(signal.SIGKILL))}
     process = forked.command("sample", *settings, f"to={cut}", **killed)
     assert process.wait() == -signal.SIGKILL
     made = {file: file.stat().st_mtime_ns for file in cut.glob("[0-9]*.png")}
     assert len(made) == 5
-    assert ddpm("sample", *settings, f"to={cut}").code == 0
+    assert typed("sample", *settings, f"to={cut}").code == 0
     assert pngs(cut) == pngs(whole)
     assert {file: file.stat().st_mtime_ns for file in made} == made
 

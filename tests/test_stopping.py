@@ -91,7 +91,8 @@ def an_hour_passes():
 
 
 def test_max_hours_ends_a_run_that_can_be_carried_on(tiny, tmp_path):
-    words = [*tiny, f"outputs={tmp_path}", "training.steps=100000", "runtime.max_hours=0.9"]
+    words = [*tiny, f"outputs={tmp_path}", f"data.cache={tmp_path / 'cache'}"]
+    words += ["training.steps=100000", "runtime.max_hours=0.9"]
     process = forked.command("train", *words, before="test_stopping:an_hour_passes")
     assert process.wait() == 75, process.err
     run = run_of(tmp_path)
@@ -130,7 +131,7 @@ def drawn(folder):
     return {file.name: file.read_bytes() for file in folder.glob("[0-9]*.png")}
 
 
-def test_drawing_that_was_stopped_goes_on_to_the_same_images(run_folder, tmp_path):
+def test_drawing_that_was_stopped_goes_on_to_the_same_images(typed, run_folder, tmp_path):
     words = [f"run={run_folder}", "num_samples=12", "batch_size=4", "sampler.num_steps=4"]
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     told = {"before": "forked:signalled_after_five_images", "SIGNAL": str(int(signal.SIGTERM))}
@@ -140,8 +141,8 @@ def test_drawing_that_was_stopped_goes_on_to_the_same_images(run_folder, tmp_pat
     assert len(drawn(stopped)) == 8
     assert not (stopped / "grid.png").exists()
     for place in (stopped, whole):
-        done = forked.command("sample", *words, f"to={place}")
-        assert done.wait() == 0, done.err
+        done = typed("sample", *words, f"to={place}")
+        assert done.code == 0, done.err
     assert drawn(stopped) == drawn(whole)
     assert len(drawn(whole)) == 12
 
@@ -157,7 +158,7 @@ def told_at_losses():
     of_data.losses = losses
 
 
-def test_measuring_that_was_stopped_goes_on_to_the_same_figures(run_folder, tmp_path):
+def test_measuring_that_was_stopped_goes_on_to_the_same_figures(typed, run_folder, tmp_path):
     words = [
         "evaluation.metrics=[colour,losses]",
         "evaluation.num_samples=4",
@@ -177,8 +178,8 @@ def test_measuring_that_was_stopped_goes_on_to_the_same_figures(run_folder, tmp_
             assert {entry["metric"][:7] for entry in kept} == {"channel"}
             kept[0]["value"] = 123.0  # to see that it is not measured twice
             (run / "evaluation.json").write_text(json.dumps(kept))
-        done = forked.command("evaluate", f"run={run}", *words)
-        assert done.wait() == 0, done.err
+        done = typed("evaluate", f"run={run}", *words)
+        assert done.code == 0, done.err
         found.append(json.loads((run / "evaluation.json").read_text()))
     assert found[0][0].pop("value") == 123.0
     found[1][0].pop("value")

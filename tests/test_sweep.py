@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -21,23 +22,6 @@ from ddpm.runs.folder import RunFolder
 from ddpm.system import signals
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Starts a command that is killed right after its n-th checkpoint.
-DYING = """
-import os, runpy, signal, sys
-from ddpm.runs import checkpoint
-from ddpm.runs.folder import RunFolder
-left, save = int(sys.argv[1]), checkpoint.save
-def dying(*arguments):
-    global left
-    save(*arguments)
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.save = dying
-sys.argv = ["ddpm.train", *sys.argv[2:]]
-runpy.run_module("ddpm.train", run_name="__main__")
-"""
 
 # A command whose jobs say which device they have, once all of two at once have one; the third fails. It needs no torch.
 ASKING = """
@@ -68,14 +52,28 @@ def state(folder):
     return {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
 
 
+def dying_after_three_checkpoints():
+    """Has the command be killed right after its third checkpoint."""
+    left, save = 3, checkpoint.save
+
+    def dying(*arguments):
+        nonlocal left
+        save(*arguments)
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save = dying
+
+
 @pytest.mark.slow
 def test_killed_in_the_second_of_three_jobs_a_sweep_typed_again_does_what_is_missing_and_no_more(
     typed, tiny, tmp_path
 ):
     three = ["-m", *tiny, "runtime.checkpoint_every=3", "runtime.log_every=2", "seed=0,1,2"]
-    words = [sys.executable, "-c", DYING, "3", *three, f"outputs={tmp_path / 'cut'}"]
-    killed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    words = [*three, f"outputs={tmp_path / 'cut'}"]
+    killed = forked.command("train", *words, before="test_sweep:dying_after_three_checkpoints")
+    assert killed.wait() == -signal.SIGKILL, killed.err
     runs = runs_of(tmp_path / "cut")
     assert runs.keys() == {0, 1}
     first = state(runs[0])

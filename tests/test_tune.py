@@ -181,8 +181,8 @@ def test_auto_leaves_a_cpu_as_it_is(tmp_path, own):
         ("runtime.tune=nchw_search", "tune=nchw_search needs an NVIDIA GPU"),
     ],
 )
-def test_what_cannot_be_asked_for_is_told_in_a_line(ddpm, tmp_path, word, told):
-    done = ddpm("train", "training.steps=1", word, f"outputs={tmp_path}")
+def test_what_cannot_be_asked_for_is_told_in_a_line(typed, tmp_path, word, told):
+    done = typed("train", "training.steps=1", word, f"outputs={tmp_path}")
     assert done.code != 0
     assert told in done.err
     assert not list(tmp_path.glob("*/*/checkpoints/step*"))

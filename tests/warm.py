@@ -1,6 +1,7 @@
 """What the process that tests fork from has imported: all that commands import sooner or later."""
 
 import contextlib
+import gc
 import importlib
 
 with contextlib.suppress(ImportError):
@@ -9,6 +10,7 @@ with contextlib.suppress(ImportError):
 import torch
 import torch.utils.tensorboard
 
+from ddpm.config.compose import compose
 from ddpm.models import UNet
 
 for name in ("config.cli", "train.run", "sample.run", "evaluate.run"):
@@ -26,3 +28,7 @@ with torch.device("meta"):  # imports the meta functions of what a network is ma
         norm_groups=4,
         dropout=0.0,
     )
+
+compose([])  # reads the recipes, and finds Hydra's plugins
+gc.collect()
+gc.freeze()  # what is there now is shared: a collection in a fork would look at all, and so copy it

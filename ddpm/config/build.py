@@ -127,17 +127,17 @@ def sampler(node: Mapping[str, Any], process: GaussianDiffusion) -> Sampler:
     return built
 
 
-def preview_sampler(config: Config, name: str) -> dict[str, Any]:
+def preview_sampler(config: Config, name: str, process: GaussianDiffusion) -> dict[str, Any]:
     """Returns the settings of what draws previews, with the guidance of the run's own sampler.
 
     Args:
         config: The run's configuration.
         name: "run" for the run's own sampler, or an option of conf/sampler.
+        process: The run's diffusion.
 
     Raises:
         ValueError: If there is none, or it does not fit the run.
     """
-    process = diffusion(config)
     own = sampler_settings(config.sampler, process)
     if name == "run":
         return own
@@ -226,7 +226,7 @@ def check(config: Config) -> None:
             "some of them left out (training.conditional=true training.label_dropout=0.1)"
         )
     if config.runtime.preview_sampler != "auto":
-        preview_sampler(config, config.runtime.preview_sampler)
+        preview_sampler(config, config.runtime.preview_sampler, process)
     lr_schedule(config)
     network(config, torch.device("meta"), config.data.num_classes or 1)
     optimizer(config, [nn.Parameter(torch.zeros(1))])

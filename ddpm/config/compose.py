@@ -20,7 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddpm.config.rules import keep_runs_folder, one_unit, words_to_compose
-from ddpm.system.internals import compose_once, share_recipes, tap_composition
+from ddpm.system.internals import (
+    compose_once,
+    read_yaml_quickly,
+    share_recipes,
+    tap_composition,
+)
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # an installed wheel, else a checkout
@@ -280,5 +285,6 @@ def refuse_hidden(folders: Sequence[str]) -> None:
 
 OmegaConf.register_new_resolver("given", lambda value: value is not None, replace=True)
 compose_once()
+read_yaml_quickly()
 share_recipes()
 tap_composition(words_to_compose, one_unit, keep_runs_folder)

@@ -147,7 +147,7 @@ def _show_sizes(config: Config, needs: Sizes, num_steps: int | None) -> None:
         f"{4 * weights:.2f} GB a checkpoint (weights, average, Adam's two moments), "
         f"{config.runtime.keep_checkpoints} kept",
     )
-    _show("previews", cost(config, num_steps))
+    _show("previews", cost(config, num_steps, previews_of(config, num_steps)))
     activations = needs.activation_bytes / GIGA
     _show(
         "memory",

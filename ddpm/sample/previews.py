@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddpm.config import build
 from ddpm.config.schema import Config
+from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.diffusion.spacing import BRIGHTNESS, spaced_timesteps
 from ddpm.sample.images import text_of
 
@@ -76,29 +77,41 @@ def previews_of(config: Config, num_steps: int | None) -> Previews:
     """
     choice, process = config.runtime.preview_sampler, build.diffusion(config)
     if choice != "auto":
-        return _by(choice, build.preview_sampler(config, choice), config, num_steps)[0]
-    own, calls = _by("run", build.preview_sampler(config, "run"), config, num_steps)
+        settings = build.preview_sampler(config, choice, process)
+        return _by(choice, settings, config, num_steps, process)[0]
+    own, calls = _by_own(config, num_steps, process)
     if own.share is None or own.share <= MOST or process.prediction == "mean":
         return own
     guidance = own.settings["guidance_scale"]
     count = int(MOST * calls / own.share) // (1 if guidance == 1 else 2)
     count = min(max(count, LEAST), process.num_timesteps)
-    ancestral = build.preview_sampler(config, "ancestral")
+    ancestral = build.preview_sampler(config, "ancestral", process)
     ancestral["function"]["variance"] = "fixed_small"  # holds for few steps, and for any network
-    short, fewer = _by("quick", {**ancestral, "num_steps": count}, config, num_steps)
+    ancestral["num_steps"] = count
+    short, fewer = _by("quick", ancestral, config, num_steps, process)
     quick = [(short, fewer)]
     if (short.share or 0) > MOST or not _stands_for_all(process.alphas_cumprod, count):
         with suppress(ValueError):
-            settings = build.preview_sampler(config, "dpmpp20")
-            quick.insert(0, _by("dpmpp20", settings, config, num_steps))
+            settings = build.preview_sampler(config, "dpmpp20", process)
+            quick.insert(0, _by("dpmpp20", settings, config, num_steps, process))
     return next((found for found, fewer in quick if fewer < calls), own)
 
 
+def _by_own(
+    config: Config, num_steps: int | None, process: GaussianDiffusion
+) -> tuple[Previews, int]:
+    """The previews drawn by the run's own sampler, and its calls."""
+    return _by("run", build.preview_sampler(config, "run", process), config, num_steps, process)
+
+
 def _by(
-    name: str, settings: dict[str, Any], config: Config, num_steps: int | None
+    name: str,
+    settings: dict[str, Any],
+    config: Config,
+    num_steps: int | None,
+    process: GaussianDiffusion,
 ) -> tuple[Previews, int]:
     """The previews drawn by this sampler, and its calls."""
-    process = build.diffusion(config)
     sampler = build.sampler(settings, process)
     calls, share = sampler.calls(process), None
     if num_steps is not None:
@@ -135,9 +148,15 @@ def times(num_steps: int, every: int) -> int:
     return -(-num_steps // every)
 
 
-def cost(config: Config, num_steps: int | None) -> str:
-    """Returns in words what draws a run's previews, and what share of its training that takes."""
-    chosen, runtime = previews_of(config, num_steps), config.runtime
+def cost(config: Config, num_steps: int | None, chosen: Previews) -> str:
+    """Returns in words what draws a run's previews, and what share of its training that takes.
+
+    Args:
+        config: The run's configuration.
+        num_steps: Of the whole run; None if not known.
+        chosen: What draws them, as previews_of says.
+    """
+    runtime = config.runtime
     if num_steps is None or chosen.share is None:
         return (
             f"{runtime.num_previews} every {runtime.sample_every} steps; what draws them follows "
@@ -153,7 +172,7 @@ def cost(config: Config, num_steps: int | None) -> str:
             "(runtime.sample_every)"
         )
     if chosen.name != "run":
-        own = _by("run", build.preview_sampler(config, "run"), config, num_steps)[0]
+        own = _by_own(config, num_steps, build.diffusion(config))[0]
         said += f"; by {own.words} {_percent(own.share)} (runtime.preview_sampler=run)"
     return said
 
@@ -169,7 +188,8 @@ def others_before(config: Config, chosen: Previews, pictures: Sequence[Path]) ->
     if not pictures:
         return None
     before, last = text_of(pictures[-1]), pictures[-1].name
-    own = _as_text(build.preview_sampler(config, "run"))  # drew all of earlier versions
+    # the run's own drew all of earlier versions
+    own = _as_text(build.preview_sampler(config, "run", build.diffusion(config)))
     if before.get("sampler", own) == _as_text(chosen.settings):
         return None
     by = before.get("drawn by", OWN)

@@ -175,7 +175,9 @@ def _recorder(
 def _say_previews(folder: RunFolder, config: Config, num_steps: int, chosen: Previews) -> None:
     """Says what draws the previews and what that costs, and if another sampler did before."""
     costly = chosen.share is not None and chosen.share > MOST
-    log.log(logging.WARNING if costly else logging.INFO, "previews: %s", cost(config, num_steps))
+    log.log(
+        logging.WARNING if costly else logging.INFO, "previews: %s", cost(config, num_steps, chosen)
+    )
     before = others_before(config, chosen, sorted(folder.samples.glob("step_*[0-9].png")))
     if before is not None:
         log.warning("%s", before)
