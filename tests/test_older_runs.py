@@ -17,6 +17,7 @@ from ddpm.train.run import run as train
 
 FIXTURE = Path(__file__).parent / "data" / "run_b7d7171"
 AGAIN = [  # what it was trained with, but for how it is carried out
+    *("schedule=linear", "objective=epsilon", "training.conditional=false"),
     *("data=digits", "model.resolution=8", "model.base_channels=8", "model.norm_groups=4"),
     *("model.channel_multipliers=[1]", "model.attention_resolutions=[]", "training.steps=4"),
     *("training.batch_size=8", "runtime.num_previews=4", "sampler=ddim", "sampler.num_steps=2"),
