@@ -42,6 +42,7 @@ def test_not_even_one_image_is_one_line():
 
 MODELS = {
     "unet": [
+        "training.conditional=false",
         "model.base_channels=8",
         "model.norm_groups=4",
         "model.channel_multipliers=[1,2,2]",

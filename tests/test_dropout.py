@@ -26,6 +26,7 @@ from ddpm.train.start import notes_on_dropout, prepare
 
 BATCH, SEED, STEP = 13, 3, 7
 UNET = [
+    *("schedule=linear", "objective=epsilon", "training.conditional=false"),
     *("data=digits", "model.dropout=0.3", "model.base_channels=8", "model.norm_groups=4"),
     *("model.channel_multipliers=[1,2]", "model.attention_resolutions=[8]"),
     "model.num_res_blocks=1",

@@ -74,7 +74,8 @@ NARROW = ["model.base_channels=32", "model.norm_groups=8"]
 def test_diffusers_loads_what_is_exported_and_computes_what_we_do(tmp_path, overrides):
     overrides = overrides if "data=digits" in overrides else ["data=cifar10", *overrides]
     run = finished(tmp_path, *overrides)
-    assert_same(network_of(run), theirs(exported(run, tmp_path) / "unet"))
+    classes = [torch.tensor([0, 10])] if run.config([]).training.conditional else []
+    assert_same(network_of(run), theirs(exported(run, tmp_path) / "unet"), *classes)
 
 
 def test_a_network_with_classes_keeps_them(tmp_path, capsys):

@@ -15,6 +15,7 @@ from ddpm.system.devices import memory_format
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
 SMALL = [
+    "training.conditional=false",
     *("data=digits", "model.base_channels=8", "model.norm_groups=4", "model.dropout=0.3"),
     *("model.channel_multipliers=[1,2]", "model.attention_resolutions=[8]"),
 ]

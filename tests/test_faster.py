@@ -15,6 +15,7 @@ from ddpm.system import ways
 
 CPU = torch.device("cpu")
 SMALL = [
+    *("schedule=linear", "objective=epsilon", "training.conditional=false"),
     "model.base_channels=8",
     "model.norm_groups=4",
     "model.channel_multipliers=[1,2]",

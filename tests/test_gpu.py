@@ -127,6 +127,7 @@ def test_images_are_those_that_float64_draws(sampler, device):
     config = training_config(
         compose(
             [
+                *("schedule=linear", "objective=epsilon", "training.conditional=false"),
                 "data=digits",
                 "model.base_channels=8",
                 "model.norm_groups=4",

@@ -34,7 +34,9 @@ SAME = [
     ("", "training.grad_clip=1"),
     ("", "training.batch_size=6_4"),
     ("", "objective.min_snr_gamma=5"),
-    ("", "schedule.beta_start=0.0001"),
+    ("", "training.conditional=true"),
+    ("", "schedule=cosine objective=v"),
+    ("schedule=linear", "schedule=linear schedule.beta_start=0.0001"),
     ("model.dropout=0", "model.dropout=0.0"),
     ("model.dropout=0", "model.dropout=-0.0"),
     ("optimizer.lr=1", "optimizer.lr=1.0"),
@@ -42,7 +44,7 @@ SAME = [
     ("optimizer=adamw optimizer.weight_decay=0", "optimizer=adamw optimizer.weight_decay=0.0"),
     ("lr_schedule.final_lr=0", "lr_schedule.final_lr=0.0"),
     ("schedule=sigmoid schedule.start=-3", "schedule=sigmoid schedule.start=-3.0"),
-    ("objective=v", "objective.prediction=v"),
+    ("objective=epsilon", "objective.prediction=epsilon"),
     ("seed=1 model.dropout=0.2", "model.dropout=0.2 seed=1"),
     ("model=unet128 data=butterflies", "experiment=butterflies128"),
     ("data=cifar10 model=unet32", "data=cifar10 model=unet32 data.path=/somewhere"),
@@ -50,15 +52,15 @@ SAME = [
 ANOTHER = [
     ("", "seed=1"),
     ("", "optimizer.lr=1.0001e-3"),
-    ("", "training.steps=1801"),
+    ("", "training.steps=1001"),
     ("training.steps=10", "training.epochs=10"),
     ("", "training.precision=bf16"),
     ("", "training.grad_clip=null"),
-    ("", "training.conditional=true"),
+    ("", "training.conditional=false"),
     ("", "model.dropout=0.1"),
     ("", "+model.scale_shift_norm=true"),
-    ("", "objective=v"),
-    ("", "schedule=cosine"),
+    ("", "objective=epsilon"),
+    ("", "schedule=linear"),
     ("", "lr_schedule=constant"),
     ("", "optimizer=adamw"),
     ("", "+optimizer.amsgrad=false"),  # torch's own default: only what is written counts
@@ -135,11 +137,16 @@ def test_equal_values_are_one_folder_however_spelt_and_others_are_another(keys, 
     [
         ("", "quickstart-digits/recipe"),
         (
+            "training.steps=3000 objective=x0 training.batch_size=32 schedule=linear",
+            "quickstart-digits/linear_x0_batch_size-32_steps-3000",
+        ),
+        (
             "training.steps=3000 objective=v training.batch_size=32 schedule=cosine",
-            "quickstart-digits/cosine_v_batch_size-32_steps-3000",
+            "quickstart-digits/batch_size-32_steps-3000",
         ),
         ("data=cifar10 model=unet32 lr_schedule=cosine", "unet32-cifar10/lr_schedule-cosine"),
-        ("schedule=cosine schedule.offset=0.01", "quickstart-digits/cosine_offset-0.01"),
+        ("schedule=cosine schedule.offset=0.01", "quickstart-digits/offset-0.01"),
+        ("schedule=sigmoid schedule.start=-2", "quickstart-digits/sigmoid_start--2"),
         ("optimizer=adamw optimizer.lr=3e-4 seed=1", "quickstart-digits/adamw_lr-0.0003_seed-1"),
         ("model.resolution=32", "quickstart-digits/model.resolution-32"),
         ("model.channel_multipliers=[1,2]", "quickstart-digits/channel_multipliers-1x2"),
@@ -158,13 +165,13 @@ def test_the_words_come_from_values_and_not_from_what_was_typed():
     typed += (
         " objective.variance=fixed_small objective.rescale_timesteps=false objective.prediction=v"
     )
-    assert folder(typed) == folder("objective=v")
-    assert folder(typed).name.startswith("v-")
+    assert folder(typed) == folder("schedule=linear objective=v")
+    assert folder(typed).name.startswith("linear-")
 
 
 def test_a_long_name_keeps_the_words_before_and_a_hash_tells_it_apart():
     long = "model.base_channels=64 model.num_res_blocks=3 optimizer.lr=3e-4 training.batch_size=8 "
-    long += "seed=1 model.norm_groups=16 objective.loss=bound schedule=cosine data.holdout=0.25"
+    long += "seed=1 model.norm_groups=16 objective.loss=bound schedule=linear data.holdout=0.25"
     long += (
         " data.background=darkolivegreen model.attention_resolutions=[8] training.ema_warmup=false"
     )
@@ -172,7 +179,7 @@ def test_a_long_name_keeps_the_words_before_and_a_hash_tells_it_apart():
     assert len(paths) == 2
     for path in paths:
         assert len(path.name) < 135
-        assert path.name.startswith("cosine_lr-0.0003_batch_size-8_ema_decay-0.")
+        assert path.name.startswith("linear_lr-0.0003_batch_size-8_ema_decay-0.")
 
 
 def test_no_two_options_of_a_group_are_the_same_values():

@@ -10,13 +10,16 @@ import yaml
 from PIL import Image
 
 from ddpm.config.compose import compose
+from ddpm.config.schema import training_config
 from ddpm.runs import checkpoint
+from ddpm.runs.finding import locate
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.format import FORMAT
 from ddpm.train.run import run as train
 
 FIXTURE = Path(__file__).parent / "data" / "run_b7d7171"
 AGAIN = [  # what it was trained with, but for how it is carried out
+    *("schedule=linear", "objective=epsilon", "training.conditional=false"),
     *("data=digits", "model.resolution=8", "model.base_channels=8", "model.norm_groups=4"),
     *("model.channel_multipliers=[1]", "model.attention_resolutions=[]", "training.steps=4"),
     *("training.batch_size=8", "runtime.num_previews=4", "sampler=ddim", "sampler.num_steps=2"),
@@ -142,3 +145,51 @@ def test_a_run_of_today_is_written_with_its_format(run_folder):
     record = json.loads((run_folder / "run.json").read_text())
     assert record["format"] == FORMAT
     assert yaml.safe_load((run_folder / "config.yaml").read_text())["format"] == FORMAT
+
+
+@pytest.fixture
+def quick_start_of_before(run_folder, tmp_path):
+    """A run whose folder has the name that it had when the quick start was linear, of epsilon and without classes."""
+    digest = run_folder.name.rpartition("-")[2]
+    place = tmp_path / "outputs" / "quickstart-digits" / f"recipe-{digest}"
+    return Path(shutil.copytree(run_folder, place))
+
+
+def test_the_quick_start_of_before_keeps_its_hash():
+    before = [  # 36 previews, every 900 steps, are no part of it
+        *("schedule=linear", "objective=epsilon", "training.conditional=false"),
+        *("model.base_channels=32", "model.channel_multipliers=[1,2,2]", "training.steps=1800"),
+    ]
+    assert locate(training_config(compose(before))).path.name.endswith("-fd78a6ee")
+
+
+def test_a_quick_start_of_before_is_drawn_from_measured_and_compared_as_what_it_is(
+    typed, tiny, quick_start_of_before, tmp_path
+):
+    old = quick_start_of_before
+    few = ["sampler=ddim", "sampler.num_steps=2"]
+    done = typed("sample", f"run={old}", *few, "num_samples=2", f"to={tmp_path / 'drawn'}")
+    assert done.code == 0, done.err
+    refused = typed("sample", f"run={old}", *few, "num_samples=2", "classes=[3]")
+    assert "training.conditional=true" in refused.err
+    asked = ["evaluation.metrics=[losses]", "evaluation.num_images=4", "evaluation.num_samples=2"]
+    done = typed("evaluate", f"run={old}", *asked, *few)
+    assert done.code == 0, done.err
+    new = train(compose([*tiny[3:], "training.steps=2", f"outputs={tmp_path / 'more'}"]))
+    done = typed("compare", f"runs=[{old},{new.path}]")
+    assert done.code == 0, done.err
+    rows = {line.split()[0] for line in done.out.splitlines() if line.strip()}
+    assert {"schedule", "objective", "training.conditional"} <= rows
+
+
+def test_a_quick_start_of_before_is_found_under_its_old_name_and_carried_on(
+    tiny, quick_start_of_before, tmp_path
+):
+    old = quick_start_of_before
+    assert train(compose([*tiny, f"outputs={tmp_path / 'outputs'}"])).path == old
+    train(compose([f"resume={old}", "training.steps=8"]))
+    run = RunFolder(old)
+    assert (run.record()["status"], run.record()["step"]) == ("complete", 8)
+    config = run.config([])
+    assert config.schedule["_target_"] == "ddpm.diffusion.schedules.linear"
+    assert (config.objective["prediction"], config.training.conditional) == ("epsilon", False)

@@ -22,10 +22,14 @@ from ddpm.sample.previews import drawn_by, others_before, previews_of
 from ddpm.sample.subject import of_run
 
 SCHEDULES = shipped_options("schedule")
+PLAIN = [  # a short run of the paper's settings
+    *("schedule=linear", "objective=epsilon", "training.conditional=false", "training.steps=1800"),
+    *("runtime.sample_every=900", "runtime.num_previews=36"),
+]
 
 
 def chosen(*overrides, steps=None):
-    config = training_config(compose(list(overrides)))
+    config = training_config(compose([*PLAIN, *overrides]))
     return previews_of(config, steps or config.training.steps)
 
 
@@ -66,7 +70,8 @@ def test_the_calls_of_each_sampler_are_counted_right(option, zero_terminal_snr):
         ([], None, "quick", 0.05),  # 160 steps
         (["runtime.preview_sampler=run"], None, "run", 2 * 36 * 1000 / (2 * 1800 * 64)),
         (["runtime.preview_sampler=heun18"], None, "heun18", 2 * 36 * 35 / (2 * 1800 * 64)),
-        (["data=cifar10", "model=unet32"], 800_000, "run", 160 * 64 * 1000 / (2 * 800_000 * 128)),
+        (["data=cifar10", "model=unet32", "training.batch_size=128", "runtime.sample_every=5000",
+          "runtime.num_previews=64"], 800_000, "run", 160 * 64 * 1000 / (2 * 800_000 * 128)),
         (["schedule=quad"], None, "quick", 0.05),
         (["schedule=jsd", "objective=v"], None, "dpmpp20", 2 * 36 * 21 / (2 * 1800 * 64)),
         (["runtime.sample_every=450"], None, "quick", 4 * 36 * 80 / (2 * 1800 * 64)),
@@ -91,6 +96,13 @@ def test_what_draws_previews_by_default_and_what_it_takes(overrides, steps, name
     assert (found.name, found.share) == (name, pytest.approx(share, rel=1e-12))
 
 
+def test_what_draws_the_quick_starts_own_previews():
+    # 80 steps of the paper's sampler would take 5%, and lose too much along the cosine schedule
+    config = training_config(compose([]))
+    found = previews_of(config, config.training.steps)
+    assert (found.name, found.share) == ("dpmpp20", pytest.approx(2 * 40 * 20 / (2 * 1000 * 64)))
+
+
 def test_a_quick_sampler_keeps_the_guidance_of_the_runs_own():
     given = ("training.conditional=true", "sampler.guidance_scale=2.5")
     assert chosen(*given).settings["guidance_scale"] == 2.5
@@ -107,7 +119,7 @@ def test_a_quick_sampler_keeps_the_guidance_of_the_runs_own():
 def test_a_quick_sampler_keeps_what_the_papers_keeps_of_the_brightness(schedule, every):
     """Of a chain of 160 steps, of 80, and where there is room for neither."""
     config = training_config(
-        compose([f"schedule={schedule}", "objective=v", f"runtime.sample_every={every}"])
+        compose([*PLAIN, f"schedule={schedule}", "objective=v", f"runtime.sample_every={every}"])
     )
     diffusion, found = build.diffusion(config), previews_of(config, 1800)
 
@@ -198,11 +210,11 @@ def test_a_sampler_that_cannot_draw_them_is_refused_before_training(complaint, o
 
 
 def test_plan_says_what_previews_take(typed, tmp_path):
-    done = typed("plan", "probe=0", f"outputs={tmp_path}")
+    done = typed("plan", "probe=0", *PLAIN, f"outputs={tmp_path}")
     assert (
         "previews    2 x 36 by a quick sampler (ancestral, 160 steps), 5% of training" in done.out
     )
     assert "(ancestral, 1000 steps) 31.2% (runtime.preview_sampler=run)" in done.out
-    shorter = typed("plan", "probe=0", "training.steps=10", f"outputs={tmp_path}")
+    shorter = typed("plan", "probe=0", *PLAIN, "training.steps=10", f"outputs={tmp_path}")
     assert "(ancestral, 1000 steps) 2,812% (" in shorter.out
     assert "56.2% of training, more than 5%" in shorter.out

@@ -22,6 +22,7 @@ from ddpm.runs.identity import identity
 
 CPU = torch.device("cpu")
 SMALL = [
+    *("schedule=linear", "objective=epsilon", "training.conditional=false"),
     "data=digits",
     "model.base_channels=8",
     "model.norm_groups=4",

@@ -3,6 +3,7 @@
 Building is also the last check: each object refuses what it cannot be.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from torch import nn
 
 from ddpm.config.compose import shipped_option, shipped_options
@@ -62,13 +63,26 @@ def network_arguments(config: Config, num_classes: int) -> dict[str, int]:
 
     A learned variance needs twice the channels out. Where labels are dropped, there is one class
     more, "any".
+
+    Raises:
+        ValueError: If the network is to get classes, and its constructor takes none.
     """
     arguments = {
         "out_channels": config.data.channels * (2 if diffusion(config).learns_variance else 1)
     }
     if config.training.conditional:
+        _check_takes_classes(config.model["_target_"])
         arguments["num_classes"] = num_classes + (any_class(config, num_classes) is not None)
     return arguments
+
+
+def _check_takes_classes(target: str) -> None:
+    taken = inspect.signature(get_object(target)).parameters.values()
+    if not any(one.name == "num_classes" or one.kind is one.VAR_KEYWORD for one in taken):
+        raise ValueError(
+            f"training.conditional=true needs a network with an argument num_classes, and {target} "
+            "has none; training.conditional=false trains it without classes"
+        )
 
 
 def any_class(config: Config, num_classes: int) -> int | None:

@@ -10,7 +10,7 @@ main = command(
         "figure carries its protocol."
     ),
     [
-        "python -m ddpm.evaluate run=outputs/quickstart-digits/recipe-fd78a6ee",
+        "python -m ddpm.evaluate run=outputs/quickstart-digits/recipe-ec05d29c",
         (
             "python -m ddpm.evaluate run=DIR evaluation=paper "
             "evaluation.weights_path=pt_inception-2015-12-05-6726825d.pth"

@@ -26,7 +26,7 @@ def name_of(config: Config, identity: Mapping[str, Any]) -> Path:
     mine = flat(identity)
     model, data = _model(mine), config.data.name
     own = _own_settings(
-        model if model in shipped_options("model") else "quickstart",
+        model if model in shipped_options("model") else "small32",  # the paper's process
         data if data in shipped_options("data") else "digits",
     )
     if data == "folder" and config.data.path is not None:

@@ -7,7 +7,7 @@ main = command(
     lazily("ddpm.sample.run.run"),
     "Draw images from a trained run: a grid, and one PNG an image.",
     [
-        "python -m ddpm.sample run=outputs/quickstart-digits/recipe-fd78a6ee",
+        "python -m ddpm.sample run=outputs/quickstart-digits/recipe-ec05d29c",
         "python -m ddpm.sample run=DIR sampler=ddim sampler.num_steps=50 num_samples=16",
         "python -m ddpm.sample from=google/ddpm-cifar10-32",
     ],

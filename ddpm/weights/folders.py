@@ -76,7 +76,12 @@ class Pretrained:
         whose = f"the network of {'its config.json' if model is self.model else 'model.*'}"
         for name, tensor in wanted.items():
             if name not in weights:
-                raise ValueError(f"{self.option} has no {name}, which {whose} has")
+                classes = (
+                    "; training.conditional=false is without classes"
+                    if name.startswith("class_embedding.") and model is not self.model
+                    else ""
+                )
+                raise ValueError(f"{self.option} has no {name}, which {whose} has{classes}")
             if weights[name].shape != tensor.shape:
                 raise ValueError(
                     f"{self.option} has {name} of shape {tuple(weights[name].shape)}, {whose} "
