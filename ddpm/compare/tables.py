@@ -339,7 +339,7 @@ def _values(column: str, result: Result | None, steps: int) -> Row:
 
 
 def protocol_of(result: Result) -> tuple[str, str]:
-    return result.metric, as_key(result.protocol)
+    return result.measure
 
 
 def metric_columns(compared: Sequence[Compared]) -> dict[str, tuple[str, str]]:
