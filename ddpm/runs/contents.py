@@ -210,7 +210,7 @@ class _Meta(_Part):
 
 
 _RECORD, _SETTINGS, _META = TypeAdapter(_Record), TypeAdapter(_Settings), TypeAdapter(_Meta)
-_CHOICES = TypeAdapter(dict[str, Annotated[str, Field(pattern=r"^[\w.@/+-]*$")] | None])
+_CHOICES = TypeAdapter(dict[str, Annotated[str, Field(pattern=r"^[\w.@/+-]*$")]])
 _FIGURES = TypeAdapter(list[_Figure])
 _SCALARS = TypeAdapter(dict[str, int | float], config=ConfigDict(strict=True))
 _COSTS = TypeAdapter(dict[str, int | float | None], config=ConfigDict(strict=True))

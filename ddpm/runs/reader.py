@@ -10,7 +10,7 @@ from ddpm.runs.folder import RunFolder
 from ddpm.runs.format import upgraded
 from ddpm.runs.identity import flat, identity_of
 from ddpm.runs.results import Result, read_measurements, results_of
-from ddpm.system.files import short_hash
+from ddpm.system.files import by_value, short_hash
 from ddpm.system.plain import Unreadable
 
 WHY = 160  # characters of what is wrong with a file
@@ -85,11 +85,13 @@ def _told(run: RunFolder) -> Compared:
     contents.check_lines(run.path)
     lines = contents.read_lines(run.path / "metrics.jsonl")
     measured = read_measurements(run.path / "evaluation.json")
-    changes = [
-        {"step": start["from_step"], "changed": start["changed"]}
-        for start in record.get("starts", [])
-        if start.get("changed")
-    ]
+    changes = by_value(
+        [
+            {"step": start["from_step"], "changed": start["changed"]}
+            for start in record.get("starts", [])
+            if start.get("changed")
+        ]
+    )
     try:
         plain = upgraded(settings, record)
         identity = {**identity_of(plain), **({"changes": changes} if changes else {})}

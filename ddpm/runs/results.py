@@ -323,17 +323,17 @@ def results_of(
         last = max(same, key=lambda entry: entry["protocol"]["step"])
         choose = better(last["metric"])
         chosen = choose(same, key=lambda entry: entry["value"]) if choose is not None else None
-        best = None if chosen is None else (chosen["value"], chosen["protocol"]["step"])
+        best = None if chosen is None else (float(chosen["value"]), chosen["protocol"]["step"])
         protocol = {key: value for key, value in last["protocol"].items() if key != "step"}
         protocol |= pictures
         found.append(
             Result(
                 last["metric"],
                 protocol,
-                (last["value"], last["protocol"]["step"]),
+                (float(last["value"]), last["protocol"]["step"]),
                 best,
-                last["deviation"],
-                tuple(sorted((entry["protocol"]["step"], entry["value"]) for entry in same)),
+                None if last["deviation"] is None else float(last["deviation"]),
+                tuple(sorted((entry["protocol"]["step"], float(entry["value"])) for entry in same)),
             )
         )
     return found
