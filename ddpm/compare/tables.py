@@ -81,7 +81,8 @@ def _runs_in(folder: Path) -> list[Path]:
         if "config.yaml" in files and "run.json" in files:
             found.append(place)
             below[:] = set(below) - {"checkpoints", "samples", ".hydra"}  # many, and none is a run
-    return [Path(place) for place in sorted(found, key=lambda place: place.split(os.sep))]
+    found.sort(key=lambda place: place.split(os.sep))  # noqa: PTH206
+    return [Path(place) for place in found]
 
 
 def once(compared: Sequence[Compared]) -> tuple[list[Compared], list[str]]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from ddpm.system.plain import Unreadable, is_there, read_bytes, read_json, read_yaml
+from ddpm.system.plain import LARGEST, Unreadable, is_there, read_bytes, read_json, read_yaml
 
 BYTES = 32 * 2**20  # at most of run.json and evaluation.json
 BYTES_OF_SETTINGS = 2**20  # at most of config.yaml, choices.yaml and meta.json
@@ -20,6 +20,7 @@ PARTS_OF_CHECKPOINT = ("ema.safetensors", "model.safetensors", "state.pt")
 
 Step = Annotated[int, Field(ge=0, lt=2**63)]
 Number = int | float
+Scalar = Annotated[int, Field(gt=-LARGEST, lt=LARGEST)] | float  # of more digits: infinite
 Pixels = Annotated[int, Field(gt=0, lt=2**31)]
 Resolution = Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)]
 Table = dict[str, Any]
@@ -212,8 +213,8 @@ class _Meta(_Part):
 _RECORD, _SETTINGS, _META = TypeAdapter(_Record), TypeAdapter(_Settings), TypeAdapter(_Meta)
 _CHOICES = TypeAdapter(dict[str, Annotated[str, Field(pattern=r"^[\w.@/+-]*$")]])
 _FIGURES = TypeAdapter(list[_Figure])
-_SCALARS = TypeAdapter(dict[str, int | float], config=ConfigDict(strict=True))
-_COSTS = TypeAdapter(dict[str, int | float | None], config=ConfigDict(strict=True))
+_SCALARS = TypeAdapter(dict[str, Scalar], config=ConfigDict(strict=True))
+_COSTS = TypeAdapter(dict[str, Scalar | None], config=ConfigDict(strict=True))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -295,7 +296,8 @@ def _fitting(file: Path, found: Any, schema: TypeAdapter[Any]) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise Unreadable(file, f"{place}: {first['msg']}" if place else first["msg"]) from None
+        why = "not a table" if first["type"] == "model_type" else first["msg"]
+        raise Unreadable(file, f"{place}: {why}" if place else why) from None
     return found
 
 

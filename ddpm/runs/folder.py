@@ -139,7 +139,7 @@ class RunFolder:
         try:
             with lock(self.path / ".lock", wait=0):
                 return "cut off"
-        except (Timeout, PermissionError):  # the last where the run is somebody else's
+        except (Timeout, PermissionError, ValueError):  # somebody else's; a disk without locks
             return status
 
     def start(
