@@ -75,7 +75,8 @@ def read(run: RunFolder) -> Compared:
         return _told(run)
     except Unreadable as error:
         file = error.file.relative_to(run.path)
-        return Compared(run, {}, {}, {}, {}, [], f"unreadable ({file}: {error.why[:WHY]})")
+        status = f"unreadable ({file}: {error.why[:WHY]})"
+        return Compared(run, {}, {}, {}, {}, [], status, damaged=[])
 
 
 def _told(run: RunFolder) -> Compared:
