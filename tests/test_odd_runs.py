@@ -18,7 +18,7 @@ from ddpm.runs.reader import read
 from ddpm.runs.results import window_means
 from ddpm.system.plain import Unreadable, read_json, read_yaml
 
-EXAMPLES = int(os.environ.get("DDPM_ODD_EXAMPLES", "4"))
+EXAMPLES = int(os.environ.get("DDPM_ODD_EXAMPLES", "3"))
 DIGITS = "1" * 400
 DEEP = "[" * 100_000
 META = "checkpoints/step_00000006/meta.json"
