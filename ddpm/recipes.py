@@ -3,13 +3,13 @@
 The page is the table of the named runs.
 """
 
-import json
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 
 from ddpm.config.compose import EXPERIMENTS, Composed, compose
 from ddpm.config.schema import Config, Recipe, training_config
+from ddpm.runs.contents import read_record
 from ddpm.runs.folder import starts_of
 from ddpm.runs.results import PARTS, read_measurements
 
@@ -144,7 +144,7 @@ def summarize_results(name: str, results: Path = RESULTS) -> str:
     figures = read_measurements(folder / "evaluation.json")
     if not figures:
         return "not measured"
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    run = read_record(folder)
     last = starts_of(run)[-1]
     shown = [
         f"{entry['id']} {entry['value']:.4g}"

@@ -22,6 +22,7 @@ main = command(
         "python -m ddpm.sample run=$(python -m ddpm.compare best=loss)",
         "python -m ddpm.compare runs=DIR plot=true plot_of=eval/fid plot_over=hours colour_by=lr",
     ],
+    recipes=False,
 )
 
 if __name__ == "__main__":

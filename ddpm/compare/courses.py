@@ -9,9 +9,10 @@ import numpy as np
 from ddpm.compare import order
 from ddpm.compare.tables import but_for_seed, differences, metric_columns, protocol_of
 from ddpm.config.compose import nearest
+from ddpm.runs.contents import read_lines
 from ddpm.runs.costs import read_costs
 from ddpm.runs.reader import Compared
-from ddpm.runs.results import read_lines, scalar_curve, window_means
+from ddpm.runs.results import scalar_curve, window_means
 
 Over = Literal["step", "images", "hours", "device_hours", "flops"]
 SMOOTH = 0.05  # share of a run's steps that what training reports is averaged over

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from ddpm.compare.tables import differences, label
+from ddpm.compare.tables import deviation, differences, label
 from ddpm.runs.identity import flat
 from ddpm.runs.reader import Compared, format_value
 from ddpm.runs.results import Result, name
@@ -96,7 +96,6 @@ def _is_distance(metric: str) -> bool:
 def _curves(
     compared: Sequence[Compared], metrics: tuple[str, ...], over: str, over_seeds: OverSeeds
 ) -> list[Curve]:
-    apart = differences(compared)
     found: list[tuple[int, int, dict[str, Any], list[Point]]] = []
     for index, one in enumerate(compared):
         groups: dict[str, list[Result]] = {}
@@ -109,6 +108,9 @@ def _curves(
             if len(points) > 1:
                 rest = _without(same[0].protocol, over)
                 found.append((index, same[0].final[1], rest, points))
+    if not found:
+        return []
+    apart = differences(compared)
     panels: dict[str, list[int]] = {}
     for number, (_, _, protocol, _) in enumerate(found):
         panels.setdefault(as_key(_without_keys(protocol, DIFFER)), []).append(number)
@@ -181,8 +183,8 @@ def _points(
 def _of_seeds(values: list[float], seeds: list[int], over_seeds: OverSeeds) -> Value:
     if over_seeds == "min_of_3":
         return Value(min(values), None, seeds)
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Value(statistics.mean(values), deviation, seeds)
+    spread = deviation(values) if len(values) > 1 else None
+    return Value(statistics.mean(values), spread, seeds)
 
 
 def _setting(protocol: dict[str, Any], over: str) -> float | int:

@@ -18,9 +18,10 @@ from ddpm.compare import tables
 from ddpm.compare.strips import Strips, strips_of
 from ddpm.compare.tables import protocol_of
 from ddpm.compare.told import told_of, whole_configuration
+from ddpm.runs.contents import read_lines
 from ddpm.runs.costs import read_costs
 from ddpm.runs.reader import Compared
-from ddpm.runs.results import PARTS, Result, better, read_lines
+from ddpm.runs.results import PARTS, Result, better
 from ddpm.system.files import write_text
 
 PAGE = Path(__file__).with_name("page")

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
-import torch
 from pydantic import Field
 
 from ddpm.compare import courses, curves, order, report, tables
@@ -16,15 +14,11 @@ from ddpm.compare.courses import Over
 from ddpm.compare.curves import Curve, OverSeeds
 from ddpm.compare.drawing import require_matplotlib
 from ddpm.compare.plots import draw_scales, draw_steps
-from ddpm.config import build
 from ddpm.config.compose import Composed
 from ddpm.config.schema import plain_config
-from ddpm.config.validation import Count, Node, Section, Text, check_node, validate
-from ddpm.runs.reader import Compared, read
-from ddpm.sample.figures import Figure, draw_labels
-from ddpm.sample.images import save_png, to_picture, to_uint8
-from ddpm.sample.subject import of_run
-from ddpm.system import devices
+from ddpm.config.validation import Count, Node, Section, Text, validate
+from ddpm.runs.many import read_many
+from ddpm.runs.reader import Compared
 from ddpm.system.files import write_text
 
 
@@ -107,7 +101,7 @@ def run(composed: Composed) -> list[Compared]:
             print(f"curves {folder / 'curves.csv'}", flush=True)
     if settings.grid:
         folder.mkdir(parents=True, exist_ok=True)
-        save_png(folder / "grid.png", draw(settings, compared))
+        _draw_grid(folder / "grid.png", compared, settings)
         print(f"grid {folder / 'grid.png'}", flush=True)
     if settings.plot:
         file = folder / f"{'loss' if settings.plot_of == 'loss' else 'measure'}.png"
@@ -148,7 +142,7 @@ def _read(settings: Settings) -> list[Compared]:
     """All that is known of the runs, each once; says what is left out."""
     found, empty = tables.find(settings.runs, settings.outputs)
     _say([f"{given}: no run there" for given in empty], "warning")
-    compared, copies = tables.once([read(one) for one in found])
+    compared, copies = tables.once(read_many(found, Path(settings.outputs) / "cache"))
     _say(copies, "note")
     for one in compared:
         file = one.run.path / "metrics.jsonl"
@@ -175,32 +169,19 @@ def _asked(settings: Settings) -> str:
     )
 
 
-def draw(settings: Settings, compared: Sequence[Compared]) -> np.ndarray:
-    """Draws a row of samples for each run, a column for each noise: (H, W, 3) uint8.
+def _draw_grid(file: Path, compared: Sequence[Compared], settings: Settings) -> None:
+    from ddpm.compare import grid  # not at the top: a table need not wait for torch
 
-    Networks of the same image size start from the same noise. A run that cannot be drawn from is
-    left out, and named with the reason.
-
-    Raises:
-        ValueError: If none can.
-    """
-    device = devices.device(settings.device)
-    check_node("sampler", settings.sampler, settings.trusted_modules)
-    drawn: list[np.ndarray] = []
-    labels: list[str] = []
-    for one, differs in zip(compared, tables.differences(compared), strict=True):
-        try:
-            drawn.append(_samples(settings, one, device))
-            labels.append(tables.label(differs))
-        except ValueError as error:
-            path = one.run.path
-            print(f"warning: {path} has no row in the grid: {error}", file=sys.stderr, flush=True)
-    if not drawn:
-        raise ValueError("grid=true: none of these runs can be drawn from")
-    height, width = (max(row.shape[side] for row in drawn) for side in (1, 2))
-    rows = [np.stack([_resized(image, height, width) for image in row]) for row in drawn]
-    heads = [f"noise {index}" for index in range(settings.num_samples)]
-    return draw_labels(Figure(rows, labels, heads, {}))
+    grid.draw(
+        file,
+        compared,
+        settings.sampler,
+        settings.num_samples,
+        settings.seed,
+        settings.weights,
+        settings.device,
+        settings.trusted_modules,
+    )
 
 
 def _print_rows(
@@ -243,17 +224,3 @@ def _swept_columns(compared: Sequence[Compared]) -> set[str]:
 
 def _but(hidden: set[str], rows: Sequence[tables.Row]) -> list[tables.Row]:
     return [{name: value for name, value in row.items() if name not in hidden} for row in rows]
-
-
-def _samples(settings: Settings, one: Compared, device: torch.device) -> np.ndarray:
-    """A run's row: (num_samples, H, W, C) uint8."""
-    subject = of_run(one.run, None, settings.weights, settings.trusted_modules).subject
-    sampler = build.sampler(settings.sampler, subject.diffusion)
-    drawing = subject.drawing(sampler, settings.seed, device, "tf32")
-    count = settings.num_samples
-    return to_uint8(drawing.images(range(count), subject.classes_in_turn(count)))
-
-
-def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, C) uint8 as (height, width, 3), each pixel as it is."""
-    return np.asarray(to_picture(image).convert("RGB").resize((width, height), resample=0))

@@ -4,6 +4,8 @@ import csv
 import glob
 import io
 import json
+import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import UTC
@@ -54,15 +56,7 @@ def find(runs: str | Sequence[str] | None, outputs: str) -> tuple[list[RunFolder
             # Path.glob takes no absolute pattern
             else [Path(match) for match in sorted(glob.glob(str(path)))]  # noqa: PTH207
         )
-        inside = [
-            [match]
-            if (match / "config.yaml").is_file()
-            else sorted(file.parent for file in match.glob("**/config.yaml"))
-            for match in matches
-        ]
-        here = [
-            folder for folders in inside for folder in folders if (folder / "run.json").is_file()
-        ]
+        here = [folder for match in matches for folder in _runs_in(match)]
         found.update(dict.fromkeys(here))
         if not here:
             empty.append(pattern)
@@ -78,6 +72,19 @@ def find(runs: str | Sequence[str] | None, outputs: str) -> tuple[list[RunFolder
     return [RunFolder(folder) for folder in folders], empty
 
 
+def _runs_in(folder: Path) -> list[Path]:
+    """The folder if it is a run's, else those of the runs anywhere below it."""
+    if (folder / "config.yaml").is_file():
+        return [folder] if (folder / "run.json").is_file() else []
+    found = []
+    for place, below, files in os.walk(folder):
+        if "config.yaml" in files and "run.json" in files:
+            found.append(place)
+            below[:] = set(below) - {"checkpoints", "samples", ".hydra"}  # many, and none is a run
+    found.sort(key=lambda place: place.split(os.sep))  # noqa: PTH206
+    return [Path(place) for place in found]
+
+
 def once(compared: Sequence[Compared]) -> tuple[list[Compared], list[str]]:
     """Counts each run once: the same identity, pictures and weights are the same run.
 
@@ -87,7 +94,10 @@ def once(compared: Sequence[Compared]) -> tuple[list[Compared], list[str]]:
 
     def key(one: Compared) -> str:
         fingerprint = (one.record.get("data") or {}).get("fingerprint")
-        return as_key([one.identity, fingerprint, one.weights or str(one.run.path)])
+        # an identity is canonical: as_key would only take longer
+        return json.dumps(
+            [one.identity, fingerprint, one.weights or str(one.run.path)], sort_keys=True
+        )
 
     chosen: dict[str, Compared] = {}
     for one in sorted(compared, key=lambda one: one.status != "complete"):
@@ -175,12 +185,18 @@ def over_seeds(compared: Sequence[Compared]) -> list[Row]:
             if len(values) > 1:
                 row |= {
                     f"{column} mean": statistics.mean(values),
-                    f"{column} deviation": statistics.stdev(values),
+                    f"{column} deviation": deviation(values),
                 }
                 if len(values) < len(members):
                     row[f"{column} runs"] = len(values)
         table.append(row)
     return table
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Returns the standard deviation of a sample, NaN where a value is not finite."""
+    finite = all(map(math.isfinite, values))
+    return statistics.stdev(values) if finite else math.nan
 
 
 def seed_groups(compared: Sequence[Compared]) -> list[list[int]]:
@@ -195,7 +211,7 @@ def seed_groups(compared: Sequence[Compared]) -> list[list[int]]:
 def but_for_seed(one: Compared) -> str:
     """Returns what runs have in common that differ in their seed alone, as text."""
     identity = {key: value for key, value in one.identity.items() if key != "seed"}
-    return as_key([identity, (one.record.get("data") or {}).get("fingerprint")])
+    return json.dumps([identity, (one.record.get("data") or {}).get("fingerprint")], sort_keys=True)
 
 
 def differences(compared: Sequence[Compared]) -> list[Row]:
@@ -205,11 +221,7 @@ def differences(compared: Sequence[Compared]) -> list[Row]:
     """
     readable = [one for one in compared if one.settings]
     keys = list(dict.fromkeys(key for one in readable for key in one.settings))
-    differing = [
-        key
-        for key in keys
-        if len({json.dumps(one.settings.get(key), sort_keys=True) for one in readable}) > 1
-    ]
+    differing = [key for key in keys if _differ([one.settings.get(key) for one in readable])]
     columns: list[str] = []
     for group in CHOICES:
         options = {one.choices.get(group) for one in readable}
@@ -218,7 +230,7 @@ def differences(compared: Sequence[Compared]) -> list[Row]:
             columns.append(group)
             by_option = [
                 {
-                    json.dumps([one.settings.get(key) for key in inside])
+                    tuple(_comparable(one.settings.get(key)) for key in inside)
                     for one in readable
                     if one.choices.get(group) == option
                 }
@@ -231,6 +243,20 @@ def differences(compared: Sequence[Compared]) -> list[Row]:
         | {key: _plain(one.settings.get(key)) for key in differing if not key.endswith("._target_")}
         for one in compared
     ]
+
+
+def _differ(values: list[Any]) -> bool:
+    """Whether not all of them are written alike."""
+    first = values[0]
+    if isinstance(first, str | int | None) and values.count(first) == len(values):
+        return len(set(map(type, values))) > 1
+    return len(set(map(_comparable, values))) > 1
+
+
+def _comparable(value: Any) -> Any:
+    """What is equal for values that are written alike: True is not 1, and NaN is NaN."""
+    exact = value is None or isinstance(value, str | int)
+    return (type(value), value) if exact else json.dumps(value, sort_keys=True)
 
 
 def sort_runs(compared: Sequence[Compared]) -> list[Compared]:
@@ -339,7 +365,7 @@ def _values(column: str, result: Result | None, steps: int) -> Row:
 
 
 def protocol_of(result: Result) -> tuple[str, str]:
-    return result.metric, as_key(result.protocol)
+    return result.measure
 
 
 def metric_columns(compared: Sequence[Compared]) -> dict[str, tuple[str, str]]:

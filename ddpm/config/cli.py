@@ -66,6 +66,7 @@ def command(
     check: sweeps.Check | None = None,
     heeds: bool = False,
     scored: search.Scored | None = None,
+    recipes: bool = True,
 ) -> Callable[[], None]:
     """Returns the main function of `python -m ddpm.<name>`.
 
@@ -85,6 +86,7 @@ def command(
         check: Looks, before a sweep's first job, whether a job can run, on this machine or another.
         heeds: Whether it stops when told, to carry on later (ddpm.system.signals); so a sweep does.
         scored: Says what a search goes by (hydra/sweeper=optuna), of a job that is complete.
+        recipes: Whether experiment= can be given; it takes half a second to make them ready.
     """
     config_name = config_name or name
 
@@ -124,7 +126,8 @@ def command(
             return outcome
 
         job.__module__ = f"ddpm.{name}"  # Hydra's job name is its last part
-        register_experiments()
+        if recipes:
+            register_experiments()
         sweeps.set_defaults()
         # have Hydra raise rather than print its own several lines
         os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -29,8 +29,7 @@ from ddpm.config.validation import (
     entries,
     validate,
 )
-from ddpm.system.precision import Precision
-from ddpm.system.ways import Name
+from ddpm.system.names import Name, Precision
 
 
 class Data(Section):

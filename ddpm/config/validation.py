@@ -119,7 +119,8 @@ def public_names() -> tuple[str, ...]:
     )
 
 
-def own_arguments(target: str) -> dict[str, Any]:
+@functools.cache
+def own_arguments(target: str) -> Mapping[str, Any]:
     """Returns the arguments of something public of ours: name -> default, `...` for none."""
     module, _, name = target.rpartition(".")
     parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters

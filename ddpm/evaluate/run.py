@@ -23,7 +23,7 @@ from ddpm.sample.subject import Trained, of_run
 from ddpm.sample.tuning import check as check_tune
 from ddpm.system import signals
 from ddpm.system.files import lock
-from ddpm.system.precision import Precision
+from ddpm.system.names import Name, Precision
 from ddpm.system.processes import (
     device_of,
     find_processes,
@@ -32,7 +32,6 @@ from ddpm.system.processes import (
     wait_to_leave,
 )
 from ddpm.system.signals import Preempted
-from ddpm.system.ways import Name
 
 
 class Settings(Section):
@@ -179,8 +178,8 @@ def _show(trained: Trained, figures: Sequence[Measurement]) -> None:
         for tag, one in zip(_tags(folder, figures), figures, strict=True):
             board.add_scalar(tag, one.value, trained.step)
     record = folder.record()
-    if record["status"] != "running":
+    if record.get("status") not in (None, "running"):
         with lock(folder.path / ".conclusion.lock"):  # of several jobs the last one knows all
             ended = results.read_results(folder, trained.config.model_dump(mode="json"))
             values = results.scalars(ended)
-            recording.conclude(folder.path, record["status"], record["step"], values)
+            recording.conclude(folder.path, record["status"], record.get("step", 0), values)

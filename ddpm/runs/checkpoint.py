@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ddpm.runs.contents import checkpoint_folders, read_meta
 from ddpm.system import files
+from ddpm.system.plain import Unreadable
 
 log = logging.getLogger(__name__)
-
-_PREFIX = "step_"
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class Checkpoint:
         The checksums that were written with them tell.
         """
         try:
-            sums = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))["sha256"]
-        except (OSError, ValueError, KeyError) as error:
-            return f"meta.json cannot be read ({error})"
+            sums = read_meta(self.folder)["sha256"]
+        except Unreadable as error:
+            return f"meta.json cannot be read ({error.why})"
         for name, expected in sums.items():
             file = self.folder / name
             if not file.is_file():
@@ -112,7 +112,7 @@ def save(
     checkpoints.mkdir(parents=True, exist_ok=True)
     rest = dict(state)
     step, weights = rest.pop("step"), {kind: rest.pop(kind) for kind in ("model", "ema")}
-    folder = checkpoints / f"{_PREFIX}{step:08d}"
+    folder = checkpoints / f"step_{step:08d}"
     try:
         with files.whole(folder) as scratch:
             scratch.mkdir()
@@ -142,15 +142,7 @@ def drop_old(checkpoints: Path, keep: int, best: int | None) -> None:
 
 def all_in(checkpoints: Path) -> list[Checkpoint]:
     """Returns the whole checkpoints of a run, oldest first."""
-    folders = [
-        folder
-        for folder in checkpoints.glob(f"{_PREFIX}{'[0-9]' * 8}")
-        if (folder / "meta.json").is_file()
-    ]
-    return sorted(
-        (Checkpoint(folder, int(folder.name.removeprefix(_PREFIX))) for folder in folders),
-        key=lambda found: found.step,
-    )
+    return [Checkpoint(folder, step) for step, folder in checkpoint_folders(checkpoints)]
 
 
 def newest_whole(checkpoints: Path) -> Checkpoint | None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ddpm.runs.results import read_lines
+from ddpm.runs.contents import read_lines
 
 KNOWN = ("images", "seconds", "seconds_in_steps")  # that each whole line has; flops may be null
 

@@ -4,23 +4,23 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from filelock import Timeout
 
 from ddpm.config.compose import Composed
 from ddpm.config.schema import Config, read_config
+from ddpm.runs import contents
 from ddpm.runs.format import COMPUTATION, FORMAT, upgraded
 from ddpm.system.files import InUse, lock, write_text
+from ddpm.system.plain import Unreadable
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is ten times as fast
 # what the first format kept of the last start only
 OF_A_START = ("command", "started", "device", "git", "versions", "platform")
 
@@ -80,24 +80,18 @@ class RunFolder:
             ) from error
 
     def plain(self, key: str = "run") -> dict[str, Any]:
-        """Returns the content of config.yaml as it stands there, unchecked.
+        """Returns the content of config.yaml as it stands there, of the right kinds alone.
 
         Raises:
             ValueError: If it cannot be read, or is not one of ours; it names the folder and the
                 key.
         """
-        file = self.path / "config.yaml"
         try:
-            plain = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            return contents.read_settings(self.path)
+        except Unreadable as error:
             raise ValueError(
-                f"{key}={self.path} is no run folder: its config.yaml cannot be read ({error})"
+                f"{key}={self.path} is no run folder: its config.yaml cannot be read ({error.why})"
             ) from error
-        if not isinstance(plain, dict) or not isinstance(plain.get("runtime"), dict):
-            raise ValueError(
-                f"{key}={self.path} is no run folder: its config.yaml is not one of ddpm.train"
-            )
-        return plain
 
     def record(self) -> dict[str, Any]:
         """Returns the content of run.json, empty before the first start.
@@ -105,13 +99,11 @@ class RunFolder:
         Raises:
             ValueError: If it cannot be read.
         """
-        file = self.path / "run.json"
         try:
-            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        except ValueError as error:
+            return contents.read_record(self.path)
+        except Unreadable as error:
             raise ValueError(
-                f"{file} cannot be read ({error}); "
-                f"remove it, and the run starts from its newest checkpoint"
+                f"{error}; remove it, and the run starts from its newest checkpoint"
             ) from error
 
     def classes(self) -> list[str]:
@@ -130,21 +122,24 @@ class RunFolder:
 
     def choices(self) -> dict[str, str]:
         """Returns the option that was chosen in each group, empty before the first start."""
-        file = self.path / ".hydra" / "choices.yaml"
-        return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return contents.read_choices(self.path)
 
     def status(self) -> str:
         """Returns how the run stands: complete, failed, preempted, running, cut off or not started.
 
         It is cut off if the process that trained it is gone and could not say so.
         """
-        status = self.record().get("status", "not started")
+        return self.status_of(self.record())
+
+    def status_of(self, record: Mapping[str, Any]) -> str:
+        """Returns how the run stands, whose run.json says that."""
+        status = str(record.get("status", "not started"))
         if status != "running" or not (self.path / ".lock").is_file():
             return status
         try:
             with lock(self.path / ".lock", wait=0):
                 return "cut off"
-        except (Timeout, PermissionError):  # the last where the run is somebody else's
+        except (Timeout, PermissionError, ValueError):  # somebody else's; a disk without locks
             return status
 
     def start(
@@ -253,6 +248,8 @@ def _command(composed: Composed) -> list[str]:
 
 
 def _provenance() -> dict[str, Any]:
+    import torch  # not at the top: ddpm.compare need not wait for it
+
     packages = (
         "accelerate",
         "hydra-core",

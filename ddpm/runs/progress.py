@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
+from ddpm.runs.contents import read_lines
 from ddpm.runs.costs import read_costs
 from ddpm.runs.folder import RunFolder, starts_of
 from ddpm.runs.reader import images_per_second
-from ddpm.runs.results import read_lines
 
 
 class Progress(NamedTuple):
@@ -60,7 +60,7 @@ def progress(run: RunFolder, record: Mapping[str, Any]) -> Progress:
     try:
         left = timedelta(seconds=each * (record["num_steps"] - step))
         return Progress(step, speed, None if last is None else last + left)
-    except OverflowError:  # past the year 9999
+    except (OverflowError, ValueError):  # past the year 9999; of steps that took NaN seconds
         return Progress(step, speed, None)
 
 

@@ -1,19 +1,19 @@
 """A run as its files tell of it: what it computed, how it stands, what it came to."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from ddpm.runs import checkpoint
+from ddpm.runs import contents
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.format import upgraded
 from ddpm.runs.identity import flat, identity_of
-from ddpm.runs.results import Result, read_lines, read_results
-from ddpm.system.files import short_hash
+from ddpm.runs.results import Result, read_measurements, results_of
+from ddpm.system.files import by_value, short_hash
+from ddpm.system.plain import Unreadable
+
+WHY = 160  # characters of what is wrong with a file
 
 
 def images_per_second(record: Mapping[str, Any]) -> float | None:
@@ -47,7 +47,7 @@ class Compared:
         identity: What it computed, in canonical form; and its changes on the way.
         settings: The same as dotted keys, in people's words.
         choices: The option chosen in each group.
-        record: The content of run.json.
+        record: The content of run.json, less the identity that the run began with.
         results: As read_results gives them.
         status: As RunFolder.status says, or why the files cannot be read.
         weights: Digest of its newest weights, None where there are none.
@@ -70,36 +70,51 @@ class Compared:
 
 
 def read(run: RunFolder) -> Compared:
-    """Returns what the files of a run tell."""
+    """Returns what the files of a run tell; its status says where one cannot be read."""
     try:
-        record = run.record()
-        plain = upgraded(run.plain(), record)
-        changes = [
+        return _told(run)
+    except Unreadable as error:
+        file = error.file.relative_to(run.path)
+        status = f"unreadable ({file}: {error.why[:WHY]})"
+        return Compared(run, {}, {}, {}, {}, [], status, damaged=[])
+
+
+def _told(run: RunFolder) -> Compared:
+    record = contents.read_record(run.path)
+    choices = contents.read_choices(run.path)
+    settings = contents.read_settings(run.path)
+    contents.check_lines(run.path)
+    lines = contents.read_lines(run.path / "metrics.jsonl")
+    measured = read_measurements(run.path / "evaluation.json")
+    changes = by_value(
+        [
             {"step": start["from_step"], "changed": start["changed"]}
             for start in record.get("starts", [])
             if start.get("changed")
         ]
+    )
+    try:
+        plain = upgraded(settings, record)
         identity = {**identity_of(plain), **({"changes": changes} if changes else {})}
-        settings = {key: value for key, value in flat(identity).items() if key != "changes"}
-        if plain["data"]["name"] == "folder" and plain["data"]["path"]:
-            settings["data.name"] = Path(plain["data"]["path"]).name
-        if changes:
-            settings["changed"] = _in_words(changes)
-        return Compared(
-            run,
-            identity,
-            settings,
-            run.choices(),
-            record,
-            read_results(run, plain),
-            run.status(),
-            _weights(run),
-            [line.number for line in read_lines(run.path / "metrics.jsonl") if not line.record],
-        )
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        return Compared(
-            run, {}, {}, {}, {}, [], f"unreadable ({' '.join(str(error).split())[:60]})"
-        )
+    except (KeyError, ValueError) as error:
+        why = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+        raise Unreadable(run.path / "config.yaml", why) from error
+    shown = {key: value for key, value in flat(identity).items() if key != "changes"}
+    if plain["data"]["name"] == "folder" and plain["data"]["path"]:
+        shown["data.name"] = Path(plain["data"]["path"]).name
+    if changes:
+        shown["changed"] = _in_words(changes)
+    return Compared(
+        run,
+        identity,
+        shown,
+        choices,
+        {key: value for key, value in record.items() if key != "identity"},
+        results_of(plain, record, lines, measured),
+        run.status_of(record),
+        _weights(run),
+        [line.number for line in lines if not line.record],
+    )
 
 
 def not_started(run: RunFolder) -> Compared:
@@ -118,11 +133,17 @@ def _in_words(changes: Sequence[Mapping[str, Any]]) -> str:
 
 def _weights(run: RunFolder) -> str | None:
     """A digest of the newest weights, from what was written beside them."""
-    found = checkpoint.all_in(run.checkpoints)
-    if not found:
-        return None
-    sums = json.loads((found[-1].folder / "meta.json").read_text(encoding="utf-8"))["sha256"]
-    return short_hash([sums.get(f"{kind}.safetensors") for kind in ("model", "ema")])
+    damages = []
+    for _, folder in reversed(contents.checkpoint_folders(run.checkpoints)):
+        try:
+            sums = contents.read_meta(folder)["sha256"]
+        except Unreadable as error:  # the one before counts
+            damages.append(error)
+        else:
+            return short_hash([sums[f"{kind}.safetensors"] for kind in ("model", "ema")])
+    if damages:
+        raise damages[0]
+    return None
 
 
 def summary(found: Compared) -> dict[str, str]:

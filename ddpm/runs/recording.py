@@ -25,7 +25,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import scalar
 
-from ddpm.runs import results
+from ddpm.runs.contents import read_lines
 from ddpm.system.files import write_bytes, write_text
 
 log = logging.getLogger("ddpm")
@@ -164,7 +164,7 @@ class _Lines:
     def __init__(self, path: Path, first_step: int, gaps: bool = False) -> None:
         self.last: dict[str, float | None] = {}
         kept = []
-        for line in results.read_lines(path, gaps):
+        for line in read_lines(path, gaps):
             if line.record is None:
                 where = f"{path}, line {line.number}"
                 log.warning("%s: damaged and left out: %.100r", where, line.text)

@@ -7,9 +7,11 @@ import bisect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from ddpm.runs.contents import Line, read_figures, read_lines
 from ddpm.runs.folder import RunFolder
 from ddpm.runs.identity import canonical, flat
 from ddpm.system.files import as_key, lock, write_text
@@ -31,6 +33,7 @@ BEFORE_OF: dict[str, dict[str, Any]] = {
     "precision": {"num_reference": None},
     "recall": {"num_reference": None},
 }
+MAY_MISS = ("deviation", "floor", "network")  # of an entry of evaluation.json
 # share of a run's steps that a loss is averaged over, so that runs with other log intervals compare
 WINDOW = 0.1
 
@@ -214,11 +217,17 @@ def read_measurements(path: Path) -> list[dict[str, Any]]:
     """Returns the entries of such a file, none if it is not there.
 
     Protocols of earlier versions get the fields that they lack, so that they mean the same.
+
+    Raises:
+        Unreadable: If the file is not one of ours.
     """
-    entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     return [
-        {**entry, "protocol": whole_protocol(entry["metric"], entry["protocol"])}
-        for entry in entries
+        {
+            **entry,
+            **{key: None for key in MAY_MISS if key not in entry},
+            "protocol": whole_protocol(entry["metric"], entry["protocol"]),
+        }
+        for entry in read_figures(path)
     ]
 
 
@@ -256,6 +265,11 @@ class Result:
         """
         return name(self.metric, self.protocol) if "count" in self.protocol else self.metric
 
+    @cached_property
+    def measure(self) -> tuple[str, str]:
+        """The metric and its protocol, as text: the same in two results, and they compare."""
+        return self.metric, as_key(self.protocol)
+
 
 def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
     """Returns the loss first, then every figure of evaluation.json in its order.
@@ -265,87 +279,66 @@ def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
     Args:
         run: The run's folder.
         config: The run's config.yaml.
+
+    Raises:
+        ValueError: If a file is not one of ours.
+    """
+    lines = read_lines(run.path / "metrics.jsonl")
+    return results_of(config, run.record(), lines, read_measurements(run.path / "evaluation.json"))
+
+
+def results_of(
+    config: Mapping[str, Any],
+    record: Mapping[str, Any],
+    lines: Sequence[Line],
+    measured: Sequence[dict[str, Any]],
+) -> list[Result]:
+    """Returns what `read_results` does, of what was read.
+
+    Args:
+        config: The content of config.yaml.
+        record: That of run.json.
+        lines: Of metrics.jsonl.
+        measured: The entries of evaluation.json.
     """
     data = config.get("data") or {}
     # decided by the run's settings, not by those of measuring; so no file has them
     pictures = {key: data[key] for key in ("resolution", "crop") if key in data}
     found = []
-    means = window_means(loss_curve(run.path))
+    means = window_means(curve_of(lines, "train/loss"))
     if means:
         decides = {
             key: value
             for group in ("schedule", "objective")
             for key, value in flat({group: canonical(config.get(group) or {}, group)}).items()
         }
-        fingerprint = (run.record().get("data") or {}).get("fingerprint")
+        fingerprint = (record.get("data") or {}).get("fingerprint")
         pictures_of_loss = {**pictures, "resize": data.get("resize", BEFORE["resize"])}
         protocol = {"data": fingerprint, **pictures_of_loss, **decides}
         lowest = min(means, key=lambda mean: mean[1])
         found.append(Result("loss", protocol, (means[-1][1], means[-1][0]), (lowest[1], lowest[0])))
     entries: dict[str, list[dict[str, Any]]] = {}
-    for entry in read_measurements(run.path / "evaluation.json"):
+    for entry in measured:
         protocol = {key: value for key, value in entry["protocol"].items() if key != "step"}
         entries.setdefault(as_key([entry["metric"], protocol]), []).append(entry)
     for same in entries.values():
         last = max(same, key=lambda entry: entry["protocol"]["step"])
         choose = better(last["metric"])
         chosen = choose(same, key=lambda entry: entry["value"]) if choose is not None else None
-        best = None if chosen is None else (chosen["value"], chosen["protocol"]["step"])
+        best = None if chosen is None else (float(chosen["value"]), chosen["protocol"]["step"])
         protocol = {key: value for key, value in last["protocol"].items() if key != "step"}
         protocol |= pictures
         found.append(
             Result(
                 last["metric"],
                 protocol,
-                (last["value"], last["protocol"]["step"]),
+                (float(last["value"]), last["protocol"]["step"]),
                 best,
-                last["deviation"],
-                tuple(sorted((entry["protocol"]["step"], entry["value"]) for entry in same)),
+                None if last["deviation"] is None else float(last["deviation"]),
+                tuple(sorted((entry["protocol"]["step"], float(entry["value"])) for entry in same)),
             )
         )
     return found
-
-
-class Line(NamedTuple):
-    """A whole line of metrics.jsonl or costs.jsonl.
-
-    Attributes:
-        number: In the file, from 1.
-        text: As it stands there.
-        record: What it says, `step` and scalars by name; None where it is damaged.
-    """
-
-    number: int
-    text: str
-    record: dict[str, Any] | None
-
-
-def read_lines(file: Path, gaps: bool = False) -> list[Line]:
-    """Returns the lines of a metrics.jsonl or costs.jsonl, none if it is not there.
-
-    A last line that a crash cut short is no line.
-
-    Args:
-        file: The file.
-        gaps: Take a line with null for a value as whole: costs.jsonl has it where one is not known.
-    """
-    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
-    return [
-        Line(number, line.decode(errors="replace"), _parse(line, gaps))
-        for number, line in enumerate(lines, start=1)
-        if line
-    ]
-
-
-def _parse(line: bytes, gaps: bool) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    sound = isinstance(record, dict) and isinstance(record.get("step"), int)
-    kinds = int | float | None if gaps else int | float
-    numbers = sound and all(isinstance(value, kinds) for value in record.values())
-    return record if numbers else None
 
 
 def loss_curve(folder: Path) -> list[tuple[int, float]]:
@@ -356,14 +349,20 @@ def loss_curve(folder: Path) -> list[tuple[int, float]]:
 def scalar_curve(folder: Path, tag: str) -> list[tuple[int, float]]:
     """Returns the (step, value) of every report of a scalar so far.
 
-    There are none without a metrics.jsonl. Lines that are cut short or damaged are left out.
+    There are none without a metrics.jsonl. Lines that are cut short or damaged are left out; of two
+    of one step the later one counts.
 
     Args:
         folder: The run's.
         tag: Such as train/grad_norm.
     """
-    records = [line.record for line in read_lines(folder / "metrics.jsonl") if line.record]
-    return [(record["step"], record[tag]) for record in records if tag in record]
+    return curve_of(read_lines(folder / "metrics.jsonl"), tag)
+
+
+def curve_of(lines: Sequence[Line], tag: str) -> list[tuple[int, float]]:
+    """Returns what `scalar_curve` does, of lines that were read."""
+    records = [line.record for line in lines if line.record and tag in line.record]
+    return sorted({record["step"]: record[tag] for record in records if record["step"]}.items())
 
 
 def window_means(

@@ -11,7 +11,7 @@ from ddpm.diffusion.process import GaussianDiffusion, Model
 from ddpm.diffusion.samplers import Noise, Sampler, Watch, latents, step_noise
 from ddpm.system import precision
 from ddpm.system.devices import halve_to_fit
-from ddpm.system.precision import Precision
+from ddpm.system.names import Precision
 from ddpm.system.signals import at_once
 
 

@@ -1,16 +1,21 @@
 """Pictures to look at: from [-1, 1] to 8 bits, one file an image, or many in a grid."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from ddpm.config.schema import Quantize
 from ddpm.system.files import whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -44,7 +44,7 @@ from ddpm.sample.subject import (
 from ddpm.sample.tuning import check as check_tune
 from ddpm.sample.tuning import tuned
 from ddpm.system import signals
-from ddpm.system.precision import Precision
+from ddpm.system.names import Name, Precision
 from ddpm.system.processes import (
     agree,
     device_of,
@@ -55,7 +55,6 @@ from ddpm.system.processes import (
     wait_to_leave,
 )
 from ddpm.system.signals import Preempted
-from ddpm.system.ways import Name
 from ddpm.weights import folders
 from ddpm.weights.published import Published, file_at
 

@@ -19,7 +19,7 @@ from ddpm.runs.pictures import moved
 from ddpm.sample.drawing import Drawing
 from ddpm.system.devices import to_device
 from ddpm.system.files import short_hash
-from ddpm.system.precision import Precision
+from ddpm.system.names import Precision
 from ddpm.weights import folders
 from ddpm.weights.published import Published
 

@@ -14,7 +14,7 @@ from ddpm.diffusion.samplers import Sampler, step_noise
 from ddpm.sample.drawing import Drawing
 from ddpm.system import ways
 from ddpm.system.devices import to_device, wait_for
-from ddpm.system.precision import Precision
+from ddpm.system.names import Precision
 from ddpm.system.ways import Difference, difference
 from ddpm.tune.search import FEW, Found
 from ddpm.tune.timing import fill, rounds

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddpm.system.devices import wait_for
-from ddpm.system.precision import Precision
+from ddpm.system.names import Precision
 
 DTYPES = {
     "fp32": torch.float32,

@@ -8,11 +8,11 @@ NVIDIA GPU (Ampere and later), which has 10 bits of mantissa there; elsewhere th
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+from ddpm.system.names import Precision
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS gives the same bits each time

@@ -23,9 +23,10 @@ from accelerate.utils import (
 
 from ddpm.system import devices, signals
 from ddpm.system.internals import reset_accelerate
+from ddpm.system.names import Precision
 from ddpm.system.peers import PeerLost, Peers
-from ddpm.system.precision import Precision, products
 from ddpm.system.precision import deterministic as bits_kept
+from ddpm.system.precision import products
 from ddpm.system.signals import Preempted
 
 T = TypeVar("T")

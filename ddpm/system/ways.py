@@ -16,7 +16,8 @@ from ddpm.system.internals import (
     keep_dropout_when_compiled,
     naming_limit,
 )
-from ddpm.system.precision import AUTOCAST, Precision
+from ddpm.system.names import Precision
+from ddpm.system.precision import AUTOCAST
 
 # Shapes of batches, and modes, that code is made for; torch's own limit, 8, is reached by previews
 # and measures.
@@ -41,18 +42,6 @@ class Way:
     search: bool = False
 
 
-Name = Literal[
-    "nchw",
-    "channels_last",
-    "compiled",
-    "compiled_blocks",
-    "graphs",
-    "nchw_search",
-    "channels_last_search",
-    "compiled_search",
-    "compiled_blocks_search",
-    "graphs_search",
-]
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 _PLAIN = {
     "nchw": Way("nchw"),

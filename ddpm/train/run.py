@@ -15,7 +15,7 @@ from ddpm.config.compose import Composed
 from ddpm.config.schema import Config
 from ddpm.data.batches import Batches
 from ddpm.evaluate.measure import check_extractor
-from ddpm.runs import pictures, reader, recording, results
+from ddpm.runs import contents, pictures, reader, recording, results
 from ddpm.runs.folder import RunFolder
 from ddpm.system import files, signals
 from ddpm.system.peers import PeerLost
@@ -56,6 +56,7 @@ def run(composed: Composed) -> RunFolder:
             print(note, flush=True)
         _say_complete(folder, record["step"])
         return folder
+    contents.check(folder.path)
     with (
         naming_lost(),
         accelerator_for(

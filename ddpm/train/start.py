@@ -157,7 +157,7 @@ def jump_of_rate(config: Config, run: RunFolder, num_steps: int) -> list[str]:
     """
     record = run.record()
     step = record.get("step", 0)
-    if not step:
+    if not step or not record.get("num_steps"):
         return []
     before = run.config(config.runtime.trusted_modules)
     old, new = (

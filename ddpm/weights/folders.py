@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.models.unet import UNet
 from ddpm.runs import checkpoint
+from ddpm.runs.contents import read_settings
 from ddpm.system.files import sha256, whole
 from ddpm.weights.scheduler_settings import Chain, chain, scheduler_config
 from ddpm.weights.tensors import read_tensors
@@ -142,9 +143,7 @@ def find(name: str, option: str) -> Pretrained:
     folder = _folder(name, option)
     if (folder / "config.yaml").is_file():
         with _naming(f"{option}: config.yaml"):
-            model = dict(
-                yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
-            )
+            model = dict(read_settings(folder)["model"])
             _ = model["_target_"]
         with _naming(option):
             return Pretrained(
