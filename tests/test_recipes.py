@@ -356,7 +356,7 @@ def test_what_was_measured_is_read_from_what_was_stored(tmp_path):
     assert recipes.summarize_results("cifar10", tmp_path) == "not measured"
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10" / "run.json").write_text(
-        '{"step": 800000, "command": [], "device": "1 x cuda", "git": {"commit": "0123456789"}}'
+        '{"status": "complete", "step": 800000, "command": [], "device": "1 x cuda", "git": {"commit": "0123456789"}}'
     )
     protocol = {"count": 50_000, "split": "train", "weights": "ema", "step": 800_000}
     results.record(

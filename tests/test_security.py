@@ -314,7 +314,9 @@ def artefacts(tmp_path_factory, tiny):
             patch.setattr(socket.socket, name, listen)
         before = os.umask(0o027)
         try:
-            run(patch, train.main, *tiny, "training.steps=2", f"outputs={root / 'outputs'}")
+            outputs = root / "outputs"
+            own = ("training.steps=2", f"outputs={outputs}", f"data.cache={outputs / 'cache'}")
+            run(patch, train.main, *tiny, *own)
             folder = next((root / "outputs").glob("*/*/run.json")).parent
             run(
                 patch,
