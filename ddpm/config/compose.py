@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddpm.config.rules import keep_runs_folder, one_unit, words_to_compose
-from ddpm.system.internals import compose_once, share_recipes, tap_composition
+from ddpm.config.trust import check_trust, is_shipped, refuse_code, say_environment
+from ddpm.system.internals import Option, compose_once, share_recipes, tap_composition
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # an installed wheel, else a checkout
@@ -278,6 +279,23 @@ def refuse_hidden(folders: Sequence[str]) -> None:
                 )
 
 
+def _look_at_file(option: Option) -> None:
+    """Looks at a file of options before it is merged into those before it."""
+    if not is_shipped(option.place, option.provider, CONF):
+        own = option.place.startswith("file://")
+        place = option.place.removeprefix("file://") if own else "experiments"
+        name = option.path if own else option.path.removeprefix("experiment/")
+        refuse_code(f"{place}/{name.removesuffix('.yaml')}.yaml", option.config)
+    one_unit(option.path, option.package, option.config)
+
+
+def _look_at_all(cfg: DictConfig) -> None:
+    """Looks at what was composed."""
+    check_trust(cfg)
+    keep_runs_folder(cfg)
+
+
 compose_once()
 share_recipes()
-tap_composition(words_to_compose, one_unit, keep_runs_folder)
+say_environment()
+tap_composition(words_to_compose, _look_at_file, _look_at_all)

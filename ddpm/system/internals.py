@@ -56,9 +56,27 @@ def share_recipes() -> None:
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
 
 
+class Option(NamedTuple):
+    """A file of options, as Hydra has read it.
+
+    Attributes:
+        path: The option, as experiment/cifar10.
+        package: Where its keys go; empty or None for the top.
+        place: The folder that it lies in, as file:///conf or pkg://hydra.conf.
+        provider: Who added that folder.
+        config: Its content, below its package.
+    """
+
+    path: str
+    package: str | None
+    place: str
+    provider: str
+    config: Any
+
+
 def tap_composition(
     words: Callable[[list[str], Any, bool, str], list[str]],
-    file: Callable[[str, str | None, Any], None],
+    file: Callable[[Option], None],
     whole: Callable[[Any], None],
 ) -> None:
     """Has each composition of Hydra in this process pass through three functions.
@@ -69,8 +87,7 @@ def tap_composition(
         words: Of the overrides typed, the loader, whether it is for a sweep, and the name of the
             configuration, makes those that are composed in their place. The configuration tells of
             those typed.
-        file: Is called with the name, the package and the content of each file, before it is
-            merged into those before it.
+        file: Is called with each file, before it is merged into those before it.
         whole: Is called with what was composed.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -93,7 +110,8 @@ def tap_composition(
     def tapped_file(self: Any, default: Any, repo: Any) -> Any:
         loaded = load_file(self, default, repo)
         if OmegaConf.is_dict(loaded.config):
-            file(default.config_path, default.package, loaded.config)
+            about = (default.config_path, default.package, loaded.path, loaded.provider)
+            file(Option(*about, loaded.config))
         return loaded
 
     ConfigLoaderImpl.load_configuration = tapped  # type: ignore[method-assign]
