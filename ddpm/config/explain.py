@@ -143,7 +143,7 @@ def _options_with(key: str, composed: Composed) -> str:
     if not having or group not in composed.choices:
         return ""
     target = OmegaConf.select(composed.cfg, f"{group}._target_")
-    adds = f"; ++{key}=... adds it" if takes(target, inner) else ""
+    adds = f"; ++{key}=... adds it" if takes(group, target, inner) else ""
     have = f"{', '.join(having)} {'have' if having[1:] else 'has'}"
     return f"; {group}={have} it, {composed.choices[group]} has not{adds}"
 

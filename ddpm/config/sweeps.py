@@ -226,7 +226,9 @@ def claim_device(devices: Sequence[str]) -> str | None:
     if _claimed or not devices:
         return os.environ["CUDA_VISIBLE_DEVICES"] if _claimed else None
     folder = Path(tempfile.gettempdir()) / f"ddpm-devices-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise ValueError(f"{folder} is somebody else's, where this user's claims would lie: remove it")
     slot = 0
     while True:
         for device in devices:

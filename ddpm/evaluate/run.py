@@ -79,6 +79,7 @@ def run(composed: Composed) -> list[Measurement]:
             if processes.is_main_process:
                 _write_reference(trained, settings, device)
         return []
+    folder.refuse_links()
     file, fresh = folder.path / "evaluation.json", list[Measurement]()
 
     def keep(figures: list[Measurement]) -> None:

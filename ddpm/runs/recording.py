@@ -26,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import scalar
 
 from ddpm.runs import results
-from ddpm.system.files import write_bytes, write_text
+from ddpm.system.files import append_to, write_bytes, write_text
 
 log = logging.getLogger("ddpm")
 
@@ -173,7 +173,7 @@ class _Lines:
                 if line.record["step"] == first_step:
                     self.last.update(line.record)
         write_text(path, "".join(text + "\n" for text in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = append_to(path)
 
     def add(self, step: int, values: Mapping[str, float | None]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")

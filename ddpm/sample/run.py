@@ -121,6 +121,8 @@ def run(composed: Composed) -> Path:
         "precision": settings.precision,
     }
     folder = Path(settings.to) if settings.to else _own_folder(settings, trained, name, protocol)
+    if trained is not None and settings.to is None:
+        trained.run.refuse_links()
     count, leads = settings.num_samples, processes.is_main_process
     classes = None
     if numbers is not None:

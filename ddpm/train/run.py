@@ -233,7 +233,8 @@ def _log_file(folder: RunFolder) -> Iterator[None]:
     """Has what the package logs in train.log; on the terminal too where no bar shows it."""
     logger = logging.getLogger("ddpm")
     logger.setLevel(logging.INFO)
-    file = logging.FileHandler(folder.path / "train.log", encoding="utf-8")
+    written = files.append_to(folder.path / "train.log")
+    file = logging.StreamHandler(written)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     terminal = logging.StreamHandler()
     terminal.setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)
@@ -245,6 +246,7 @@ def _log_file(folder: RunFolder) -> Iterator[None]:
         for handler in (file, terminal):
             logger.removeHandler(handler)
             handler.close()
+        written.close()
 
 
 def _device_name(accelerator: Accelerator) -> str:
