@@ -21,7 +21,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ddpm.config.rules import keep_runs_folder, one_unit, words_to_compose
 from ddpm.config.trust import check_trust, is_shipped, refuse_code, say_environment
-from ddpm.system.internals import Option, compose_once, share_recipes, tap_composition
+from ddpm.system.bounded import Bounded
+from ddpm.system.internals import (
+    Option,
+    bound_yaml,
+    compose_once,
+    share_recipes,
+    tap_composition,
+)
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # an installed wheel, else a checkout
@@ -191,11 +198,11 @@ def at_home(override: str) -> str:
     A shell leaves the ~ alone since the key has a dot, and Hydra cannot read it.
     """
     key, equals, value = override.partition("=")
-    return (
-        key + equals + str(Path(value).expanduser())
-        if value == "~" or value.startswith("~/")
-        else override
-    )
+    quote = value[:1] if len(value) > 2 and value[:1] == value[-1:] and value[:1] in "'\"" else ""
+    inner = value[1:-1] if quote else value
+    if inner != "~" and not inner.startswith("~/"):
+        return override
+    return key + equals + quote + str(Path(inner).expanduser()) + quote
 
 
 def _groups() -> list[str]:
@@ -297,5 +304,6 @@ def _look_at_all(cfg: DictConfig) -> None:
 
 compose_once()
 share_recipes()
+bound_yaml(Bounded)
 say_environment()
 tap_composition(words_to_compose, _look_at_file, _look_at_all)

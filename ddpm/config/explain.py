@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from ddpm.config.compose import BROKEN, CONF, Composed, compose, nearest
 from ddpm.config.rules import needs_package
 from ddpm.config.validation import takes
+from ddpm.system.text import shown
 
 
 def explain(error: Exception) -> str:
@@ -20,7 +21,7 @@ def explain(error: Exception) -> str:
 
     That is the message alone where it is meant for the user, with its type where it is a surprise.
     """
-    message = " ".join(str(error).split())
+    message = shown(" ".join(str(error).split()))
     return (
         message
         if isinstance(error, ValueError) and message

@@ -52,10 +52,10 @@ def refuse_code(file: str, config: DictConfig) -> None:
         value = _at(plain, key)
         if value not in (None, []):
             raise ValueError(f"{file} sets {_is_typed(key, value)}")
-    key = next(_beyond_values(plain["hydra"]), None) if "hydra" in plain else None
-    if key is not None:
+    beyond = next(_beyond_values(plain["hydra"]), None) if "hydra" in plain else None
+    if beyond is not None:
         raise ValueError(
-            f"{file} sets {key}, which is for the command line alone: type {key}=..., or what "
+            f"{file} sets {beyond}, which is for the command line alone: type {beyond}=..., or what "
             "chooses it, there"
         )
 
@@ -66,7 +66,8 @@ def check_trust(cfg: DictConfig) -> None:
     Raises:
         ValueError: If it was not.
     """
-    _typed[:] = cfg.hydra.overrides.task
+    words: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
+    _typed[:] = words
     for key in TRUST:
         try:
             value = OmegaConf.select(cfg, key)
@@ -84,6 +85,8 @@ def say_environment() -> None:
 
     def environment(*arguments: Any, _node_: Node) -> Any:
         key = str(_node_._get_full_key(None))
+        if key.startswith("hydra."):  # what was typed, as Hydra keeps it
+            return oc.env(*arguments)
         typed = any(
             "oc.env" in word and f"{key}.".startswith(f"{word.lstrip('+').partition('=')[0]}.")
             for word in _typed

@@ -36,6 +36,7 @@ KINDS = {  # group -> the module whose exported names fit there, and those names
 Node = dict[str, Any]  # {_target_: what to call, arguments...}
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
+FileCount = Annotated[int, Field(gt=0, le=1_000_000)]  # of files in a folder, or names in a list
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -235,7 +236,7 @@ def _first(
     """The first of pydantic's complaints in one line."""
     complaint = error.errors()[0]
     path: list[str] = []
-    value: Any = plain
+    value: Any = _with_text_keys(plain)
     # loc also names the branch of a union: stop where the value has no such part
     for part in complaint["loc"]:
         inside = (
@@ -270,6 +271,13 @@ def _first(
     bare = types == {"literal_error"} or not _looks_like_no_text(str(value))
     shown = value if bare and isinstance(value, str) else json.dumps(value)
     return f"{key}={shown} should {' or '.join(dict.fromkeys(wanted))}{wrong_type}"
+
+
+def _with_text_keys(value: Any) -> Any:
+    """Plain values as JSON has them: a key that is a number there is its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _with_text_keys(inner) for key, inner in value.items()}
+    return [_with_text_keys(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _of_another_type(key: str, value: Any, complaints: set[str]) -> str:

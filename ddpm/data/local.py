@@ -10,7 +10,9 @@ from pathlib import Path
 from ddpm.data.decoding import HEIC_SUFFIXES, SUFFIXES, looks_like_a_picture
 from ddpm.data.shards import Item, Source, in_shard, item_of, shard_counts, some
 from ddpm.data.tables import NoImages, of_arrow, of_parquet
+from ddpm.system.bounded import open_file, read_file
 
+MOST_JSON = 50_000_000  # bytes that a saved folder may say of itself
 SPLITS = {  # a folder's or file's name -> the split that it is
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
     **{"val": "validation", "valid": "validation", "validation": "validation", "dev": "validation"},
@@ -29,8 +31,14 @@ def local(
         ValueError: If nothing can be read. It names data.path.
     """
     root = Path(path).expanduser()
-    if not root.exists():
+    try:
+        there = root.exists()
+    except OSError as error:  # a name too long, say
+        raise ValueError(f"data.path={path} cannot be read ({error.strerror})") from error
+    if not there:
         raise ValueError(f"data.path={path} does not exist")
+    if not (root.is_file() or root.is_dir()):
+        raise ValueError(f"data.path={path} is neither a file nor a folder")
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
         return _saved(root, image_column, label_column, split, path)
     # names below the root, as strings: a hundred thousand Paths take seconds
@@ -68,6 +76,8 @@ def _saved(
     import pyarrow as pa
 
     try:
+        for about in root.rglob("*.json"):
+            read_file(about, MOST_JSON)  # datasets reads them whole
         saved = datasets.load_from_disk(str(root))
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise ValueError(
@@ -103,7 +113,7 @@ def _below(root: Path) -> list[str]:
                 continue
             if _answers(entry.is_dir):
                 walk(entry.path, f"{prefix}{entry.name}/", above | {here})
-            elif _answers(entry.is_file) or entry.is_symlink():  # no pipe, which would never end
+            elif _answers(entry.is_file) or _leads_nowhere(entry):  # no pipe, nor a link to one
                 found.append(prefix + entry.name)
 
     walk(str(root), "", frozenset())
@@ -116,6 +126,13 @@ def _answers(question: Callable[[], bool]) -> bool:
         return question()
     except OSError:
         return False
+
+
+def _leads_nowhere(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_symlink() and not Path(entry.path).exists()
+    except OSError:  # round in a circle
+        return True
 
 
 def _suffix(name: str) -> str:
@@ -166,9 +183,9 @@ def _told_apart(root: Path, names: Sequence[str]) -> tuple[list[str], dict[str, 
 def _start(root: Path, name: str) -> bytes:
     """A file's first bytes; none if it cannot be read."""
     try:
-        with (root / name).open("rb") as content:
+        with open_file(root / name) as content:
             return content.read(64)
-    except OSError:
+    except (OSError, ValueError):
         return b""
 
 

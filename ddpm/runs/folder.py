@@ -18,9 +18,9 @@ from filelock import Timeout
 from ddpm.config.compose import Composed
 from ddpm.config.schema import Config, read_config
 from ddpm.runs.format import COMPUTATION, FORMAT, upgraded
+from ddpm.system.bounded import load_yaml
 from ddpm.system.files import InUse, lock, open_known, refuse_links, write_text
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is ten times as fast
 WRITTEN = ("checkpoints", "samples", "evaluation", "profile", ".hydra")  # folders of a run
 # what the first format kept of the last start only
 OF_A_START = ("command", "started", "device", "git", "versions", "platform")
@@ -89,8 +89,8 @@ class RunFolder:
         """
         file = self.path / "config.yaml"
         try:
-            plain = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            plain = load_yaml(file)
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"{key}={self.path} is no run folder: its config.yaml cannot be read ({error})"
             ) from error

@@ -45,6 +45,21 @@ def compose_once() -> None:
     Hydra.get_mode = quick  # type: ignore[method-assign]
 
 
+def bound_yaml(bounded: type) -> None:
+    """Has OmegaConf, and so Hydra, load YAML with a class before its loader's own.
+
+    The loader is made anew for each file, and no option chooses another.
+    """
+    import omegaconf._utils
+
+    make = omegaconf._utils.get_yaml_loader
+
+    def get_yaml_loader() -> Any:
+        return type("Loader", (bounded, make()), {})
+
+    omegaconf._utils.get_yaml_loader = get_yaml_loader
+
+
 def share_recipes() -> None:
     """Has a composition not copy all recipes first, which is a third of its time.
 

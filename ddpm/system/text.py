@@ -1,8 +1,10 @@
 """Text of others, made safe to print: it can hide nothing, move no cursor and fake no line."""
 
 import logging
+import os
 import re
 import sys
+from contextlib import nullcontext, suppress
 from typing import Any
 
 # controls, line separators, marks that turn the direction of writing, halves of characters
@@ -10,7 +12,7 @@ _HIDDEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 )
 _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
-_FORMULA = re.compile(r"\s*[=+\-@\t\r]")
+_FORMULA = re.compile(r"\s*[=+\-@\t\r].", re.S)
 
 
 def shown(text: object) -> str:
@@ -28,7 +30,8 @@ def say(line: str, to_error: bool = False) -> None:
         line: What to print; a line's end in it is shown as one.
         to_error: Print on standard error.
     """
-    print(shown(line), file=sys.stderr if to_error else sys.stdout, flush=True)
+    with suppress(OSError) if to_error else nullcontext():  # nobody reads, and the work goes on
+        print(shown(line), file=sys.stderr if to_error else sys.stdout, flush=True)
 
 
 def cell(value: Any) -> Any:
@@ -46,6 +49,24 @@ def unmarked(text: object) -> str:
     """Returns one line of text that means nothing in Markdown, nor in the HTML in it."""
     line = shown(" ".join(str(text).split()))
     return re.sub(r"([\\`*\[\]<>&#|~!$]|_(?!\w)|(?<!\w)_)", r"\\\1", line)
+
+
+def keep_streams() -> None:
+    """Opens the streams that this process was started without, to nowhere.
+
+    Else the next file that is opened takes the place of standard error, and gets its text.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(number)
+        except OSError:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+        setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115, PTH123
 
 
 def guard_logs() -> None:
