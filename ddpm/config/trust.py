@@ -55,8 +55,8 @@ def refuse_code(file: str, config: DictConfig) -> None:
     beyond = next(_beyond_values(plain["hydra"]), None) if "hydra" in plain else None
     if beyond is not None:
         raise ValueError(
-            f"{file} sets {beyond}, which is for the command line alone: type {beyond}=..., or what "
-            "chooses it, there"
+            f"{file} sets {beyond}, which is for the command line alone: type {beyond}=..., or "
+            "what chooses it, there"
         )
 
 
