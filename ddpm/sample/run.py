@@ -275,7 +275,7 @@ def _own_folder(
     steps = protocol["sampler"]["num_steps"] or ""
     words = f"{function}{steps}_seed_{settings.seed}-{word_for(protocol)}"
     if trained is None:
-        return Path(settings.outputs) / f"samples-{name}" / words
+        return Path(settings.outputs) / f"samples-{name[-100:]}" / words
     return trained.run.samples / f"step_{trained.step:08d}_{trained.kind}_{words}"
 
 
@@ -322,7 +322,7 @@ def _draw_figure(
     place.mkdir(parents=True, exist_ok=True)
     name, count = str(settings.figure), min(settings.num_samples, 8)
     if name.startswith("interpolate"):
-        name += "_" + "_".join(Path(str(picture)).stem for picture in settings.pictures)
+        name += "_" + "_".join(Path(str(picture)).stem[:40] for picture in settings.pictures)
     if settings.figure != "grid_over_training" and settings.to is None:
         name += f"_{folder.name}"  # that one shows what training drew
     path = place / f"{name}.png"
