@@ -141,7 +141,7 @@ TRUST = {
     "a search space": option(
         GLOBAL + "hydra: {sweeper: {custom_search_space: stranger.space}}\n", ALONE
     ),
-    "Hydra by reference": option(GLOBAL + "hydra: ${recipe}\n", "sets hydra"),
+    "Hydra by reference": option(GLOBAL + "hydra: ${recipe}\n", ""),
 }
 
 
@@ -380,7 +380,7 @@ ENDS = {
     "a number to the base 60 in a run": settings(f"seed: 1{':59' * 20_000}\n"),
     "a number of 10,000 digits": option(GLOBAL + f"seed: {'7' * 10_000}\n", "digits"),
     "a date in a run": settings("seed: 2020-02-02\n"),
-    "brackets without end": option(GLOBAL + f"a: {'[' * 100_000}\n", "deep|recursion"),
+    "brackets without end": option(GLOBAL + f"a: {'[' * 100_000}\n", "deep"),
     "brackets without end in a run": settings("[" * 100_000),
     "3 GB of options": sparse_option,
     "3 GB of settings": sparse_settings,
@@ -415,7 +415,7 @@ ENDS = {
     ),
     "frames": typed("run={run}", f"frames={MANY}", command="sample", says="frames=2000000000"),
     "a long name of a run": typed(f"run={'x' * 300}", command="sample", says="x{300}"),
-    "a long name of a set": typed("data=folder", f"data.path={'x' * 300}", says="data.path=x{300}"),
+    "a long name of a set": typed("data=folder", f"data.path={'x' * 300}", says="x{300}"),
 }
 
 

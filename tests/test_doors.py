@@ -134,8 +134,8 @@ def test_what_a_file_takes_from_the_environment_is_said(typed, place, monkeypatc
     own = place.experiment("outputs: '/x/${oc.env:SECRET}'\n")
     done = typed("train", *own, "--cfg", "job", "--resolve", "-p", "outputs")
     assert done.err == "note: a file takes outputs from the environment, SECRET\n"
-    done = typed("train", "seed=${oc.decode:${oc.env:SECRET,3}}", "--cfg", "job", "--resolve")
-    assert done.err == ""
+    done = typed("train", "outputs=${oc.env:SECRET}", "--cfg", "job", "--resolve", "-p", "outputs")
+    assert (done.out, done.err) == ("token\n", "")
 
 
 def test_a_set_of_values_in_a_file_still_sweeps(typed, place, monkeypatch):

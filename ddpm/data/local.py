@@ -31,11 +31,7 @@ def local(
         ValueError: If nothing can be read. It names data.path.
     """
     root = Path(path).expanduser()
-    try:
-        there = root.exists()
-    except OSError as error:  # a name too long, say
-        raise ValueError(f"data.path={path} cannot be read ({error.strerror})") from error
-    if not there:
+    if not root.exists():
         raise ValueError(f"data.path={path} does not exist")
     if not (root.is_file() or root.is_dir()):
         raise ValueError(f"data.path={path} is neither a file nor a folder")

@@ -58,7 +58,7 @@ def load_yaml(path: Path) -> Any:
     """
     try:
         return yaml.load(read_file(path, MOST_YAML).decode("utf-8"), _Plain)
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
 
 
@@ -66,13 +66,19 @@ class Bounded:
     """Has a loader of YAML refuse what would grow without bounds; goes before the loader."""
 
     def __init__(self, stream: Any) -> None:
-        if hasattr(stream, "fileno") and os.fstat(stream.fileno()).st_size > MOST_YAML:
-            raise ValueError(f"{stream.name} has more than {_size(MOST_YAML)}")
+        self._file = f"{stream.name}: " if hasattr(stream, "fileno") else ""
+        if self._file and os.fstat(stream.fileno()).st_size > MOST_YAML:
+            raise ValueError(f"{self._file}more than {_size(MOST_YAML)}")
         super().__init__(stream)  # type: ignore[call-arg]
 
     def get_single_node(self) -> Any:
-        node = super().get_single_node()  # type: ignore[misc]
-        _count(node, {}, ())
+        try:
+            node = super().get_single_node()  # type: ignore[misc]
+            _count(node, {}, ())
+        except RecursionError as error:
+            raise ValueError(f"{self._file}nested more than {MOST_DEPTH} deep") from error
+        except ValueError as error:
+            raise ValueError(f"{self._file}{error}") from error
         return node
 
 

@@ -108,6 +108,7 @@ def tap_composition(
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.types import RunMode
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     load, load_file = ConfigLoaderImpl.load_configuration, ConfigLoaderImpl._load_single_config
 
@@ -123,7 +124,11 @@ def tap_composition(
         return cfg
 
     def tapped_file(self: Any, default: Any, repo: Any) -> Any:
-        loaded = load_file(self, default, repo)
+        try:
+            loaded = load_file(self, default, repo)
+        except OmegaConfBaseException as error:  # its own message has no file
+            words = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{default.config_path}.yaml: {words}") from error
         if OmegaConf.is_dict(loaded.config):
             about = (default.config_path, default.package, loaded.path, loaded.provider)
             file(Option(*about, loaded.config))
