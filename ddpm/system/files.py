@@ -7,7 +7,6 @@ knows before, and files of known names are opened without following.
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
@@ -209,7 +208,7 @@ def sha256(file: Path) -> str:
 def _beside(path: Path) -> Path:
     """A name in the same folder that nobody else knows."""
     name = path.name.lstrip(".")[:100]
-    return path.with_name(f".{name}.{os.getpid()}.{secrets.token_hex(8)}")
+    return path.with_name(f".{name}.{os.getpid()}.{os.urandom(8).hex()}")
 
 
 def _linked(path: Path) -> str:
