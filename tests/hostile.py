@@ -141,6 +141,7 @@ TRUST = {
     "a search space": option(
         GLOBAL + "hydra: {sweeper: {custom_search_space: stranger.space}}\n", ALONE
     ),
+    "all of runtime by reference": option(GLOBAL + "runtime: ${hydra:runtime}\n", "table of keys"),
     "Hydra by reference": option(GLOBAL + "hydra: ${recipe}\n", ""),
 }
 

@@ -14,10 +14,15 @@ from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
+from ddpm.config.rules import RUNS_FOLDER
 from ddpm.system.text import say, shown
 
 TRUST = ("runtime.trusted_modules", "trusted_modules")
-PLAIN = ("direction", "n_trials")  # of hydra.sweeper: values that nothing calls
+PLAIN = (  # values that nothing calls; those of RUNS_FOLDER are refused with words of their own
+    *("hydra.sweeper.direction", "hydra.sweeper.n_trials"),
+    *RUNS_FOLDER,
+)
+SECTIONS = {key.split(".")[1] for key in PLAIN}
 HYDRAS = ("pkg://hydra.", "pkg://hydra_plugins.")
 _typed: list[str] = []  # the words of the command line that was composed last
 _told: set[str] = set()  # keys of which it is said that the environment has them
@@ -48,6 +53,9 @@ def refuse_code(file: str, config: DictConfig) -> None:
         ValueError: If it does; it says what, and what to type.
     """
     plain: Any = OmegaConf.to_container(config, resolve=False)
+    runtime = plain.get("runtime", {})
+    if not isinstance(runtime, dict | type(None)):
+        raise ValueError(f"{file} sets runtime={shown(runtime)}, which is a table of keys")
     for key in TRUST:
         value = _at(plain, key)
         if value not in (None, []):
@@ -106,19 +114,20 @@ def _beyond_values(hydra: Any) -> Iterator[str]:
         yield "hydra"
         return
     for section, inner in hydra.items():
-        if section != "sweeper" or not isinstance(inner, dict):
+        if section not in SECTIONS or not isinstance(inner, dict):
             yield f"hydra.{shown(section)}"
             continue
         for key, value in inner.items():
-            if key == "params" and isinstance(value, dict):
+            full = f"hydra.{section}.{shown(key)}"
+            if full == "hydra.sweeper.params" and isinstance(value, dict):
                 yield from (
-                    f"hydra.sweeper.params.{shown(name)}"
+                    f"{full}.{shown(name)}"
                     for name in value
                     if not re.fullmatch(r"\+{0,2}(?!hydra\b)[\w./]+", str(name))
                     or str(name).endswith("trusted_modules")
                 )
-            elif key not in PLAIN:
-                yield f"hydra.sweeper.{shown(key)}"
+            elif full not in PLAIN:
+                yield full
 
 
 def _is_typed(key: str, value: Any) -> str:

@@ -127,10 +127,10 @@ def _saying_what_stays(processes: PartialState) -> Iterator[None]:
 
 def lines(found: Sequence[Measurement], expected: Sequence[Metric]) -> str:
     """Puts each measurement in a line: value, deviation, floor, id, and what the recipe expects."""
-    found_lines = []
+    told = []
     for one in found:
         value = f"{one.value:.4f}" + _if(one.deviation, " +- {:.4f}")
-        found_lines.append(
+        told.append(
             shown(f"  {one.metric:<26} {value:<22} {_if(one.floor, 'floor {:.4f}'):<16} {one.id}")
         )
         published = [
@@ -139,8 +139,8 @@ def lines(found: Sequence[Measurement], expected: Sequence[Metric]) -> str:
             if metric.name == one.metric
         ]
         if published:
-            found_lines.append(shown(f"  {'':<26} {'; '.join(published)}"))
-    return "\n".join(found_lines)
+            told.append(shown(f"  {'':<26} {'; '.join(published)}"))
+    return "\n".join(told)
 
 
 def _if(value: float | None, words: str) -> str:
