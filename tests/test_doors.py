@@ -129,6 +129,11 @@ def test_trust_that_is_typed_reaches_the_jobs_of_a_sweep(typed, tiny, place, mon
     assert len(list(place.tmp.glob("outputs/*/*/run.json"))) == 2
 
 
+def test_a_recipe_of_the_project_asks_for_no_trust_either(complaint, recipe, place):
+    line = complaint(recipe("runtime: {trusted_modules: [stranger]}\n"))
+    assert "experiments/trial.yaml sets runtime.trusted_modules=[stranger]" in line
+
+
 def test_what_a_file_takes_from_the_environment_is_said(typed, place, monkeypatch):
     monkeypatch.setenv("SECRET", "token")
     own = place.experiment("outputs: '/x/${oc.env:SECRET}'\n")

@@ -58,7 +58,7 @@ def read_tensors(option: str, file: Path) -> dict[str, Tensor]:
             what = f"has {', '.join(map(str, list(loaded)[:6]))} (save the weights' table alone)"
         raise ValueError(f"{option}: {file} is not a table of tensors by name; it {what}")
     for name, tensor in loaded.items():
-        if tensor.is_sparse or tensor.nbytes > tensor.untyped_storage().nbytes():
+        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise ValueError(
                 f"{option}: {file}: {name} of shape {tuple(tensor.shape)} claims more than it holds"
             )
