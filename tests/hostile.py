@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -298,6 +299,14 @@ def huge_state(place: Place) -> Typed:
     return Typed(["data=folder", f"data.path={place.tmp / 'set'}"], "data.path=.*set.*3 GB")
 
 
+def saved_pipe(place: Place) -> Typed:
+    datasets.Dataset.from_dict({"image": [b"x"]}).save_to_disk(str(place.tmp / "set"))
+    file = next((place.tmp / "set").glob("*.arrow"))
+    file.unlink()
+    os.mkfifo(file)
+    return Typed(["data=folder", f"data.path={place.tmp / 'set'}"], "data.path=.*set.*a pipe")
+
+
 def long_header(place: Place) -> Typed:
     size = 95_000_000
     header = b'{"' + b"x" * (size - 60) + b'":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
@@ -381,7 +390,7 @@ ENDS = {
     "a number to the base 60 in a run": settings(f"seed: 1{':59' * 20_000}\n"),
     "a number of 10,000 digits": option(GLOBAL + f"seed: {'7' * 10_000}\n", "digits"),
     "a date in a run": settings("seed: 2020-02-02\n"),
-    "brackets without end": option(GLOBAL + f"a: {'[' * 100_000}\n", "deep"),
+    "brackets without end": option(GLOBAL + f"a: {'[' * 5_000}\n", "deep"),
     "brackets without end in a run": settings("[" * 100_000),
     "3 GB of options": sparse_option,
     "3 GB of settings": sparse_settings,
@@ -391,6 +400,7 @@ ENDS = {
     "3 GB as a picture": among_pictures(lambda folder: sparse(folder / "1.png"), r"1\.png.*3 GB"),
     "3 GB as a table": among_pictures(lambda folder: sparse(folder / "1.parquet"), r"1\.parquet"),
     "3 GB of a saved set's state": huge_state,
+    "a pipe in a saved set": saved_pipe,
     "a header of 95 MB": long_header,
     "a tensor that claims more than it holds": claims_more,
     "layers of a block": exported({"layers_per_block": 10**7}),

@@ -72,8 +72,7 @@ def _saved(
     import pyarrow as pa
 
     try:
-        for about in root.rglob("*.json"):
-            read_file(about, MOST_JSON)  # datasets reads them whole
+        _check_saved(root)
         saved = datasets.load_from_disk(str(root))
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise ValueError(
@@ -89,6 +88,15 @@ def _saved(
     found = of_arrow(saved, image_column, label_column, [str(root)], where=path, stamp=split)
     tables = [file.relative_to(root).as_posix() for file in sorted(root.rglob("*.arrow"))]
     return replace(found, root=root, files=tables)
+
+
+def _check_saved(root: Path) -> None:
+    """Refuses what datasets would wait for, or read whole however large it is."""
+    for file in root.rglob("*"):
+        if file.suffix == ".json":
+            read_file(file, MOST_JSON)
+        elif not file.is_dir():
+            open_file(file).close()
 
 
 def _below(root: Path) -> list[str]:
