@@ -42,11 +42,10 @@ def open_file(path: Path) -> IO[bytes]:
         ValueError: For a pipe or a device, which may never end.
         OSError: If it cannot be read.
     """
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
+    if not stat.S_ISREG(path.stat().st_mode):  # before it is opened, which some devices feel
         raise ValueError("no file, but a folder, a pipe or a device")
-    return os.fdopen(handle, "rb")
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    return os.fdopen(os.open(path, flags), "rb")
 
 
 def load_yaml(path: Path) -> Any:
