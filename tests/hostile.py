@@ -443,15 +443,6 @@ def ill_named_picture(name: str | bytes, says: str) -> Case:
     return write
 
 
-def ill_set(place: Place) -> Typed:
-    folder = place.tmp / "bad\x1b]0;title\x07\nerror: fake"
-    folder.mkdir()
-    link = place.tmp / "set"
-    link.symlink_to(folder)
-    words = ["data=folder", f"data.path={link}/*", "training.steps=2"]
-    return Typed(words, "data.path=.*set")
-
-
 PRINTED = {
     "a line in a name": ill_named_picture("a\nerror: fake.png", r"a(\\n| )error: fake\.png"),
     "an escape in a name": ill_named_picture(
