@@ -26,6 +26,7 @@ from ddpm.system import ways
 from ddpm.system.files import write_text
 from ddpm.system.peak import DTYPES, matrix_products, peak_memory
 from ddpm.system.processes import accelerator_for
+from ddpm.system.text import say
 from ddpm.train.timed import TrainingStep, random_images
 from ddpm.train.tuning import way_of
 
@@ -242,4 +243,4 @@ def _words(measured: dict[str, Any]) -> str:
 
 
 def _show(what: str, words: str) -> None:
-    print(f"{what:<11} {words}", flush=True)
+    say(f"{what:<11} {words}")

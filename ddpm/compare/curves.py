@@ -13,6 +13,8 @@ from ddpm.runs.identity import flat
 from ddpm.runs.reader import Compared, format_value
 from ddpm.runs.results import Result, name
 from ddpm.system.files import as_key, by_value
+from ddpm.system.text import cell
+from ddpm.system.text import shown as safe
 
 OverSeeds = Literal["mean", "min_of_3"]
 DISTANCES = ("fid", "fd_", "kid", "kd_")
@@ -231,7 +233,7 @@ def lines(curves: Sequence[Curve], over_seeds: OverSeeds) -> str:
     shown = []
     for curve in curves:
         apart = "" if curve.label == "-" else f"; {curve.label}"
-        shown.append(f"{curve.panel} over {curve.over}{apart}; {how(curve, over_seeds)}")
+        shown.append(safe(f"{curve.panel} over {curve.over}{apart}; {how(curve, over_seeds)}"))
         shown.append("  " + "   ".join(map(_words, curve.points)))
     return "\n".join(shown)
 
@@ -255,8 +257,16 @@ def as_csv(curves: Sequence[Curve], over_seeds: OverSeeds) -> str:
         for point in curve.points:
             for metric, one in zip(curve.metrics, point.values, strict=True):
                 writer.writerow(
-                    [
-                        *(curve.run, curve.step, metric, curve.over, f"{point.at:g}", one.value),
+                    cell(value)
+                    for value in [
+                        *(
+                            str(curve.run),
+                            curve.step,
+                            metric,
+                            curve.over,
+                            f"{point.at:g}",
+                            one.value,
+                        ),
                         "" if one.deviation is None else one.deviation,
                         " ".join(map(str, one.seeds)),
                         how(curve, over_seeds),

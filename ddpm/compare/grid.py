@@ -1,6 +1,5 @@
 """A grid of samples: a row for each run, a column for each noise."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,6 +15,7 @@ from ddpm.sample.figures import Figure, draw_labels
 from ddpm.sample.images import save_png, to_picture, to_uint8
 from ddpm.sample.subject import of_run
 from ddpm.system import devices
+from ddpm.system.text import say
 
 
 def draw(
@@ -64,7 +64,7 @@ def draw(
             labels.append(tables.label(differs))
         except ValueError as error:
             path = one.run.path
-            print(f"warning: {path} has no row in the grid: {error}", file=sys.stderr, flush=True)
+            say(f"warning: {path} has no row in the grid: {error}", to_error=True)
     if not drawn:
         raise ValueError("grid=true: none of these runs can be drawn from")
     height, width = (max(images.shape[side] for images in drawn) for side in (1, 2))

@@ -27,7 +27,7 @@ def draw_steps(path: Path, curves: Sequence[Curve], over_seeds: OverSeeds) -> No
             capsize=3,
             **style,
         )
-        axes.set(xlabel="sampler steps", ylabel=curve.metrics[0], xscale="log")
+        axes.set(xlabel="sampler steps", ylabel=drawing.wrapped(curve.metrics[0]), xscale="log")
         drawing.title(axes, curve.panel)
         steps = _apart_by(sorted({point.at for other in curves for point in other.points}), 1.12)
         axes.set_xticks(steps, [f"{step:g}" for step in steps])

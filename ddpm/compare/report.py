@@ -23,6 +23,7 @@ from ddpm.runs.costs import read_costs
 from ddpm.runs.reader import Compared
 from ddpm.runs.results import PARTS, Result, better
 from ddpm.system.files import write_text
+from ddpm.system.text import shown
 
 PAGE = Path(__file__).with_name("page")
 STYLES = ("page.css",)
@@ -86,9 +87,9 @@ def embedded(content: Any) -> str:
     """Returns JSON that stands in a page whatever its strings hold.
 
     No `<`, `>` or `&` is left, so that nothing in it can end the block. What is not finite becomes
-    a string, since JSON has no such number.
+    a string, since JSON has no such number; in strings what would not be seen is an escape.
     """
-    text = json.dumps(_finite(content), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(_plain(content), allow_nan=False, separators=(",", ":"))
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text
@@ -261,11 +262,13 @@ def _samples(strips: Strips, index: int) -> dict[str, Any] | None:
     }
 
 
-def _finite(content: Any) -> Any:
+def _plain(content: Any) -> Any:
     if isinstance(content, Mapping):
-        return {str(key): _finite(value) for key, value in content.items()}
+        return {_plain(str(key)): _plain(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [_plain(value) for value in content]
+    if isinstance(content, str):
+        return "\n".join(map(shown, content.split("\n")))
     if isinstance(content, float) and not math.isfinite(content):
         return "NaN" if math.isnan(content) else "Infinity" if content > 0 else "-Infinity"
     return content if isinstance(content, str | int | float | None) else str(content)

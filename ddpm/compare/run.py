@@ -1,7 +1,6 @@
 """python -m ddpm.compare: find runs, print their table, and write what is asked for."""
 
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,6 +19,7 @@ from ddpm.config.validation import Count, Node, Section, Text, validate
 from ddpm.runs.many import read_many
 from ddpm.runs.reader import Compared
 from ddpm.system.files import write_text
+from ddpm.system.text import say
 
 
 class Settings(Section):
@@ -38,7 +38,7 @@ class Settings(Section):
     over_seeds: OverSeeds
     grid: bool
     weights: Literal["ema", "raw"]
-    num_samples: Count
+    num_samples: Annotated[int, Field(gt=0, le=1000)]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: Literal["auto", "cpu", "cuda", "mps"]
     outputs: str
@@ -63,7 +63,7 @@ def run(composed: Composed) -> list[Compared]:
     if settings.best is not None:
         ordered = order.best(compared, settings.best)
         _say([ordered.note] if ordered.note else [], "note")
-        print(ordered.compared[0].run.path)
+        say(str(ordered.compared[0].run.path))
         return ordered.compared[:1]
     if isinstance(settings.runs, str):  # a list keeps its order
         compared = tables.sort_runs(compared)
@@ -88,21 +88,21 @@ def run(composed: Composed) -> list[Compared]:
     rows, compared = rows[: settings.top], shown
     if page is not None:
         size = report.write(page, compared, _asked(settings))
-        print(f"report {page} ({size / 1e6:.1f} MB)", flush=True)
+        say(f"report {page} ({size / 1e6:.1f} MB)")
     folder = Path(settings.outputs) / "comparison"
     if settings.to is not None:
         folder = Path(settings.to)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "table.csv", tables.as_csv(rows))
         write_text(folder / "table.json", tables.as_json(compared))
-        print(f"table {folder / 'table.csv'}", flush=True)
+        say(f"table {folder / 'table.csv'}")
         if swept:
             write_text(folder / "curves.csv", curves.as_csv(swept, settings.over_seeds))
-            print(f"curves {folder / 'curves.csv'}", flush=True)
+            say(f"curves {folder / 'curves.csv'}")
     if settings.grid:
         folder.mkdir(parents=True, exist_ok=True)
         _draw_grid(folder / "grid.png", compared, settings)
-        print(f"grid {folder / 'grid.png'}", flush=True)
+        say(f"grid {folder / 'grid.png'}")
     if settings.plot:
         file = folder / f"{'loss' if settings.plot_of == 'loss' else 'measure'}.png"
         panels = courses.find(compared, settings.plot_of, settings.plot_over)
@@ -111,13 +111,13 @@ def run(composed: Composed) -> list[Compared]:
                 [f"{run} is not in {file}: it has no costs.jsonl" for run in panel.left_out], "note"
             )
         draw_courses(file, panels, settings.plot_over, colour_by)
-        print(f"plot {file}", flush=True)
+        say(f"plot {file}")
         if over_steps:
             draw_steps(folder / "steps.png", over_steps, settings.over_seeds)
-            print(f"plot {folder / 'steps.png'}", flush=True)
+            say(f"plot {folder / 'steps.png'}")
         if over_scales:
             draw_scales(folder / "scales.png", over_scales)
-            print(f"plot {folder / 'scales.png'}", flush=True)
+            say(f"plot {folder / 'scales.png'}")
     return compared
 
 
@@ -153,7 +153,7 @@ def _read(settings: Settings) -> list[Compared]:
 
 def _say(lines: Sequence[str], kind: str) -> None:
     for line in lines:
-        print(f"{kind}: {line}", file=sys.stderr, flush=True)
+        say(f"{kind}: {line}", to_error=True)
 
 
 def _width() -> int:
@@ -206,7 +206,8 @@ def _print_rows(
         print(f"\nover seeds\n{tables.text(_but(hidden, seeds[: settings.top]), _width())}")
     for one in compared[: settings.top]:
         if one.status in ("failed", "preempted"):
-            print(f"\n{one.run.path} {one.status}: {one.record.get('error')}")
+            print()
+            say(f"{one.run.path} {one.status}: {one.record.get('error')}")
 
 
 def _swept_columns(compared: Sequence[Compared]) -> set[str]:

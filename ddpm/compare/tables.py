@@ -27,6 +27,7 @@ from ddpm.runs.reader import (
 )
 from ddpm.runs.results import Result
 from ddpm.system.files import as_key
+from ddpm.system.text import cell
 
 Row = dict[str, Any]  # by column, in its order; None where a run has no such thing
 CHOICES = ("model", "data", "schedule", "objective", "optimizer", "lr_schedule")
@@ -318,9 +319,9 @@ def as_csv(table: Sequence[Row]) -> str:
         for row in table
     ]
     names = list(dict.fromkeys(column for row in table for column in row))
-    writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(map(cell, names))
+    writer.writerows([cell(row.get(name, "")) for name in names] for row in table)
     return file.getvalue()
 
 

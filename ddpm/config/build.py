@@ -22,12 +22,13 @@ from ddpm.data.batches import to_floats
 from ddpm.data.decoding import Decoding, reason_of
 from ddpm.data.image_set import ImageSet, decodes_later, image_set
 from ddpm.data.listing import listed
-from ddpm.data.shards import Source
+from ddpm.data.shards import MOST_BYTES, Source
 from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.diffusion.samplers import Sampler
 from ddpm.diffusion.spacing import named_count
 from ddpm.diffusion.timesteps import LossSecondMoment, Uniform
 from ddpm.system import randomness
+from ddpm.system.bounded import read_file
 from ddpm.system.devices import cores, to_device
 
 # (step, num_steps, lr) -> learning rate of that update
@@ -216,7 +217,8 @@ def load_images(
     for name in wanted:
         if isinstance(name, str):
             try:
-                found.append(_decoding(config.data)(Path(name).expanduser().read_bytes()))
+                content = read_file(Path(name).expanduser(), MOST_BYTES)
+                found.append(_decoding(config.data)(content))
             except Exception as error:  # any fault of a file is that file's
                 raise ValueError(f"pictures has {name}: {reason_of(error)}") from error
             continue

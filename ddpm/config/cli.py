@@ -39,6 +39,7 @@ from ddpm.system.internals import (
     hydra_parser,
 )
 from ddpm.system.signals import Preempted
+from ddpm.system.text import guard_logs, keep_streams, say, shown
 
 Run = Callable[[Composed], object]
 
@@ -91,6 +92,8 @@ def command(
     config_name = config_name or name
 
     def main() -> None:
+        keep_streams()
+        guard_logs()
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(help_text(CONF, EXPERIMENTS, config_name, what, examples))
             return
@@ -160,7 +163,7 @@ def _table_at_the_end(sweep: launching.Sweep) -> Iterator[None]:
         if any(outcome.facts for outcome in sweep.outcomes):
             print(f"\n{sweeps.job_table(sweep.outcomes)}", flush=True)
         if sweep.scores:
-            print(search.best(sweep.scores), flush=True)
+            say(search.best(sweep.scores))
 
 
 @contextlib.contextmanager
@@ -171,12 +174,12 @@ def _errors_in_a_line(
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        say("interrupted", to_error=True)
         sys.exit(130)
     except sweeps.WrongJobs as error:
         sys.exit(str(error))
     except Exception as error:
-        sys.exit(f"error: {told(error, parsed.overrides)}")
+        sys.exit(f"error: {shown(told(error, parsed.overrides))}")
 
 
 def _run_alone(cfg: DictConfig, run: Run, wants_traceback: bool) -> sweeps.Outcome:
@@ -187,7 +190,7 @@ def _run_alone(cfg: DictConfig, run: Run, wants_traceback: bool) -> sweeps.Outco
     except Exception as error:
         if wants_traceback:
             raise
-        print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+        say(f"error: {explain(error)}", to_error=True)
         torchrun.leave_word(explain(error))
         return sweeps.Outcome(composed.overrides, 1)
     except SystemExit as stopped:
@@ -212,12 +215,12 @@ def _run_job(
             run(composed)
     except InUse as error:
         code, ended = signals.CARRIES_ON, "running elsewhere"
-        print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+        say(f"error: {explain(error)}", to_error=True)
     except Exception as error:
         if wants_traceback:
             raise
         code, ended = 1, "failed"
-        print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+        say(f"error: {explain(error)}", to_error=True)
     except Preempted:
         code, ended, known = signals.CARRIES_ON, "preempted", False
     shown = sweeps.shown(facts, composed)
@@ -245,11 +248,13 @@ def _parsed(arguments: Sequence[str]) -> Namespace:
     def refuse(message: str) -> NoReturn:
         wrong = next((word for word in arguments if re.match("-+[a-z_.]+=", word)), None)
         sys.exit(
-            f"error: {message}"
-            + (
-                f"; settings are given without dashes, as {wrong.lstrip('-')}"
-                if wrong
-                else "; see --help"
+            shown(
+                f"error: {message}"
+                + (
+                    f"; settings are given without dashes, as {wrong.lstrip('-')}"
+                    if wrong
+                    else "; see --help"
+                )
             )
         )
 

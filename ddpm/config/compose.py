@@ -20,7 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddpm.config.rules import keep_runs_folder, one_unit, words_to_compose
+from ddpm.config.trust import check_trust, is_shipped, refuse_code, say_environment
+from ddpm.system.bounded import Bounded
 from ddpm.system.internals import (
+    Option,
+    bound_yaml,
     compose_once,
     read_yaml_quickly,
     share_recipes,
@@ -195,11 +199,11 @@ def at_home(override: str) -> str:
     A shell leaves the ~ alone since the key has a dot, and Hydra cannot read it.
     """
     key, equals, value = override.partition("=")
-    return (
-        key + equals + str(Path(value).expanduser())
-        if value == "~" or value.startswith("~/")
-        else override
-    )
+    quote = value[:1] if len(value) > 2 and value[:1] == value[-1:] and value[:1] in "'\"" else ""
+    inner = value[1:-1] if quote else value
+    if inner != "~" and not inner.startswith("~/"):
+        return override
+    return key + equals + quote + str(Path(inner).expanduser()) + quote
 
 
 def _groups() -> list[str]:
@@ -283,8 +287,26 @@ def refuse_hidden(folders: Sequence[str]) -> None:
                 )
 
 
+def _look_at_file(option: Option) -> None:
+    """Looks at a file of options before it is merged into those before it."""
+    if not is_shipped(option.place, option.provider, CONF):
+        own = option.place.startswith("file://")
+        place = option.place.removeprefix("file://") if own else "experiments"
+        name = option.path if own else option.path.removeprefix("experiment/")
+        refuse_code(f"{place}/{name.removesuffix('.yaml')}.yaml", option.config)
+    one_unit(option.path, option.package, option.config)
+
+
+def _look_at_all(cfg: DictConfig) -> None:
+    """Looks at what was composed."""
+    check_trust(cfg)
+    keep_runs_folder(cfg)
+
+
 OmegaConf.register_new_resolver("given", lambda value: value is not None, replace=True)
 compose_once()
 read_yaml_quickly()
 share_recipes()
-tap_composition(words_to_compose, one_unit, keep_runs_folder)
+bound_yaml(Bounded)
+say_environment()
+tap_composition(words_to_compose, _look_at_file, _look_at_all)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from ddpm.config.compose import BROKEN, CONF, Composed, compose, nearest
 from ddpm.config.rules import needs_package
 from ddpm.config.validation import takes
+from ddpm.system.text import shown
 
 
 def explain(error: Exception) -> str:
@@ -20,7 +21,7 @@ def explain(error: Exception) -> str:
 
     That is the message alone where it is meant for the user, with its type where it is a surprise.
     """
-    message = " ".join(str(error).split())
+    message = shown(" ".join(str(error).split()))
     return (
         message
         if isinstance(error, ValueError) and message
@@ -143,7 +144,7 @@ def _options_with(key: str, composed: Composed) -> str:
     if not having or group not in composed.choices:
         return ""
     target = OmegaConf.select(composed.cfg, f"{group}._target_")
-    adds = f"; ++{key}=... adds it" if takes(target, inner) else ""
+    adds = f"; ++{key}=... adds it" if takes(group, target, inner) else ""
     have = f"{', '.join(having)} {'have' if having[1:] else 'has'}"
     return f"; {group}={have} it, {composed.choices[group]} has not{adds}"
 

@@ -1,6 +1,5 @@
 """Launching the jobs of a sweep, and stopping them; each has an outcome, however it all ends."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from ddpm.config.sweeps import HERE, Facts, Outcome, as_job, left
 from ddpm.system import relay, signals
 from ddpm.system.internals import end_loky_workers, start_loky_trackers, submit_to_slurm
 from ddpm.system.signals import Preempted
+from ddpm.system.text import say
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Sweep:
         if error is not None and not signals.noted():
             if all(one.facts["status"] == "not started" for one in outcomes):
                 raise error
-            print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+            say(f"error: {explain(error)}", to_error=True)
         return [Returned(one) for one in outcomes]
 
     def _on_slurm(

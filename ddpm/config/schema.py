@@ -19,6 +19,7 @@ from ddpm.config.compose import Composed
 from ddpm.config.rules import UNITS, given_units
 from ddpm.config.validation import (
     Count,
+    FileCount,
     Node,
     PositiveFloat,
     S,
@@ -84,14 +85,14 @@ class Runtime(Section):
     recompute: list[int]
     tune: bool | Literal["auto"] | Name
     feed: Literal["auto", "device", "file", "decode"]
-    workers: Count | None
+    workers: Annotated[int, Field(gt=0, le=1024)] | None
     log_every: Count
     sample_every: Count
     checkpoint_every: Count
     keep_checkpoints: Count
     max_hours: Annotated[float, Field(gt=0)] | None = None  # runs of before have none
     evaluate_every: Count | None
-    num_previews: Count
+    num_previews: Annotated[int, Field(gt=0, le=4096)]
     preview_sampler: Text = "auto"  # runs of before have none
     trusted_modules: list[str]
     check_sweep: bool = True  # this and the next two: runs of before have none
@@ -122,7 +123,7 @@ class EvaluationSettings(Section):
     extractor: Literal["inception", "efficientnet_lite0", "digits"]
     weights_path: str | None
     download: bool
-    num_samples: Annotated[int, Field(ge=2)]
+    num_samples: Annotated[int, Field(ge=2, le=1_000_000)]
     split: Split
     num_images: Count
     bound_split: Split
@@ -131,7 +132,7 @@ class EvaluationSettings(Section):
     precision: Precision = "tf32"  # runs of before have none
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     quantize: Quantize = "round"  # this and the next two: runs of before have none
-    inception_splits: Count = 10
+    inception_splits: FileCount = 10
     num_reference: Count | None = None
 
 

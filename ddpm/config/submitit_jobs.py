@@ -11,6 +11,7 @@ from typing import Any
 
 from ddpm.config.sweeps import Outcome
 from ddpm.system import slurm
+from ddpm.system.text import say
 
 LOOK = 1.0  # seconds from one look for results to the next
 ASK = 10.0  # seconds after which Slurm is asked anew
@@ -31,9 +32,7 @@ def wait_for(jobs: Sequence[Any], of_folder: Callable[[int], Outcome]) -> list[O
         SystemExit: With 130 at Ctrl-C; the jobs go on.
     """
     names = [str(job.job_id) for job in jobs]
-    print(
-        f"Slurm has {_listed(names)}; their logs are in {jobs[0].paths.folder.parent}", flush=True
-    )
+    say(f"Slurm has {_listed(names)}; their logs are in {jobs[0].paths.folder.parent}")
     ended: dict[int, Outcome] = {}
     gone: dict[int, float] = {}  # job -> since when Slurm does not know it
     asked = time.monotonic()
@@ -57,7 +56,7 @@ def wait_for(jobs: Sequence[Any], of_folder: Callable[[int], Outcome]) -> list[O
     except KeyboardInterrupt:
         left = [names[number] for number in range(len(jobs)) if number not in ended]
         stop = " ".join(dict.fromkeys(name.partition("_")[0] for name in left))
-        print(f"{_listed(left)} go on in Slurm; scancel {stop} stops them", file=sys.stderr)
+        say(f"{_listed(left)} go on in Slurm; scancel {stop} stops them", to_error=True)
         sys.exit(130)
     return [ended[number] for number in range(len(jobs))]
 
@@ -81,7 +80,7 @@ def _say(job: Any, outcome: Outcome) -> None:
         errors = [line for line in text.splitlines() if line.startswith("error: ")]
     why = f", {errors[-1]}" if errors else ""
     where = f" ({job.paths.stderr})" if outcome.code == 1 else ""
-    print(f"job {job.job_id}: {status}{why}{where}", flush=True)
+    say(f"job {job.job_id}: {status}{why}{where}")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ddpm.config.compose import Composed, from_hydra
+from ddpm.system import text
 from ddpm.system.files import lock
 
 _claimed: list[str] = []
@@ -156,9 +157,9 @@ def left(composed: Composed, facts: Facts, code: int, lost: bool = False) -> Out
 def _listed(wrong: dict[int, str], jobs: Sequence[Sequence[str]], optional: bool) -> str:
     """The wrong jobs in lines; in one where all are wrong for the same reason."""
     if len(wrong) == len(jobs) and len(set(wrong.values())) == 1:
-        return f"error: {wrong[0]}"
+        return f"error: {text.shown(wrong[0])}"
     lines = [
-        f"error: {why} (job {number}: {' '.join(differing(jobs)[number]) or '-'})"
+        text.shown(f"error: {why} (job {number}: {' '.join(differing(jobs)[number]) or '-'})")
         for number, why in wrong.items()
     ]
     starts = optional and len(wrong) < len(jobs)
@@ -189,6 +190,7 @@ def job_table(outcomes: Sequence[Outcome]) -> str:
 
 def align(lines: Sequence[Sequence[str]]) -> str:
     """Returns lines of as many cells each as text in columns."""
+    lines = [[text.shown(cell) for cell in line] for line in lines]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -226,7 +228,11 @@ def claim_device(devices: Sequence[str]) -> str | None:
     if _claimed or not devices:
         return os.environ["CUDA_VISIBLE_DEVICES"] if _claimed else None
     folder = Path(tempfile.gettempdir()) / f"ddpm-devices-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise ValueError(
+            f"{folder} is somebody else's, where this user's claims would lie: remove it"
+        )
     slot = 0
     while True:
         for device in devices:

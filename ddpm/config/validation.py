@@ -22,11 +22,21 @@ PUBLIC = (
     *("ddpm.models", "ddpm.diffusion", "ddpm.diffusion.schedules", "ddpm.diffusion.samplers"),
     *("ddpm.data.sources", "ddpm.train.lr_schedules"),
 )
-TRUSTED = ("torch.optim.",)
+OPTIMIZERS = "torch.optim."
+KINDS = {  # group -> the module whose exported names fit there, and those names of it that do not
+    "model": ("ddpm.models", ()),
+    "data.source": ("ddpm.data.sources", ()),
+    "schedule": ("ddpm.diffusion.schedules", ()),
+    "objective": ("ddpm.diffusion", ("Denoised",)),
+    "lr_schedule": ("ddpm.train.lr_schedules", ()),
+    "sampler": ("ddpm.diffusion.samplers", ("ancestral", "ddim", "dpm_solver_pp", "heun")),
+    "sampler.function": ("ddpm.diffusion.samplers", ("Sampler",)),
+}
 
 Node = dict[str, Any]  # {_target_: what to call, arguments...}
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
+FileCount = Annotated[int, Field(gt=0, le=1_000_000)]  # of files in a folder, or names in a list
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -51,28 +61,31 @@ def validate(schema: type[S], plain: Mapping[str, Any]) -> S:
 
 
 def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
-    """Checks that a group names something trusted, with arguments that it takes, of their types.
+    """Checks that a group names something trusted that fits there, with arguments that it takes.
 
-    Nothing that is loaded runs code. So the only names imported are those that PUBLIC modules
-    export, and those that start with a prefix of TRUSTED or runtime.trusted_modules. What is found
-    under a prefix must be defined there too: a module's own imports are not its wares.
+    Nothing that is loaded runs code. So the only names imported are those of the group's kind that
+    its module exports, torch's optimizers in group optimizer, and those that start with a prefix of
+    `trusted`. What is found under a prefix must be defined there too: a module's own imports are
+    not its wares.
+
+    Args:
+        key: The group.
+        node: What it names, and the arguments.
+        trusted: Modules that the command line trusts.
 
     Raises:
         ValueError: If the group does not pass.
     """
     if node.get("_target_") is None:
         raise ValueError(f"{key}._target_ is missing: it names what to call")
-    prefixes = (
-        *TRUSTED,
-        *(f"{name.rstrip('.')}." for name in trusted if name.split(".")[0] != "ddpm"),
-    )
+    prefixes = tuple(f"{name.rstrip('.')}." for name in trusted if name.split(".")[0] != "ddpm")
     targets = dict(_targets(key, node))
     for place, target in targets.items():
-        if not (
-            isinstance(target, str) and (target in public_names() or target.startswith(prefixes))
-        ):
-            raise ValueError(f"{place}={target} is not trusted{_instead(target, prefixes)}")
-    found = {place: _imported(place, target, prefixes) for place, target in targets.items()}
+        _check_fits(place.removesuffix("._target_"), target, prefixes)
+    found = {}
+    for place, target in targets.items():
+        own = (OPTIMIZERS,) if _kind(place.removesuffix("._target_")) == "optimizer" else ()
+        found[place] = _imported(place, target, (*prefixes, *own))
     function = found[f"{key}._target_"]
     signature = inspect.signature(function)
     hints = typing.get_type_hints(
@@ -81,9 +94,11 @@ def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
     arguments = {
         name: value for name, value in node.items() if name not in ("_target_", "_partial_")
     }
+    foreign = str(node["_target_"]).startswith(prefixes)
     fields: dict[str, Any] = {}
     for name in signature.parameters:
         nested = isinstance(arguments.get(name), Mapping) and "_target_" in arguments[name]
+        nested = nested and (foreign or f"{key}.{name}" in KINDS)  # else ours take plain values
         if nested:
             check_node(f"{key}.{name}", arguments[name], trusted)
         fields[name] = (Any if nested else hints.get(name, Any), None)
@@ -101,14 +116,57 @@ def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
         raise ValueError(_first(error, arguments, schema, prefix=f"{key}.")) from None
 
 
-def takes(target: Any, name: str) -> bool:
-    """Returns whether what `_target_` names has an argument of that name, where it is trusted."""
-    if target not in public_names() and not str(target).startswith(TRUSTED):
-        return False
+def _check_fits(place: str, target: Any, prefixes: tuple[str, ...]) -> None:
+    """Refuses a name that is not one of its place's, before it is imported."""
+    kind = _kind(place)
+    names = _names_of(kind)
+    optimizes = kind == "optimizer"
+    if isinstance(target, str) and (
+        target in names
+        or target.startswith(prefixes)
+        or (optimizes and target.startswith(OPTIMIZERS))
+    ):
+        return
+    last = str(target).rpartition(".")[2]
+    same = [name for name in public_names() if name.rpartition(".")[2] == last]
+    key = f"{place}._target_={target}"
+    if str(target).startswith("ddpm.") and same and target not in same:
+        raise ValueError(f"{key} is not trusted: it is called {' or '.join(same)}")
+    close = difflib.get_close_matches(str(target), names, n=1, cutoff=0.7)
+    wrong = "does not fit there" if target in public_names() else "is not trusted"
+    taken = "an optimizer of torch.optim" if optimizes else f"one of {', '.join(names)}"
+    start = f", or start with {', '.join(prefixes)}" if prefixes else ""
+    raise ValueError(
+        f"{key} {wrong}{f'; did you mean {close[0]}?' if close else ':'} {kind} must be {taken}"
+        f"{start} (runtime.trusted_modules adds to these, in other commands than ddpm.train "
+        "trusted_modules)"
+    )
+
+
+def _kind(place: str) -> str:
+    """The group that a place is of: the place itself, or what it lies in."""
+    while place not in KINDS and "." in place:
+        place = place.rpartition(".")[0]
+    return place
+
+
+def _names_of(kind: str) -> list[str]:
+    """The names of ours that fit a group."""
+    if kind not in KINDS:
+        return []
+    module, others = KINDS[kind]
+    exported = importlib.import_module(module).__all__
+    return [f"{module}.{name}" for name in exported if name not in others]
+
+
+def takes(group: str, target: Any, name: str) -> bool:
+    """Returns whether what a group names has an argument of that name, where it fits there."""
     try:
-        return name in inspect.signature(_imported("_target_", target, TRUSTED)).parameters
+        _check_fits(group, target, ())
+        found = _imported("_target_", target, (OPTIMIZERS,))
     except ValueError:
         return False
+    return name in inspect.signature(found).parameters
 
 
 @functools.cache
@@ -128,22 +186,6 @@ def own_arguments(target: str) -> Mapping[str, Any]:
         key: ... if parameter.default is inspect.Parameter.empty else parameter.default
         for key, parameter in parameters.items()
     }
-
-
-def _instead(target: Any, prefixes: tuple[str, ...]) -> str:
-    """The part of a message that says what may stand there: a new name, the nearest, the rule."""
-    last = str(target).rpartition(".")[2]
-    same = [name for name in public_names() if name.rpartition(".")[2] == last]
-    if str(target).startswith("ddpm.") and same:
-        return f": it is called {' or '.join(same)}"
-    close = difflib.get_close_matches(str(target), public_names(), n=1, cutoff=0.7)
-    more = (
-        "runtime.trusted_modules adds to these, in other commands than ddpm.train trusted_modules"
-    )
-    return (
-        f"{f'; did you mean {close[0]}?' if close else ':'} it must be a public name of ddpm, or "
-        f"start with {', '.join(prefixes)} ({more})"
-    )
 
 
 def entries(value: Any) -> list[tuple[Any, Any]]:
@@ -172,6 +214,8 @@ def _imported(key: str, target: str, prefixes: tuple[str, ...]) -> Callable[...,
     if target in public_names():
         return found
     home = getattr(found, "__module__", None)
+    if target.startswith(OPTIMIZERS) and not _optimizes(found):
+        raise ValueError(f"{key}={target} does not fit there: that is no optimizer of torch.optim")
     if not callable(found) or not f"{home}.".startswith(prefixes):
         raise ValueError(
             f"{key}={target} is not trusted: that is "
@@ -181,13 +225,19 @@ def _imported(key: str, target: str, prefixes: tuple[str, ...]) -> Callable[...,
     return found
 
 
+def _optimizes(found: Any) -> bool:
+    from torch.optim import Optimizer
+
+    return inspect.isclass(found) and issubclass(found, Optimizer)
+
+
 def _first(
     error: ValidationError, plain: Mapping[str, Any], schema: type[BaseModel], prefix: str = ""
 ) -> str:
     """The first of pydantic's complaints in one line."""
     complaint = error.errors()[0]
     path: list[str] = []
-    value: Any = plain
+    value: Any = _with_text_keys(plain)
     # loc also names the branch of a union: stop where the value has no such part
     for part in complaint["loc"]:
         inside = (
@@ -222,6 +272,13 @@ def _first(
     bare = types == {"literal_error"} or not _looks_like_no_text(str(value))
     shown = value if bare and isinstance(value, str) else json.dumps(value)
     return f"{key}={shown} should {' or '.join(dict.fromkeys(wanted))}{wrong_type}"
+
+
+def _with_text_keys(value: Any) -> Any:
+    """Plain values as JSON has them: a key that is a number there is its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _with_text_keys(inner) for key, inner in value.items()}
+    return [_with_text_keys(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _of_another_type(key: str, value: Any, complaints: set[str]) -> str:

@@ -10,7 +10,9 @@ from pathlib import Path
 from ddpm.data.decoding import HEIC_SUFFIXES, SUFFIXES, looks_like_a_picture
 from ddpm.data.shards import Item, Source, in_shard, item_of, shard_counts, some
 from ddpm.data.tables import NoImages, of_arrow, of_parquet
+from ddpm.system.bounded import open_file, read_file
 
+MOST_JSON = 50_000_000  # bytes that a saved folder may say of itself
 SPLITS = {  # a folder's or file's name -> the split that it is
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
     **{"val": "validation", "valid": "validation", "validation": "validation", "dev": "validation"},
@@ -31,6 +33,8 @@ def local(
     root = Path(path).expanduser()
     if not root.exists():
         raise ValueError(f"data.path={path} does not exist")
+    if not (root.is_file() or root.is_dir()):
+        raise ValueError(f"data.path={path} is neither a file nor a folder")
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
         return _saved(root, image_column, label_column, split, path)
     # names below the root, as strings: a hundred thousand Paths take seconds
@@ -68,6 +72,7 @@ def _saved(
     import pyarrow as pa
 
     try:
+        _check_saved(root)
         saved = datasets.load_from_disk(str(root))
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise ValueError(
@@ -83,6 +88,15 @@ def _saved(
     found = of_arrow(saved, image_column, label_column, [str(root)], where=path, stamp=split)
     tables = [file.relative_to(root).as_posix() for file in sorted(root.rglob("*.arrow"))]
     return replace(found, root=root, files=tables)
+
+
+def _check_saved(root: Path) -> None:
+    """Refuses what datasets would wait for, or read whole however large it is."""
+    for file in root.rglob("*"):
+        if file.suffix == ".json":
+            read_file(file, MOST_JSON)
+        elif not file.is_dir():
+            open_file(file).close()
 
 
 def _below(root: Path) -> list[str]:
@@ -103,7 +117,7 @@ def _below(root: Path) -> list[str]:
                 continue
             if _answers(entry.is_dir):
                 walk(entry.path, f"{prefix}{entry.name}/", above | {here})
-            elif _answers(entry.is_file) or entry.is_symlink():  # no pipe, which would never end
+            elif _answers(entry.is_file) or _leads_nowhere(entry):  # no pipe, nor a link to one
                 found.append(prefix + entry.name)
 
     walk(str(root), "", frozenset())
@@ -116,6 +130,13 @@ def _answers(question: Callable[[], bool]) -> bool:
         return question()
     except OSError:
         return False
+
+
+def _leads_nowhere(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_symlink() and not Path(entry.path).exists()
+    except OSError:  # round in a circle
+        return True
 
 
 def _suffix(name: str) -> str:
@@ -166,9 +187,9 @@ def _told_apart(root: Path, names: Sequence[str]) -> tuple[list[str], dict[str, 
 def _start(root: Path, name: str) -> bytes:
     """A file's first bytes; none if it cannot be read."""
     try:
-        with (root / name).open("rb") as content:
+        with open_file(root / name) as content:
             return content.read(64)
-    except OSError:
+    except (OSError, ValueError):
         return b""
 
 

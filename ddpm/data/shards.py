@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
+from ddpm.system.bounded import read_file
+
 if TYPE_CHECKING:
     from ddpm.data.listing import Listing
 
+MOST_BYTES = 10**9  # of one picture, which is read whole
 SHARD_SIZE = 64  # files, glyphs or rows that one process takes at a time
 
 
@@ -82,7 +85,9 @@ def some(names: Sequence[str]) -> str:
 def item_of(name: str, path: Path, label: int | None) -> Item:
     """Returns a file as an item; one that cannot be read says why."""
     try:
-        return Item(name, path.read_bytes(), label)
+        return Item(name, read_file(path, MOST_BYTES), label)
+    except ValueError as error:
+        problem = str(error)
     except FileNotFoundError:
         problem = "a link to nowhere" if path.is_symlink() else "vanished"
     except PermissionError:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,18 +41,12 @@ def of_parquet(
             found.metadata.row_group(group).num_rows for group in range(found.num_row_groups)
         ]
     schema = _opened(files[0]).schema_arrow
-    features = (
-        json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        .get("info", {})
-        .get("features", {})
-    )
+    features = _features(files[0], schema.metadata or {})
     kinds = {field.name: "Image" for field in schema if _holds_files(field.type)} | {
-        name: feature.get("_type")
-        for name, feature in features.items()
-        if isinstance(feature, dict)
+        name: feature.get("_type") for name, feature in features.items()
     }
     image_column, label_column = _columns(
-        str(root), schema.names, kinds, image_column, label_column
+        str(files[0]), schema.names, kinds, image_column, label_column
     )
     for file in files:
         columns = _opened(file).schema_arrow.names
@@ -65,7 +59,7 @@ def of_parquet(
     classes: list[str] = []
     if label_column is not None:
         classes = features.get(label_column, {}).get("names") or _label_names(
-            _opened(file).read([label_column]) for file in files
+            (str(file), _column(file, label_column)) for file in files
         )
     return Source(
         counts,
@@ -91,11 +85,10 @@ def _read_parquet(
     columns = [image_column] + ([label_column] if label_column else [])
     try:
         table = _opened(Path(file)).read_row_group(group, columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{file} is damaged in row group {group} ({str(error).splitlines()[0]})"
-        ) from error
-    for row, values in enumerate(table.to_pylist()):
+        rows = table.to_pylist()
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise ValueError(f"{file} is damaged in row group {group} ({_reason(error)})") from error
+    for row, values in enumerate(rows):
         label = values[label_column] if label_column else None
         name = f"{Path(file).name} group {group} row {row}"
         number = _label(name, label, classes)
@@ -109,10 +102,39 @@ def _opened(file: Path) -> Any:
 
     try:
         return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{file} is not a whole parquet file ({_reason(error)})") from error
+
+
+def _features(file: Path, about: dict[bytes, bytes]) -> dict[str, dict[str, Any]]:
+    """What datasets has written of the columns into a parquet file; nothing where it has not."""
+    try:
+        said: Any = json.loads(about.get(b"huggingface", b"{}"))
+        features = said.get("info", {}).get("features", {})
+        found = {name: one for name, one in features.items() if isinstance(one, dict)}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} does not say rightly what is in it ({_reason(error)})") from error
+    for name, one in found.items():
+        classes = one.get("names")
+        if classes is not None and not (
+            isinstance(classes, list) and all(isinstance(word, str) for word in classes)
+        ):
+            raise ValueError(f"{file} has names of {name} that are no words")
+    return found
+
+
+def _column(file: Path, name: str) -> Any:
+    """A column of a parquet file."""
+    import pyarrow as pa
+
+    try:
+        return _opened(file).read([name])
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{file} is not a whole parquet file ({str(error).splitlines()[0]})"
-        ) from error
+        raise ValueError(f"{file} is damaged in column {name} ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def of_arrow(
@@ -138,6 +160,7 @@ def of_arrow(
     """
     import datasets
 
+    data = data.with_format(None)  # whatever it was saved with: rows are plain values
     kinds = {name: type(feature).__name__ for name, feature in data.features.items()}
     image_column, label_column = _columns(
         where, data.column_names, kinds, image_column, label_column
@@ -148,7 +171,7 @@ def of_arrow(
         classes = (
             feature.names
             if isinstance(feature, datasets.ClassLabel)
-            else _label_names([data.select_columns([label_column]).data.table])
+            else _label_names([(where, data.select_columns([label_column]).data.table)])
         )
     data = data.select_columns([image_column] + ([label_column] if label_column else []))
     data = data.cast_column(image_column, datasets.Image(decode=False))
@@ -207,12 +230,19 @@ def _holds_files(kind: "pa.DataType") -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _label_names(tables: Any) -> list[str]:
+def _label_names(tables: Iterable[tuple[str, Any]]) -> list[str]:
     """Label names where the file has none: the sorted strings, or numbers from 0 to the largest.
 
     Raises ValueError for what are no classes.
     """
-    values = {value for table in tables for value in table.column(0).unique().to_pylist()} - {None}
+    values: set[Any] = set()
+    for where, table in tables:
+        try:
+            values |= set(table.column(0).unique().to_pylist()) - {None}
+        except (TypeError, ValueError, NotImplementedError) as error:  # lists, say
+            raise ValueError(
+                f"{where}: source.label_column has no classes: {_reason(error)}"
+            ) from error
     if all(isinstance(value, str) for value in values):
         return sorted(values)
     if not all(isinstance(value, int) and -1 <= value < MOST_CLASSES for value in values):
@@ -220,7 +250,7 @@ def _label_names(tables: Any) -> list[str]:
             value for value in values if not (isinstance(value, int) and -1 <= value < MOST_CLASSES)
         )
         raise ValueError(
-            f"source.label_column has {strange!r}: classes are words, "
+            f"{where}: source.label_column has {strange!r}: classes are words, "
             f"or numbers from 0 to {MOST_CLASSES - 1} (-1 for none)"
         )
     return [str(number) for number in range(max(values) + 1)]

@@ -1,7 +1,6 @@
 """Measuring a run's network by a protocol, above all from drawn images."""
 
 import shutil
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from ddpm.sample.subject import Trained
 from ddpm.sample.tuning import tuned
 from ddpm.system.files import write_arrays
 from ddpm.system.processes import agree, gather, share
+from ddpm.system.text import say
 from ddpm.tune.decide import Tune
 
 OF_REFERENCE = ("fd", "kd", "precision_recall")  # metrics of drawn images against a reference
@@ -232,7 +232,7 @@ def _of_samples(job: Job, protocols: dict[str, dict[str, Any]], keep_samples: bo
         gaps, warnings = distances.colour([samples], data, protocols["colour"])
         job.add(gaps)
         for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+            say(f"warning: {warning}", to_error=True)
     if not keep_samples and folder.parent == file_of(job, "").parent:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -288,7 +288,7 @@ def _nearest(
     path = file_of(job, "nearest", protocol).with_suffix(".png")
     path.parent.mkdir(exist_ok=True)
     save_png(path, distances.pairs_sheet(samples, training.stored[rows].transpose(0, 2, 3, 1)))
-    print(f"nearest {path}", flush=True)
+    say(f"nearest {path}")
     return ratio
 
 

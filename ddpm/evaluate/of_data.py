@@ -20,6 +20,7 @@ from ddpm.evaluate.job import Job, file_of
 from ddpm.runs.results import Measurement
 from ddpm.system.devices import halve_to_fit
 from ddpm.system.processes import gather, share
+from ddpm.system.text import say
 
 BUCKETS = 10  # of timesteps, that `losses` tells apart
 WATCHED = 512  # pictures of a part, at most, that `held_out_losses` takes
@@ -53,7 +54,7 @@ def bits_per_dim(job: Job) -> None:
         path = file_of(job, "rate_distortion", protocol)
         path.parent.mkdir(exist_ok=True)
         bound.save_rate_distortion(path.with_suffix(".png"), path.with_suffix(".csv"), found)
-        print(f"rate-distortion {path.with_suffix('.png')}", flush=True)
+        say(f"rate-distortion {path.with_suffix('.png')}")
     parts = {
         "bits_per_dim": found.total,
         "bits_per_dim_rate": found.rate,

@@ -32,6 +32,7 @@ from ddpm.system.processes import (
     wait_to_leave,
 )
 from ddpm.system.signals import Preempted
+from ddpm.system.text import say, shown
 
 
 class Settings(Section):
@@ -78,6 +79,7 @@ def run(composed: Composed) -> list[Measurement]:
             if processes.is_main_process:
                 _write_reference(trained, settings, device)
         return []
+    folder.refuse_links()
     file, fresh = folder.path / "evaluation.json", list[Measurement]()
 
     def keep(figures: list[Measurement]) -> None:
@@ -99,7 +101,7 @@ def run(composed: Composed) -> list[Measurement]:
         print(lines(found, recipe.expect.metrics if recipe else []))
         before = len(found) - len(fresh)
         more = f" ({before} of {len(found)} recorded before, not measured again)" if before else ""
-        print(f"figures {file}{more}", flush=True)
+        say(f"figures {file}{more}")
     wait_to_leave()
     if missing:
         raise ValueError("; ".join(missing))
@@ -109,7 +111,7 @@ def run(composed: Composed) -> list[Measurement]:
 def _write_reference(trained: Trained, settings: Settings, device: torch.device) -> None:
     to = Path(str(settings.reference_to)).expanduser()
     count = write_reference(trained, settings.evaluation, device, to)
-    print(f"reference {to}: {settings.evaluation.extractor} of {count} pictures", flush=True)
+    say(f"reference {to}: {settings.evaluation.extractor} of {count} pictures")
 
 
 @contextmanager
@@ -118,17 +120,17 @@ def _saying_what_stays(processes: PartialState) -> Iterator[None]:
         yield
     except Preempted:
         if processes.is_main_process:
-            print("what is drawn and measured so far is kept; the same command goes on", flush=True)
+            say("what is drawn and measured so far is kept; the same command goes on")
         raise
 
 
 def lines(found: Sequence[Measurement], expected: Sequence[Metric]) -> str:
     """Puts each measurement in a line: value, deviation, floor, id, and what the recipe expects."""
-    shown = []
+    told = []
     for one in found:
         value = f"{one.value:.4f}" + _if(one.deviation, " +- {:.4f}")
-        shown.append(
-            f"  {one.metric:<26} {value:<22} {_if(one.floor, 'floor {:.4f}'):<16} {one.id}"
+        told.append(
+            shown(f"  {one.metric:<26} {value:<22} {_if(one.floor, 'floor {:.4f}'):<16} {one.id}")
         )
         published = [
             f"published {metric.value:g} +- {metric.tolerance:g} ({metric.protocol})"
@@ -136,8 +138,8 @@ def lines(found: Sequence[Measurement], expected: Sequence[Metric]) -> str:
             if metric.name == one.metric
         ]
         if published:
-            shown.append(f"  {'':<26} {'; '.join(published)}")
-    return "\n".join(shown)
+            told.append(shown(f"  {'':<26} {'; '.join(published)}"))
+    return "\n".join(told)
 
 
 def _if(value: float | None, words: str) -> str:

@@ -1,6 +1,5 @@
 """The model card: what a reader of the hub finds beside the weights (README.md)."""
 
-import re
 import shlex
 from collections.abc import Mapping
 from itertools import groupby
@@ -15,6 +14,7 @@ from ddpm.runs.identity import flat
 from ddpm.runs.results import PARTS, read_measurements
 from ddpm.sample.subject import Subject, Trained
 from ddpm.system.files import as_key
+from ddpm.system.text import shown, unmarked
 
 KINDS = {"ema": "the moving average of the weights", "raw": "the weights as trained"}
 ELSEWHERE = ("runtime.", "outputs", "data.cache")  # keys of a command that change nothing computed
@@ -119,7 +119,7 @@ def _command(words: list[str]) -> str:
             place = value.startswith(("/", "~", "."))  # on one's own disk
             kept.append(f"{key}{equals}{Path(value).name}" if place else word)
     # one line, and none that ends the block that it stands in
-    return " ".join(shlex.join(kept).split()).replace("```", "'''")
+    return shown(" ".join(shlex.join(kept).split())).replace("```", "'''")
 
 
 def _figures(trained: Trained) -> str:
@@ -186,8 +186,8 @@ def _sampling(subject: Subject) -> str:
 
 def _text(words: str) -> str:
     """Words of others, that are to mean nothing in Markdown."""
-    return re.sub(r"([\\`*\[\]<>#|~]|_(?!\w)|(?<!\w)_)", r"\\\1", " ".join(words.split()))
+    return unmarked(words)
 
 
 def _code(words: str) -> str:
-    return f"`{' '.join(words.split()).replace('`', chr(39))}`"
+    return f"`{shown(' '.join(words.split())).replace('`', chr(39))}`"

@@ -12,6 +12,7 @@ from ddpm.config.validation import Section, Text, validate
 from ddpm.export.card import model_card
 from ddpm.runs.folder import RunFolder
 from ddpm.sample.subject import of_run
+from ddpm.system.text import say
 from ddpm.weights import folders
 
 
@@ -46,10 +47,9 @@ def run(composed: Composed) -> Path:
         folder, subject.model, subject.weights(), subject.diffusion, subject.classes, card
     )
     if subject.classes is not None:
-        print(
+        say(
             "the network has classes, and DDPMPipeline gives it none when called: use its unet "
-            "with class_labels=, the numbers in classes.json",
-            flush=True,
+            "with class_labels=, the numbers in classes.json"
         )
-    print(f"exported {folder}", flush=True)
+    say(f"exported {folder}")
     return folder

@@ -27,6 +27,8 @@ from ddpm.models.layers import (
 )
 
 Resample = Literal["conv", "resblock"]
+MOST_LEVELS = 16  # 65,536 pixels to 2
+MOST_BLOCKS = 100  # of a level; the papers have 1 to 4
 
 
 class Level(nn.Module):
@@ -137,6 +139,8 @@ class UNet(nn.Module):
             raise ValueError(f"dropout={dropout} must lie in [0, 1)")
         if norm_eps <= 0:
             raise ValueError(f"norm_eps={norm_eps} must be positive")
+        if num_res_blocks > MOST_BLOCKS:
+            raise ValueError(f"num_res_blocks={num_res_blocks} must be at most {MOST_BLOCKS}")
         sizes = level_sizes(resolution, len(channel_multipliers))
         widths = _level_widths(base_channels, channel_multipliers, norm_groups)
         _check_attention(attention_resolutions, [max(size) for size in sizes])
@@ -294,6 +298,8 @@ def level_sizes(resolution: int | tuple[int, int], num_levels: int) -> list[tupl
         ValueError: If a side does not halve evenly.
     """
     height, width = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+    if num_levels > MOST_LEVELS:
+        raise ValueError(f"channel_multipliers has {num_levels} levels, and at most {MOST_LEVELS}")
     factor = 2 ** (num_levels - 1)
     if min(height, width) < factor or height % factor or width % factor:
         near = sorted(

@@ -28,6 +28,7 @@ from ddpm.sample.previews import cost, previews_of
 from ddpm.system.devices import device as device_named
 from ddpm.system.files import by_value
 from ddpm.system.processes import accelerator_for
+from ddpm.system.text import say
 from ddpm.train.timed import TrainingStep, random_images
 from ddpm.weights.initial import with_initial_weights
 
@@ -117,7 +118,7 @@ def _folder(config: Config) -> str:
 
 
 def _show(what: str, words: str) -> None:
-    print(f"{what:<11} {words}", flush=True)
+    say(f"{what:<11} {words}")
 
 
 def _show_sizes(config: Config, needs: Sizes, num_steps: int | None) -> None:
@@ -165,11 +166,11 @@ def _show_recipe(recipe: Recipe, verdicts: list[Verdict], others: list[Departure
             _show(what, words)
     for one in others:
         same = one.published == one.found
-        print(f"  {'as published' if same else 'differs':<19} {_in_words(one)}", flush=True)
+        say(f"  {'as published' if same else 'differs':<19} {_in_words(one)}")
     for verdict in verdicts:
         word = {True: "pass", False: "FAIL", None: "not measurable yet"}[verdict.passed]
         found = f", found {verdict.found}" if verdict.found else ""
-        print(f"  {word:<19} {verdict.what}: expected {verdict.expected}{found}", flush=True)
+        say(f"  {word:<19} {verdict.what}: expected {verdict.expected}{found}")
     failed = [verdict for verdict in verdicts if verdict.passed is False]
     if failed:
         first = failed[0]

@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ddpm.runs.contents import checkpoint_folders, read_meta
 from ddpm.system import files
+from ddpm.system.bounded import load_tensors
 from ddpm.system.plain import Unreadable
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,8 @@ class Checkpoint:
         """
         file = self.folder / ("ema.safetensors" if kind == "ema" else "model.safetensors")
         try:
-            return load_file(file)
-        except SafetensorError as error:
+            return load_tensors(file)
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"{file} holds no tensors, so it is left unread ({error})") from error
 
     def load(self) -> dict[str, Any]:

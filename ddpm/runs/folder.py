@@ -18,9 +18,10 @@ from ddpm.config.compose import Composed
 from ddpm.config.schema import Config, read_config
 from ddpm.runs import contents
 from ddpm.runs.format import COMPUTATION, FORMAT, upgraded
-from ddpm.system.files import InUse, lock, write_text
+from ddpm.system.files import InUse, lock, open_known, refuse_links, write_text
 from ddpm.system.plain import Unreadable
 
+WRITTEN = ("checkpoints", "samples", "evaluation", "profile", ".hydra")  # folders of a run
 # what the first format kept of the last start only
 OF_A_START = ("command", "started", "device", "git", "versions", "platform")
 
@@ -133,11 +134,11 @@ class RunFolder:
 
     def status_of(self, record: Mapping[str, Any]) -> str:
         """Returns how the run stands, whose run.json says that."""
-        status = str(record.get("status", "not started"))
-        if status != "running" or not (self.path / ".lock").is_file():
+        status, file = str(record.get("status", "not started")), self.path / ".lock"
+        if status != "running" or not file.is_file() or file.is_symlink():
             return status
         try:
-            with lock(self.path / ".lock", wait=0):
+            with lock(file, wait=0):
                 return "cut off"
         except (Timeout, PermissionError, ValueError):  # somebody else's; a disk without locks
             return status
@@ -195,21 +196,30 @@ class RunFolder:
 
         Raises:
             InUse: If another process holds it, naming that process.
+            ValueError: If there is a link in the folder, which would be written through.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        self.refuse_links()
         file = self.path / ".lock"
         try:
             # `status` holds it for an instant, to see whether a run is alive
             with lock(file, wait=0.5):
-                file.write_text(
-                    f"process {os.getpid()} on {platform.node()} since {_now()}\n", encoding="utf-8"
-                )
+                with os.fdopen(open_known(file, os.O_WRONLY | os.O_TRUNC), "w") as held:
+                    held.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
                 yield
         except Timeout:
             holder = file.read_text(encoding="utf-8").strip() or "another process"
             raise InUse(
                 f"run {self.path} is being trained by {holder}; wait for it, or stop it"
             ) from None
+
+    def refuse_links(self) -> None:
+        """Looks whether all that is written here stays here; the folder itself may be a link.
+
+        Raises:
+            ValueError: If there is a link in it, naming it.
+        """
+        refuse_links(self.path, *WRITTEN)
 
     def update(self, **values: Any) -> None:
         """Changes entries of run.json."""

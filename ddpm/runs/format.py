@@ -106,5 +106,5 @@ def _known_arguments(node: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: _known_arguments(value) if isinstance(value, Mapping) else value
         for key, value in node.items()
-        if key in known or key.startswith("_")
+        if key in known or str(key).startswith("_")
     }

@@ -144,5 +144,5 @@ def _shown(value: Any) -> str:
 
 
 def _typable(text: str) -> str:
-    """Text that Hydra's command line takes as it is."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-") or "unnamed"
+    """Text that Hydra's command line takes as it is, and a file system as part of a name."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-")[:LONGEST] or "unnamed"

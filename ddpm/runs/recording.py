@@ -26,7 +26,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import scalar
 
 from ddpm.runs.contents import read_lines
-from ddpm.system.files import write_bytes, write_text
+from ddpm.system.files import append_to, write_bytes, write_text
+from ddpm.system.text import shown
 
 log = logging.getLogger("ddpm")
 
@@ -109,7 +110,7 @@ class Recorder:
             if isinstance(value, int | float):  # also bool, as 0 and 1
                 start.hparams[key].number_value = value
             else:
-                start.hparams[key].string_value = value
+                start.hparams[key].string_value = shown(value)
         self._board._get_file_writer().add_summary(
             _hparams(metadata.SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=start))
         )
@@ -140,9 +141,11 @@ class Recorder:
             image = np.asarray(small).reshape(small.height, small.width, -1)
         self._board.add_image(tag, image, step, dataformats="HWC")
 
-    def text(self, tag: str, text: str) -> None:
-        """Shows text (Markdown) in TensorBoard."""
-        self._board.add_text(tag, text, 0)
+    def text(self, tag: str, text: str, language: str = "") -> None:
+        """Shows text in TensorBoard as it is, whatever it would mean in Markdown."""
+        lines = [shown(line) for line in text.rstrip("\n").split("\n")]
+        said = "\n".join(lines).replace("```", "'''")  # nothing ends the block
+        self._board.add_text(tag, f"```{language}\n{said}\n```", 0)
 
     def flush(self) -> None:
         """Sends all that was recorded so far on its way to the disk."""
@@ -173,7 +176,7 @@ class _Lines:
                 if line.record["step"] == first_step:
                     self.last.update(line.record)
         write_text(path, "".join(text + "\n" for text in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = append_to(path)
 
     def add(self, step: int, values: Mapping[str, float | None]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")

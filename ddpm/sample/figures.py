@@ -14,6 +14,7 @@ from ddpm.sample import images
 from ddpm.sample.drawing import Drawing
 from ddpm.system.devices import memory_format
 from ddpm.system.files import whole, write_arrays
+from ddpm.system.text import shown
 
 FRAMES = 20  # of each image, in Fig. 6
 SHARES = (1.0, 0.75, 0.5, 0.25)  # where the samples of Fig. 7 part, as shares of T
@@ -252,13 +253,15 @@ def save_figure(path: Path, figure: Figure) -> None:
     write_arrays(path.with_suffix(".npz"), **figure.arrays)
 
 
+LONGEST = 120  # characters of a label
+
+
 def draw_labels(figure: Figure) -> np.ndarray:
     """Puts the rows under one another, with labels and column heads: (H, W, C) uint8."""
+    labels = [shown(label)[:LONGEST] for label in figure.labels]
     sheets = [images.grid(row, columns=len(row), least_width=64 * len(row)) for row in figure.rows]
     top, (height, width, channels) = 18, sheets[0].shape
-    left = max(
-        110, *(round(ImageFont.load_default().getlength(label)) + 12 for label in figure.labels)
-    )
+    left = max(110, *(round(ImageFont.load_default().getlength(label)) + 12 for label in labels))
     sheet = Image.new(
         "L" if channels == 1 else "RGB", (left + width, top + height * len(sheets)), "white"
     )
@@ -266,11 +269,11 @@ def draw_labels(figure: Figure) -> np.ndarray:
     for column, head in enumerate(figure.columns):
         draw.text(
             (left + (column + 0.5) * width / len(figure.columns), top / 2),
-            head,
+            shown(head)[:LONGEST],
             fill="black",
             anchor="mm",
         )
-    for row, (label, picture) in enumerate(zip(figure.labels, sheets, strict=True)):
+    for row, (label, picture) in enumerate(zip(labels, sheets, strict=True)):
         sheet.paste(images.to_picture(picture), (left, top + row * height))
         draw.text((left / 2, top + (row + 0.5) * height), label, fill="black", anchor="mm")
     pixels = np.asarray(sheet)

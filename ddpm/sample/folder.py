@@ -34,9 +34,11 @@ def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
     """Makes the folder that of this protocol, what decides its images; of two at once, of one.
 
     Raises:
-        ValueError: If it is that of another; it names the first difference.
+        ValueError: If it is that of another, naming the first difference; or if there is a link in
+            it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    files.refuse_links(folder)
     about = folder / "protocol.json"
     wanted = json.loads(json.dumps(protocol))
     with files.lock(folder / ".lock"):

@@ -16,7 +16,7 @@ from ddpm.config.compose import Composed, compose
 from ddpm.config.explain import explain_composition
 from ddpm.config.rules import says_network
 from ddpm.config.schema import Config, Place, plain_config, training_config
-from ddpm.config.validation import Count, Node, Section, Text, check_node, validate
+from ddpm.config.validation import Count, FileCount, Node, Section, Text, check_node, validate
 from ddpm.runs import pictures
 from ddpm.runs.folder import RunFolder
 from ddpm.sample import figures
@@ -55,6 +55,7 @@ from ddpm.system.processes import (
     wait_to_leave,
 )
 from ddpm.system.signals import Preempted
+from ddpm.system.text import say
 from ddpm.weights import folders
 from ddpm.weights.published import Published, file_at
 
@@ -66,13 +67,13 @@ class Settings(Section):
     source: Annotated[Text | None, Field(alias="from")]
     step: Annotated[int, Field(ge=1)] | None
     weights: Literal["ema", "raw"]
-    num_samples: Count
+    num_samples: FileCount
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     batch_size: Count
     classes: list[int | str] | None
     format: Annotated[list[Literal["png", "npz"]], Field(min_length=1)]
     animate: bool
-    frames: Annotated[int, Field(ge=2)]
+    frames: Annotated[int, Field(ge=2, le=10_000)]
     figure: (
         Literal[
             "progressive",
@@ -120,6 +121,8 @@ def run(composed: Composed) -> Path:
         "precision": settings.precision,
     }
     folder = Path(settings.to) if settings.to else _own_folder(settings, trained, name, protocol)
+    if trained is not None and settings.to is None:
+        trained.run.refuse_links()
     count, leads = settings.num_samples, processes.is_main_process
     classes = None
     if numbers is not None:
@@ -128,9 +131,9 @@ def run(composed: Composed) -> Path:
     if leads and settings.figure != "grid_over_training":
         what = settings.figure or f"{count} images"
         steps = len(drawing.timesteps)
-        print(f"{what} with the weights of {name}, {steps} steps each, on {device}", flush=True)
+        say(f"{what} with the weights of {name}, {steps} steps each, on {device}")
         if numbers:
-            print(class_words(numbers, names), flush=True)
+            say(class_words(numbers, names))
     with naming_lost(), signals.listening(), together():
         if settings.figure is not None:
             if leads:
@@ -146,7 +149,7 @@ def run(composed: Composed) -> Path:
         with tuned(drawing, *rest) if draws else nullcontext(drawing) as drawing:
             _fill(folder, settings, drawing, classes, processes)
     if leads:
-        print(f"samples {folder / 'grid.png'}", flush=True)
+        say(f"samples {folder / 'grid.png'}")
     wait_to_leave()
     return folder
 
@@ -166,7 +169,7 @@ def _fill(
             agree()
         except Preempted:
             if leads:
-                print(f"images so far in {folder}; the same command draws the rest", flush=True)
+                say(f"images so far in {folder}; the same command draws the rest")
             raise
         if leads:
             save_png(folder / "grid.png", grid(read_samples(folder, min(count, 100))))
@@ -249,7 +252,7 @@ def _opened(settings: Settings, composed: Composed) -> tuple[Subject, Trained | 
             config = _told(composed, settings)
             source = Published(f"from={name}", file, config.init_attention)
             subject = of_file(source, config)
-            print(source.assumed(), flush=True)
+            say(source.assumed())
             return subject, None, file.name
         subject, name = of_folder(name)
         return subject, None, name
@@ -259,7 +262,7 @@ def _opened(settings: Settings, composed: Composed) -> tuple[Subject, Trained | 
     record = run.record()
     if record.get("status") != "complete":
         whole = record.get("num_steps")
-        print(f"run {run.path} is not complete: this is step {trained.step} of {whole}", flush=True)
+        say(f"run {run.path} is not complete: this is step {trained.step} of {whole}")
     return trained.subject, trained, f"step {trained.step} {trained.kind}"
 
 
@@ -271,7 +274,7 @@ def _own_folder(
     steps = protocol["sampler"]["num_steps"] or ""
     words = f"{function}{steps}_seed_{settings.seed}-{word_for(protocol)}"
     if trained is None:
-        return Path(settings.outputs) / f"samples-{name}" / words
+        return Path(settings.outputs) / f"samples-{name[-100:]}" / words
     return trained.run.samples / f"step_{trained.step:08d}_{trained.kind}_{words}"
 
 
@@ -303,7 +306,7 @@ def _animate(
     """The chain of the first images as a GIF."""
     chosen = None if classes is None else classes[:count]
     figures.save_gif(path, figures.denoising(drawing, count, chosen, frames), seconds=4, hold=2)
-    print(f"animation {path}", flush=True)
+    say(f"animation {path}")
 
 
 def _draw_figure(
@@ -318,7 +321,7 @@ def _draw_figure(
     place.mkdir(parents=True, exist_ok=True)
     name, count = str(settings.figure), min(settings.num_samples, 8)
     if name.startswith("interpolate"):
-        name += "_" + "_".join(Path(str(picture)).stem for picture in settings.pictures)
+        name += "_" + "_".join(Path(str(picture)).stem[:40] for picture in settings.pictures)
     if settings.figure != "grid_over_training" and settings.to is None:
         name += f"_{folder.name}"  # that one shows what training drew
     path = place / f"{name}.png"
@@ -334,7 +337,7 @@ def _draw_figure(
     else:
         figure = figures.interpolate_coarse(drawing, _pair(settings, trained), classes)
     figures.save_figure(path, figure)
-    print(f"figure {path}", flush=True)
+    say(f"figure {path}")
 
 
 def _over_training(settings: Settings, trained: Trained | None, path: Path) -> Figure:
@@ -343,10 +346,10 @@ def _over_training(settings: Settings, trained: Trained | None, path: Path) -> F
         raise ValueError("figure=grid_over_training needs run=DIR")
     previews = sorted(trained.run.samples.glob("step_*[0-9].png"))
     if previews:
-        print(f"previews drawn by {drawn_by(previews)}", flush=True)
+        say(f"previews drawn by {drawn_by(previews)}")
     frames, figure = figures.over_training(previews, settings.frames)
     figures.save_gif(path, frames, seconds=4, hold=2)
-    print(f"animation {path}", flush=True)
+    say(f"animation {path}")
     return figure
 
 

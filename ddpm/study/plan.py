@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from pydantic import Field
 
 from ddpm.config.compose import EXPERIMENTS, nearest
 from ddpm.config.validation import Section, Text, validate
+from ddpm.system.plain import Unreadable, read_yaml
 
 STUDIES = EXPERIMENTS / "studies"
+MOST_BYTES = 200_000  # of a file
 # trust is the command line's alone; the rest is the study's own
 SAID_ELSEWHERE = re.compile(
     r"hydra\b|(.*\.)?trusted_modules$|(outputs|resume|seed|run|runs|device)$"
@@ -113,13 +114,15 @@ def load(name: str) -> Study:
     if not file.is_file():
         raise ValueError(f"study.name={name}: no such study{nearest(name, names())}")
     try:
-        plain = yaml.safe_load(file.read_text(encoding="utf-8"))
+        plain = read_yaml(file, MOST_BYTES)
         if not isinstance(plain, dict):
             raise ValueError("it is no table of keys")
         study = validate(Study, plain)
         for claim in study.claims:
             _check(claim, study)
-    except (yaml.YAMLError, ValueError) as error:
+    except Unreadable:
+        raise
+    except ValueError as error:
         raise ValueError(f"{file.name}: {' '.join(str(error).split())}") from None
     return study
 

@@ -22,6 +22,7 @@ from ddpm.study.plan import Study
 from ddpm.system import relay, signals
 from ddpm.system.files import write_text
 from ddpm.system.signals import Preempted
+from ddpm.system.text import say
 from ddpm.train.which import which_run
 
 
@@ -78,15 +79,15 @@ def run(composed: Composed) -> None:
     page.draw(to / f"{name}.png", study, cells)
     print(f"\n{page.text(tried)}")
     write_text(to / "README.md", page.page(to))
-    print(f"page {to / 'README.md'}", flush=True)
+    say(f"page {to / 'README.md'}")
 
 
 def _show(study: Study, seeds: Sequence[int], settings: Settings) -> None:
     for line in study.train:
-        print(_typed(_train(line, seeds, settings)))
+        say(_typed(_train(line, seeds, settings)))
     print("and for each seed, with its runs:")
     for line in study.evaluate:
-        print(_typed(_evaluate(line, ["DIR", "..."], 0, settings.study.jobs)))
+        say(_typed(_evaluate(line, ["DIR", "..."], 0, settings.study.jobs)))
 
 
 def _runs(study: Study, seeds: Sequence[int], outputs: str) -> list[StudyRun]:
@@ -150,7 +151,8 @@ def _do(line: Sequence[str], spent: Path) -> None:
     Raises:
         Preempted: When told to stop.
     """
-    print(f"\n{_typed(line)}", flush=True)
+    print(flush=True)
+    say(_typed(line))
     began = time.monotonic()
     with relay.passing_on(relay.own_children):
         code = subprocess.run([sys.executable, "-m", *line], check=False).returncode

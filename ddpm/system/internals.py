@@ -45,6 +45,21 @@ def compose_once() -> None:
     Hydra.get_mode = quick  # type: ignore[method-assign]
 
 
+def bound_yaml(bounded: type) -> None:
+    """Has OmegaConf, and so Hydra, load YAML with a class before its loader's own.
+
+    The loader is made anew for each file, and no option chooses another.
+    """
+    import omegaconf._utils
+
+    make = omegaconf._utils.get_yaml_loader
+
+    def get_yaml_loader() -> Any:
+        return type("Loader", (bounded, make()), {})
+
+    omegaconf._utils.get_yaml_loader = get_yaml_loader
+
+
 def share_recipes() -> None:
     """Has a composition not copy all recipes first, which is a third of its time.
 
@@ -80,9 +95,27 @@ def read_yaml_quickly() -> None:
     _utils.get_yaml_loader = lambda: Loader
 
 
+class Option(NamedTuple):
+    """A file of options, as Hydra has read it.
+
+    Attributes:
+        path: The option, as experiment/cifar10.
+        package: Where its keys go; empty or None for the top.
+        place: The folder that it lies in, as file:///conf or pkg://hydra.conf.
+        provider: Who added that folder.
+        config: Its content, below its package.
+    """
+
+    path: str
+    package: str | None
+    place: str
+    provider: str
+    config: Any
+
+
 def tap_composition(
     words: Callable[[list[str], Any, bool, str], list[str]],
-    file: Callable[[str, str | None, Any], None],
+    file: Callable[[Option], None],
     whole: Callable[[Any], None],
 ) -> None:
     """Has each composition of Hydra in this process pass through three functions.
@@ -93,13 +126,13 @@ def tap_composition(
         words: Of the overrides typed, the loader, whether it is for a sweep, and the name of the
             configuration, makes those that are composed in their place. The configuration tells of
             those typed.
-        file: Is called with the name, the package and the content of each file, before it is
-            merged into those before it.
+        file: Is called with each file, before it is merged into those before it.
         whole: Is called with what was composed.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.types import RunMode
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     load, load_file = ConfigLoaderImpl.load_configuration, ConfigLoaderImpl._load_single_config
 
@@ -115,9 +148,14 @@ def tap_composition(
         return cfg
 
     def tapped_file(self: Any, default: Any, repo: Any) -> Any:
-        loaded = load_file(self, default, repo)
+        try:
+            loaded = load_file(self, default, repo)
+        except OmegaConfBaseException as error:  # its own message has no file
+            words = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{default.config_path}.yaml: {words}") from error
         if OmegaConf.is_dict(loaded.config):
-            file(default.config_path, default.package, loaded.config)
+            about = (default.config_path, default.package, loaded.path, loaded.provider)
+            file(Option(*about, loaded.config))
         return loaded
 
     ConfigLoaderImpl.load_configuration = tapped  # type: ignore[method-assign]

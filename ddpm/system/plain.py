@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from ddpm.system.text import shown
+
 DEEPEST = 32  # lists and tables in one another; a run's config.yaml has 4
 MOST = 1_000_000  # values of one file; a YAML file of a kilobyte can stand for more
 LARGEST = 2**128  # FLOPs of the longest training are some 2**90
@@ -29,22 +31,15 @@ class Unreadable(ValueError):
 
     Attributes:
         file: Its path.
-        why: What is wrong with it, in printable characters.
+        why: What is wrong with it, in characters that can be seen.
     """
 
     def __init__(self, file: Path, why: str) -> None:
-        self.file, self.why = file, printable(" ".join(why.split()))
+        self.file, self.why = file, shown(" ".join(why.split()))
         super().__init__(f"{file} cannot be read ({self.why})")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Unreadable, (self.file, self.why)
-
-
-def printable(text: str) -> str:
-    """Returns text whose control, formatting and lone surrogate characters are escaped."""
-    return "".join(
-        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
-    )
 
 
 def is_there(file: Path, most: int) -> bool:

@@ -23,6 +23,7 @@ from ddpm.system.precision import in_words
 from ddpm.system.processes import accelerator_for, naming_lost, wait_to_leave
 from ddpm.system.signals import Preempted
 from ddpm.system.slurm import clock_of
+from ddpm.system.text import guard_logs, say
 from ddpm.train import start, which
 from ddpm.train.meter import NotFinite
 from ddpm.train.saving import DiskHangs
@@ -53,7 +54,7 @@ def run(composed: Composed) -> RunFolder:
     if record.get("status") == "complete" and not begun.changes:
         unseen = pictures.check_here(config, folder, begun.source)
         for note in [*begun.notes, *([f"pictures not compared: {unseen}"] if unseen else [])]:
-            print(note, flush=True)
+            say(note)
         _say_complete(folder, record["step"])
         return folder
     contents.check(folder.path)
@@ -68,7 +69,7 @@ def run(composed: Composed) -> RunFolder:
         leads = accelerator.is_main_process
         with signals.listening(), _leaving_together():
             if leads:
-                print(f"run {folder.path}", flush=True)
+                say(f"run {folder.path}")
                 signals.set_clock(clock_of(config.runtime.max_hours, began))
             num_steps = _train(begun, composed, accelerator)
         if leads:
@@ -183,7 +184,7 @@ def _saying_where(folder: RunFolder) -> Iterator[None]:
                     f"is saved at step {record['step']} of {record['num_steps']}; "
                     "the same command carries on from there"
                 )
-            print(f"run {folder.path} {state}", flush=True)
+            say(f"run {folder.path} {state}")
         raise
 
 
@@ -234,7 +235,9 @@ def _log_file(folder: RunFolder) -> Iterator[None]:
     """Has what the package logs in train.log; on the terminal too where no bar shows it."""
     logger = logging.getLogger("ddpm")
     logger.setLevel(logging.INFO)
-    file = logging.FileHandler(folder.path / "train.log", encoding="utf-8")
+    guard_logs()
+    written = files.append_to(folder.path / "train.log")
+    file = logging.StreamHandler(written)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     terminal = logging.StreamHandler()
     terminal.setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)
@@ -246,6 +249,7 @@ def _log_file(folder: RunFolder) -> Iterator[None]:
         for handler in (file, terminal):
             logger.removeHandler(handler)
             handler.close()
+        written.close()
 
 
 def _device_name(accelerator: Accelerator) -> str:
@@ -258,4 +262,5 @@ def _device_name(accelerator: Accelerator) -> str:
 
 def _say_complete(folder: RunFolder, step: int) -> None:
     sheet = folder.samples / f"step_{step:08d}.png"
-    print(f"run {folder.path} is complete: {step} steps\nsamples {sheet}", flush=True)
+    say(f"run {folder.path} is complete: {step} steps")
+    say(f"samples {sheet}")

@@ -21,6 +21,7 @@ from ddpm.sample.subject import Trained, of_config
 from ddpm.system import ways
 from ddpm.system.processes import Asking, garbage_kept
 from ddpm.system.signals import Preempted
+from ddpm.system.text import say
 from ddpm.train import progress, saving, start
 from ddpm.train.costs import Spent, costs_of
 from ddpm.train.device_batch import largest_fitting
@@ -55,7 +56,7 @@ def take_steps(
     subject = of_config(config, classes, lambda device: state.network, state.ema.state_dict)
     recorder = _recorder(config, folder, state, batches, num_steps) if leads else None
     if recorder is not None and choice.found:
-        recorder.text("tuning", "```\n" + "\n".join(table(choice.found)) + "\n```")
+        recorder.text("tuning", "\n".join(table(choice.found)))
     drawn_by = previews_of(config, num_steps)
     if leads:
         _say_previews(folder, config, num_steps, drawn_by)
@@ -161,14 +162,14 @@ def _recorder(
             warmup_steps,
         )
     if state.step:
-        print(f"carrying on from step {state.step}", flush=True)
+        say(f"carrying on from step {state.step}")
     saving.expect(folder, config.runtime.keep_checkpoints, parameters)
     recorder = Recorder(folder.path, state.step)
     recorder.settings(hparams(folder, config, num_steps))
-    recorder.text("command", f"```\n{shlex.join(folder.record()['starts'][-1]['command'])}\n```")
+    recorder.text("command", shlex.join(folder.record()["starts"][-1]["command"]))
     if not state.step:
         settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        recorder.text("config", f"```yaml\n{settings}```")
+        recorder.text("config", settings, "yaml")
     return recorder
 
 

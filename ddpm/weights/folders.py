@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,12 +20,14 @@ from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.models.unet import UNet
 from ddpm.runs import checkpoint
 from ddpm.runs.contents import read_settings
+from ddpm.system.bounded import read_file
 from ddpm.system.files import sha256, whole
 from ddpm.weights.scheduler_settings import Chain, chain, scheduler_config
 from ddpm.weights.tensors import read_tensors
 from ddpm.weights.unet_settings import UNET, VERSION, unet_config, unet_model, unseen
 
 WEIGHTS = "diffusion_pytorch_model"
+MOST_JSON = 10_000_000  # bytes: the names of all classes that there may be
 CLASSES = "classes.json"  # ours: number -> name
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -288,7 +289,7 @@ def _part(folder: Path, name: str) -> Path:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(read_file(file, MOST_JSON))
     if not isinstance(content, dict):
         raise ValueError("is not a table of settings")
     return content
@@ -306,7 +307,7 @@ def _naming(what: str) -> Iterator[None]:
         AttributeError,
         ArithmeticError,
         RuntimeError,
-        yaml.YAMLError,
+        OSError,
     ) as error:
         raise ValueError(
             f"{what}: {error}"

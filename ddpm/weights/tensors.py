@@ -4,11 +4,13 @@ import pickle
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
+
+from ddpm.system.bounded import load_tensors, open_file
 
 UNREADABLE = (
     *(SafetensorError, pickle.UnpicklingError, EOFError, struct.error),
@@ -37,11 +39,7 @@ def read_tensors(option: str, file: Path) -> dict[str, Tensor]:
         ValueError: If the file holds anything but tensors.
     """
     try:
-        loaded = (
-            load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, map_location="cpu", weights_only=True)
-        )
+        loaded = load_tensors(file) if file.suffix == ".safetensors" else _unpickled(file)
     except UNREADABLE as error:
         raise ValueError(
             f"{option}: {file} cannot be read as tensors alone, so it is left unread "
@@ -59,10 +57,20 @@ def read_tensors(option: str, file: Path) -> dict[str, Tensor]:
         if isinstance(loaded, dict):
             what = f"has {', '.join(map(str, list(loaded)[:6]))} (save the weights' table alone)"
         raise ValueError(f"{option}: {file} is not a table of tensors by name; it {what}")
+    for name, tensor in loaded.items():
+        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{option}: {file}: {name} of shape {tuple(tensor.shape)} claims more than it holds"
+            )
     return {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in loaded.items()
     }
+
+
+def _unpickled(file: Path) -> Any:
+    with open_file(file) as content:
+        return torch.load(content, map_location="cpu", weights_only=True)
 
 
 def _reason(error: Exception) -> str:

@@ -50,7 +50,8 @@ function drawPoints(figure, setting, runs) {
   });
   const log = numeric && wantsLog(values);
   const ticks = numeric && new Set(values).size <= 8 ? { tickvals: [...new Set(values)], ticktext: [...new Set(values)].map((value) => digits(value)) } : {};
-  const categories = numeric ? {} : { categoryorder: "array", categoryarray: scaleOf(setting, runs).names.map(String) };
+  const names = numeric ? [] : scaleOf(setting, runs).names.map(String);
+  const categories = numeric ? {} : { categoryorder: "array", categoryarray: names, tickvals: names, ticktext: names.map((name) => asText(name)) };
   const layout = layoutOf({ xaxis: { title: { text: asText(setting) }, type: numeric ? (log ? "log" : "linear") : "category", ...ticks, ...categories }, yaxis: { title: { text: titleLines(figure) } } });
   const open = runs.some((run) => !whole(run)) ? "Hollow points are of runs that are not complete." : "";
   return { traces, layout, said: [groups.length ? "Bars are mean and deviation over seeds." : "", open, log ? "The setting is on a log axis." : ""] };

@@ -1,0 +1,147 @@
+"""What the command line alone may say: whom to trust, and how Hydra is set up.
+
+Files of options and recipes come from other people. They hold values; what Hydra would call, import
+or hand to a shell is typed.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, Node, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+from ddpm.config.rules import RUNS_FOLDER
+from ddpm.system.text import say, shown
+
+TRUST = ("runtime.trusted_modules", "trusted_modules")
+PLAIN = (  # values that nothing calls; those of RUNS_FOLDER are refused with words of their own
+    *("hydra.sweeper.direction", "hydra.sweeper.n_trials"),
+    *RUNS_FOLDER,
+)
+SECTIONS = {key.split(".")[1] for key in PLAIN}
+HYDRAS = ("pkg://hydra.", "pkg://hydra_plugins.")
+_typed: list[str] = []  # the words of the command line that was composed last
+_told: set[str] = set()  # keys of which it is said that the environment has them
+
+
+def is_shipped(place: str, provider: str, conf: Path) -> bool:
+    """Whether a file of options is the project's or Hydra's own, neither a recipe nor the user's.
+
+    Args:
+        place: The folder that it lies in, as Hydra has it: file:///conf, pkg://hydra.conf.
+        provider: Who added that folder, as Hydra has it.
+        conf: The project's folder of options.
+    """
+    if place.startswith("structured://"):  # registered by code
+        return not provider.startswith("experiments/")
+    scheme, _, path = place.partition("://")
+    return place.startswith(HYDRAS) or (scheme == "file" and Path(path).resolve() == conf)
+
+
+def refuse_code(file: str, config: DictConfig) -> None:
+    """Refuses a file that sets what is for the command line alone.
+
+    Args:
+        file: Its name, for messages.
+        config: Its content, where it goes in the whole.
+
+    Raises:
+        ValueError: If it does; it says what, and what to type.
+    """
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    runtime = plain.get("runtime", {})
+    if not isinstance(runtime, dict | type(None)):
+        raise ValueError(f"{file} sets runtime={shown(runtime)}, which is a table of keys")
+    for key in TRUST:
+        value = _at(plain, key)
+        if value not in (None, []):
+            raise ValueError(f"{file} sets {_is_typed(key, value)}")
+    beyond = next(_beyond_values(plain["hydra"]), None) if "hydra" in plain else None
+    if beyond is not None:
+        raise ValueError(
+            f"{file} sets {beyond}, which is for the command line alone: type {beyond}=..., or "
+            "what chooses it, there"
+        )
+
+
+def check_trust(cfg: DictConfig) -> None:
+    """Looks whether all trust in what was composed was typed, by whatever way it got there.
+
+    Raises:
+        ValueError: If it was not.
+    """
+    words: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
+    _typed[:] = words
+    for key in TRUST:
+        try:
+            value = OmegaConf.select(cfg, key)
+        except OmegaConfBaseException:
+            continue  # said where all is resolved
+        if value and not any(re.match(rf"\+*{re.escape(key)}=", word) for word in _typed):
+            raise ValueError(f"a file sets {_is_typed(key, value)}")
+
+
+def say_environment() -> None:
+    """Has each key be named in a line that a file, and no typed word, takes from the environment.
+
+    It goes into names of folders and into records, which others may read.
+    """
+
+    def environment(*arguments: Any, _node_: Node) -> Any:
+        key = str(_node_._get_full_key(None))
+        if key.startswith("hydra."):  # what was typed, as Hydra keeps it
+            return oc.env(*arguments)
+        typed = any(
+            "oc.env" in word and f"{key}.".startswith(f"{word.lstrip('+').partition('=')[0]}.")
+            for word in _typed
+        )
+        if not typed and key not in _told:
+            _told.add(key)
+            names = ", ".join(map(str, arguments[:1]))
+            say(f"note: a file takes {key} from the environment, {names}", to_error=True)
+        return oc.env(*arguments)
+
+    OmegaConf.register_new_resolver("oc.env", environment, replace=True)
+
+
+def _beyond_values(hydra: Any) -> Iterator[str]:
+    """The keys of a file's section for Hydra that are more than values of a sweep."""
+    if not isinstance(hydra, dict):
+        yield "hydra"
+        return
+    for section, inner in hydra.items():
+        if section not in SECTIONS or not isinstance(inner, dict):
+            yield f"hydra.{shown(section)}"
+            continue
+        for key, value in inner.items():
+            full = f"hydra.{section}.{shown(key)}"
+            if full == "hydra.sweeper.params" and isinstance(value, dict):
+                yield from (
+                    f"{full}.{shown(name)}"
+                    for name in value
+                    if not re.fullmatch(r"\+{0,2}(?!hydra\b)[\w./]+", str(name))
+                    or str(name).endswith("trusted_modules")
+                )
+            elif full not in PLAIN:
+                yield full
+
+
+def _is_typed(key: str, value: Any) -> str:
+    """The end of a message on trust that a file claims."""
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    words = plain if isinstance(plain, list) else [plain]
+    listed = ",".join(word if isinstance(word, str) else json.dumps(word) for word in words)
+    return (
+        f"{key}=[{shown(listed)}], and whom to trust is for the command line alone: type "
+        f"'{key}=[{shown(listed)}]' there if you do"
+    )
+
+
+def _at(plain: Any, key: str) -> Any:
+    for name in key.split("."):
+        plain = plain.get(name) if isinstance(plain, dict) else None
+    return plain
