@@ -39,7 +39,7 @@ def test_training_starts_from_weights_and_only_at_its_first_step(
     capsys.readouterr()
     train(compose(overrides))
     run = RunFolder(Path(capsys.readouterr().out.splitlines()[0].removeprefix("run ")))
-    assert run.path.name.startswith("init_from-")
+    assert run.path.name.startswith("linear_epsilon_init_from-")
     assert source.name[-30:] in run.path.name  # a long name keeps its end, with the run's hash
     first, second = (checkpoint.find(run.checkpoints, step) for step in (1, 2))
     for kind_of_weights in ("raw", "ema"):

@@ -162,7 +162,7 @@ def test_samples_configuration_command_and_the_charts_are_there(board):
         assert {tag.partition("/")[0] for tag in tags} == {"config", "command"}
         command = next(tag for tag in tags if tag.startswith("command"))
         assert (
-            "python -m ddpm.train data=digits"
+            "python -m ddpm.train schedule=linear"
             in board("plugin/text/text", run=run, tag=command)[0]["text"]
         )
     charts = [
