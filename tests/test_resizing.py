@@ -143,7 +143,7 @@ recipe:
 
 
 def test_plan_names_what_the_source_has_otherwise_and_what_the_recipe_must_have(recipe, typed):
-    words = [recipe(RECIPE), "probe=0"]
+    words = [recipe(RECIPE), "probe=0", "schedule=linear"]
     plain = typed("plan", *words)
     assert plain.code == 0, plain.err
     assert "data.resize: published lanczos, the run has bicubic (data.resize=lanczos" in plain.out
