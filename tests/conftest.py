@@ -77,6 +77,7 @@ def pytest_xdist_auto_num_workers() -> int:
 # files that take long, the longest first: begun last, one of them would keep a process alone
 LONG = (
     *("test_torture", "test_tune", "test_processes", "test_readme", "test_sweep", "test_stopping"),
+    "test_studies",
     *("test_evaluation", "test_stopped_sweep", "test_resume", "test_report_browser", "test_export"),
     *("test_search", "test_features", "test_tensorboard", "test_property", "test_dropout"),
 )

@@ -159,7 +159,7 @@ def target(group: str, name: str, *more: str) -> Case:
 
 def nested(place: Place) -> Typed:
     word = "schedule.beta_start={_target_:ddpm.diffusion.schedules.linear}"
-    return Typed([word], "schedule.beta_start=.*valid number")
+    return Typed(["schedule=linear", word], "schedule.beta_start=.*valid number")
 
 
 HOOK = "torch.optim.optimizer.register_optimizer_step_pre_hook"

@@ -35,8 +35,8 @@ def test_the_other_commands_refuse_in_one_line_too(refusal, run_folder, name, ov
     ("changed", "message"),
     [
         ({"config.yaml": "model: [1\n}"}, "is no run folder: its config.yaml cannot be read"),
-        ({"config.yaml": "- 1"}, "its config.yaml is not one of ddpm.train"),
-        ({"config.yaml": "runtime: {}"}, "is missing"),
+        ({"config.yaml": "- 1"}, "its config.yaml cannot be read (not a table)"),
+        ({"config.yaml": "runtime: {}"}, "config.yaml cannot be read (model: Field required)"),
         ({"run.json": '{"step": 6, "da'}, "run.json cannot be read"),
         ({"run.json": "{}"}, "no run.json that tells of its data"),
     ],

@@ -40,7 +40,7 @@ def commands():
         yield (
             words[started].removeprefix("ddpm."),
             [
-                word
+                word if "=" in word else f"study.name={word}"
                 for word in words[started + 1 : ends]
                 if word != "-m" and not word.startswith("hydra")
             ],
@@ -116,6 +116,7 @@ SHORT = {  # appended to what the README says, to try in seconds what takes minu
     ],
     "compare": ["num_samples=1", "sampler.num_steps=2"],
     "plan": ["probe=0"],
+    "study": ["study.show=true"],
 }
 MYLIB = """
 import torch
@@ -162,7 +163,7 @@ def test_the_commands_of_the_readme_run_as_they_are_written(typed, pictures, tmp
         assert done.code == 0, (module, words, done.err)
         run = run or done.run
         ran.add(module)
-    assert ran == {"train", "compare", "plan", "sample", "evaluate", "export"}
+    assert ran == {"train", "compare", "plan", "sample", "evaluate", "export", "study"}
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,10 @@ class Bounded:
             _count(node, {}, ())
         except RecursionError as error:
             raise ValueError(f"{self._file}nested more than {MOST_DEPTH} deep") from error
+        except yaml.MarkedYAMLError as error:
+            if "nesting depth" not in str(error):  # libyaml's own bound
+                raise
+            raise ValueError(f"{self._file}nested more than {MOST_DEPTH} deep") from error
         except ValueError as error:
             raise ValueError(f"{self._file}{error}") from error
         return node
