@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ddpm.config.compose import nearest
+from ddpm.system.text import is_number
 
 # what these export, and no more of ours, may be named by YAML: names that stay when files move
 PUBLIC = (
@@ -284,7 +285,7 @@ def _with_text_keys(value: Any) -> Any:
 def _of_another_type(key: str, value: Any, complaints: set[str]) -> str:
     """The part of a message for text that looks like a number, and for a number that is text."""
     numbers = {"int_type", "float_type", "int_parsing", "float_parsing"}
-    if isinstance(value, str) and complaints & numbers and _is_number(value):
+    if isinstance(value, str) and complaints & numbers and is_number(value):
         return (
             ", and is text: type it without quotes, read it from the environment with "
             "${oc.decode:${oc.env:NAME}}"
@@ -295,15 +296,7 @@ def _of_another_type(key: str, value: Any, complaints: set[str]) -> str:
 
 
 def _looks_like_no_text(value: str) -> bool:
-    return _is_number(value) or value.lower() in ("yes", "no", "on", "off", "true", "false")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return is_number(value) or value.lower() in ("yes", "no", "on", "off", "true", "false")
 
 
 def _wanted(complaint: Any) -> str:

@@ -42,7 +42,16 @@ def cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     said = shown(value)
-    return f"'{said}" if _FORMULA.match(value) and not _is_number(value) else said
+    return f"'{said}" if _FORMULA.match(value) and not is_number(value) else said
+
+
+def is_number(text: str) -> bool:
+    """Whether text can be read as a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def unmarked(text: object) -> str:
@@ -93,11 +102,3 @@ def _escape(found: re.Match[str]) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is no UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
