@@ -1,6 +1,8 @@
 """Studies: a claim's numbers by seed, what follows from them, and that a study carries on."""
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from ddpm.config.compose import compose
 from ddpm.config.schema import plain_config, training_config
 from ddpm.config.validation import validate
 from ddpm.evaluate.run import Settings as EvaluateSettings
+from ddpm.runs.folder import RunFolder
 from ddpm.study import figures, plan
-from ddpm.study.figures import Cell
+from ddpm.study.figures import Cell, StudyRun
 from ddpm.study.plan import Claim
 
 
@@ -117,44 +120,60 @@ TOY = {
 
 
 def test_a_study_runs_its_lines_and_typed_again_only_what_is_missing(ddpm, tmp_path):
+    """Each command line takes seconds to start, so nothing is measured here."""
     file, to = tmp_path / "toy.yaml", tmp_path / "page"
-    file.write_text(yaml.safe_dump(TOY))
+    file.write_text(yaml.safe_dump({**TOY, "evaluate": [], "claims": TOY["claims"][1:]}))
     words = [str(file), f"outputs={tmp_path / 'runs'}", f"study.to={to}", "study.jobs=1"]
     first = ddpm("study", *words)
     assert first.code == 0, first.err
     assert first.out.count("\npython -m ddpm.train -m") == 1
-    assert first.out.count("\npython -m ddpm.evaluate -m") == 3  # one for each seed
     found = json.loads((to / "toy.json").read_text())
-    assert [list(one["numbers"]) for one in found["claims"]] == [["0", "1", "2"]] * 2
-    runs = {one["run"] for one in found["cells"]}
-    assert len(runs) == 6
-    # the numbers are those of the runs' own files, as another reader takes them from there
+    assert list(found["claims"][0]["numbers"]) == ["0", "1", "2"]
+    assert len({one["run"] for one in found["cells"]}) == 6
+    # the numbers are those of the runs' own files: log_every=1, so the mean over the later half
     for one in found["cells"]:
-        (value,) = [
-            entry["value"]
-            for entry in json.loads((tmp_path / one["run"] / "evaluation.json").read_text())
-            if entry["metric"] == "loss_t0900_0999"
-        ]
-        assert one["values"]["loss_t0900_0999"] == value
+        lines = (tmp_path / one["run"] / "metrics.jsonl").read_text().splitlines()
+        norms = [json.loads(line)["train/grad_norm"] for line in lines if "grad_norm" in line]
+        late = norms[len(norms) // 2 :]
+        assert one["values"]["train/grad_norm"] == pytest.approx(sum(late) / len(late))
     page = (to / "README.md").read_text()
-    assert "More steps, less loss" in page
+    assert "Norms rise" in page
     assert found["claims"][0]["verdict"] in page
     assert (to / "toy.png").is_file()
 
-    again = ddpm("study", *words)
-    assert again.code == 0, again.err
-    assert "python -m ddpm.train" not in again.out
-    assert "python -m ddpm.evaluate" not in again.out
-
-    # one more seed trains that alone; a run that is gone is trained again, and nothing else
+    # typed again nothing is trained; one more seed trains that alone
     more = ddpm("study", *words, "study.seeds=4")
     assert more.code == 0, more.err
     (line,) = [line for line in more.out.splitlines() if line.startswith("python -m ddpm.train")]
     assert " seed=3" in line
     grown = json.loads((to / "toy.json").read_text())
-    assert [list(one["numbers"]) for one in grown["claims"]] == [["0", "1", "2", "3"]] * 2
+    assert list(grown["claims"][0]["numbers"]) == ["0", "1", "2", "3"]
     kept = {one["run"]: one["values"] for one in grown["cells"] if one["seed"] < 3}
     assert kept == {one["run"]: one["values"] for one in found["cells"]}
+
+
+def test_what_a_line_measures_is_found_and_nothing_else(typed, run_folder, tmp_path):
+    run = RunFolder(shutil.copytree(run_folder, tmp_path / "run"))
+    (job,) = plan.jobs([["data=digits", "schedule=linear", "objective=epsilon"]])
+    one = StudyRun(job, 3, run)
+    line = ["evaluation.metrics=[losses]", "evaluation.num_images=8", "sampler=ddim10"]
+    (way,) = plan.jobs([line])
+    assert not figures.is_measured(one, way)
+    for words in (["seed=3"], ["seed=4"], ["seed=3", "weights=raw"]):
+        done = typed("evaluate", f"run={run.path}", *line, *words)
+        assert done.code == 0, done.err
+    assert figures.is_measured(one, way)
+    assert not figures.is_measured(dataclasses.replace(one, seed=5), way)
+    assert not figures.is_measured(one, plan.jobs([["evaluation.num_images=4", *line[:1]]])[0])
+    study = plan.Study.model_validate({**TOY, "train": [job.words], "evaluate": [line]})
+    (cell,) = figures.cells(study, one)
+    (value,) = [
+        entry["value"]
+        for entry in json.loads((run.path / "evaluation.json").read_text())
+        if entry["metric"] == "loss_t0900_0999"
+        and (entry["protocol"]["seed"], entry["protocol"]["weights"]) == (3, "ema")
+    ]
+    assert cell.values["loss_t0900_0999"] == value
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,18 @@ class Peers:
             return f"process 0 of {self.count}, which leads the others, was killed or lost"
         return None
 
+    def tell_lost(self, what: str) -> None:
+        """Tells the others who is gone: some may wait for an answer, and meet no failure of theirs.
+
+        Args:
+            what: As `what_happened` says it.
+        """
+        try:
+            if not self._store.check(["failed"]):
+                self._store.set("failed", what)
+        except RuntimeError:  # the store went with the process that held it
+            return
+
     def leave(self, failure: str | None = None) -> None:
         """Says that this process ends, and why if it fails.
 

@@ -210,13 +210,16 @@ def naming_lost() -> Iterator[None]:
     """
     try:
         yield
-    except PeerLost:
+    except PeerLost as error:
+        if _Group.peers is not None:
+            _Group.peers.tell_lost(str(error))
         raise
     except Exception as error:
         peers = _Group.peers
         if peers is not None and isinstance(error, RuntimeError):
             happened = peers.what_happened()
             if happened is not None:
+                peers.tell_lost(happened)
                 raise PeerLost(happened) from error
         if peers is not None:
             peers.leave(str(error))
