@@ -209,7 +209,7 @@ def test_a_study_that_cannot_be_is_refused_in_a_line_that_names_its_file(
 
 def test_a_name_that_is_no_study_is_refused_with_the_nearest(typed):
     assert "did you mean song_steps?" in typed("study", "song_step").err
-    assert typed("study").out.split()[::1].count("song_steps") == 1
+    assert typed("study").out.split().count("song_steps") == 1
 
 
 def test_study_show_prints_lines_that_can_be_typed(typed, tmp_path):

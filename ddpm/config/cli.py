@@ -223,9 +223,9 @@ def _run_job(
         say(f"error: {explain(error)}", to_error=True)
     except Preempted:
         code, ended, known = signals.CARRIES_ON, "preempted", False
-    shown = sweeps.shown(facts, composed)
+    told = sweeps.shown(facts, composed)
     last = {"status": ended} if code and known else {}
-    return sweeps.Outcome(composed.overrides, code, {"status": ended, **shown, **last})
+    return sweeps.Outcome(composed.overrides, code, {"status": ended, **told, **last})
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 # controls, line separators, marks that turn the direction of writing, halves of characters
@@ -76,7 +77,8 @@ def keep_streams() -> None:
                 os.dup2(handle, number)
                 os.close(handle)
             os.set_inheritable(number, True)
-        setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115, PTH123
+        mode = "w" if number else "r"
+        setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))
 
 
 def guard_logs() -> None:
