@@ -64,7 +64,7 @@ schedule.num_timesteps=1000 objective=epsilon_fixed_large
 """
 
 OTHERS = """\
-Measured, and no recipe: the quick start as it was before (32 channels, linear, epsilon, no classes).
+Measured, and no recipe: the quick start of before (32 channels, linear, epsilon, no classes).
 """
 
 RESULTS = EXPERIMENTS / "results"

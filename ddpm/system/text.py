@@ -78,7 +78,8 @@ def keep_streams() -> None:
                 os.close(handle)
             os.set_inheritable(number, True)
         mode = "w" if number else "r"
-        setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))
+        nowhere = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115
+        setattr(sys, name, nowhere)
 
 
 def guard_logs() -> None:
