@@ -11,13 +11,54 @@ run's folder, `weights` are other people's; `sample`, `evaluate` and `train` do 
 For a tour read train/run.py, train/steps.py, train/loop.py, diffusion/process.py, models/unet.py.
 """
 
+import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddpm.library import Run
     from ddpm.runs.folder import RunFolder
 
 __version__ = "0.1.0"
+
+# public names, imported when first used
+_ROOM_OF = {
+    "GaussianDiffusion": "diffusion",
+    "UNet": "models",
+    "ReadmeUNet": "models",
+    "Sampler": "diffusion.samplers",
+}
+_ROOMS = ("data", "diffusion", "models")
+
+__all__ = ["load", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOM_OF:
+        return getattr(importlib.import_module(f"ddpm.{_ROOM_OF[name]}"), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"ddpm.{name}")
+    raise AttributeError(f"module 'ddpm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_ROOM_OF, *_ROOMS])
+
+
+def load(path: str | Path, trusted_modules: Sequence[str] = ()) -> "Run":
+    """Opens a trained run: its configuration, network, samples and metrics.
+
+    Args:
+        path: The run's folder, as training prints it first and last.
+        trusted_modules: Prefixes of your own modules that the run's `_target_`s may name.
+
+    Raises:
+        ValueError: If this is no run's folder, or it names classes that are not trusted.
+    """
+    from ddpm.library import Run
+
+    return Run(path, trusted_modules)
 
 
 def run(overrides: Sequence[str] = ()) -> "RunFolder":

@@ -19,7 +19,7 @@ ORDER = [
     ["evaluate"],
     ["train"],
     ["compare", "plan", "export", "recipes"],
-    ["benchmark", "study"],
+    ["benchmark", "study", "library"],
 ]
 COMPUTING = [
     "models",

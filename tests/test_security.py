@@ -70,6 +70,8 @@ TARGETS = [
         "ddpm.train.run.run",
         "ddpm.sample.run.run",
         "ddpm.run",
+        "ddpm.load",
+        "ddpm.library.Run",
         "ddpm.export.__main__.main",
         "ddpm.train.loop.train",
         "ddpm.train.state.EMA",

@@ -35,7 +35,7 @@ from ddpm.sample.previews import drawn_by
 from ddpm.sample.subject import (
     Subject,
     Trained,
-    class_number,
+    class_numbers,
     class_words,
     of_file,
     of_folder,
@@ -112,7 +112,7 @@ def run(composed: Composed) -> Path:
     subject, trained, name = _opened(settings, composed)
     sampler = build.sampler(settings.sampler, subject.diffusion)
     names = subject.classes or []
-    numbers = _class_numbers(settings, subject.classes)
+    numbers = class_numbers(settings.classes, subject.classes)
     protocol = {
         "network": subject.identity(),
         "sampler": build.sampler_settings(settings.sampler, subject.diffusion),
@@ -276,20 +276,6 @@ def _own_folder(
     if trained is None:
         return Path(settings.outputs) / f"samples-{name[-100:]}" / words
     return trained.run.samples / f"step_{trained.step:08d}_{trained.kind}_{words}"
-
-
-def _class_numbers(settings: Settings, names: list[str] | None) -> list[int] | None:
-    """The numbers of the classes that are drawn in turn; None for a network without."""
-    if names is None:
-        if settings.classes is not None:
-            raise ValueError(
-                f"classes={settings.classes}: the network was trained without classes; "
-                "training.conditional=true trains with them"
-            )
-        return None
-    if settings.classes is None:
-        return list(range(len(names)))
-    return [class_number(wanted, names) for wanted in settings.classes]
 
 
 def _is_packed(folder: Path, settings: Settings) -> bool:

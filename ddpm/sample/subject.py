@@ -201,6 +201,28 @@ def class_number(wanted: int | str, names: list[str]) -> int:
     raise ValueError(f"classes has {wanted}; the network knows {numbers}{', '.join(names[:24])}")
 
 
+def class_numbers(wanted: Sequence[int | str] | None, names: list[str] | None) -> list[int] | None:
+    """Returns the classes to draw in turn, by number.
+
+    Args:
+        wanted: Classes by name or number; None for all of them.
+        names: Those of the network; None if it has none.
+
+    Raises:
+        ValueError: If there is no such class.
+    """
+    if names is None:
+        if wanted is not None:
+            raise ValueError(
+                f"classes={list(wanted)}: the network was trained without classes; "
+                "training.conditional=true trains with them"
+            )
+        return None
+    if wanted is None:
+        return list(range(len(names)))
+    return [class_number(one, names) for one in wanted]
+
+
 def class_words(numbers: Sequence[int], names: Sequence[str]) -> str:
     """Returns which classes are drawn, such as "class 2: cat, class 0: ant"."""
     shown = [f"class {number}: {names[number]}" for number in dict.fromkeys(numbers)]
