@@ -23,6 +23,7 @@ from ddpm.sample.subject import class_numbers, of_run
 from ddpm.system import devices
 
 Weights = Literal["ema", "raw"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 class Run:
@@ -61,7 +62,7 @@ class Run:
         return build.diffusion(self.config)
 
     def network(
-        self, step: int | None = None, weights: Weights = "ema", device: str = "cpu"
+        self, step: int | None = None, weights: Weights = "ema", device: Device = "cpu"
     ) -> nn.Module:
         """Returns the network in evaluation mode.
 
@@ -89,7 +90,7 @@ class Run:
         step: int | None = None,
         weights: Weights = "ema",
         batch_size: int = 64,
-        device: str = "auto",
+        device: Device = "auto",
         progress: bool = True,
         **settings: Any,
     ) -> np.ndarray:
@@ -177,7 +178,7 @@ class Run:
             if key not in known:
                 raise ValueError(
                     f"{key}={value} is no setting of sampler={sampler}; there are "
-                    f"{', '.join(str(name) for name in known if name[0] != '_')}"
+                    f"{', '.join(str(name) for name in known if str(name)[0] != '_')}"
                 )
             composed.cfg.sampler[key] = value
         said |= {"run": str(self.path), "trusted_modules": self._trusted}

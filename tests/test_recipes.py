@@ -295,7 +295,7 @@ def test_data_that_is_not_there_is_asked_for_by_data_path(data, path):
 def commands() -> list[list[str]]:
     """The command lines of the page, a sweep as its jobs."""
     found = []
-    for line in re.sub(r"\\\n\s*", "", recipes.INTRO).splitlines():
+    for line in re.sub(r"\\\n\s*", "", recipes.SWEEPS).splitlines():
         if line.startswith("python -m ddpm.train "):
             choices = [
                 [f"{key}={value}" for value in values.split(",")]
@@ -340,20 +340,34 @@ def test_the_page_is_what_the_command_prints(capsys):
     assert capsys.readouterr().out == (EXPERIMENTS / "README.md").read_text()
 
 
-def test_the_page_has_a_row_for_each_recipe_with_its_figures():
+def test_the_page_has_a_row_and_a_note_for_each_recipe():
     page = (EXPERIMENTS / "README.md").read_text()
     rows = {row.split("|")[1].strip(): row for row in page.splitlines() if row.startswith("| [")}
-    assert list(rows) == [f"[{name}]({name}.yaml)" for name in NAMES]
-    assert all(row.count(" | ") == 6 for row in rows.values())
-    cifar10 = rows["[cifar10](cifar10.yaml)"]
-    assert (
-        "`unet32`, `cifar10` | 35,746,307 | 800,000 | FID 3.17 (50k samples, train split" in cifar10
-    )
-    assert "50,100 (300 epochs)" in rows["[butterflies128](butterflies128.yaml)"]
+    assert sorted(rows) == [f"[{name}]" for name in NAMES]
+    assert [row for row in rows.values() if len(row) > 110] == []
+    assert rows["[cifar10]"].startswith("| [cifar10] | unet32 | cifar10 | FID 3.17 (A) |")
+    assert [name for name in NAMES if f"\n[{name}]: {name}.yaml\n" not in page] == []
+    assert [name for name in NAMES if f"\n- {name}: " not in page] == []
+    assert "35,746,307 parameters, 800,000 steps" in page
+    assert "50,100 steps (300\n  epochs)" in page or "50,100 steps (300 epochs)" in page
+
+
+def test_the_page_has_every_published_figure_with_its_protocol():
+    page = (EXPERIMENTS / "README.md").read_text()
+    letters = dict(re.findall(r"^- ([A-Z]): ((?:.+)(?:\n  .+)*)", page, flags=re.M))
+    letters = {" ".join(said.split()): letter for letter, said in letters.items()}
+    found = 0
+    for name in NAMES:
+        for metric in configured(f"experiment={name}").recipe.expect.metrics:
+            letter = letters[metric.protocol]
+            row = re.search(rf"^\| {name} \| {letter} \|(.*)\|$", page, flags=re.M)
+            assert f"{metric.value:g}" in [cell.strip() for cell in row[1].split("|")]
+            found += 1
+    assert found > 60
 
 
 def test_what_was_measured_is_read_from_what_was_stored(tmp_path):
-    assert recipes.summarize_results("cifar10", tmp_path) == "not measured"
+    assert recipes.measured_rows("cifar10", tmp_path) == []
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10" / "run.json").write_text(
         '{"status": "complete", "step": 800000, "command": [], "device": "1 x cuda", "git": {"commit": "0123456789"}}'
@@ -366,10 +380,9 @@ def test_what_was_measured_is_read_from_what_was_stored(tmp_path):
             Measurement("loss_t0000_0099", 0.1, protocol),
         ],
     )
-    assert (
-        recipes.summarize_results("cifar10", tmp_path)
-        == "`fid@50k:train:ema:step800000 3.2 (floor 1.5)`<br>800,000 steps, 1 x cuda, commit 0123456"
-    )
+    assert recipes.measured_rows("cifar10", tmp_path) == [
+        ["cifar10", "fid", "3.2", "1.5", "50k:train:ema:step800000"]
+    ]
 
 
 RUNS = [
