@@ -1,4 +1,4 @@
-"""What the README says to type can be typed."""
+"""What the README files say to type can be typed, and what they point at is there."""
 
 import importlib.util
 import re
@@ -14,17 +14,22 @@ from ddpm.config.schema import training_config
 from ddpm.runs.finding import locate
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    "README.md",
+    *(f"{folder}/README.md" for folder in ("conf", "ddpm", "experiments", "tests")),
+]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS["README.md"]
 OPTUNA = "hydra/sweeper=optuna"
 
 
 def lines():
-    """The words of each line of the README's bash blocks that starts one of our commands."""
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if any(word.startswith("ddpm.") for word in words):
-                yield words
+    """The words of each line of the pages' bash blocks that starts one of our commands, once."""
+    blocks = re.findall(r"```bash\n(.*?)```", "\n".join(TEXTS.values()), flags=re.S)
+    for line in dict.fromkeys("".join(blocks).replace("\\\n", " ").splitlines()):
+        words = shlex.split(line, comments=True)
+        if any(word.startswith("ddpm.") for word in words):
+            yield words
 
 
 def commands():
@@ -42,7 +47,7 @@ def commands():
             [
                 word if "=" in word else f"study.name={word}"
                 for word in words[started + 1 : ends]
-                if word != "-m" and not word.startswith("hydra")
+                if word not in ("-m", "--help") and not word.startswith("hydra")
             ],
         )
 
@@ -92,7 +97,7 @@ def jobs(overrides):
     list(commands()),
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_a_command_of_the_readme_composes(module, overrides):
+def test_a_command_of_the_pages_composes(module, overrides):
     for job in jobs(overrides):
         composed = compose(job, "config" if module == "train" else module)
         if module == "train" and composed.cfg.resume is None:
@@ -105,7 +110,7 @@ SHORT = {  # appended to what the README says, to try in seconds what takes minu
         "training.batch_size=2",
         "runtime.num_previews=1",
         "sampler.num_steps=2",
-        "schedule.num_timesteps=50",
+        "schedule.num_timesteps=200",
     ],
     "sample": ["num_samples=2", "sampler.num_steps=2"],
     "evaluate": [
@@ -134,9 +139,9 @@ def betas(num_timesteps: int):
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run_as_they_are_written(typed, pictures, tmp_path, monkeypatch):
+def test_the_commands_of_the_pages_run_as_they_are_written(typed, pictures, tmp_path, monkeypatch):
     pictures("pictures", ["a/1.png", "a/2.png", "b/3.png"])
-    for yaml in re.findall(r"```yaml\n(.*?)```", README, flags=re.S):
+    for yaml in re.findall(r"```yaml\n(.*?)```", TEXTS["conf/README.md"], flags=re.S):
         file = tmp_path / re.search(r"^# (my/[\w/]+\.yaml)", yaml, flags=re.M)[1]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(yaml)
@@ -163,11 +168,20 @@ def test_the_commands_of_the_readme_run_as_they_are_written(typed, pictures, tmp
         assert done.code == 0, (module, words, done.err)
         run = run or done.run
         ran.add(module)
-    assert ran == {"train", "compare", "plan", "sample", "evaluate", "export", "study"}
+    assert ran == {"train", "compare", "plan", "sample", "evaluate", "export"}
+    library, parts = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    library = re.sub(r'load\("outputs/[^"]+"\)', f'load("{run}")', library)
+    library = library.replace("dpmpp20", "ddim10").replace(", classes=[3]", "")
+    for code in (library, parts):
+        assert len(code.splitlines()) <= 12
+        names: dict[str, object] = {}
+        exec(code, names)
+        assert len(names["images"]) in (4, 16)
 
 
 @pytest.mark.parametrize(
-    "file", ["README.md", "ddpm/sample/__main__.py", "ddpm/evaluate/__main__.py"]
+    "file",
+    ["README.md", "ddpm/README.md", "ddpm/sample/__main__.py", "ddpm/evaluate/__main__.py"],
 )
 def test_the_example_of_a_run_is_the_quick_starts(file):
     quickstart = compose([])
@@ -181,8 +195,9 @@ def test_the_readme_has_two_commands_to_set_up():
     assert len(re.findall(r"^pip install .*&&", README, flags=re.M)) == 2
 
 
-def test_the_readmes_table_names_every_option_of_every_group():
-    rows = dict(re.findall(r"^\| `(\w+)` \|([^|]*)\|", README, flags=re.M))
+def test_the_table_of_options_names_every_option_of_every_group():
+    page = TEXTS["conf/README.md"]
+    rows = dict(re.findall(r"^\| `(\w+)` \|([^|]*)\|", page, flags=re.M))
     others = {"hydra", "expect"}  # nobody chooses among these
     groups = [path.name for path in CONF.iterdir() if path.is_dir() and path.name not in others]
     assert {
@@ -195,7 +210,43 @@ def test_the_readmes_table_names_every_option_of_every_group():
     } == {group: [] for group in groups}
 
 
-def test_what_the_readme_points_at_is_there():
-    links = re.findall(r"\]\(((?!http)[^)#]+)\)", README)
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_points_at_is_there(page):
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", TEXTS[page])
     assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    folder = (ROOT / page).parent
+    broken = []
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = folder / file if file else ROOT / page
+        found = target.is_file() or target.is_dir()
+        if not found or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            broken.append(link)
+    assert broken == []
+
+
+def test_the_first_page_is_short():
+    """About 1,200 words are read to their end."""
+    assert len(README.split()) <= 1300
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_begins_with_its_most_useful_command(page):
+    first = re.search(r"```bash\n(.*?)\n```", TEXTS[page], flags=re.S)
+    assert first
+    assert "python -m" in first[1]
+    assert page == "README.md" or TEXTS[page].index(first[0]) < 100
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_of_prose_fit_a_screen(page):
+    prose = re.sub(r"```.*?```", "", TEXTS[page], flags=re.S)
+    assert [
+        line for line in prose.splitlines() if len(line) > 110 and not line.startswith(("|", "!"))
+    ] == []

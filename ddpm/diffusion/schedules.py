@@ -19,7 +19,10 @@ MOST_TIMESTEPS = 1_000_000  # what memory holds, and float32 tells apart
 
 
 def linear(
-    num_timesteps: int, beta_start: float, beta_end: float, zero_terminal_snr: bool = False
+    num_timesteps: int,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    zero_terminal_snr: bool = False,
 ) -> Tensor:
     """Returns betas that rise linearly (Ho et al. 2020, section 4)."""
     _check(num_timesteps, beta_start=beta_start, beta_end=beta_end)
@@ -85,7 +88,10 @@ def jsd(num_timesteps: int, zero_terminal_snr: bool = False) -> Tensor:
 
 
 def cosine(
-    num_timesteps: int, offset: float, max_beta: float, zero_terminal_snr: bool = False
+    num_timesteps: int,
+    offset: float = 0.008,
+    max_beta: float = 0.999,
+    zero_terminal_snr: bool = False,
 ) -> Tensor:
     """Returns betas whose alphas_cumprod follows a squared cosine.
 
