@@ -20,7 +20,7 @@ from ddpm.diffusion.samplers import Sampler, ddim
 from ddpm.diffusion.spacing import spaced_timesteps
 from ddpm.plan import __main__ as plan
 
-README = (CONF.parent / "README.md").read_text(encoding="utf-8")
+README = (CONF / "README.md").read_text(encoding="utf-8")
 ABAR = GaussianDiffusion(schedules.linear(1000, 1e-4, 0.02)).alphas_cumprod
 PURE = GaussianDiffusion(schedules.jsd(1000), prediction="v").alphas_cumprod
 SAMPLERS = sorted(file.stem for file in (CONF / "sampler").glob("*.yaml"))
