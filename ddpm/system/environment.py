@@ -78,9 +78,7 @@ def check_environment() -> None:
     for name, variable in REFUSED.items():
         value = os.environ.get(name, "")
         if value.strip().lower() not in variable.harmless:
-            raise ValueError(
-                f"{name}={value} would change the numbers: unset it; {variable.says}"
-            )
+            raise ValueError(f"{name}={value} would change the numbers: unset it; {variable.says}")
     _forget_override()
 
 

@@ -126,13 +126,13 @@ class Peers:
             for rank, sign in enumerate(now):
                 if sign == before[rank] and not self._store.check([f"ended/{rank}"]):
                     return self._named(rank)
-        except RuntimeError:  # torch's DistError is one
+        except RuntimeError:  # includes torch's DistError
             self._ended.set()  # nobody is left to talk to
             return f"process 0 of {self.count}, which leads the others, was killed or lost"
         return None
 
     def tell_lost(self, what: str) -> None:
-        """Tells the others which process is gone: they may be waiting without an error of their own.
+        """Tells the others which process is gone; they may be waiting and see no error themselves.
 
         Args:
             what: The message of `what_happened`.
