@@ -241,7 +241,7 @@ def test_a_checkpoint_whose_meta_is_no_meta_is_passed_over(odd, content, caplog)
     put(newer, "meta.json", content)
     assert checkpoint.find(odd / "checkpoints").step == 6
     (said,) = caplog.messages
-    assert "passing over a damaged checkpoint" in said
+    assert "skipping a damaged checkpoint" in said
     assert f"{newer}: meta.json" in said
     assert read(RunFolder(odd)).weights == weights  # as of the same files
     with pytest.raises(ValueError, match="step=12: .* is damaged: meta.json cannot be read"):
