@@ -42,9 +42,7 @@ def upgraded(plain: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, A
     plain = dict(plain)
     number = plain.pop("format", 1)
     if not isinstance(number, int) or number > FORMAT:
-        raise ValueError(
-            f"format {number} is newer than {FORMAT}, the last that this version reads"
-        )
+        raise ValueError(f"format {number} is newer than this version reads (up to {FORMAT})")
     if number == 1:
         plain = _of_first_format(plain, record)
     if any(
