@@ -142,7 +142,7 @@ def drop_old(checkpoints: Path, keep: int, best: int | None) -> None:
 
 
 def all_in(checkpoints: Path) -> list[Checkpoint]:
-    """Returns the whole checkpoints of a run, oldest first."""
+    """Returns a run's complete checkpoints, oldest first."""
     return [Checkpoint(folder, step) for step, folder in checkpoint_folders(checkpoints)]
 
 

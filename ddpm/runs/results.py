@@ -274,7 +274,7 @@ class Result:
 
 
 def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
-    """Returns the training loss, then every figure of evaluation.json in its order.
+    """Returns the training loss, if any, then every figure of evaluation.json in its order.
 
     Args:
         run: The run's folder.

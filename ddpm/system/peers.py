@@ -53,7 +53,7 @@ class Peers:
                 elif not passed and self._beats.check(["told"]):
                     signals.tell(self._beats.get("told").decode())
                     passed = True
-            except RuntimeError:  # the store went with the process that held it
+            except RuntimeError:  # the store dies with the process that holds it
                 return
 
     def ask(self, step: int = 0, step_seconds: float = ASK) -> tuple[str | None, int]:
@@ -140,7 +140,7 @@ class Peers:
         try:
             if not self._store.check(["failed"]):
                 self._store.set("failed", what)
-        except RuntimeError:  # the store went with the process that held it
+        except RuntimeError:  # the store dies with the process that holds it
             return
 
     def leave(self, failure: str | None = None) -> None:
@@ -164,7 +164,7 @@ class Peers:
             others = [f"ended/{rank}" for rank in range(1, self.count)]
             while not self._store.check(others) and time.monotonic() < until:
                 time.sleep(0.01)
-        except RuntimeError:  # the store went with the process that held it
+        except RuntimeError:  # the store dies with the process that holds it
             return
 
     def _named(self, rank: int) -> str:

@@ -135,7 +135,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except Preempted:
-        agree()  # the others come here too, or to an `agree` before
+        agree()  # the others are in this call too, or in an earlier one
         raise
     agree()
 

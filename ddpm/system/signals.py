@@ -102,7 +102,7 @@ def was_told() -> str | None:
 
 
 def check() -> None:
-    """Raises `Preempted` if this process was told to stop.
+    """Stops the current work if this process was told to stop.
 
     Raises:
         Preempted: If this process was told to stop.

@@ -99,8 +99,8 @@ def trials(module: str) -> Iterator[Trials]:
 def _serve(module: str, folder: Path, orders: BinaryIO) -> None:
     """Forks a child per order, and prints its result as one line of JSON.
 
-    The children share a cache of compiled code. A child that fails may leave it half written, so
-    the next one starts a new cache.
+    The children share a cache of compiled code. A child that is killed or crashes may leave it half
+    written, so the next one starts a new cache.
     """
     parent = os.getppid()
     functions = importlib.import_module(module)
