@@ -96,7 +96,7 @@ def test_a_damaged_one_is_named_and_passed_over_for_the_one_before(tmp_path, cap
     assert checkpoint.newest_whole(tmp_path).step == 5
     assert f"step_00000006: {name}" in caplog.text
     hurt(tmp_path / "step_00000005" / name)
-    with pytest.raises(ValueError, match="no checkpoint is whole"):
+    with pytest.raises(ValueError, match="all checkpoints are damaged"):
         checkpoint.newest_whole(tmp_path)
 
 

@@ -34,11 +34,11 @@ def test_the_other_commands_refuse_in_one_line_too(refusal, run_folder, name, ov
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"config.yaml": "model: [1\n}"}, "is no run folder: its config.yaml cannot be read"),
+        ({"config.yaml": "model: [1\n}"}, "is not a run folder: its config.yaml cannot be read"),
         ({"config.yaml": "- 1"}, "its config.yaml cannot be read (not a table)"),
         ({"config.yaml": "runtime: {}"}, "config.yaml cannot be read (model: Field required)"),
         ({"run.json": '{"step": 6, "da'}, "run.json cannot be read"),
-        ({"run.json": "{}"}, "no run.json that tells of its data"),
+        ({"run.json": "{}"}, "has no class names in run.json"),
     ],
 )
 def test_a_run_folder_with_a_damaged_file_is_refused_by_its_name(

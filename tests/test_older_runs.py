@@ -137,7 +137,7 @@ def test_what_is_carried_out_may_be_missing_or_be_no_more(old):
 def test_a_run_of_a_later_version_says_so(old):
     file = old / "config.yaml"
     file.write_text(f"format: {FORMAT + 1}\n{file.read_text()}")
-    with pytest.raises(ValueError, match=rf"config\.yaml .*format {FORMAT + 1} is a later one"):
+    with pytest.raises(ValueError, match=rf"config\.yaml .*format {FORMAT + 1} is newer than"):
         RunFolder(old).config([])
 
 

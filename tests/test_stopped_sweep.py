@@ -111,7 +111,7 @@ def test_told_at_any_instant_a_parallel_sweep_saves_leaves_no_process_and_is_com
         assert code in (0, 75), said
         assert len(sweep.table()) == 3, said
         if code == 75:
-            assert said.count("stopping, to carry on later") == 1
+            assert said.count("stopping, run the same command to resume") == 1
         check_saved(outputs)
     done = typed("train", *words)
     assert done.code == 0, done.err

@@ -1,0 +1,1 @@
+"""Run folders: identity, checkpoints, records and results."""

@@ -1,6 +1,6 @@
-"""Checkpoints: one folder per step, whole or not there.
+"""Checkpoints: one folder per step, written atomically.
 
-Tensors and plain values only: nothing in them can run code.
+They hold only tensors and plain values, so loading one cannot run code.
 """
 
 import json
@@ -28,7 +28,7 @@ class Checkpoint:
     """One saved step of a run.
 
     Attributes:
-        folder: .../checkpoints/step_00005000.
+        folder: The checkpoint's folder, such as .../checkpoints/step_00005000.
         step: Optimizer updates done.
     """
 
@@ -36,7 +36,10 @@ class Checkpoint:
     step: int
 
     def weights(self, kind: Literal["ema", "raw"]) -> dict[str, Tensor]:
-        """Returns the network's weights by name, on the CPU: their average, or as trained.
+        """Returns the network's weights by name, on the CPU.
+
+        Args:
+            kind: "ema" for the averaged weights, "raw" for the trained ones.
 
         Raises:
             ValueError: If the file holds anything but tensors.
@@ -45,10 +48,12 @@ class Checkpoint:
         try:
             return load_tensors(file)
         except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{file} holds no tensors, so it is left unread ({error})") from error
+            raise ValueError(
+                f"{file} is not a safetensors file and was not loaded ({error})"
+            ) from error
 
     def load(self) -> dict[str, Any]:
-        """Returns what `save` was given, on the CPU.
+        """Returns the state that `save` was given, on the CPU.
 
         Raises:
             ValueError: If a file holds anything but tensors and plain values.
@@ -61,7 +66,7 @@ class Checkpoint:
         }
 
     def state(self) -> dict[str, Any]:
-        """Returns all else that `save` was given and a resume needs, on the CPU.
+        """Returns the saved state without the step and the weights, on the CPU.
 
         Raises:
             ValueError: If the file holds anything but tensors and plain values.
@@ -71,15 +76,12 @@ class Checkpoint:
             return torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(
-                f"{file} holds more than tensors and plain values, so it is left unread "
+                f"{file} holds more than tensors and plain values and was not loaded "
                 f"({str(error).splitlines()[0]})"
             ) from error
 
     def damage(self) -> str | None:
-        """Returns what is wrong with the files; None for a whole checkpoint.
-
-        The checksums that were written with them tell.
-        """
+        """Returns what is wrong with the files, by their checksums; None for a whole checkpoint."""
         try:
             sums = read_meta(self.folder)["sha256"]
         except Unreadable as error:
@@ -89,26 +91,24 @@ class Checkpoint:
             if not file.is_file():
                 return f"{name} is missing"
             if files.sha256(file) != expected:
-                return f"{name} is not what was written"
+                return f"{name} does not match its checksum"
         return None
 
 
 def save(
     checkpoints: Path, state: dict[str, Any], keep: int, best: int | None = None
 ) -> Checkpoint:
-    """Writes a checkpoint, points `latest` at it, and drops old ones.
-
-    All but the newest `keep` and that of step `best` are dropped.
+    """Writes a checkpoint, points `latest` at it, and removes old ones.
 
     Args:
-        checkpoints: The run's folder of them.
-        state: A TrainingState's: "step", the weights "model" and "ema" by name, and tensors and
-            plain values.
-        keep: How many stay.
-        best: A step whose checkpoint stays besides.
+        checkpoints: The run's folder of checkpoints.
+        state: TrainingState's state: "step", the weights "model" and "ema" by name, and other
+            tensors and plain values.
+        keep: Number of newest checkpoints to keep.
+        best: A step to keep as well; None for none.
 
     Raises:
-        ValueError: If it cannot be written: a full disk, say.
+        ValueError: If the checkpoint cannot be written, for instance because the disk is full.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     rest = dict(state)
@@ -127,7 +127,7 @@ def save(
             (scratch / "meta.json").write_text(json.dumps({"step": step, "sha256": sums}))
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError is torch.save's
         raise ValueError(
-            f"{folder} cannot be written, and those before it stay: {error}"
+            f"{folder} cannot be written, earlier checkpoints stay: {error}"
         ) from error
     files.write_text(checkpoints / "latest", folder.name + "\n")
     drop_old(checkpoints, keep, best)
@@ -142,17 +142,17 @@ def drop_old(checkpoints: Path, keep: int, best: int | None) -> None:
 
 
 def all_in(checkpoints: Path) -> list[Checkpoint]:
-    """Returns the whole checkpoints of a run, oldest first."""
+    """Returns a run's complete checkpoints, oldest first."""
     return [Checkpoint(folder, step) for step, folder in checkpoint_folders(checkpoints)]
 
 
 def newest_whole(checkpoints: Path) -> Checkpoint | None:
-    """Returns the newest checkpoint whose files are what was written; None if there is none at all.
+    """Returns the newest undamaged checkpoint, or None if there are no checkpoints.
 
-    A damaged one is named in the log and passed over.
+    Logs a warning for each damaged one that it skips.
 
     Raises:
-        ValueError: If there are some and all are damaged.
+        ValueError: If all checkpoints are damaged.
     """
     found = all_in(checkpoints)
     damages = []
@@ -161,21 +161,21 @@ def newest_whole(checkpoints: Path) -> Checkpoint | None:
         if damage is None:
             return checkpoint
         damages.append(f"{checkpoint.folder}: {damage}")
-        log.warning("passing over a damaged checkpoint, %s", damages[-1])
+        log.warning("skipping a damaged checkpoint, %s", damages[-1])
     if damages:
-        raise ValueError(f"no checkpoint is whole: {'; '.join(damages)}")
+        raise ValueError(f"all checkpoints are damaged: {'; '.join(damages)}")
     return None
 
 
 def find(checkpoints: Path, step: int | None = None) -> Checkpoint:
-    """Returns the checkpoint of a step, or the newest whole one.
+    """Returns the checkpoint of a step, or the newest undamaged one.
 
     Raises:
-        ValueError: If it is not there, listing the steps there are, or if it is damaged.
+        ValueError: If there is no such checkpoint (the message lists the steps), or it is damaged.
     """
     found = all_in(checkpoints)
     if not found:
-        raise ValueError(f"{checkpoints} holds no checkpoint yet")
+        raise ValueError(f"{checkpoints} has no checkpoints yet")
     if step is None:
         newest = newest_whole(checkpoints)
         assert newest is not None
@@ -187,6 +187,6 @@ def find(checkpoints: Path, step: int | None = None) -> Checkpoint:
                 raise ValueError(f"step={step}: {checkpoint.folder} is damaged: {damage}")
             return checkpoint
     raise ValueError(
-        f"step={step} has no checkpoint; "
-        f"there are {', '.join(str(checkpoint.step) for checkpoint in found)}"
+        f"step={step} has no checkpoint: "
+        f"choose {', '.join(str(checkpoint.step) for checkpoint in found)}"
     )

@@ -1,7 +1,7 @@
-"""The files of a run's folder, each read by one function.
+"""Reads the files of a run's folder, one function per file.
 
-Whatever somebody or a crash has left there, it is plain values of ddpm.runs.shapes that come out,
-or Unreadable.
+Whatever a person or a crash has left there, these return plain values that fit ddpm.runs.shapes, or
+raise Unreadable.
 """
 
 import os
@@ -14,9 +14,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from ddpm.runs.shapes import Figure, Meta, Record, Scalar, Settings
 from ddpm.system.plain import Unreadable, is_there, read_bytes, read_json, read_yaml
 
-BYTES = 32 * 2**20  # at most of run.json and evaluation.json
-BYTES_OF_SETTINGS = 2**20  # at most of config.yaml, choices.yaml and meta.json
-BYTES_OF_LINES = 256 * 2**20  # at most of metrics.jsonl and costs.jsonl, a million reports
+BYTES = 32 * 2**20  # limit of run.json and evaluation.json
+BYTES_OF_SETTINGS = 2**20  # limit of config.yaml, choices.yaml and meta.json
+BYTES_OF_LINES = 256 * 2**20  # limit of metrics.jsonl and costs.jsonl, about a million reports
 
 _RECORD, _SETTINGS, _META = TypeAdapter(Record), TypeAdapter(Settings), TypeAdapter(Meta)
 _CHOICES = TypeAdapter(dict[str, Annotated[str, Field(pattern=r"^[\w.@/+-]*$")]])
@@ -26,10 +26,10 @@ _COSTS = TypeAdapter(dict[str, Scalar | None], config=ConfigDict(strict=True))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Returns run.json of a run's folder, empty if it is not there.
+    """Returns the content of a run's run.json, empty if there is none.
 
     Raises:
-        Unreadable: If it is not one of ours.
+        Unreadable: If the file does not have the expected content.
     """
     file = folder / "run.json"
     found = read_json(file, BYTES)
@@ -37,20 +37,20 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Returns config.yaml of a run's folder, as it stands there; it says what is computed.
+    """Returns the content of a run's config.yaml, unchanged.
 
     Raises:
-        Unreadable: If it is not there or not one of ours.
+        Unreadable: If the file is missing or does not have the expected content.
     """
     file = folder / "config.yaml"
     return _fitting(file, read_yaml(file, BYTES_OF_SETTINGS), _SETTINGS)
 
 
 def read_choices(folder: Path) -> dict[str, str]:
-    """Returns the option that was chosen in each group, empty if that is not written down.
+    """Returns the option chosen in each config group, empty if there is no choices.yaml.
 
     Raises:
-        Unreadable: If the file is not one of ours.
+        Unreadable: If the file does not have the expected content.
     """
     file = folder / ".hydra" / "choices.yaml"
     found = read_yaml(file, BYTES_OF_SETTINGS)
@@ -58,17 +58,24 @@ def read_choices(folder: Path) -> dict[str, str]:
 
 
 def read_figures(file: Path) -> list[dict[str, Any]]:
-    """Returns the entries of an evaluation.json, none if it is not there.
+    """Returns the entries of an evaluation.json, empty if there is none.
 
     Raises:
-        Unreadable: If it is not one of ours.
+        Unreadable: If the file does not have the expected content.
     """
     found = read_json(file, BYTES)
     return [] if found is None else _fitting(file, found, _FIGURES)
 
 
 def checkpoint_folders(checkpoints: Path) -> list[tuple[int, Path]]:
-    """Returns step and folder of each checkpoint in a run's folder of them, oldest first."""
+    """Returns the step and folder of each checkpoint of a run, oldest first.
+
+    Args:
+        checkpoints: The run's folder of checkpoints.
+
+    Raises:
+        Unreadable: If the folder cannot be read.
+    """
     try:
         there = os.listdir(checkpoints)  # noqa: PTH208
     except (FileNotFoundError, NotADirectoryError):
@@ -83,22 +90,26 @@ def checkpoint_folders(checkpoints: Path) -> list[tuple[int, Path]]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Returns meta.json of a checkpoint's folder, step_ and eight digits.
+    """Returns the content of a checkpoint's meta.json.
+
+    Args:
+        folder: The checkpoint's folder, named step_ and eight digits.
 
     Raises:
-        Unreadable: If it is not there or not one of ours, or that of another step.
+        Unreadable: If the file is missing, does not have the expected content, or belongs to
+            another step.
     """
     file = folder / "meta.json"
     meta: dict[str, Any] = _fitting(file, read_json(file, BYTES_OF_SETTINGS), _META)
     if meta["step"] != int(folder.name[-8:]):
-        raise Unreadable(file, f"it is that of step {meta['step']}")
+        raise Unreadable(file, f"it belongs to step {meta['step']}")
     return meta
 
 
 def _fitting(file: Path, found: Any, schema: TypeAdapter[Any]) -> Any:
-    """What was read, if it is what the schema says."""
+    """Returns `found` if it fits the schema, else raises Unreadable with the first error."""
     if found is None:
-        raise Unreadable(file, "it is not there, or empty")
+        raise Unreadable(file, "missing or empty")
     try:
         schema.validate_python(found, strict=True)
     except ValidationError as error:
@@ -110,12 +121,12 @@ def _fitting(file: Path, found: Any, schema: TypeAdapter[Any]) -> Any:
 
 
 class Line(NamedTuple):
-    """A whole line of metrics.jsonl or costs.jsonl.
+    """A complete line of metrics.jsonl or costs.jsonl.
 
     Attributes:
-        number: In the file, from 1.
-        text: As it stands there.
-        record: What it says, `step` and scalars by name; None where it is damaged.
+        number: The line number, from 1.
+        text: The line as it is in the file.
+        record: The line's content, `step` and scalars by name; None if the line is damaged.
     """
 
     number: int
@@ -124,16 +135,16 @@ class Line(NamedTuple):
 
 
 def read_lines(file: Path, gaps: bool = False) -> list[Line]:
-    """Returns the lines of a metrics.jsonl or costs.jsonl, none if it is not there.
+    """Returns the lines of a metrics.jsonl or costs.jsonl, empty if there is none.
 
-    A last line that a crash cut short is no line.
+    A last line that a crash cut short is left out.
 
     Args:
         file: The file.
-        gaps: Take a line with null for a value as whole: costs.jsonl has it where one is not known.
+        gaps: Accept null values, which costs.jsonl has for unknown costs.
 
     Raises:
-        Unreadable: If it is too large, or no file.
+        Unreadable: If it is too large, or not a regular file.
     """
     lines = (read_bytes(file, BYTES_OF_LINES) or b"").split(b"\n")[:-1]
     return [
@@ -144,20 +155,20 @@ def read_lines(file: Path, gaps: bool = False) -> list[Line]:
 
 
 def check(folder: Path) -> None:
-    """Looks, before a run goes on, at what only its end would read.
+    """Checks, before a run resumes, the files that it would only read at its end.
 
     Raises:
-        Unreadable: If it is not one of ours.
+        Unreadable: If one of them does not have the expected content.
     """
     check_lines(folder)
     read_figures(folder / "evaluation.json")
 
 
 def check_lines(folder: Path) -> None:
-    """Looks at metrics.jsonl and costs.jsonl of a run's folder, without reading them.
+    """Checks a run's metrics.jsonl and costs.jsonl without reading them.
 
     Raises:
-        Unreadable: If one is too large, or no file.
+        Unreadable: If one is too large, or not a regular file.
     """
     for name in ("metrics.jsonl", "costs.jsonl"):
         is_there(folder / name, BYTES_OF_LINES)

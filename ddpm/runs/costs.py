@@ -1,25 +1,25 @@
-"""What a run's training has cost so far, read from its folder: images, operations, time."""
+"""Reads what a run's training has cost so far: images, FLOPs, time."""
 
 from pathlib import Path
 from typing import Any
 
 from ddpm.runs.contents import read_lines
 
-KNOWN = ("images", "seconds", "seconds_in_steps")  # that each whole line has; flops may be null
+KNOWN = ("images", "seconds", "seconds_in_steps")  # in each complete line; flops may be null
 
 
 def read_costs(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines of costs.jsonl by step, none if it is not there.
+    """Returns the lines of costs.jsonl by step, empty if there is none.
 
-    Lines that are damaged or that a crash cut short are left out. Of two lines of one step the
+    Damaged lines and lines that a crash cut short are left out. Of two lines for the same step, the
     later one counts.
 
     Args:
-        folder: The run's.
+        folder: The run's folder.
 
     Returns:
-        Of each report `step`, `images`, `flops` (None for a network whose operations cannot be
-        counted), `seconds`, `seconds_in_steps`, and what else its line says.
+        One dictionary per report with `step`, `images`, `flops` (None if the network's operations
+        cannot be counted), `seconds`, `seconds_in_steps`, and the line's other values.
     """
     records = [line.record for line in read_lines(folder / "costs.jsonl", gaps=True)]
     whole = [one for one in records if one and all(one.get(key) is not None for key in KNOWN)]

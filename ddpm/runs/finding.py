@@ -1,4 +1,4 @@
-"""Where the run of a configuration lies, and which runs beside it a user should know of."""
+"""Finds the run of a configuration, and the related runs that a user should know about."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,14 +14,14 @@ from ddpm.system.files import short_hash
 
 
 def locate(config: Config) -> RunFolder:
-    """Returns the folder that this configuration has.
+    """Returns the folder of this configuration's run, which may not exist yet.
 
-    A run is found by the hash of its identity among the folders below `outputs`, whatever they were
-    renamed to; its whole identity in run.json must agree. A new one is called
+    It searches the folders below `outputs` for the hash of the run's identity, so the rest of a
+    folder's name may change. The full identity in run.json must match. A new run is called
     outputs/<model>-<data>/<what differs from that pair's own settings>-<hash>.
 
     Raises:
-        ValueError: If another run has that folder, or several folders are this run.
+        ValueError: If another run has that folder, or several folders hold this run.
     """
     mine = identity(config)
     digest = short_hash(mine)
@@ -35,27 +35,27 @@ def locate(config: Config) -> RunFolder:
     record = RunFolder(own).record()
     if record.get("identity", mine) != mine:
         raise ValueError(
-            f"{own} is the run of another configuration (run.json, identity); move it away"
+            f"{own} holds the run of another configuration (see identity in run.json): move it away"
         )
     if record or not found:
         return RunFolder(own)
     if len(found) > 1:
         raise ValueError(
-            f"{', '.join(str(one.path) for one in found)} are all this run: keep one below "
-            f"{config.outputs}, or name it with resume="
+            f"{', '.join(str(one.path) for one in found)} all hold this run: keep one below "
+            f"{config.outputs}, or choose one with resume="
         )
     return found[0]
 
 
 def earlier(config: Config) -> RunFolder | None:
-    """Returns the run of this configuration that an earlier version trained, if there is one."""
+    """Returns this configuration's run by an earlier version of the program, or None."""
     mine = identity(config)
     for folder, record in _runs(config.outputs):
         if record.get("format", 1) >= FORMAT:
             continue
         try:
             theirs = identity_of(upgraded(folder.plain(), record))
-        except (ValueError, KeyError, TypeError, AttributeError):  # not one that can be compared
+        except (ValueError, KeyError, TypeError, AttributeError):  # cannot be compared
             continue
         if theirs == mine:
             return folder
@@ -63,10 +63,10 @@ def earlier(config: Config) -> RunFolder | None:
 
 
 def with_other_pictures(config: Config) -> RunFolder | None:
-    """Returns the run of the same settings on other pictures in the same place, if there is one.
+    """Returns a run with the same settings and data.path but other pictures there, or None.
 
-    Where the pictures of `config` are not known, that is on any. One that is not complete is
-    returned first.
+    If the pictures of `config` are unknown, any pictures count as other ones. Incomplete runs come
+    first.
     """
     if config.data.path is None:
         return None
@@ -84,9 +84,9 @@ def _but_pictures(one: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _runs(outputs: str, name: str = "*") -> Iterator[tuple[RunFolder, dict[str, Any]]]:
-    """The runs below outputs, one or two folders deep, with what run.json says.
+    """Yields the runs one or two folders below outputs, with the content of run.json.
 
-    One that cannot be read is passed over: it must not keep others from starting.
+    Unreadable runs are skipped, since they must not keep others from starting.
     """
     for pattern in (f"{name}/run.json", f"*/{name}/run.json"):
         for file in sorted(Path(outputs).glob(pattern)):

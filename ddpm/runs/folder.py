@@ -1,4 +1,4 @@
-"""The folder of a run: run.json tells how it stands."""
+"""A run's folder, with its record in run.json."""
 
 import json
 import os
@@ -21,15 +21,15 @@ from ddpm.runs.format import COMPUTATION, FORMAT, upgraded
 from ddpm.system.files import InUse, lock, open_known, refuse_links, write_text
 from ddpm.system.plain import Unreadable
 
-WRITTEN = ("checkpoints", "samples", "evaluation", "profile", ".hydra")  # folders of a run
-# what the first format kept of the last start only
+WRITTEN = ("checkpoints", "samples", "evaluation", "profile", ".hydra")  # subfolders
+# what the first format recorded for the last start only
 OF_A_START = ("command", "started", "device", "git", "versions", "platform")
 
 
 class RunFolder:
-    """A run on the disk.
+    """A run on disk.
 
-    Anybody may read its files; only the one process that leads the run writes them.
+    Any process may read its files; only the run's main process writes them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,14 +40,15 @@ class RunFolder:
     def config(self, trusted_modules: list[str], key: str = "run") -> Config:
         """Returns the configuration that the run was started with.
 
-        Its classes are checked against what the caller trusts, not against what the folder says.
+        Its classes must be in modules that the caller trusts; what the folder itself trusts does
+        not count.
 
         Args:
             trusted_modules: Modules whose classes the caller trusts.
-            key: The command line's key for the folder.
+            key: The command-line key that named this folder, for error messages.
 
         Raises:
-            ValueError: If this is no run, naming the folder and the key.
+            ValueError: If this is not a run's folder; the message names the folder and the key.
         """
         file = self.path / "config.yaml"
         if not file.is_file():
@@ -59,13 +60,13 @@ class RunFolder:
                 }
             )
             more = (
-                f"; below it are {', '.join(below[:5])}"
+                f"; run folders below it: {', '.join(below[:5])}"
                 if below
                 else ""
                 if self.path.is_dir()
-                else f"; it is not there, seen from {Path.cwd()}"
+                else f"; there is no such folder, seen from {Path.cwd()}"
             )
-            raise ValueError(f"{key}={self.path} is no run folder: it has no config.yaml{more}")
+            raise ValueError(f"{key}={self.path} is not a run folder: it has no config.yaml{more}")
         plain, record = self.plain(key), self.record()
         trusts = {**(plain.get("runtime") or {}), "trusted_modules": trusted_modules}
         try:
@@ -81,30 +82,34 @@ class RunFolder:
             ) from error
 
     def plain(self, key: str = "run") -> dict[str, Any]:
-        """Returns the content of config.yaml as it stands there, of the right kinds alone.
+        """Returns the content of config.yaml, unchanged except that its types are checked.
+
+        Args:
+            key: The command-line key that named this folder, for error messages.
 
         Raises:
-            ValueError: If it cannot be read, or is not one of ours; it names the folder and the
-                key.
+            ValueError: If the file cannot be read or does not have the expected content; the
+                message names the folder and the key.
         """
         try:
             return contents.read_settings(self.path)
         except Unreadable as error:
             raise ValueError(
-                f"{key}={self.path} is no run folder: its config.yaml cannot be read ({error.why})"
+                f"{key}={self.path} is not a run folder: its config.yaml cannot be read "
+                f"({error.why})"
             ) from error
 
     def record(self) -> dict[str, Any]:
         """Returns the content of run.json, empty before the first start.
 
         Raises:
-            ValueError: If it cannot be read.
+            ValueError: If the file cannot be read.
         """
         try:
             return contents.read_record(self.path)
         except Unreadable as error:
             raise ValueError(
-                f"{error}; remove it, and the run starts from its newest checkpoint"
+                f"{error}: remove it, and the run resumes from its newest checkpoint"
             ) from error
 
     def classes(self) -> list[str]:
@@ -116,43 +121,42 @@ class RunFolder:
         data = self.record().get("data")
         if not isinstance(data, dict) or "classes" not in data:
             raise ValueError(
-                f"run={self.path} has no run.json that tells of its data; "
-                f"start its training once more"
+                f"run={self.path} has no class names in run.json: start its training again"
             )
         return data["classes"]
 
     def choices(self) -> dict[str, str]:
-        """Returns the option that was chosen in each group, empty before the first start."""
+        """Returns the option chosen in each config group, empty before the first start."""
         return contents.read_choices(self.path)
 
     def status(self) -> str:
-        """Returns how the run stands: complete, failed, preempted, running, cut off or not started.
+        """Returns the status: complete, failed, preempted, running, cut off or not started.
 
-        It is cut off if the process that trained it is gone and could not say so.
+        "cut off" means that run.json says "running" but the process is gone.
         """
         return self.status_of(self.record())
 
     def status_of(self, record: Mapping[str, Any]) -> str:
-        """Returns how the run stands, whose run.json says that."""
+        """Returns the status that this content of run.json stands for."""
         status, file = str(record.get("status", "not started")), self.path / ".lock"
         if status != "running" or not file.is_file() or file.is_symlink():
             return status
         try:
             with lock(file, wait=0):
                 return "cut off"
-        except (Timeout, PermissionError, ValueError):  # somebody else's; a disk without locks
+        except (Timeout, PermissionError, ValueError):  # held, another user's, or no locks here
             return status
 
     def start(
         self, config: Config, composed: Composed, identity: dict[str, Any], **about: Any
     ) -> None:
-        """Makes the folder if need be, and writes down what is being started.
+        """Creates the folder if needed, and records this start.
 
         Args:
-            config: With which configuration.
-            composed: From which command line.
-            identity: Of the configuration that the run began with; a later start keeps the first.
-            about: More on this start, for the history.
+            config: The configuration of this start.
+            composed: The command line that it was composed from.
+            identity: The run's identity; a later start keeps the one of the first.
+            about: Further entries on this start, for the history.
         """
         (self.path / ".hydra").mkdir(parents=True, exist_ok=True)
         self.samples.mkdir(exist_ok=True)
@@ -184,25 +188,25 @@ class RunFolder:
         )
 
     def saved(self, step: int, **values: Any) -> None:
-        """Writes down that the run is saved at a step."""
+        """Records that the run has a checkpoint at this step."""
         *before, last = self.record()["starts"]
         self.update(step=step, starts=[*before, {**last, "to_step": step}], **values)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps every other process from training in this folder while this one does.
+        """Keeps other processes from training in this folder inside the block.
 
-        The system lets go when the process ends, however it ends.
+        The system releases the lock when the process ends, for any reason.
 
         Raises:
-            InUse: If another process holds it, naming that process.
-            ValueError: If there is a link in the folder, which would be written through.
+            InUse: If another process holds the lock; the message names that process.
+            ValueError: If the folder contains a link that a run would write through.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self.refuse_links()
         file = self.path / ".lock"
         try:
-            # `status` holds it for an instant, to see whether a run is alive
+            # wait: `status` holds the lock for an instant to see whether a run is alive
             with lock(file, wait=0.5):
                 with os.fdopen(open_known(file, os.O_WRONLY | os.O_TRUNC), "w") as held:
                     held.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
@@ -210,14 +214,14 @@ class RunFolder:
         except Timeout:
             holder = file.read_text(encoding="utf-8").strip() or "another process"
             raise InUse(
-                f"run {self.path} is being trained by {holder}; wait for it, or stop it"
+                f"run {self.path} is being trained by {holder}: wait for it, or stop it"
             ) from None
 
     def refuse_links(self) -> None:
-        """Looks whether all that is written here stays here; the folder itself may be a link.
+        """Refuses links in the folder, which could lead writes elsewhere; it may be one itself.
 
         Raises:
-            ValueError: If there is a link in it, naming it.
+            ValueError: If there is a link; the message names it.
         """
         refuse_links(self.path, *WRITTEN)
 
@@ -231,9 +235,9 @@ class RunFolder:
 
 
 def starts_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the starts that run.json tells of.
+    """Returns the starts recorded in run.json.
 
-    The first format kept the last one only, beside everything else.
+    The first format recorded only the last start, at the top level.
     """
     if "starts" in record or "command" not in record:
         return record.get("starts", [])
@@ -242,7 +246,7 @@ def starts_of(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def steps_of_before(record: dict[str, Any], computation: int) -> int:
-    """Returns the last step that a version with another, earlier computation has made, or 0."""
+    """Returns the last step made by a version with an earlier `computation` number, or 0."""
     earlier = [
         start["to_step"]
         for start in starts_of(record)
@@ -252,13 +256,13 @@ def steps_of_before(record: dict[str, Any], computation: int) -> int:
 
 
 def _command(composed: Composed) -> list[str]:
-    """The words that start this very run, also where it was a job of a sweep or of a notebook."""
+    """Returns the command that starts this run, even if it was a sweep's job or a notebook's."""
     own = [] if composed.config_dir is None else ["--config-dir", composed.config_dir]
     return ["python", "-m", "ddpm.train", *own, *composed.overrides]
 
 
 def _provenance() -> dict[str, Any]:
-    import torch  # not at the top: ddpm.compare need not wait for it
+    import torch  # not at the top: ddpm.compare should not wait for it
 
     packages = (
         "accelerate",
@@ -278,7 +282,7 @@ def _provenance() -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit of the code that runs, and whether it was changed since; None if it is no checkout."""
+    """Returns the running code's commit and whether it is dirty; None outside of a checkout."""
 
     def ask(*words: str) -> str:
         folder = Path(__file__).resolve().parent

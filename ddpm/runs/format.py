@@ -1,4 +1,4 @@
-"""Run folders of earlier versions: what they hold, as today's version would have written it."""
+"""Upgrades the settings in run folders of earlier versions to the current format."""
 
 import functools
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from ddpm.config.schema import Config, EvaluationSettings, Runtime, plain_config
 from ddpm.config.validation import Section, own_arguments, public_names
 from ddpm.runs.identity import ADDED
 
-# 1: b7d7171 and what followed without a number. 2: identity and history in run.json, public names.
+# 1: commit b7d7171 and later, without a number. 2: identity and history in run.json, public names.
 FORMAT = 2
-# What an unchanged configuration computes; each start in run.json has it, but for those of 1. From
-# 2 on dropout's masks are a function of the image's place in the global batch.
+# Changes when an unchanged configuration computes something else. Each start in run.json records
+# it, except those of 1. Since 2, dropout masks depend on the image's place in the global batch.
 COMPUTATION = DROPOUT_BY_PLACE = 2
-MOVED = {  # where things of ours were once -> the room that exports them
+MOVED = {  # old module -> the package that exports its names now
     "ddpm.models.unet.": "ddpm.models.",
     "ddpm.models.unet_readme.": "ddpm.models.",
     "ddpm.diffusion.process.": "ddpm.diffusion.",
@@ -26,22 +26,23 @@ CARRIED_OUT: dict[str, type[Section]] = {"runtime": Runtime, "evaluation": Evalu
 
 
 def upgraded(plain: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of a run's config.yaml as today's version would have written them.
+    """Returns the values of a run's config.yaml as the current version would have written them.
 
-    What is carried out takes today's defaults where it is missing, and loses what exists no more.
-    What is computed stays as it is, under today's names.
+    In the sections of CARRIED_OUT, missing settings get today's defaults and removed settings are
+    dropped. Settings that decide numbers stay as they are, under today's names.
 
     Args:
-        plain: The content of config.yaml, a table with the groups of a run.
-        record: That of run.json.
+        plain: The content of config.yaml.
+        record: The content of run.json.
 
     Raises:
-        ValueError: For a format that came later.
+        ValueError: If the format is newer than this version, or run.json lacks the pictures'
+            fingerprint.
     """
     plain = dict(plain)
     number = plain.pop("format", 1)
     if not isinstance(number, int) or number > FORMAT:
-        raise ValueError(f"format {number} is a later one than this version reads, {FORMAT}")
+        raise ValueError(f"format {number} is newer than this version reads (up to {FORMAT})")
     if number == 1:
         plain = _of_first_format(plain, record)
     if any(
@@ -51,7 +52,7 @@ def upgraded(plain: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, A
         today = _today()
         for group, kind in CARRIED_OUT.items():
             given = dict(plain.get(group) or {})
-            if "compile" in given:  # what runtime.tune was
+            if "compile" in given:  # the old name of runtime.tune
                 given.setdefault(
                     "tune", "compiled" if given["compile"] is True else given["compile"]
                 )
@@ -62,12 +63,12 @@ def upgraded(plain: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, A
 
 @functools.cache
 def _today() -> dict[str, Any]:
-    """What nothing on the command line composes to. Only to be read: composing takes a while."""
+    """Returns the default configuration, cached since composing is slow; do not modify it."""
     return plain_config(compose([]))
 
 
 def _of_first_format(plain: dict[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Names that moved, keys that came since, and the precision, whose default had another name."""
+    """Updates moved names, adds keys that are new since, and renames the default precision."""
     plain = _renamed(plain)
     for section in ("data", "training"):
         came = {
@@ -76,12 +77,12 @@ def _of_first_format(plain: dict[str, Any], record: Mapping[str, Any]) -> dict[s
             if key.startswith(f"{section}.")
         }
         plain[section] = {**came, **(plain.get(section) or {})}
-    if plain["training"].get("precision") == "fp32":  # products as torch has them; now said
+    if plain["training"].get("precision") == "fp32":  # which left products to torch's defaults
         plain["training"]["precision"] = "tf32"
     if plain["data"].get("name") == "folder":
         plain["pictures"] = (record.get("data") or {}).get("fingerprint")
         if plain["pictures"] is None:
-            raise ValueError("run.json does not tell which pictures it had (data.fingerprint)")
+            raise ValueError("run.json does not record the run's pictures (data.fingerprint)")
     plain["sampler"] = _known_arguments(plain.get("sampler") or {})
     if "_target_" not in plain["sampler"]:
         plain["sampler"] = _today()["sampler"]
@@ -100,7 +101,7 @@ def _renamed(value: Any) -> Any:
 
 
 def _known_arguments(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A node without arguments that what it names has no more."""
+    """Drops the arguments that a node's target no longer has."""
     target = node.get("_target_")
     known = own_arguments(target) if target in public_names() else node
     return {

@@ -1,7 +1,7 @@
-"""What makes a run that run: the half of its configuration that is computed, in one canonical form.
+"""A run's identity: the part of its configuration that decides its numbers, in canonical form.
 
-Two command lines that compose to equal objects have one identity, however they were typed; two that
-differ in anything computed have two.
+Command lines that compose to equal objects have the same identity, however they were typed. If they
+differ in anything that affects the numbers, their identities differ.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from ddpm.system.files import by_value
 if TYPE_CHECKING:
     from ddpm.runs.folder import RunFolder
 
-NOT_COMPUTED = {  # what never changes a result beyond rounding, and so is no part of the identity
+NOT_COMPUTED = {  # never changes a result beyond rounding, so it is not part of the identity
     "runtime": True,
     "sampler": True,
     "evaluation": True,
     "outputs": True,
     "resume": True,
     "recipe": True,
-    "init_weights": True,  # stands where init_from does
-    "init_attention": True,  # is told there
-    "pictures": True,  # for data=folder in data
+    "init_weights": True,  # replaces init_from in the identity
+    "init_attention": True,  # covered by init_weights
+    "pictures": True,  # for data=folder, part of data
     "data": {
         "path": True,
         "cache": True,
         "max_unreadable": True,
         "license": True,
         "num_images": True,  # as published
-        "num_classes": True,  # as expected: what counts is in the data
+        "num_classes": True,  # as expected: the data decide
         "source": {"path": True},
     },
 }
-FOLLOWS = ("num_classes", "path")  # arguments of ours that are given from elsewhere
-# What was added since identities stand: key -> the value that does what was done without the key.
-# There it is no part of the identity, so that the runs of before keep theirs. A key of a
-# constructor of ours is TARGET.ARGUMENT.
+FOLLOWS = ("num_classes", "path")  # arguments that other settings fill in
+# Keys added after identities were introduced -> the value with the old behavior. A key with that
+# value is not part of the identity, so that older runs keep theirs. An argument of one of our
+# constructors is TARGET.ARGUMENT.
 ADDED: dict[str, Any] = {
     "data.white": None,
     "data.max_pixels": 89_478_485,
@@ -50,9 +50,10 @@ ADDED: dict[str, Any] = {
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """Returns the half of a configuration that decides the numbers of a run, in canonical form.
+    """Returns the part of a configuration that decides a run's numbers, in canonical form.
 
-    For data=folder it has the fingerprint of the pictures, for init_from that of the weights.
+    With data=folder it includes the fingerprint of the pictures, with init_from that of the
+    weights.
     """
     assert config.init_from is None or config.init_weights, "with_initial_weights comes first"
     assert config.data.name != "folder" or config.pictures, "with_pictures comes first"
@@ -60,28 +61,28 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def identity_of(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the identity of the plain values that a configuration has, such as config.yaml."""
+    """Returns the identity of a configuration given as plain values, such as config.yaml."""
     half = without(plain, NOT_COMPUTED)
     del half["init_from"]
     if plain["init_from"] is not None:
         half["init_from"] = plain["init_weights"]
-    # the unit not used
+    # drop the unused unit
     del half["training"]["steps" if half["training"]["steps"] is None else "epochs"]
     if plain["data"]["name"] == "folder":
         half["data"]["pictures"] = plain["pictures"]
         if half["data"]["source"]["_target_"] == "ddpm.data.sources.folder":
-            del half["data"]["source"]  # says where in the folder they were looked for
+            del half["data"]["source"]  # only says where in the folder to look for pictures
     return {key: canonical(value, key) for key, value in half.items()}
 
 
 def canonical(value: Any, place: str) -> Any:
-    """Returns a value as all have it that do the same.
+    """Returns a value in canonical form, the same for values that do the same.
 
-    Numbers are told by value, booleans apart; what our own constructors do where nothing is said is
+    Equal numbers become identical, booleans stay booleans, and defaults of our own constructors are
     filled in.
 
     Args:
-        value: Plain.
+        value: A plain value.
         place: Its dotted key.
     """
     if isinstance(value, Mapping):
@@ -101,12 +102,12 @@ def canonical(value: Any, place: str) -> Any:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two canonical values are; Python holds True for 1."""
+    """Compares two canonical values; plain == would take True for 1."""
     return type(one) is type(other) and one == other
 
 
 def _defaults(target: str) -> dict[str, Any]:
-    """What a constructor of ours does where nothing is said; nothing for others, which change."""
+    """Returns the defaults of one of our constructors; empty for others, which may change."""
     if target not in public_names():
         return {}
     found = own_arguments(target)
@@ -126,7 +127,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def without(tree: Mapping[str, Any], left_out: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested settings less those that are True in left_out."""
+    """Returns nested settings without those marked True in `left_out`."""
     kept = {}
     for key, value in tree.items():
         if left_out.get(key) is True:
@@ -136,14 +137,20 @@ def without(tree: Mapping[str, Any], left_out: Mapping[str, Any]) -> dict[str, A
 
 
 def hparams(run: RunFolder, config: Config, num_steps: int) -> dict[str, float | str]:
-    """Returns what runs are told apart by, under the same keys and of the same types for all.
+    """Returns a run's hyperparameters for TensorBoard, with the same keys and types for all runs.
 
-    TensorBoard cannot sort a column of text and numbers. So what may be null is text, as
-    `grad_clip`: not under the key's own name, where runs of before have numbers.
+    TensorBoard cannot sort a column that mixes text and numbers, so settings that may be null are
+    text. Gradient clipping is called `grad_clip` instead of training.grad_clip, since older runs
+    have numbers under that key.
+
+    Args:
+        run: The run's folder.
+        config: The run's configuration.
+        num_steps: Steps of the whole run.
 
     Returns:
-        The options chosen, the numbers tuned most, and `differs`: all that is not the model's and
-        data's own, in the words of the folder's name.
+        The chosen options, the most tuned numbers, and `differs`: all settings that are not the
+        model's and data's own, as in the folder's name.
     """
     chosen = run.choices()
     options = {

@@ -1,8 +1,8 @@
-"""Many runs: read in several processes, and what has not changed since is remembered.
+"""Reads many runs in several processes, and caches those that have not changed.
 
-A file below the cache has a line for each run: its folder, times and sizes of the files that were
-read, and what they told. It is written whole or not at all; one that is damaged, or that another
-version wrote, is passed over.
+The cache file has one line per run: the folder, the times and sizes of the files that were read,
+and their content. It is written atomically, and ignored if it is damaged or another version wrote
+it.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ from ddpm.runs.reader import Compared, read
 from ddpm.runs.results import Result
 from ddpm.system.files import write_bytes
 
-FEW = 50  # runs that are read at once: to remember them, or more processes, would gain nothing
-SETTLED = 2 * 10**9  # nanoseconds: a file that changed later than this before may change unseen
+FEW = 50  # runs: below this, neither a cache nor more processes pay off
+SETTLED = 2 * 10**9  # nanoseconds: a file changed more recently may change again unnoticed
 FILES = (
     *("run.json", "config.yaml", ".hydra/choices.yaml"),
     *("metrics.jsonl", "costs.jsonl", "evaluation.json", "checkpoints"),
@@ -37,7 +37,7 @@ FILES = (
 
 @dataclass
 class _Told:
-    """All of a Compared but where the run lies."""
+    """A Compared without its run folder."""
 
     identity: dict[str, Any]
     settings: dict[str, Any]
@@ -53,11 +53,11 @@ _TOLD = TypeAdapter(_Told)
 
 
 def read_many(runs: Sequence[RunFolder], cache: Path) -> list[Compared]:
-    """Returns what the files of each run tell, as `read` does.
+    """Reads each run as `read` does.
 
     Args:
-        runs: The runs.
-        cache: The folder in which it is remembered, where there are many. It need not be writable.
+        runs: The run folders.
+        cache: The folder for the cache file, used if there are many runs. It need not be writable.
     """
     if len(runs) < FEW:
         return [read(run) for run in runs]
@@ -92,7 +92,7 @@ def _read_all(places: Sequence[str]) -> list[bytes]:
     workers = min(len(os.sched_getaffinity(0)), len(places) // FEW) if _FORKS else 1
     if workers < 2:
         return [_read_one(place) for place in places]
-    public_names()  # imports what every process needs
+    public_names()  # import before the fork what every process needs
     with ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("fork"), initializer=_deaf
     ) as pool:
@@ -103,12 +103,12 @@ _FORKS = sys.platform == "linux"  # elsewhere each process would import torch an
 
 
 def _deaf() -> None:
-    """A terminal's Ctrl-C reaches workers too; the process that they work for deals with it."""
+    """Ignores Ctrl-C, which a terminal sends to workers too; the parent handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _read_one(place: str) -> bytes:
-    """What the files of a run tell, as a line."""
+    """Reads a run, and returns it as one line of JSON."""
     one = read(RunFolder(Path(place)))
     content = {field.name: getattr(one, field.name) for field in fields(_Told)}
     return json.dumps(content, default=_as_table).encode()
@@ -120,13 +120,13 @@ def _as_table(result: Result) -> dict[str, Any]:
 
 def _compared(run: RunFolder, told: bytes) -> Compared:
     found = _TOLD.validate_json(told)
-    if found.record.get("status") == "running":  # its process may be gone since
+    if found.record.get("status") == "running":  # its process may have died since
         found.status = run.status_of(found.record)
     return Compared(run, **vars(found))
 
 
 def _state(place: str) -> tuple[str, int]:
-    """Times, sizes and permissions of all files that are read of a run; and the newest time."""
+    """Returns times, sizes and permissions of a run's files as text, and the newest time."""
     names = list(FILES)
     try:
         there = os.listdir(f"{place}/checkpoints")  # noqa: PTH208
@@ -145,7 +145,7 @@ def _state(place: str) -> tuple[str, int]:
 
 
 def _version() -> str:
-    """What decides what is told of the same files: the code, and the options of conf/."""
+    """Returns a digest of what else decides the result: the code, and the options in conf/."""
     digest = hashlib.sha256(sys.version.encode())
     for root, pattern in ((PACKAGE, "**/*.py"), (CONF, "**/*.yaml")):
         for file in sorted(root.glob(pattern)):
@@ -155,7 +155,7 @@ def _version() -> str:
 
 
 def _load(file: Path, version: str) -> dict[str, tuple[str, bytes]]:
-    """State and what was told, by folder; nothing if the file is damaged or another version's."""
+    """Returns state and content by folder; empty if the file is damaged or another version's."""
     try:
         head, _, body = file.read_bytes().partition(b"\n")
         if head.decode() != f"{version} {hashlib.sha256(body).hexdigest()}":
@@ -175,5 +175,5 @@ def _save(file: Path, version: str, entries: dict[str, tuple[str, bytes]]) -> No
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(file, head + body)
-    except OSError:  # somebody else's outputs, or a full disk: the next time takes as long again
+    except OSError:  # another user's outputs or a full disk: the next call is just as slow
         return

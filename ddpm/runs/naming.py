@@ -1,7 +1,7 @@
-"""What a run's folder is called: words for people, made from values.
+"""Names run folders, for people to read.
 
-They say what differs from the model's and the data's own settings, by the options of conf/ that the
-values are. They decide nothing: a run is found by its hash.
+A name says what differs from the model's and the data's own settings, in terms of the options in
+conf/ that match the values. Nothing depends on it: runs are found by their hash.
 """
 
 import functools
@@ -14,9 +14,9 @@ from ddpm.config.compose import compose, shipped_option, shipped_options
 from ddpm.config.schema import Config, training_config
 from ddpm.runs.identity import canonical, flat, identity_of
 
-LONGEST = 120  # characters of words
-GROUPS = ("schedule", "objective", "optimizer", "lr_schedule")  # told by their options
-OTHERS = ("optimizer.lr", "lr_schedule.warmup_steps")  # which model and data may set as well
+LONGEST = 120  # characters of the name without the hash
+GROUPS = ("schedule", "objective", "optimizer", "lr_schedule")  # named by their options
+OTHERS = ("optimizer.lr", "lr_schedule.warmup_steps")  # model and data options may set these too
 REPEATS = {"data.resolution": "model.resolution", "model.in_channels": "data.channels"}
 ORDER = ("init_from", "optimizer", "training", "seed", "model", "data")
 
@@ -26,7 +26,7 @@ def name_of(config: Config, identity: Mapping[str, Any]) -> Path:
     mine = flat(identity)
     model, data = _model(mine), config.data.name
     own = _own_settings(
-        model if model in shipped_options("model") else "small32",  # the paper's process
+        model if model in shipped_options("model") else "small32",  # with the paper's process
         data if data in shipped_options("data") else "digits",
     )
     if data == "folder" and config.data.path is not None:
@@ -54,13 +54,13 @@ def name_of(config: Config, identity: Mapping[str, Any]) -> Path:
 
 @functools.cache
 def _own_settings(model: str, data: str) -> dict[str, Any]:
-    """What a model and a data set are computed with if nothing else is said."""
+    """Returns the settings of a model and a data set if nothing else is given."""
     config = training_config(compose([f"model={model}", f"data={data}"]))
     return flat(identity_of(config.model_dump(mode="json")))
 
 
 def _model(mine: Mapping[str, Any]) -> str:
-    """The option that a network is or is nearest to; the class's name if it is none of ours."""
+    """Returns the model option nearest to the network, or the class name if it is not ours."""
     mine, target = _of_group("model", mine), mine["model._target_"]
     said = {name: _settings("model", name) for name in shipped_options("model")}
     alike = [name for name in said if said[name]["model._target_"] == target]
@@ -72,12 +72,12 @@ def _model(mine: Mapping[str, Any]) -> str:
 def _option(
     group: str, mine: Mapping[str, Any], own: Mapping[str, Any]
 ) -> tuple[str, Mapping[str, Any]]:
-    """The word for what a group is, none if it is nearest to the pair's own, and what that says."""
+    """Returns a group's word, empty if nearest to the pair's own, and that option's settings."""
     mine, own = _of_group(group, mine), _of_group(group, own)
     target = f"{group}._target_"
     said = {name: _settings(group, name) for name in shipped_options(group)}
     alike = [name for name in said if said[name][target] == own[target]]
-    # what the model or the data sets for whatever option
+    # set by the model or data option, whatever this group's option is
     set_by_others = {
         key: own[key] for key in OTHERS if key in own and own[key] != said[alike[0]].get(key)
     }
@@ -102,7 +102,7 @@ def _option(
 
 @functools.cache
 def _settings(group: str, option: str) -> dict[str, Any]:
-    """What an option of conf/ says, in canonical form, as dotted keys."""
+    """Returns an option's settings in canonical form, as dotted keys."""
     return flat({group: canonical(shipped_option(group, option), group)})
 
 
@@ -111,7 +111,7 @@ def _of_group(group: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differing(mine: Mapping[str, Any], said: Mapping[str, Any]) -> set[str]:
-    """The keys in which settings are not what is said; an interpolation says nothing."""
+    """Returns the keys whose values differ; interpolations in `said` match anything."""
     return {
         key
         for key in said.keys() | mine.keys()
@@ -125,7 +125,7 @@ def _rank(key: str) -> int:
 
 
 def _short(key: str, all_keys: Mapping[str, Any]) -> str:
-    """A key's last word, the group before it where two groups have it."""
+    """Returns a key's last word, with its group in front if two groups share it."""
     section, _, rest = key.partition(".")
     last = key.rpartition(".")[2]
     shared = any(
@@ -144,5 +144,5 @@ def _shown(value: Any) -> str:
 
 
 def _typable(text: str) -> str:
-    """Text that Hydra's command line takes as it is, and a file system as part of a name."""
+    """Returns text that is valid unquoted on Hydra's command line and in a file name."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-")[:LONGEST] or "unnamed"

@@ -1,4 +1,4 @@
-"""The pictures of a run: what they are, whether they are still the same, what differs."""
+"""A run's pictures: identifies them, and checks whether they are still the same."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,12 +18,15 @@ FILE = "pictures.jsonl"
 
 
 def with_pictures(config: Config) -> tuple[Config, Source | None]:
-    """Returns the configuration with the fingerprint of its pictures, where they name the run.
+    """Adds the fingerprint of the pictures to the configuration if they are part of the identity.
 
-    That is for data=folder. Their source comes with it, so that nobody has to look again.
+    They are with data=folder.
+
+    Returns:
+        The configuration, and the pictures' source, to save another scan; None for other data.
 
     Raises:
-        ValueError: If there are none, naming data.path.
+        ValueError: If there are no pictures; the message names data.path.
     """
     if config.data.name != "folder":
         return config, None
@@ -33,15 +36,21 @@ def with_pictures(config: Config) -> tuple[Config, Source | None]:
 
 
 def moved(config: Config, path: str | None) -> Config:
-    """Returns the configuration of a run whose pictures lie elsewhere now; None for the same place.
+    """Returns a run's configuration with a new location of its pictures.
+
+    Args:
+        config: The run's configuration.
+        path: The new data.path; None keeps the old one.
 
     Raises:
-        ValueError: If its data set has no place.
+        ValueError: If the run's data set has no data.path.
     """
     if path is None:
         return config
     if "path" not in config.data.source:
-        raise ValueError(f"data.path={path}: data={config.data.name} has pictures of its own")
+        raise ValueError(
+            f"data.path={path}: data={config.data.name} brings its own pictures, leave it out"
+        )
     changed = {"path": path, "source": {**config.data.source, "path": path}}
     return config.model_copy(update={"data": config.data.model_copy(update=changed)})
 
@@ -55,14 +64,13 @@ def check(
     """Refuses pictures that are not the run's.
 
     Args:
-        run: Its folder.
-        fingerprint: Of the pictures that are here.
-        source: Where they are from, if they lie on this machine.
-        advice: What a user can do.
+        run: The run's folder.
+        fingerprint: The fingerprint of the pictures to check.
+        source: Their source, if they are on this machine.
+        advice: What the user can do, for the error message.
 
     Raises:
-        ValueError: If they are others; it names what was added, removed or changed, where that is
-            known.
+        ValueError: If they differ; the message says what was added, removed or changed, if known.
     """
     before = (run.record().get("data") or {}).get("fingerprint")
     if not before or before == fingerprint:
@@ -80,20 +88,18 @@ def check(
 
 
 def check_here(config: Config, run: RunFolder, source: Source | None) -> str | None:
-    """Refuses pictures that are not a run's, as far as they are on this machine.
-
-    Nothing is downloaded.
+    """Refuses pictures that are not the run's, if they are on this machine; downloads nothing.
 
     Args:
         config: The run's configuration.
-        run: Its folder.
-        source: The pictures, if they were looked at already.
+        run: The run's folder.
+        source: The pictures' source, if it was built already.
 
     Returns:
-        Why nothing could be compared, None if it was.
+        Why the pictures could not be compared; None if they were.
 
     Raises:
-        ValueError: If they are others.
+        ValueError: If they differ.
     """
     path = config.data.path
     if path is not None and not Path(path).expanduser().exists():
@@ -113,33 +119,33 @@ def check_here(config: Config, run: RunFolder, source: Source | None) -> str | N
 
 
 def of_run(run: RunFolder, config: Config) -> ImageSet:
-    """Returns the pictures of a run that was started before.
+    """Returns the pictures of an existing run.
 
     Args:
-        run: Its folder.
-        config: Its configuration, with data.path where they lie now (`moved`).
+        run: The run's folder.
+        config: The run's configuration, with the current data.path (see `moved`).
 
     Raises:
-        ValueError: If they are not here, or are not the run's.
+        ValueError: If they are missing, or are not the run's.
     """
     source = build.source(config)
     found = build.images(config, source, workers=1)
-    check(run, found.fingerprint, source, "give data.path=DIR, where they lie")
+    check(run, found.fingerprint, source, "set data.path=DIR to the folder that has them")
     return found
 
 
 def about(config: Config, source: Source) -> dict[str, Any]:
-    """Returns what run.json says of where the pictures lie, and what they are there."""
+    """Returns the entries of run.json on the pictures' location and state."""
     path = config.data.path
     return {"path": None if path is None else place_of(path), "stamp": source.stamp}
 
 
 def place_of(path: str) -> str:
-    """Returns where data.path leads on this machine, whatever was typed."""
+    """Returns the absolute path that data.path stands for on this machine."""
     return str(Path(path).expanduser().resolve())
 
 
 def write_down(run: RunFolder, source: Source) -> None:
-    """Keeps in a run's folder which pictures it has, where they lie on this machine."""
+    """Writes the list of a run's pictures to its folder, if they are on this machine."""
     if source.listing is not None:
         write_text(run.path / FILE, source.listing.as_lines())

@@ -1,4 +1,4 @@
-"""How far a run is that trains just now, how fast, and when it should be through."""
+"""Estimates a running run's progress, speed and end."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -11,13 +11,13 @@ from ddpm.runs.reader import images_per_second
 
 
 class Progress(NamedTuple):
-    """Of a run that trains.
+    """The progress of a run that is training.
 
     Attributes:
-        step: The last that it has reported.
-        images_per_second: In updates; None before any were timed.
-        ends: When it should be through, previews, measures and saving included; None where nothing
-            tells how long a step takes.
+        step: The last reported step.
+        images_per_second: Speed of the updates alone; None before any were timed.
+        ends: When it should end, with previews, evaluation and saving; None if the time per step is
+            unknown.
     """
 
     step: int
@@ -26,13 +26,13 @@ class Progress(NamedTuple):
 
 
 def progress(run: RunFolder, record: Mapping[str, Any]) -> Progress:
-    """Returns how a run that trains gets on.
+    """Returns the progress of a run that is training.
 
-    The end is the one that it expects itself, where run.json has that. Else it is the time of its
-    last report and, for each step left, what its steps have taken so far.
+    The end is the run's own estimate, if run.json has one. Otherwise it is the time of the last
+    report plus the average time per step for each step left.
 
     Args:
-        run: Its folder.
+        run: The run's folder.
         record: The content of run.json.
     """
     costs = read_costs(run.path)
@@ -60,12 +60,12 @@ def progress(run: RunFolder, record: Mapping[str, Any]) -> Progress:
     try:
         left = timedelta(seconds=each * (record["num_steps"] - step))
         return Progress(step, speed, None if last is None else last + left)
-    except (OverflowError, ValueError):  # past the year 9999; of steps that took NaN seconds
+    except (OverflowError, ValueError):  # past the year 9999; steps that took NaN seconds
         return Progress(step, speed, None)
 
 
 def _time(text: Any) -> datetime | None:
-    """A moment as run.json has it; None where it has none, or another thing."""
+    """Parses a time from run.json; None if it is missing or malformed."""
     try:
         found = datetime.fromisoformat(text)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""A run as its files tell of it: what it computed, how it stands, what it came to."""
+"""Reads a run from its files: settings, status and results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from ddpm.runs.results import Result, read_measurements, results_of
 from ddpm.system.files import by_value, short_hash
 from ddpm.system.plain import Unreadable
 
-WHY = 160  # characters of what is wrong with a file
+WHY = 160  # most characters of the reason why a file is unreadable
 
 
 def images_per_second(record: Mapping[str, Any]) -> float | None:
-    """Returns images per second in updates, over all starts of a run; None if none was timed.
+    """Returns the images per second of the updates over all starts; None if none was timed.
 
     Args:
         record: The content of run.json.
@@ -29,7 +29,7 @@ def images_per_second(record: Mapping[str, Any]) -> float | None:
 def hours(record: Mapping[str, Any]) -> float | None:
     """Returns the hours that the run has trained so far; None if unknown.
 
-    Sampling, measuring and saving are counted.
+    They include sampling, evaluation and saving.
 
     Args:
         record: The content of run.json.
@@ -40,18 +40,18 @@ def hours(record: Mapping[str, Any]) -> float | None:
 
 @dataclass(frozen=True)
 class Compared:
-    """A run as its files tell of it; a file that cannot be read tells nothing.
+    """A run as read from its files; empty apart from run and status if one is unreadable.
 
     Attributes:
-        run: Its folder.
-        identity: What it computed, in canonical form; and its changes on the way.
-        settings: The same as dotted keys, in people's words.
-        choices: The option chosen in each group.
-        record: The content of run.json, less the identity that the run began with.
-        results: As read_results gives them.
-        status: As RunFolder.status says, or why the files cannot be read.
-        weights: Digest of its newest weights, None where there are none.
-        damaged: Lines of metrics.jsonl that are left out, from 1.
+        run: The run's folder.
+        identity: The run's identity, plus the changes made when it was resumed.
+        settings: The identity as dotted keys, for people to read.
+        choices: The option chosen in each config group.
+        record: The content of run.json, without the identity.
+        results: The results, as `read_results` returns them.
+        status: The status, as in `RunFolder.status`, or why a file cannot be read.
+        weights: Digest of the newest weights, None if there are none.
+        damaged: Line numbers of damaged lines in metrics.jsonl, from 1.
     """
 
     run: RunFolder
@@ -66,11 +66,12 @@ class Compared:
 
     @property
     def steps(self) -> int:
+        """The optimizer updates done."""
         return self.record.get("step", 0)
 
 
 def read(run: RunFolder) -> Compared:
-    """Returns what the files of a run tell; its status says where one cannot be read."""
+    """Reads a run from its files; if one is unreadable, the status says which and why."""
     try:
         return _told(run)
     except Unreadable as error:
@@ -118,12 +119,12 @@ def _told(run: RunFolder) -> Compared:
 
 
 def not_started(run: RunFolder) -> Compared:
-    """Returns what there is to tell of a run that has no files yet."""
+    """Returns a run that has no files yet."""
     return Compared(run, {}, {}, {}, {}, [], run.status())
 
 
 def _in_words(changes: Sequence[Mapping[str, Any]]) -> str:
-    """What resume= changed, and after which step."""
+    """Returns in words what resume= changed, and after which step."""
     return "; ".join(
         f"{key} {old} to {new} after step {change['step']}"
         for change in changes
@@ -132,12 +133,12 @@ def _in_words(changes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _weights(run: RunFolder) -> str | None:
-    """A digest of the newest weights, from what was written beside them."""
+    """Returns a digest of the newest weights, from the checksums in meta.json."""
     damages = []
     for _, folder in reversed(contents.checkpoint_folders(run.checkpoints)):
         try:
             sums = contents.read_meta(folder)["sha256"]
-        except Unreadable as error:  # the one before counts
+        except Unreadable as error:  # try the checkpoint before
             damages.append(error)
         else:
             return short_hash([sums[f"{kind}.safetensors"] for kind in ("model", "ema")])
@@ -147,7 +148,7 @@ def _weights(run: RunFolder) -> str | None:
 
 
 def summary(found: Compared) -> dict[str, str]:
-    """Returns how a run stands, by column, for a line of a table."""
+    """Returns a run's status and results by column, for one row of a table."""
     loss = next((result for result in found.results if result.metric == "loss"), None)
     best = next(
         (result for result in found.results if result.metric != "loss" and result.best is not None),
@@ -165,18 +166,20 @@ def summary(found: Compared) -> dict[str, str]:
 
 
 class At(NamedTuple):
-    """A value, and the step that it is of."""
+    """A value, and its step."""
 
     value: float
     step: int
 
 
 def format_steps(one: Compared) -> str:
+    """Returns the steps done, and the planned number if it differs, such as 500/1000."""
     whole = one.record.get("num_steps")
     return f"{one.steps}" if whole in (None, one.steps) else f"{one.steps}/{whole}"
 
 
 def format_value(value: Any) -> str:
+    """Returns a table cell: floats with 4 digits, "-" for None."""
     if value is None:
         return "-"
     if isinstance(value, At):

@@ -1,6 +1,7 @@
-"""What a run measures, written as it goes.
+"""Records a run's metrics as it trains.
 
-metrics.jsonl (the same bytes for the same run), costs.jsonl, and TensorBoard (also speed).
+They go to metrics.jsonl (the same bytes for the same run), costs.jsonl, and TensorBoard, which also
+gets the speed.
 """
 
 import io
@@ -35,14 +36,14 @@ Status = Literal["complete", "failed", "preempted", "running"]
 
 _CURVE = r"(?!.*_(final|best)$)"
 _SPLITS = r"(train|heldout|validation|test)$"
-# TensorBoard's tab Custom Scalars: the curves worth comparing, each kind of all runs in one chart
+# TensorBoard's tab Custom Scalars: one chart per kind of curve, with all runs in it
 LAYOUT = {
     "training": {
         "loss": ["Multiline", [r"^train/loss$"]],
         "loss by noise level (q0 the least noise)": ["Multiline", [r"^train/loss_q\d$"]],
         "gradient norm": ["Multiline", [r"^train/grad_norm$"]],
         "learning rate": ["Multiline", [r"^train/lr$"]],
-        "images a second": ["Multiline", [r"^train/images_per_second$"]],
+        "images per second": ["Multiline", [r"^train/images_per_second$"]],
     },
     "evaluation": {
         "loss, held out and trained on": ["Multiline", [r"^eval/loss_total:" + _SPLITS]],
@@ -60,21 +61,21 @@ LAYOUT = {
 }
 
 
-# after the newest file's name: TensorBoard reads a folder's files in the order of their names
+# appended to the newest file's name: TensorBoard reads a folder's files in alphabetical order
 _CONCLUSION = ".end"
 
 
-PICTURES = 20  # at most of a run in its event files, which TensorBoard reads whole
-SIDE = 1200  # pixels, at most of each: 64 pictures of 128 fit
+PICTURES = 20  # most previews in a run's event files, which TensorBoard loads completely
+SIDE = 1200  # most pixels per side of a preview: 64 pictures of 128x128 fit
 
 
 def shows_picture(step: int, every: int, num_steps: int) -> bool:
-    """Whether TensorBoard gets the preview of a step: the last, and others evenly before it.
+    """Returns whether TensorBoard gets a step's preview: the last one and evenly spaced others.
 
     Args:
-        step: Of a preview, a multiple of `every` or the last step.
+        step: The preview's step, a multiple of `every` or the last step.
         every: Steps between previews.
-        num_steps: Of the whole run.
+        num_steps: Steps of the whole run.
     """
     previews = -(-num_steps // every)
     apart = -(-previews // PICTURES)
@@ -82,12 +83,12 @@ def shows_picture(step: int, every: int, num_steps: int) -> bool:
 
 
 class Recorder:
-    """Scalars and pictures of one run folder; one process of a run has it.
+    """Writes a run's scalars and pictures; only the main process has one.
 
     Args:
-        folder: The run's.
-        first_step: Updates done before this start. Records past it, of an earlier start that was
-            cut off, are dropped: their steps are done again. So are damaged lines, which are said.
+        folder: The run's folder.
+        first_step: Updates done before this start. Later records, from a start that was cut off,
+            are dropped, since their steps run again. Damaged lines are dropped with a warning.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -97,13 +98,13 @@ class Recorder:
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def has(self, prefix: str) -> bool:
-        """Returns whether the step before this start has records of such names."""
+        """Returns whether the last step before this start recorded a scalar with this prefix."""
         return any(name.startswith(prefix) for name in self._metrics.last)
 
     def settings(self, values: Mapping[str, float | str]) -> None:
-        """Writes the run's row in TensorBoard's tab HPARAMS.
+        """Writes the run's row in TensorBoard's tab HPARAMS, and the layout of Custom Scalars.
 
-        Every run must give the same keys, and a key's values must be all numbers or all text.
+        Every run must have the same keys, and a key's values must be all numbers or all text.
         """
         start = SessionStartInfo(start_time_secs=time.time())
         for key, value in values.items():
@@ -117,23 +118,23 @@ class Recorder:
         self._board.add_custom_scalars(LAYOUT)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Records values that the configuration decides, such as losses, after `step` updates."""
+        """Records scalars that the configuration decides, such as losses, after `step` updates."""
         self._metrics.add(step, values)
         self.speed(step, values)
 
     def costs(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Records what the run has cost after `step` updates, in costs.jsonl; None: not known."""
+        """Records the run's costs after `step` updates in costs.jsonl; None means unknown."""
         self._costs.add(step, values)
         known = {f"cost/{name}": value for name, value in values.items() if value is not None}
         self.speed(step, known)
 
     def speed(self, step: int, values: dict[str, float]) -> None:
-        """Shows values that differ from one machine to the next, in TensorBoard only."""
+        """Writes scalars that differ between machines, to TensorBoard only."""
         for tag, value in values.items():
             self._board.add_scalar(tag, value, step)
 
     def picture(self, step: int, tag: str, image: np.ndarray) -> None:
-        """Shows a picture, (H, W, C) uint8, in TensorBoard; one larger than SIDE smaller."""
+        """Writes a picture, (H, W, C) uint8, to TensorBoard, scaled down if larger than SIDE."""
         shrink = -(-max(image.shape[:2]) // SIDE)
         if shrink > 1:
             grey = image.shape[2] == 1
@@ -142,26 +143,27 @@ class Recorder:
         self._board.add_image(tag, image, step, dataformats="HWC")
 
     def text(self, tag: str, text: str, language: str = "") -> None:
-        """Shows text in TensorBoard as it is, whatever it would mean in Markdown."""
+        """Writes text to TensorBoard as a code block, so that Markdown in it has no effect."""
         lines = [shown(line) for line in text.rstrip("\n").split("\n")]
-        said = "\n".join(lines).replace("```", "'''")  # nothing ends the block
+        said = "\n".join(lines).replace("```", "'''")  # must not end the block
         self._board.add_text(tag, f"```{language}\n{said}\n```", 0)
 
     def flush(self) -> None:
-        """Sends all that was recorded so far on its way to the disk."""
+        """Flushes TensorBoard's event file."""
         self._board.flush()
 
     def close(self) -> None:
+        """Closes all files."""
         self._metrics.close()
         self._costs.close()
         self._board.close()
 
 
 class _Lines:
-    """A file of records, one a line, that a run adds to.
+    """A JSON Lines file that a run appends to.
 
     Attributes:
-        last: What it says of the step before this start.
+        last: The record of the last step before this start.
     """
 
     def __init__(self, path: Path, first_step: int, gaps: bool = False) -> None:
@@ -187,17 +189,17 @@ class _Lines:
 
 
 def conclude(folder: Path, status: Status, step: int, values: Mapping[str, float]) -> None:
-    """Tells TensorBoard how the run ended, and with what.
+    """Writes the run's end and final scalars to TensorBoard.
 
-    It writes one small event file, which takes the place of the one before, and goes when the run
-    goes on. TensorBoard keeps the first end that it reads of a run, so an end inside the files that
-    stay would outlive a resume.
+    They get a small event file of their own, which replaces the previous one and is removed on
+    resume. TensorBoard keeps the first end that it reads for a run, so an end in the other event
+    files would outlive a resume.
 
     Args:
-        folder: The run's.
-        status: How it ended.
+        folder: The run's folder.
+        status: How the run ended.
         step: Optimizer updates done.
-        values: Scalars, at `step`.
+        values: Scalars at `step`.
     """
     _forget_conclusion(folder)
     files = sorted(folder.glob("events.out.tfevents.*"))
@@ -230,7 +232,7 @@ def conclude(folder: Path, status: Status, step: int, values: Mapping[str, float
 
 
 def _forget_conclusion(folder: Path) -> None:
-    # also what a crash left half written
+    # the pattern also matches files that a crash left half written
     for file in folder.glob(f"*events.out.tfevents.*{_CONCLUSION}*"):
         file.unlink()
 

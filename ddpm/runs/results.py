@@ -1,6 +1,6 @@
-"""What a run came to, read from its folder: each measure with its protocol, final and best.
+"""Reads a run's results from its folder: each metric with its protocol, final and best value.
 
-Nothing is built, nothing of the folder runs.
+Nothing is instantiated, and nothing in the folder is executed.
 """
 
 import bisect
@@ -23,8 +23,8 @@ PARTS = (
     "channel_",
     "bits_per_dim_",
 )
-# what was done where a protocol does not say it yet: for all figures, for those of drawn images,
-# and for metrics whose names begin so
+# the meaning of fields that older protocols lack: in all figures, in figures of samples, and in
+# metrics by the first part of their names
 BEFORE: dict[str, Any] = {"precision": "tf32", "resize": "bicubic"}
 BEFORE_OF_SAMPLES: dict[str, Any] = {"quantize": "round"}
 BEFORE_OF: dict[str, dict[str, Any]] = {
@@ -33,8 +33,8 @@ BEFORE_OF: dict[str, dict[str, Any]] = {
     "precision": {"num_reference": None},
     "recall": {"num_reference": None},
 }
-MAY_MISS = ("deviation", "floor", "network")  # of an entry of evaluation.json
-# share of a run's steps that a loss is averaged over, so that runs with other log intervals compare
+MAY_MISS = ("deviation", "floor", "network")  # optional in an entry of evaluation.json
+# share of a run's steps to average a loss over, so that the log interval does not matter
 WINDOW = 0.1
 
 
@@ -43,13 +43,14 @@ class Measurement:
     """One measured figure.
 
     Attributes:
-        metric: What was measured.
-        value: The figure.
-        protocol: All that decides it; the same figure of another protocol is another one.
-        deviation: Over subsets or splits.
+        metric: The metric's name.
+        value: The measured value.
+        protocol: Everything that decides the value except the network. Figures compare only if
+            their protocols are equal.
+        deviation: Standard deviation over subsets or splits.
         floor: The same distance between two random halves of the data, which no network beats.
-        network: Hash of the weights and process measured. It is no part of the protocol: figures of
-            several networks compare, and one of a network retrained replaces that of the old.
+        network: Hash of the weights and process measured. It is not part of the protocol: figures
+            of several networks compare, and a retrained network's figure replaces the old one.
     """
 
     metric: str
@@ -61,9 +62,9 @@ class Measurement:
 
     @property
     def id(self) -> str:
-        """The metric and its protocol in one word.
+        """The metric, protocol and step in one word.
 
-        Such as fid@50k:train:inception:ancestral1000:ema:step800000.
+        For example fid@50k:train:inception:ancestral1000:ema:step800000.
         """
         return f"{name(self.metric, self.protocol)}:step{self.protocol['step']}"
 
@@ -71,7 +72,7 @@ class Measurement:
 def name(metric: str, protocol: Mapping[str, Any]) -> str:
     """Returns a metric and its protocol, without the step, in one word.
 
-    Fields that protocols did not have from the first are told where they are not as before.
+    Fields that older protocols lack appear only if their values differ from the old behavior.
     """
     said = [
         f"reference-{protocol[key][:8]}" if key == "reference" else str(protocol[key])
@@ -88,13 +89,14 @@ def name(metric: str, protocol: Mapping[str, Any]) -> str:
 
 
 def names(figures: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Returns a name for each figure that no other has, of those recorded one after the other.
+    """Returns a unique name for each figure, in the order in which they were recorded.
 
-    The first of a name keeps it; a further one says what of its protocol differs from that one's,
-    so that a figure's name stays when more are recorded: fid@50k:train:...:ema:guidance_scale_1.5.
+    The first figure with a name keeps it. Later ones append how their protocol differs from the
+    first one's, such as fid@50k:train:...:ema:guidance_scale_1.5. So a figure's name does not
+    change when more are recorded.
 
     Args:
-        figures: The metric and protocol of each. The step does not count.
+        figures: The metric and protocol of each figure. The step does not count.
     """
     first: dict[str, dict[str, Any]] = {}
     found = []
@@ -111,10 +113,10 @@ def names(figures: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 
 def tags(figures: Sequence[Measurement]) -> dict[str, float]:
-    """Returns the values of one evaluation in training under names that tell them apart.
+    """Returns the values of one evaluation during training by unique names.
 
-    That is the metric's; where an evaluation has several figures of one, what differs between their
-    protocols follows each, the split before all else: loss_total:train, loss_total:heldout.
+    A name is the metric's. If an evaluation has several figures of a metric, the values in which
+    their protocols differ follow, the split first: loss_total:train, loss_total:heldout.
     """
     same: dict[str, list[Measurement]] = {}
     for figure in figures:
@@ -141,12 +143,12 @@ def _said(protocol: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def whole_protocol(metric: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a protocol with the fields that those of earlier versions lack."""
+    """Returns a protocol with the fields added that earlier versions did not record."""
     return {**_before(metric, protocol), **protocol}
 
 
 def told(metric: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a protocol less the fields that say what was done before they came."""
+    """Returns a protocol without the newer fields whose values are the old behavior."""
     before = _before(metric, protocol)
     return {key: value for key, value in protocol.items() if before.get(key, ...) != value}
 
@@ -161,7 +163,7 @@ def _before(metric: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
 def better(metric: str) -> Callable[..., Any] | None:
     """Returns min or max, whichever picks the better of two values of a metric.
 
-    It returns None where neither is better in itself (a colour gap, a ratio of nearest distances).
+    Returns None if neither direction is better (a color gap, a ratio of nearest distances).
     """
     if metric == "loss" or metric.startswith(
         ("fid", "fd_", "kid", "kd_", "bits_per_dim", "loss_", "rmse")
@@ -177,9 +179,9 @@ def better(metric: str) -> Callable[..., Any] | None:
 
 
 def record(path: Path, figures: Sequence[Measurement]) -> None:
-    """Adds figures to a file, whole or not at all; of two processes at once none loses any.
+    """Adds figures to a file, atomically and under a lock, so concurrent processes lose none.
 
-    A figure of the same metric and protocol takes the place of the one before.
+    A figure replaces the previous one with the same metric and protocol.
     """
     with lock(path.with_name(f".{path.name}.lock")):
         kept = {key(entry): entry for entry in read_measurements(path)}
@@ -195,12 +197,12 @@ def recorded(
     protocol: Mapping[str, Any],
     network: str,
 ) -> list[Measurement]:
-    """Returns what was measured before by a protocol and on the same network.
+    """Returns the recorded figures with this protocol and network.
 
     Args:
-        entries: As `read_measurements` gives them.
-        names: How the metrics begin that are looked for.
-        protocol: All that decides the figures.
+        entries: The entries, as `read_measurements` returns them.
+        names: Prefixes of the metrics to return.
+        protocol: The protocol.
         network: Hash of the weights and process.
     """
     wanted = as_key(protocol)
@@ -214,12 +216,12 @@ def recorded(
 
 
 def read_measurements(path: Path) -> list[dict[str, Any]]:
-    """Returns the entries of such a file, none if it is not there.
+    """Returns the entries of an evaluation.json, empty if there is none.
 
-    Protocols of earlier versions get the fields that they lack, so that they mean the same.
+    Protocols of earlier versions get the fields that they lack, with the same meaning.
 
     Raises:
-        Unreadable: If the file is not one of ours.
+        Unreadable: If the file does not have the expected content.
     """
     return [
         {
@@ -232,22 +234,22 @@ def read_measurements(path: Path) -> list[dict[str, Any]]:
 
 
 def key(entry: dict[str, Any]) -> str:
-    """Returns what makes two entries figures of the same thing."""
+    """Returns an entry's metric and protocol as text; two entries with the same key compare."""
     return as_key([entry["metric"], whole_protocol(entry["metric"], entry["protocol"])])
 
 
 @dataclass(frozen=True)
 class Result:
-    """One measure of one run by one protocol.
+    """The values of one metric with one protocol in one run.
 
     Attributes:
-        metric: What was measured.
-        protocol: All that decides it.
-        final: (value, step).
-        best: (value, step); None where neither less nor more is better.
-        deviation: Of the final value, over subsets or splits.
-        measured: (step, value) of every measurement, by step; none of the training loss, whose
-            curve is `loss_curve`.
+        metric: The metric's name.
+        protocol: Everything that decides the value except the network and the step.
+        final: The last (value, step).
+        best: The best (value, step); None if neither direction is better.
+        deviation: Standard deviation of the final value, over subsets or splits.
+        measured: (step, value) of every measurement, by step; empty for the training loss, see
+            `loss_curve`.
     """
 
     metric: str
@@ -259,29 +261,27 @@ class Result:
 
     @property
     def name(self) -> str:
-        """The measure with its protocol in one word, whatever the step.
+        """The metric and protocol in one word, without the step.
 
-        Such as fid@50k:train:inception:ancestral1000:ema.
+        For example fid@50k:train:inception:ancestral1000:ema.
         """
         return name(self.metric, self.protocol) if "count" in self.protocol else self.metric
 
     @cached_property
     def measure(self) -> tuple[str, str]:
-        """The metric and its protocol, as text: the same in two results, and they compare."""
+        """The metric and its protocol as text; results with the same text compare."""
         return self.metric, as_key(self.protocol)
 
 
 def read_results(run: RunFolder, config: Mapping[str, Any]) -> list[Result]:
-    """Returns the loss first, then every figure of evaluation.json in its order.
-
-    What was not measured is not there.
+    """Returns the training loss, if any, then every figure of evaluation.json in its order.
 
     Args:
         run: The run's folder.
-        config: The run's config.yaml.
+        config: The content of the run's config.yaml.
 
     Raises:
-        ValueError: If a file is not one of ours.
+        ValueError: If a file does not have the expected content.
     """
     lines = read_lines(run.path / "metrics.jsonl")
     return results_of(config, run.record(), lines, read_measurements(run.path / "evaluation.json"))
@@ -293,16 +293,16 @@ def results_of(
     lines: Sequence[Line],
     measured: Sequence[dict[str, Any]],
 ) -> list[Result]:
-    """Returns what `read_results` does, of what was read.
+    """Returns the same as `read_results`, from file contents.
 
     Args:
         config: The content of config.yaml.
-        record: That of run.json.
-        lines: Of metrics.jsonl.
+        record: The content of run.json.
+        lines: The lines of metrics.jsonl.
         measured: The entries of evaluation.json.
     """
     data = config.get("data") or {}
-    # decided by the run's settings, not by those of measuring; so no file has them
+    # run settings, not evaluation settings, so evaluation.json does not have them
     pictures = {key: data[key] for key in ("resolution", "crop") if key in data}
     found = []
     means = window_means(curve_of(lines, "train/loss"))
@@ -342,25 +342,25 @@ def results_of(
 
 
 def loss_curve(folder: Path) -> list[tuple[int, float]]:
-    """Returns the (step, training loss since the record before) of every report so far."""
+    """Returns (step, mean training loss since the previous report) of every report so far."""
     return scalar_curve(folder, "train/loss")
 
 
 def scalar_curve(folder: Path, tag: str) -> list[tuple[int, float]]:
     """Returns the (step, value) of every report of a scalar so far.
 
-    There are none without a metrics.jsonl. Lines that are cut short or damaged are left out; of two
-    of one step the later one counts.
+    The list is empty without a metrics.jsonl. Damaged lines and lines that are cut short are left
+    out. Of two lines for the same step, the later one counts.
 
     Args:
-        folder: The run's.
-        tag: Such as train/grad_norm.
+        folder: The run's folder.
+        tag: The scalar's name, such as train/grad_norm.
     """
     return curve_of(read_lines(folder / "metrics.jsonl"), tag)
 
 
 def curve_of(lines: Sequence[Line], tag: str) -> list[tuple[int, float]]:
-    """Returns what `scalar_curve` does, of lines that were read."""
+    """Returns the same as `scalar_curve`, from lines that have been read."""
     records = [line.record for line in lines if line.record and tag in line.record]
     return sorted({record["step"]: record[tag] for record in records if record["step"]}.items())
 
@@ -368,13 +368,13 @@ def curve_of(lines: Sequence[Line], tag: str) -> list[tuple[int, float]]:
 def window_means(
     records: Sequence[tuple[int, float]], share: float = WINDOW
 ) -> list[tuple[int, float]]:
-    """Returns at each report the mean loss of the steps before it.
+    """Returns a moving average of the loss at each report.
 
-    The mean is of at least the last report and at most `share` of all steps.
+    The window covers at least that report, and at most `share` of all steps.
 
     Args:
-        records: (step, loss) of each report, as `losses` gives them.
-        share: Of all steps, the most that a mean covers.
+        records: (step, loss) of each report, as `loss_curve` returns them.
+        share: Largest window, as a share of all steps.
 
     Returns:
         (step, mean loss) of each report.
@@ -391,9 +391,10 @@ def window_means(
 
 
 def scalars(measures: Sequence[Result]) -> dict[str, float]:
-    """Returns final and best values under names that are the same in every run.
+    """Returns final and best values by tags that are the same in every run.
 
-    They stand beside the curves that they are of. Of the parts of a figure there are none.
+    The tags put each value next to its curve in TensorBoard. Parts of a figure (PARTS) are left
+    out.
     """
     values = {}
     figures = [result for result in measures if "count" in result.protocol]

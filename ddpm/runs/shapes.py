@@ -1,6 +1,6 @@
-"""What the files of a run's folder hold: the keys that something here reads, and of which kinds.
+"""Schemas of the files in a run's folder: the keys that this program reads, and their types.
 
-Other keys may be there too; those that have a default may be missing.
+Other keys are allowed. Keys with a default may be missing.
 """
 
 import re
@@ -13,7 +13,7 @@ from ddpm.system.plain import LARGEST
 PARTS_OF_CHECKPOINT = ("ema.safetensors", "model.safetensors", "state.pt")
 Step = Annotated[int, Field(ge=0, lt=2**63)]
 Number = int | float
-Scalar = Annotated[int, Field(gt=-LARGEST, lt=LARGEST)] | float  # of more digits: infinite
+Scalar = Annotated[int, Field(gt=-LARGEST, lt=LARGEST)] | float  # larger integers become floats
 Pixels = Annotated[int, Field(gt=0, lt=2**31)]
 Resolution = Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)]
 Table = dict[str, Any]
@@ -75,7 +75,7 @@ class _Best(_Part):
 
 
 class Record(_Part):
-    """run.json."""
+    """The content of run.json."""
 
     status: Literal["running", "complete", "failed", "preempted"]
     format: int = 1
@@ -92,7 +92,7 @@ class Record(_Part):
     timed: _Timed | None = None
     best: _Best | None = None
     error: str | None = None
-    # of the last start, in the first format
+    # the first format only: entries of the last start
     command: list[str] = []
     started: str | None = None
     git: _Git | None = None
@@ -102,7 +102,7 @@ class Record(_Part):
     @model_validator(mode="after")
     def _ends_where_it_says(self) -> "Record":
         if self.status == "complete" and "step" not in self.model_fields_set:
-            raise ValueError("complete, and no step")
+            raise ValueError("status is complete but step is missing")
         return self
 
 
@@ -127,7 +127,7 @@ class _Runtime(_Part):
 
 
 class Settings(_Part):
-    """config.yaml."""
+    """The content of config.yaml."""
 
     format: int = 1
     model: _Model
@@ -171,7 +171,7 @@ class _Protocol(_Part):
             function = self.sampler_settings.function.target.rpartition(".")[2]
             steps = self.sampler.removeprefix(function)
             if not re.fullmatch("[0-9]{1,9}", steps) or self.seed is None:
-                raise ValueError("sampler, seed and sampler_settings do not go together")
+                raise ValueError("sampler and seed do not match sampler_settings")
         return self
 
 
@@ -188,7 +188,7 @@ class Figure(_Part):
 
 
 class Meta(_Part):
-    """meta.json of a checkpoint: the digest of each of its files, which lie beside it."""
+    """The content of a checkpoint's meta.json: the step, and each file's SHA-256."""
 
     step: Step
     sha256: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")], str]

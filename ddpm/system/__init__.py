@@ -1,0 +1,1 @@
+"""Files, signals, processes, devices and random numbers: what every other package builds on."""

@@ -1,4 +1,4 @@
-"""Files that others wrote, read in bounded time and memory: bytes, options, tables of tensors."""
+"""Reads files from others in bounded time and memory: raw bytes, YAML, safetensors."""
 
 import os
 import stat
@@ -11,50 +11,55 @@ import yaml
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_YAML = 500_000  # bytes; a run's config.yaml has five thousand
-MOST_VALUES = 50_000  # in it, each alias counted as what it stands for
+MOST_YAML = 500_000  # bytes; a run's config.yaml has about 5,000
+MOST_VALUES = 50_000  # per YAML file, aliases expanded
 MOST_DEPTH = 50
-MOST_DIGITS = 100  # of a number
-MOST_HEADER = 20_000_000  # bytes of names and shapes in a file of tensors; the largest have 1 MB
+MOST_DIGITS = 100  # per number
+MOST_HEADER = 20_000_000  # bytes of names and shapes in a safetensors file; the largest have 1 MB
 
 
 def read_file(path: Path, most: int) -> bytes:
-    """Returns the content of a file.
+    """Returns the content of a regular file of at most `most` bytes.
 
     Raises:
-        ValueError: For a pipe or a device, which may never end, and for more than `most` bytes.
+        ValueError: If the file is larger, or is a pipe or a device, which may never end.
         OSError: If it cannot be read.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            raise ValueError(f"{_size(size)}, more than {_size(most)}")
+            raise ValueError(f"{_size(size)}, more than the limit of {_size(most)}")
         return file.read(most)
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """Opens a file to read.
+    """Opens a regular file for reading.
 
     Raises:
-        ValueError: For a pipe or a device, which may never end.
+        ValueError: If it is a folder, or a pipe or a device, which may never end.
         OSError: If it cannot be read.
     """
-    if not stat.S_ISREG(path.stat().st_mode):  # before it is opened, which some devices feel
-        raise ValueError("no file, but a folder, a pipe or a device")
+    if not stat.S_ISREG(path.stat().st_mode):  # check first: opening a device can have effects
+        raise ValueError("not a regular file but a folder, a pipe or a device")
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
     return os.fdopen(os.open(path, flags), "rb")
 
 
 class Bounded:
-    """Has a loader of YAML refuse what would grow without bounds; goes before the loader."""
+    """Mixin that makes a YAML loader refuse input without bounds; put it before the loader."""
 
     def __init__(self, stream: Any) -> None:
         self._file = f"{stream.name}: " if hasattr(stream, "fileno") else ""
         if self._file and os.fstat(stream.fileno()).st_size > MOST_YAML:
-            raise ValueError(f"{self._file}more than {_size(MOST_YAML)}")
+            raise ValueError(f"{self._file}larger than {_size(MOST_YAML)}")
         super().__init__(stream)  # type: ignore[call-arg]
 
     def get_single_node(self) -> Any:
+        """Returns the document's root node, or None if the document is empty.
+
+        Raises:
+            ValueError: If the document is nested too deep or stands for too many values.
+        """
         try:
             node = super().get_single_node()  # type: ignore[misc]
             _count(node, {}, ())
@@ -73,7 +78,7 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
     """Returns the tensors of a safetensors file by name, on the CPU.
 
     Raises:
-        ValueError: If it is no file, or names and shapes alone take more than MOST_HEADER.
+        ValueError: If it is not a regular file, or its header claims more than MOST_HEADER bytes.
         SafetensorError, OSError: If it is damaged or cannot be read.
     """
     from safetensors.torch import load_file
@@ -81,12 +86,12 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
     with open_file(path) as file:
         first = file.read(8)
     if len(first) == 8 and struct.unpack("<Q", first)[0] > MOST_HEADER:
-        raise ValueError(f"its header claims more than {_size(MOST_HEADER)}")
+        raise ValueError(f"the header claims to be larger than {_size(MOST_HEADER)}")
     return load_file(path)
 
 
 def _count(node: Any, sizes: dict[int, int], above: tuple[int, ...]) -> int:
-    """How many values a node of YAML stands for; a ValueError where that has no bounds."""
+    """Counts the values in a YAML node with aliases expanded; ValueError if there is no bound."""
     if node is None:
         return 0
     if isinstance(node, yaml.ScalarNode):

@@ -1,7 +1,8 @@
-"""Writing so that a reader finds the whole file or the one before it; locks; digests.
+"""Atomic writes, file locks and digests.
 
-Nothing is written through a link that somebody left in the folder: new files have names that nobody
-knows before, and files of known names are opened without following.
+A reader finds either the new file or the old one, never a part. Nothing is written through a link
+that somebody left in the folder: new files get unpredictable names, and files with known names are
+opened without following links.
 """
 
 import hashlib
@@ -19,15 +20,15 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def whole(path: Path, sync: bool = True) -> Iterator[Path]:
-    """Gives a scratch path beside `path`; the file or folder made there takes its place at the end.
+    """Yields a scratch path beside `path`, and renames what was made there to `path` at the end.
 
-    It does so by a rename, after all of it is on the disk, with the permissions that the user's
-    umask grants. If the block raises, nothing is left. A process that is killed leaves its scratch
+    The rename happens after all of it is on the disk, with the permissions that the user's umask
+    grants. If the block raises, the scratch is removed. A process that is killed leaves its scratch
     (.NAME.PID.RANDOM) for `clear_scratch`.
 
     Args:
-        path: What is written, whole or not at all.
-        sync: Wait for the disk; without, a power cut may leave an empty file.
+        path: The file or folder to write atomically.
+        sync: Wait for the disk. Without it, a power cut may leave an empty file.
     """
     scratch = _beside(path)
     try:
@@ -48,32 +49,32 @@ def whole(path: Path, sync: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Puts `text` at `path`, whole or not at all."""
+    """Writes `text` to `path` atomically."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Puts `content` at `path`, whole or not at all."""
+    """Writes `content` to `path` atomically."""
     with whole(path) as scratch, scratch.open("xb") as file:
         file.write(content)
 
 
 def write_arrays(path: Path, **arrays: Any) -> None:
-    """Puts NumPy arrays at `path`, an .npz, under their names, without a second copy in memory."""
-    import numpy as np  # not at the top: --help need not wait for it
+    """Writes named NumPy arrays to an .npz atomically, without a second copy in memory."""
+    import numpy as np  # not at the top: --help should not wait for it
 
     with whole(path) as scratch, scratch.open("xb") as file:
         np.savez(file, **arrays)
 
 
 def clear_scratch(folder: Path) -> None:
-    """Removes what killed processes left in a folder. Only for who alone writes there."""
+    """Removes what killed processes left in a folder; call it only as the folder's sole writer."""
     for left in folder.glob(".*.[0-9]*"):
         remove(left)
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a folder so that a half-removed one is never taken for a whole one."""
+    """Removes a file or a folder; a folder is renamed first, so nobody sees it half removed."""
     if path.is_dir() and not path.is_symlink():
         hidden = _beside(path)
         path.rename(hidden)
@@ -83,14 +84,14 @@ def remove(path: Path) -> None:
 
 
 def refuse_links(folder: Path, *below: str) -> None:
-    """Refuses links in a folder that is about to be written into; the folder itself may be one.
+    """Refuses links in a folder that is about to be written to; the folder itself may be a link.
 
     Args:
-        folder: The folder, if it is there.
-        below: Names of folders in it that are written into too.
+        folder: The folder, which need not exist.
+        below: Names of subfolders to check as well.
 
     Raises:
-        ValueError: If there is one, naming it.
+        ValueError: If there is a link; the message names it.
     """
     for place in (folder, *(folder / name for name in below)):
         if not place.is_dir():
@@ -102,17 +103,17 @@ def refuse_links(folder: Path, *below: str) -> None:
 
 
 def open_known(path: Path, how: int) -> int:
-    """Opens a file of a known name, made if need be, and never what a link or a pipe leads to.
+    """Opens a file with a known name, and creates it if needed; never follows a link or a pipe.
 
     Args:
         path: The file.
         how: Flags of os.open, such as os.O_WRONLY | os.O_APPEND.
 
     Returns:
-        Its descriptor.
+        The file descriptor.
 
     Raises:
-        ValueError: If a link, a pipe or a device bears the name.
+        ValueError: If `path` is a link, a pipe or a device.
     """
     flags = how | os.O_CREAT
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"):  # not all systems have them
@@ -125,17 +126,17 @@ def open_known(path: Path, how: int) -> int:
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise ValueError(f"{path} is no file, and is not written to: remove it")
+        raise ValueError(f"{path} is not a regular file: remove it")
     return handle
 
 
 def append_to(path: Path) -> TextIO:
-    """Opens a text file to add to, by `open_known`."""
+    """Opens a text file for appending, with `open_known`."""
     return os.fdopen(open_known(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8")
 
 
 def size_of(folder: Path) -> int:
-    """Returns the bytes of all files below a folder; what vanishes meanwhile counts nothing."""
+    """Returns the bytes of all files below a folder; files that vanish meanwhile count as 0."""
     size = 0
     for file in folder.rglob("*"):
         with suppress(OSError):
@@ -144,23 +145,23 @@ def size_of(folder: Path) -> int:
 
 
 class InUse(ValueError):
-    """What another process works on; it can be had when that one is done."""
+    """Another process is using this; try again when it is done."""
 
 
 @contextmanager
 def lock(path: Path, wait: float = -1) -> Iterator[None]:
-    """Holds a lock on a file made for it; the system ends it with the process, however it ends.
+    """Holds a lock on a lock file; the system releases it when the process ends, for any reason.
 
     Args:
-        path: The file; what the holder writes into it stays readable for others.
-        wait: Seconds to wait for whoever holds it; negative for as long as it takes.
+        path: The lock file. Other processes can read what the holder writes to it.
+        wait: Seconds to wait for the current holder; negative waits forever.
 
     Raises:
-        Timeout: If another process holds it.
-        ValueError: If the file system gives no locks, as some network file systems do not; or if
-            the file is a link.
+        Timeout: If another process holds the lock.
+        ValueError: If the file system has no locks, as some network file systems do not, or if the
+            file is a link.
     """
-    os.close(open_known(path, os.O_RDWR))  # with the permissions that the umask grants
+    os.close(open_known(path, os.O_RDWR))  # creates it with the permissions that the umask grants
     held = FileLock(path)
     try:
         held.acquire(timeout=wait)
@@ -169,7 +170,7 @@ def lock(path: Path, wait: float = -1) -> Iterator[None]:
     except OSError as error:
         raise ValueError(
             f"{path} cannot be locked ({error.strerror}): "
-            "give a folder on a file system that has locks"
+            "choose a folder on a file system that supports locks"
         ) from error
     try:
         yield
@@ -178,9 +179,9 @@ def lock(path: Path, wait: float = -1) -> Iterator[None]:
 
 
 def by_value(value: Any) -> Any:
-    """Returns plain values as equal ones are written alike: 1 for 1.0, 0 for -0.0, tuples as lists.
+    """Returns plain values in one form for equal ones: 1 for 1.0, 0 for -0.0, lists for tuples.
 
-    Booleans stay apart.
+    Booleans stay booleans.
     """
     if isinstance(value, Mapping):
         return {key: by_value(inner) for key, inner in value.items()}
@@ -190,23 +191,23 @@ def by_value(value: Any) -> Any:
 
 
 def as_key(value: Any) -> str:
-    """Returns one text for plain values that are equal, whatever the order of their keys."""
+    """Returns the same text for equal plain values, whatever the order of their keys."""
     return json.dumps(by_value(value), sort_keys=True)
 
 
 def short_hash(value: Any) -> str:
-    """Eight hexadecimal digits of plain values: equal ones have the same."""
+    """Returns eight hexadecimal digits, the same for equal plain values."""
     return hashlib.sha256(as_key(value).encode()).hexdigest()[:8]
 
 
 def sha256(file: Path) -> str:
-    """The hexadecimal digest of a file's bytes."""
+    """Returns the SHA-256 of a file's content in hexadecimal."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _beside(path: Path) -> Path:
-    """A name in the same folder that nobody else knows."""
+    """Returns an unpredictable path in the same folder."""
     name = path.name.lstrip(".")[:100]
     return path.with_name(f".{name}.{os.getpid()}.{os.urandom(8).hex()}")
 
@@ -216,7 +217,7 @@ def _linked(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Makes sure that a file's bytes, or the names in a folder, are on the disk."""
+    """Flushes a file's bytes, or a folder's entries, to the disk."""
     if path.is_dir():
         if os.name != "posix":
             return
@@ -233,7 +234,7 @@ def _sync(path: Path) -> None:
 
 
 def _allow_by_umask(path: Path) -> None:
-    """Gives the permissions that the user's umask grants, where what made it gave fewer."""
+    """Sets the permissions that the user's umask grants; some libraries set fewer."""
     if path.is_symlink():
         return
     mask = os.umask(0)

@@ -1,6 +1,6 @@
-"""What is not public in the libraries and has no public way: each in one function, with why.
+"""All uses of the libraries' private APIs, one function each, with the reason.
 
-A new release of Hydra, torch or Accelerate that breaks something breaks it here.
+If a new release of Hydra, torch or Accelerate breaks something, it breaks here.
 """
 
 import argparse
@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 
 
 def hydra_parser(refuse: Any = None) -> argparse.ArgumentParser:
-    """Hydra's own parser of flags; `refuse` is called with what is wrong, in place of its usage.
+    """Returns Hydra's parser of command-line flags.
 
-    Hydra makes the parser itself, so there is no class to derive from.
+    Hydra builds the parser in a private function, so there is no class to derive from.
+
+    Args:
+        refuse: Called with the error message, instead of printing Hydra's usage.
     """
     from hydra._internal.utils import get_args_parser
 
@@ -26,9 +29,10 @@ def hydra_parser(refuse: Any = None) -> argparse.ArgumentParser:
 
 
 def compose_once() -> None:
-    """Has Hydra not compose everything a first time, only to find out whether hydra.mode is set.
+    """Stops Hydra from composing everything an extra time just to learn whether hydra.mode is set.
 
-    That is half of a command's start. Where words or files of the user may set it, it still does.
+    That takes half of a command's startup. Hydra still does it where the user's overrides or config
+    folder may set hydra.mode.
     """
     from hydra._internal.hydra import Hydra
 
@@ -46,9 +50,12 @@ def compose_once() -> None:
 
 
 def bound_yaml(bounded: type) -> None:
-    """Has OmegaConf, and so Hydra, load YAML with a class before its loader's own.
+    """Puts a mixin in front of the YAML loader of OmegaConf, and so of Hydra.
 
-    The loader is made anew for each file, and no option chooses another.
+    OmegaConf builds the loader anew for each file and has no option to choose another.
+
+    Args:
+        bounded: The mixin class.
     """
     import omegaconf._utils
 
@@ -61,10 +68,10 @@ def bound_yaml(bounded: type) -> None:
 
 
 def share_recipes() -> None:
-    """Has a composition not copy all recipes first, which is a third of its time.
+    """Stops Hydra from copying all recipes for each composition, a third of its time.
 
-    Hydra copies where it reads from, registered options included; of those that it uses it makes
-    copies again, so that nobody changes them.
+    Hydra deep-copies its config sources, registered options included. It copies the options that it
+    uses once more, so sharing the originals is safe.
     """
     from hydra.core.config_store import ConfigStore
 
@@ -72,10 +79,10 @@ def share_recipes() -> None:
 
 
 def read_yaml_quickly() -> None:
-    """Has OmegaConf, and so Hydra, read YAML with libyaml's parser, which is ten times as fast.
+    """Makes OmegaConf, and so Hydra, parse YAML with libyaml, which is ten times as fast.
 
-    OmegaConf makes its loader, with its own numbers and its check for keys that come twice, of
-    PyYAML's slow one. A PyYAML without libyaml stays as it is.
+    OmegaConf derives its loader, with its own number syntax and its check for duplicate keys, from
+    PyYAML's slow one. Does nothing if PyYAML was built without libyaml.
     """
     import yaml
     from omegaconf import _utils
@@ -96,14 +103,14 @@ def read_yaml_quickly() -> None:
 
 
 class Option(NamedTuple):
-    """A file of options, as Hydra has read it.
+    """An option file, as Hydra has read it.
 
     Attributes:
-        path: The option, as experiment/cifar10.
-        package: Where its keys go; empty or None for the top.
-        place: The folder that it lies in, as file:///conf or pkg://hydra.conf.
-        provider: Who added that folder.
-        config: Its content, below its package.
+        path: The option, such as experiment/cifar10.
+        package: The package of its keys; empty or None for the top level.
+        place: The config folder, such as file:///conf or pkg://hydra.conf.
+        provider: The name under which Hydra knows that folder.
+        config: The content, below its package.
     """
 
     path: str
@@ -118,16 +125,16 @@ def tap_composition(
     file: Callable[[Option], None],
     whole: Callable[[Any], None],
 ) -> None:
-    """Has each composition of Hydra in this process pass through three functions.
+    """Hooks three functions into every composition that Hydra makes in this process.
 
-    Hydra's callbacks come when a job starts, and what they see is composed already.
+    Hydra's own callbacks run when a job starts, which is after the composition.
 
     Args:
-        words: Of the overrides typed, the loader, whether it is for a sweep, and the name of the
-            configuration, makes those that are composed in their place. The configuration tells of
-            those typed.
-        file: Is called with each file, before it is merged into those before it.
-        whole: Is called with what was composed.
+        words: Called with the overrides as typed, the loader, whether this is for a sweep, and the
+            name of the configuration. Returns the overrides to compose instead; the composed
+            configuration still lists the typed ones.
+        file: Called with each option file before Hydra merges it.
+        whole: Called with the composed configuration.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.types import RunMode
@@ -150,7 +157,7 @@ def tap_composition(
     def tapped_file(self: Any, default: Any, repo: Any) -> Any:
         try:
             loaded = load_file(self, default, repo)
-        except OmegaConfBaseException as error:  # its own message has no file
+        except OmegaConfBaseException as error:  # whose message does not name the file
             words = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{default.config_path}.yaml: {words}") from error
         if OmegaConf.is_dict(loaded.config):
@@ -166,13 +173,13 @@ def tap_composition(
 def before_sweeps(
     check: Callable[[Callable[[list[str]], Any], list[list[str]]], None],
 ) -> Iterator[None]:
-    """Has `check` look at all jobs of a sweep before the first one starts.
+    """Calls `check` with all jobs of a sweep before the first one starts.
 
-    It takes the place of the sweeper's own look, which stops at the first job that does not
-    compose. Hydra makes the sweeper itself.
+    It replaces the sweeper's own check, which stops at the first job that does not compose. Hydra
+    builds the sweeper itself, so it cannot be configured.
 
     Args:
-        check: Is called with a function that composes a job, and the overrides of each job.
+        check: Called with a function that composes a job, and the overrides of each job.
     """
     from hydra.core.plugins import Plugins
 
@@ -184,7 +191,7 @@ def before_sweeps(
 
         def look(batch: Any) -> None:
             nonlocal checked
-            known = getattr(sweeper, "overrides", None)  # all batches, where they are known
+            known = getattr(sweeper, "overrides", None)  # of all batches, if known in advance
             if not (known and checked):
                 jobs = [list(job) for part in known or [batch] for job in part]
                 check(lambda job: loader.load_sweep_config(sweeper.config, job), jobs)
@@ -201,9 +208,9 @@ def before_sweeps(
 
 
 def flags_last(words: list[str]) -> list[str]:
-    """Returns a command line with Hydra's flags after the settings, if it has them among these.
+    """Returns a command line with Hydra's flags moved behind the settings.
 
-    Hydra's parser reads settings on one side of the flags alone (until its release after 1.3.8).
+    Hydra's parser (up to 1.3.8) accepts settings only on one side of the flags.
     """
     parser = hydra_parser()
     settings: list[str] = []
@@ -221,15 +228,15 @@ def flags_last(words: list[str]) -> list[str]:
 def around_launches(
     launch: Callable[[Any, Any, Callable[[list[str]], Any], list[list[str]], int], list[Any]],
 ) -> Iterator[None]:
-    """Has `launch` start the jobs of a sweep in place of its launcher.
+    """Makes `launch` start the jobs of a sweep instead of Hydra's launcher.
 
-    Hydra makes the launcher itself, a callback of Hydra's sees neither what it raises nor what the
-    jobs return, and hydra.main drops what a sweep returns.
+    Hydra builds the launcher itself, its callbacks see neither the launcher's errors nor the jobs'
+    return values, and hydra.main discards what a sweep returns.
 
     Args:
-        launch: Is called with the sweeper's settings, the launcher, a function that composes a job,
-            the overrides of each job, and the first one's number; it returns what has a
-            `return_value` for each.
+        launch: Called with the sweeper's settings, the launcher, a function that composes a job,
+            the overrides of each job, and the number of the first job. Returns an object with a
+            `return_value` for each job.
     """
     from hydra.core.plugins import Plugins
 
@@ -255,10 +262,15 @@ def around_launches(
 
 
 def submit_to_slurm(launcher: Any, jobs: Sequence[Sequence[str]], first: int) -> list[Any]:
-    """Has submitit's launcher submit jobs, and returns submitit's jobs without waiting for them.
+    """Submits jobs through Hydra's submitit launcher, and returns submitit's jobs without waiting.
 
-    The launcher itself waits, raises at the first job without a result, and asks accounting
-    alone whether one lives.
+    The launcher itself waits, raises at the first job without a result, and asks only Slurm's
+    accounting whether a job is alive.
+
+    Args:
+        launcher: Hydra's submitit launcher.
+        jobs: The overrides of each job.
+        first: The number of the first job.
     """
     import submitit
 
@@ -276,9 +288,10 @@ def submit_to_slurm(launcher: Any, jobs: Sequence[Sequence[str]], first: int) ->
 
 
 def start_loky_trackers() -> None:
-    """Starts the processes that clear up after joblib's workers, if they are not there.
+    """Starts the resource trackers of joblib's workers, if they are not running.
 
-    joblib starts them right before the first worker, and thereby unblocks signals for all workers.
+    Otherwise joblib starts them right before the first worker, which unblocks signals for all
+    workers.
     """
     from multiprocessing import resource_tracker
 
@@ -289,16 +302,17 @@ def start_loky_trackers() -> None:
 
 
 def end_loky_workers() -> None:
-    """Ends joblib's workers, which else wait for more to do, and waits for them."""
+    """Shuts down joblib's workers, which would otherwise stay idle, and waits for them to exit."""
     from joblib.externals.loky import get_reusable_executor
 
     get_reusable_executor(reuse=True).shutdown(wait=True)
 
 
 def reset_accelerate() -> None:
-    """Puts back what Accelerate keeps between two runs of one process, the process group aside.
+    """Resets the state that Accelerate keeps between runs in one process, but no process group.
 
-    Its state is shared by all instances, and a second one of another precision is refused.
+    All Accelerator instances share this state, and Accelerate refuses a second one with another
+    precision.
     """
     import torch
     from accelerate.state import AcceleratorState, GradientState
@@ -309,10 +323,10 @@ def reset_accelerate() -> None:
 
 @contextmanager
 def keep_forward(network: Any) -> Iterator[None]:
-    """Has Accelerate leave a network's forward as it is; whoever calls it enters its autocast.
+    """Undoes the change that Accelerate makes to a network's `forward` inside the block.
 
-    Accelerate puts a forward of its own, with autocast, in the place of the network's, so that
-    previews and measures would compute in the training's precision too, whatever they say.
+    Accelerate replaces `forward` with a version that enters autocast, so previews and metrics would
+    use the training precision whatever theirs is. The caller enters autocast instead.
     """
     before = vars(network).get("forward")
     yield
@@ -323,9 +337,12 @@ def keep_forward(network: Any) -> Iterator[None]:
 
 
 def default_store(name: str) -> Any:
-    """Returns the store of the process group, by a connection and with names of its own.
+    """Returns the process group's store, over a new connection and with its own key prefix.
 
-    Its blocking calls hold a lock, so each thread needs a connection.
+    Blocking calls lock the connection, so each thread needs its own.
+
+    Args:
+        name: The key prefix.
     """
     import torch
     from torch.distributed.distributed_c10d import _get_default_store
@@ -335,9 +352,9 @@ def default_store(name: str) -> Any:
 
 
 def keep_dropout_when_compiled() -> None:
-    """Has compiled code draw the random numbers that eager code would.
+    """Makes compiled code draw the same random numbers as eager code.
 
-    The setting is Inductor's own, and not among the options of torch.compile.
+    This is a private setting of Inductor that torch.compile has no option for.
     """
     import torch._inductor.config
 
@@ -345,13 +362,13 @@ def keep_dropout_when_compiled() -> None:
 
 
 class Compilation(NamedTuple):
-    """Code that the compiler made.
+    """One compilation by torch.compile.
 
     Attributes:
-        id: The compiler's, such as 0/1, the second code of the first function, and when it began.
-        name: Of the function.
-        why: What did not fit the code that was there; None for a function's first.
-        seconds: That it took.
+        id: The compiler's id and start time; id 0/1 is the second compilation of function 0.
+        name: The compiled function's name.
+        why: Why the existing code did not fit; None for a function's first compilation.
+        seconds: How long it took.
     """
 
     id: str
@@ -361,9 +378,9 @@ class Compilation(NamedTuple):
 
 
 def compilations() -> list[Compilation]:
-    """Returns the last code that the compiler has made in this process, up to 64 pieces.
+    """Returns the last compilations in this process, at most 64.
 
-    torch tells of it only in its log, where the user's own settings decide what is heard.
+    torch otherwise reports them only in its log, and the user's settings decide what it logs.
     """
     from torch._dynamo.utils import get_compilation_metrics
 
@@ -381,16 +398,16 @@ def compilations() -> list[Compilation]:
 
 @contextmanager
 def naming_limit(limit: int, words: str) -> Iterator[None]:
-    """Has the compiler make so many pieces of code for a function, and stop when it needs more.
+    """Raises the compiler's limit of recompilations per function, and makes reaching it an error.
 
-    Else it goes on without compiling, and tells its own log alone.
+    By default torch then continues without compiling and only logs it.
 
     Args:
-        limit: How many; where torch's is higher already, it stays.
-        words: Of the error.
+        limit: Compilations per function; torch's own limit stays if it is higher.
+        words: The error message.
 
     Raises:
-        ValueError: In place of the compiler's.
+        ValueError: If a function needs more.
     """
     import torch._dynamo.config as settings
     from torch._dynamo.exc import FailOnRecompileLimitHit
@@ -416,16 +433,16 @@ def naming_limit(limit: int, words: str) -> Iterator[None]:
 
 
 def skip_updates_if(optimizer: Any, failed: Any) -> bool:
-    """Has an optimizer change nothing in its next step if `failed` is not 0, without a wait.
+    """Makes an optimizer skip its next update if `failed` is not 0, without synchronizing.
 
-    Fused optimizers look at this on the device; it is how torch's gradient scaler tells them.
+    Fused optimizers read this flag on the device; torch's gradient scaler sets it the same way.
 
     Args:
-        optimizer: torch's, or Accelerate's wrapper of one.
+        optimizer: A torch optimizer, or Accelerate's wrapper around one.
         failed: () float tensor on the device.
 
     Returns:
-        Whether the optimizer looks at it.
+        Whether the optimizer supports this.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     if not getattr(inner, "_step_supports_amp_scaling", False):
@@ -436,5 +453,5 @@ def skip_updates_if(optimizer: Any, failed: Any) -> bool:
 
 
 def storage_id(storage: Any) -> int:
-    """What tells two storages apart where both have no memory, as on the meta device."""
+    """Returns a unique id of a storage, even for one without memory, as on the meta device."""
     return storage._cdata

@@ -1,4 +1,4 @@
-"""What a precision and a way to carry a network out are called; for schemas, without torch."""
+"""Names of the precisions and of the ways to run a network, for schemas; imports no torch."""
 
 from typing import Literal
 

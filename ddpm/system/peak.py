@@ -1,4 +1,4 @@
-"""What a device can do at most: the speed of its matrix products, and the memory that was used."""
+"""Measures a device's peak: the speed of its matrix products, and the most memory used."""
 
 import sys
 import time
@@ -17,29 +17,29 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-FEW_CORES = 4  # whose products of 512 are as fast as larger ones, and take a hundredth of a second
+FEW_CORES = 4  # up to here 512x512 products reach the speed of larger ones, in about 10 ms
 
 
 def matrix_products(
     device: torch.device, dtype: torch.dtype, size: int, repeats: int = 10
 ) -> dict[str, float]:
-    """Measures FLOP/s of (size, size) matrix products, the best of ten each.
+    """Measures the FLOP/s of a (size, size) matrix product, as torch.mm and as a 1x1 convolution.
 
-    Once as torch.mm, and once as the 1x1 convolution that is one too. They may differ: on a CPU the
-    one is MKL's, the other oneDNN's. torch's own random numbers are left as they are.
+    The two may differ: on a CPU, MKL computes the first and oneDNN the second. torch's global
+    random state is not touched.
 
     Args:
-        device: Where they run.
-        dtype: Of the matrices.
-        size: A multiple of 16.
-        repeats: Of each, the best of which counts.
+        device: The device to measure.
+        dtype: The matrices' dtype.
+        size: The matrices' size, a multiple of 16.
+        repeats: Runs of each, the fastest of which counts.
 
     Returns:
         FLOP/s by name, "torch.mm" and "1x1 convolution".
     """
     generator = torch.Generator(device).manual_seed(0)
     a, b = torch.randn(2, size, size, device=device, dtype=dtype, generator=generator)
-    # channels_last; a batch of 16, below which one thread has MKL's here too
+    # channels_last; with a batch below 16, a single thread would use MKL here too
     rows = a.reshape(16, 1, size // 16, size).permute(0, 3, 1, 2)
     flops = 2 * size**3
     return {
@@ -54,12 +54,12 @@ def quick_peak(device: torch.device, precision: Precision) -> float | None:
     """Measures a device's peak in well under a second, for a run that is about to start on it.
 
     Args:
-        device: A CPU, whose products are of 512 on FEW_CORES and of 1024 on more, or a GPU of
-            CUDA, which takes 8192 as `ddpm.benchmark` does.
-        precision: Of the run.
+        device: A CPU, measured with 512x512 products on up to FEW_CORES cores and 1024x1024 on
+            more, or a CUDA GPU, measured with 8192x8192 as in `ddpm.benchmark`.
+        precision: The run's precision.
 
     Returns:
-        FLOP/s of the faster matrix product; None for another device, or one without the room.
+        FLOP/s of the faster matrix product; None for other devices, or if memory is short.
     """
     if device.type not in ("cpu", "cuda"):
         return None
@@ -77,22 +77,22 @@ def quick_peak(device: torch.device, precision: Precision) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Returns the most bytes used so far: of a GPU's memory, or on a CPU of the whole process.
+    """Returns the peak memory use so far in bytes: the GPU's, or on a CPU the whole process's.
 
-    None where the system does not tell.
+    Returns None where the system does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return None
-    import resource  # which Windows has not
+    import resource  # missing on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _best(call: Callable[[], Tensor], device: torch.device, repeats: int) -> float:
-    """Seconds."""
+    """Returns the seconds of the fastest call."""
     call()
     found = []
     for _ in range(repeats):

@@ -1,6 +1,7 @@
-"""The processes of one run tell each other, through torch's store, whether to stop and who lives.
+"""Lets the processes of one run agree when to stop, and notice when one of them dies.
 
-No device and no collective is used for it, so it works while some draw and others wait.
+They talk through torch's store. No device and no collective is involved, so this works while some
+processes draw samples and others wait.
 """
 
 import os
@@ -11,27 +12,27 @@ import time
 from ddpm.system import signals
 from ddpm.system.internals import default_store
 
-BEAT = 0.5  # seconds from one sign of life to the next
-DEAD = 20.0  # seconds without one
-LEAVING = 5.0  # seconds that the first process waits for the others to leave
-ASK = 0.5  # seconds of steps after which the processes ask each other anew
+BEAT = 0.5  # seconds between heartbeats
+DEAD = 20.0  # seconds without a heartbeat after which a process counts as dead
+LEAVING = 5.0  # seconds that process 0 waits for the others to leave
+ASK = 0.5  # seconds of training between two rounds of asking each other
 
 
 class PeerLost(RuntimeError):
-    """A process that this one works with is gone; the message names it."""
+    """Another process of the run is gone; the message names it."""
 
 
 class Peers:
-    """What one of several processes knows of the others.
+    """One process's view of the other processes of its run.
 
     Args:
-        rank: Of this process.
-        count: Of processes.
+        rank: This process's rank.
+        count: Number of processes.
     """
 
     def __init__(self, rank: int, count: int) -> None:
         self.rank, self.count = rank, count
-        self.verdict: str | None = None  # why all stop, once they agreed
+        self.verdict: str | None = None  # why all stop, once they have agreed to
         self._store, self._beats = default_store("main"), default_store("beats")
         self._round = 0
         self._ended = threading.Event()
@@ -40,7 +41,7 @@ class Peers:
         threading.Thread(target=self._live, name="peers", daemon=True).start()
 
     def _live(self) -> None:
-        """Gives signs of life, and passes on that one was told to stop."""
+        """Sends heartbeats, and passes on a request to stop."""
         number, passed = 0, False
         while not self._ended.wait(BEAT):
             try:
@@ -52,21 +53,21 @@ class Peers:
                 elif not passed and self._beats.check(["told"]):
                     signals.tell(self._beats.get("told").decode())
                     passed = True
-            except RuntimeError:  # the store went with the process that held it
+            except RuntimeError:  # the store dies with the process that holds it
                 return
 
     def ask(self, step: int = 0, step_seconds: float = ASK) -> tuple[str | None, int]:
-        """Waits for all processes here; each gets the same answer.
+        """Waits for all processes to ask, then gives each the same answer.
 
         Args:
-            step: Of this process, where it asks between steps.
-            step_seconds: What one takes.
+            step: This process's step, if it asks between steps.
+            step_seconds: Seconds per step.
 
         Returns:
-            Why all stop, None if all go on; and the step to ask at next.
+            Why all stop, or None if all go on; and the step at which to ask next.
 
         Raises:
-            PeerLost: If one does not come any more.
+            PeerLost: If a process is gone.
         """
         if self.verdict is not None:
             return self.verdict, step
@@ -78,7 +79,7 @@ class Peers:
             following = step + max(1, int(ASK / max(step_seconds, 1e-6)))
             told = self._store.get(f"{key}/told") if self._store.check([f"{key}/told"]) else b""
             self._store.set(f"{key}/answer", f"{following} {told.decode()}")
-            for part in ("", "/told", "/answer"):  # of two rounds ago, which all have left
+            for part in ("", "/told", "/answer"):  # two rounds ago: nobody reads it any more
                 self._store.delete_key(f"round/{self._round - 3}{part}")
         self._wait_for(f"{key}/answer")
         following_step, _, reason = self._store.get(f"{key}/answer").decode().partition(" ")
@@ -86,10 +87,10 @@ class Peers:
         return self.verdict, int(following_step)
 
     def meet(self) -> None:
-        """Waits for all processes here, whatever they were told.
+        """Waits for all processes, whether told to stop or not.
 
         Raises:
-            PeerLost: If one does not come any more.
+            PeerLost: If a process is gone.
         """
         key, self._round = f"round/{self._round}", self._round + 1
         if self._store.add(key, 1) == self.count:
@@ -111,10 +112,10 @@ class Peers:
                 seen, since = now, time.monotonic()
 
     def what_happened(self) -> str | None:
-        """Returns what became of a process that is gone, None if all live.
+        """Returns what happened to a process that is gone, or None if all are alive.
 
-        Call it when a collective failed. It takes some beats. A process that has said why it failed
-        comes before one that is silent.
+        Call it after a collective has failed. It takes a few heartbeats. A process that reported
+        its failure is named before one that fell silent.
         """
         try:
             before = self._signs()
@@ -125,27 +126,30 @@ class Peers:
             for rank, sign in enumerate(now):
                 if sign == before[rank] and not self._store.check([f"ended/{rank}"]):
                     return self._named(rank)
-        except RuntimeError:  # torch's DistError is one
-            self._ended.set()  # nothing more is said where nobody listens
+        except RuntimeError:  # includes torch's DistError
+            self._ended.set()  # nobody is left to talk to
             return f"process 0 of {self.count}, which leads the others, was killed or lost"
         return None
 
     def tell_lost(self, what: str) -> None:
-        """Tells the others who is gone: some may wait for an answer, and meet no failure of theirs.
+        """Tells the others which process is gone; they may be waiting and see no error themselves.
 
         Args:
-            what: As `what_happened` says it.
+            what: The message of `what_happened`.
         """
         try:
             if not self._store.check(["failed"]):
                 self._store.set("failed", what)
-        except RuntimeError:  # the store went with the process that held it
+        except RuntimeError:  # the store dies with the process that holds it
             return
 
     def leave(self, failure: str | None = None) -> None:
-        """Says that this process ends, and why if it fails.
+        """Announces that this process ends.
 
-        The process that holds the store stays until the others have left, or some seconds.
+        The process that holds the store waits up to LEAVING seconds for the others to leave.
+
+        Args:
+            failure: Why it fails; None if it does not.
         """
         if self._ended.is_set():
             return
@@ -160,7 +164,7 @@ class Peers:
             others = [f"ended/{rank}" for rank in range(1, self.count)]
             while not self._store.check(others) and time.monotonic() < until:
                 time.sleep(0.01)
-        except RuntimeError:  # the store went with the process that held it
+        except RuntimeError:  # the store dies with the process that holds it
             return
 
     def _named(self, rank: int) -> str:

@@ -1,7 +1,7 @@
-"""Plain values out of JSON and YAML that anybody may have written, in bounded time and memory.
+"""Reads plain values from untrusted JSON and YAML, in bounded time and memory.
 
-Nothing else than null, booleans, numbers, text, lists and tables with text for keys comes out, no
-deeper and no more than any file of ours has.
+The result holds only null, booleans, numbers, text, lists, and mappings with text keys. Depth and
+size are limited to what our own files need.
 """
 
 import json
@@ -15,10 +15,10 @@ import yaml
 
 from ddpm.system.text import shown
 
-DEEPEST = 32  # lists and tables in one another; a run's config.yaml has 4
-MOST = 1_000_000  # values of one file; a YAML file of a kilobyte can stand for more
-LARGEST = 2**128  # FLOPs of the longest training are some 2**90
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is ten times as fast
+DEEPEST = 32  # nested lists and mappings; a run's config.yaml has 4 levels
+MOST = 1_000_000  # values per file; with aliases, a kilobyte of YAML can stand for more
+LARGEST = 2**128  # the longest training takes about 2**90 FLOPs
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader is ten times as fast
 _KINDS = {f"tag:yaml.org,2002:{name}": name for name in ("null", "bool", "int", "float", "str")}
 _DECIMAL = re.compile(r"[-+]?[0-9_]{1,50}")
 _OTHERS = re.compile(r"[-+]?0(b[01_]{1,50}|x[0-9a-fA-F_]{1,50})")
@@ -27,11 +27,11 @@ _NAMED = {".inf": float("inf"), "-.inf": float("-inf"), "+.inf": float("inf"), "
 
 
 class Unreadable(ValueError):
-    """A file that is not what it should be.
+    """A file that cannot be read, or does not hold what it should.
 
     Attributes:
-        file: Its path.
-        why: What is wrong with it, in characters that can be seen.
+        file: The file's path.
+        why: What is wrong with it, with control characters escaped.
     """
 
     def __init__(self, file: Path, why: str) -> None:
@@ -43,10 +43,14 @@ class Unreadable(ValueError):
 
 
 def is_there(file: Path, most: int) -> bool:
-    """Returns whether a file is there, of at most so many bytes.
+    """Returns whether a file exists.
+
+    Args:
+        file: The file.
+        most: The most bytes that it may have.
 
     Raises:
-        Unreadable: If it is larger, is no file (a folder, a pipe, a device), or may not be read.
+        Unreadable: If it is larger, not a regular file, or not readable by this user.
     """
     try:
         about = os.stat(file)  # noqa: PTH116
@@ -55,19 +59,19 @@ def is_there(file: Path, most: int) -> bool:
     except OSError as error:
         raise Unreadable(file, error.strerror or str(error)) from error
     if not stat.S_ISREG(about.st_mode):
-        raise Unreadable(file, "it is no file")
+        raise Unreadable(file, "not a regular file")
     if about.st_size > most:
-        raise Unreadable(file, f"{about.st_size} bytes, and at most {most} are read")
+        raise Unreadable(file, f"{about.st_size} bytes, more than the limit of {most}")
     if not os.access(file, os.R_OK):
-        raise Unreadable(file, "it may not be read")
+        raise Unreadable(file, "permission denied")
     return True
 
 
 def read_bytes(file: Path, most: int) -> bytes | None:
-    """Returns the content of a file of at most so many bytes; None if it is not there.
+    """Returns the content of a file of at most `most` bytes, or None if it does not exist.
 
     Raises:
-        Unreadable: As `is_there`.
+        Unreadable: If it is larger, not a regular file, or cannot be read.
     """
     if not is_there(file, most):
         return None
@@ -79,10 +83,14 @@ def read_bytes(file: Path, most: int) -> bytes | None:
 
 
 def read_json(file: Path, most: int) -> Any:
-    """Returns the plain values of a JSON file of at most so many bytes; None if it is not there.
+    """Returns the plain values of a JSON file, or None if it does not exist.
+
+    Args:
+        file: The file.
+        most: The most bytes that it may have.
 
     Raises:
-        Unreadable: If it cannot be read, or holds what no file of ours does.
+        Unreadable: If it cannot be read, is nested too deep or holds too large a number.
     """
     content = read_bytes(file, most)
     if content is None:
@@ -99,12 +107,16 @@ def read_json(file: Path, most: int) -> Any:
 
 
 def read_yaml(file: Path, most: int) -> Any:
-    """Returns the plain values of a YAML file of at most so many bytes; None if it is not there.
+    """Returns the plain values of a YAML file, or None if it does not exist.
 
-    Dates, numbers to the base 60, merged tables, tags and what refers to itself are refused.
+    Dates, base-60 numbers, merge keys, tags and self-references are refused.
+
+    Args:
+        file: The file.
+        most: The most bytes that it may have.
 
     Raises:
-        Unreadable: If it cannot be read, or holds what no file of ours does.
+        Unreadable: If it cannot be read, or holds anything but plain values.
     """
     content = read_bytes(file, most)
     if content is None:
@@ -117,10 +129,10 @@ def read_yaml(file: Path, most: int) -> Any:
 
 
 def check(value: Any, depth: int = 0) -> None:
-    """Refuses values of JSON that are nested too deep, or numbers too large to be computed with.
+    """Refuses JSON values that are nested too deep, and integers too large to compute with.
 
     Raises:
-        ValueError: If there is such a one.
+        ValueError: If it finds either.
     """
     if isinstance(value, dict):
         _check_depth(depth)
@@ -140,7 +152,7 @@ def _check_depth(depth: int) -> None:
 
 
 class _Values:
-    """The plain values of YAML's nodes, counted: a node may be referred to many times."""
+    """Converts YAML nodes to plain values and counts them, since aliases can repeat a node."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -151,11 +163,11 @@ class _Values:
             raise ValueError(f"more than {MOST} values")
         if isinstance(node, yaml.ScalarNode):
             return _scalar(node)
-        _check_depth(depth)  # also of what refers to itself
+        _check_depth(depth)  # also stops self-references
         if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
             return [self.of(inner, depth + 1) for inner in node.value]
         if not isinstance(node, yaml.MappingNode) or node.tag != "tag:yaml.org,2002:map":
-            raise ValueError(f"{_place(node)}: a tag, and plain values have none")
+            raise ValueError(f"{_place(node)}: tags are not allowed")
         found = {}
         for key, inner in node.value:
             name = self.of(key, depth + 1)
@@ -166,7 +178,7 @@ class _Values:
 
 
 def _scalar(node: yaml.ScalarNode) -> Any:
-    """A scalar as YAML 1.1 has it, without what no file of ours has."""
+    """Converts a YAML 1.1 scalar, except for kinds that our files never hold."""
     kind, text = _KINDS.get(node.tag), node.value
     if kind == "str":
         return text
@@ -185,7 +197,7 @@ def _scalar(node: yaml.ScalarNode) -> Any:
     elif kind == "float" and _FLOAT.fullmatch(text):
         return float(text.replace("_", ""))
     else:
-        raise ValueError(f"{_place(node)}: neither text, a plain number, true, false nor null")
+        raise ValueError(f"{_place(node)}: must be text, a plain number, true, false or null")
     check(number)
     return number
 
@@ -195,7 +207,7 @@ def _place(node: yaml.Node) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """What is wrong, and where: a parser of YAML says it in several lines."""
+    """Returns an error's message in one line, with the place; YAML's parser uses several."""
     if isinstance(error, RecursionError):
         return f"nested more than {DEEPEST} deep"
     mark = getattr(error, "problem_mark", None)

@@ -1,8 +1,8 @@
-"""Precision: what numbers are computed in, said to torch in one place.
+"""Sets torch's precision, in one place.
 
-"fp32": everything in float32. "tf32": products of float32 matrices and convolutions as TF32 on an
-NVIDIA GPU (Ampere and later), which has 10 bits of mantissa there; elsewhere the same as "fp32".
-"bf16", "fp16": the network's products in that type by torch's autocast, what is left as "tf32".
+"fp32": everything in float32. "tf32": float32 matrix products and convolutions in TF32 (10 bits of
+mantissa) on NVIDIA GPUs from Ampere on; elsewhere the same as "fp32". "bf16", "fp16": the network's
+products in that dtype through torch's autocast, everything else as in "tf32".
 """
 
 import os
@@ -15,11 +15,11 @@ import torch
 from ddpm.system.names import Precision
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS gives the same bits each time
+WORKSPACES = (":4096:8", ":16:8")  # cuBLAS is deterministic with these
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Returns the context in which a network's forward pass computes in this precision."""
+    """Returns a context in which a network's forward pass computes in this precision."""
     if precision not in AUTOCAST:
         return nullcontext()
     return torch.autocast(device.type, dtype=AUTOCAST[precision])
@@ -27,15 +27,15 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 @contextmanager
 def products(precision: Precision) -> Iterator[None]:
-    """Says in what float32 numbers are multiplied, and puts back what was said before.
+    """Sets the precision of float32 products inside the block, and restores it afterwards.
 
-    torch has flags of old and new ones that may contradict each other; it then refuses to answer,
-    in the middle of a compilation for instance. So all are set, and agree.
+    torch has old and new flags that may contradict each other. It then raises when asked, for
+    instance in the middle of a compilation. So this sets all of them, consistently.
     """
     new = _Knobs.read()
     try:
         old: _Flags | None = _Flags.read()
-    except RuntimeError:  # somebody's flags disagree already: torch does not tell the old ones
+    except RuntimeError:  # the flags already contradict each other: the old ones cannot be read
         old = None
     allowed = precision != "fp32"
     _Flags("high" if allowed else "highest", allowed).write()
@@ -50,22 +50,26 @@ def products(precision: Precision) -> Iterator[None]:
 
 @contextmanager
 def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
-    """Has a GPU give the same bits each time, if wanted, at the cost of speed and memory.
+    """Makes a GPU give the same bits each time, at the cost of speed and memory.
 
-    Elsewhere it holds anyway, and nothing is set.
+    Other devices do so anyway, so nothing is set for them.
+
+    Args:
+        device: The device.
+        wanted: Does nothing if False.
 
     Raises:
-        ValueError: If the environment has cuBLAS do otherwise.
+        ValueError: If CUBLAS_WORKSPACE_CONFIG prevents it.
     """
     if device.type != "cuda" or not wanted:
         yield
         return
-    # read by cuBLAS at its first product, after this
+    # cuBLAS reads this at its first product, which comes later
     workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACES[0])
     if workspace not in WORKSPACES:
         raise ValueError(
-            f"CUBLAS_WORKSPACE_CONFIG={workspace}: runtime.deterministic=true needs "
-            f"{' or '.join(WORKSPACES)}; unset it"
+            f"CUBLAS_WORKSPACE_CONFIG={workspace} does not work with runtime.deterministic=true, "
+            f"which needs {' or '.join(WORKSPACES)}: unset it"
         )
     cudnn = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
@@ -79,7 +83,7 @@ def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
 
 
 def in_words(device: torch.device, precision: Precision, deterministic: bool) -> str:
-    """Returns what a run computes in on a device, and what is promised of its bits."""
+    """Returns a run's arithmetic on a device in words, and how reproducible its bits are."""
     gpu = device.type == "cuda"
     rest = "float32" if precision == "fp32" or not gpu else "float32 with products in TF32"
     said = rest if precision not in AUTOCAST else f"{precision} by autocast, the rest in {rest}"
@@ -88,7 +92,7 @@ def in_words(device: torch.device, precision: Precision, deterministic: bool) ->
 
 
 class _Flags:
-    """torch's flags of old."""
+    """torch's old precision flags."""
 
     def __init__(self, matmul: str, cudnn: bool) -> None:
         self.matmul, self.cudnn = matmul, cudnn
@@ -103,7 +107,7 @@ class _Flags:
 
 
 class _Knobs:
-    """torch's new ones: the products of cuBLAS, what cuDNN has, and a CPU's by oneDNN."""
+    """torch's new precision flags, for cuBLAS, cuDNN, and oneDNN on a CPU."""
 
     def __init__(self, *values: str) -> None:
         self.values = values
@@ -111,7 +115,7 @@ class _Knobs:
     @staticmethod
     def owners() -> list[Any]:
         gpu: Any = torch.backends.cudnn
-        cpu: Any = torch.backends.mkldnn  # of these attributes torch's stubs know nothing
+        cpu: Any = torch.backends.mkldnn  # torch's stubs lack these attributes
         matmul = torch.backends.cuda.matmul
         return [matmul, gpu, gpu.conv, gpu.rnn, cpu.matmul, cpu.conv, cpu.rnn]
 

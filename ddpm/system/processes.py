@@ -1,7 +1,4 @@
-"""The processes that a command runs in.
-
-One, or those that torchrun, accelerate launch or Slurm started.
-"""
+"""The processes of a command: one, or those that torchrun, accelerate launch or Slurm started."""
 
 import atexit
 import ctypes
@@ -36,20 +33,20 @@ PRECISIONS = {"fp32": "no", "tf32": "no", "bf16": "bf16", "fp16": "fp16"}  # our
 
 
 def find_processes(device: Name) -> PartialState:
-    """Finds the processes of this command, which share its work, each on its device of that kind.
+    """Returns the processes that share this command's work, each on its own device of that kind.
 
     Raises:
-        ValueError: If this machine has no such device, or if several processes were started and do
-            not find each other: each would do all the work.
+        ValueError: If this machine has no such device, or if several processes were started but
+            did not find each other, so that each would do all the work.
     """
-    # else Accelerate leaves processes without a GPU alone
+    # without `cpu`, Accelerate does not connect processes that have no GPU
     state = PartialState(cpu=devices.device(device).type == "cpu")
     _meet(state.num_processes, state.process_index)
     return state
 
 
 def device_of(processes: PartialState, name: Name) -> torch.device:
-    """Where this process works: on its own device among several, else on the one of that name."""
+    """Returns this process's device: its own if there are several, else the one of that name."""
     return processes.device if processes.num_processes > 1 else devices.device(name)
 
 
@@ -57,12 +54,12 @@ def device_of(processes: PartialState, name: Name) -> torch.device:
 def accelerator_for(
     device: Name, precision: Precision, deterministic: bool = False
 ) -> Iterator[Accelerator]:
-    """Gives Accelerate for one run, and has its device compute as said (see precision.py).
+    """Yields Accelerate for one run, and sets torch's precision for the block (see precision.py).
 
-    What both keep between runs of one process is put back, Accelerate's also before.
+    Resets Accelerate's global state before and after, and restores torch's flags after.
 
     Raises:
-        ValueError: Like `find_processes`.
+        ValueError: As in `find_processes`, or if the environment prevents `deterministic`.
     """
     cpu = devices.device(device).type == "cpu"
     if cpu:
@@ -72,11 +69,11 @@ def accelerator_for(
         accelerator = Accelerator(
             mixed_precision=PRECISIONS[precision],
             cpu=cpu,
-            # else the environment says these two
+            # explicit, since the environment would set these two otherwise
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dynamo_backend="no",
-            # gradients are sent from where they lie; no static_graph, with which torch 2.13 fails
-            # where the first pass is not sent (batches in pieces, the search of device_batch=auto)
+            # no copy of the gradients. No static_graph: torch 2.13 fails with it if the first
+            # backward pass is not synchronized (split batches, the device_batch=auto search)
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         _meet(accelerator.num_processes, accelerator.process_index)
@@ -87,17 +84,17 @@ def accelerator_for(
 
 
 class Asking:
-    """Whether a run is to stop after a step; several processes stop after the same.
+    """Decides after which step a run stops; all its processes stop after the same one.
 
-    They ask each other so seldom that steps of milliseconds do not notice, and steps of seconds
-    each time. No device waits.
+    The processes ask each other after every step if steps take seconds, and rarely enough not to
+    matter if they take milliseconds. No device waits.
     """
 
     def __init__(self) -> None:
         self._next, self._last, self._since = 0, 0, time.monotonic()
 
     def after(self, step: int) -> str | None:
-        """Returns why to stop after `step` updates, None to go on; all must ask at every step."""
+        """Returns why to stop after `step` updates, or None; call it at every step on all."""
         if _Group.peers is None:
             return signals.told()
         if step < self._next and _Group.peers.verdict is None:
@@ -109,14 +106,14 @@ class Asking:
 
 
 class _Group:
-    peers: Peers | None = None  # where there are several processes
+    peers: Peers | None = None  # None with a single process
 
 
 def agree() -> None:
-    """Waits for all processes here, and gives up what is under way on all if on one.
+    """Waits for all processes, and raises on all of them if any was told to stop.
 
     Raises:
-        Preempted: If one was told to stop.
+        Preempted: If a process was told to stop.
     """
     if _Group.peers is None:
         signals.check()
@@ -128,44 +125,46 @@ def agree() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Has all processes end what follows at once, also where one gives it up.
+    """Makes all processes leave the block together, even if one of them is preempted in it.
 
-    Each may do something else in it, if collectives in it come after `agree`.
+    The processes may do different things in the block, if they call `agree` before each collective.
 
     Raises:
-        Preempted: On all, if one was told to stop.
+        Preempted: On all processes, if one was told to stop.
     """
     try:
         yield
     except Preempted:
-        agree()  # the others come here too, or to an `agree` before
+        agree()  # the others are in this call too, or in an earlier one
         raise
     agree()
 
 
 def wait_to_leave() -> None:
-    """Waits for all processes, told to stop or not: none leaves while another still saves."""
+    """Waits for all processes, so that none leaves while another still saves."""
     if _Group.peers is not None:
         _Group.peers.meet()
 
 
 def share(items: Sequence[T], processes: PartialState) -> Sequence[T]:
-    """Returns this process's share of what all know: every n-th."""
+    """Returns this process's share of items that all processes know: every n-th item."""
     return items[processes.process_index :: processes.num_processes]
 
 
 def gather(mine: list[T], processes: PartialState) -> list[T]:
-    """Returns the lists of all processes as one, on each of them; sent as pickles among our own.
+    """Returns the concatenated lists of all processes, on every process.
+
+    The lists travel as pickles, which only the run's own processes send.
 
     Raises:
-        Preempted: Like `agree`.
+        Preempted: If a process was told to stop.
     """
     agree()
     return gather_object(mine) if processes.num_processes > 1 else mine
 
 
 def _keep_freed_memory() -> None:
-    """Has glibc keep what a step frees, else each page is handed out and cleared again."""
+    """Makes glibc keep the memory that a step frees; else the kernel clears every page anew."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside the heap
@@ -174,19 +173,19 @@ def _keep_freed_memory() -> None:
 
 @contextmanager
 def garbage_kept() -> Iterator[Callable[[bool], None]]:
-    """Keeps Python from looking for garbage by itself, for which a GPU would have to wait.
+    """Turns off Python's automatic garbage collection, which would keep a GPU waiting.
 
-    From the first call of what is yielded on. Afterwards, Python collects as it did before.
+    It is off from the first call of the yielded function until the block ends.
 
     Yields:
-        What is called at each step, with whether it is time to collect what came since the first.
+        A function to call at each step; its argument is whether it is time to collect.
     """
     automatic = gc.isenabled()
 
     def tidy(due: bool) -> None:
         if gc.isenabled():
             gc.collect()
-            gc.freeze()  # what is there now stays, and need not be looked at again
+            gc.freeze()  # what exists now stays for the whole run: never scan it again
             gc.disable()
         elif due and automatic:
             gc.collect()
@@ -201,12 +200,12 @@ def garbage_kept() -> Iterator[Callable[[bool], None]]:
 
 @contextmanager
 def naming_lost() -> Iterator[None]:
-    """Has a failure that another process's end has caused name that process.
+    """Names the lost process if a failure in the block comes from losing it.
 
-    Of any other failure the others are told.
+    Any other failure is reported to the other processes.
 
     Raises:
-        PeerLost: In place of the first.
+        PeerLost: Instead of a failure that another process caused.
     """
     try:
         yield
@@ -228,21 +227,21 @@ def naming_lost() -> Iterator[None]:
 
 @atexit.register
 def _leave_group() -> None:
-    """Gloo's threads, left running, may abort a process that ends well."""
+    """Destroys the process group: Gloo's threads may abort a process that is exiting cleanly."""
     if _Group.peers is not None:
-        signals.deafen()  # who started it may end all once the first has left
+        signals.deafen()  # the launcher may signal all processes once the first has left
         _Group.peers.leave()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def _meet(found: int, rank: int) -> None:
-    """Has the processes that work together know each other; refuses if some are not there."""
+    """Connects the processes of this command; refuses if some are missing."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != found:
         raise ValueError(
-            f"WORLD_SIZE={started} processes were started, and {found} work together: "
-            "start them with torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE={started}, but Accelerate found {found}: "
+            "start the processes with torchrun, or unset WORLD_SIZE"
         )
     if found > 1 and _Group.peers is None:
         _Group.peers = Peers(rank, found)

@@ -1,14 +1,14 @@
-"""Random numbers without state, each a function of its keys and of nothing else.
+"""Stateless random numbers: each is a function of its keys and nothing else.
 
 A stream is SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators")
-started from a hash of its keys, written in integer tensor operations. So a sample's noise does not
-depend on the batch it is drawn in, the process that draws it, what was drawn before, or the kind of
-device. Nothing needs to be saved for a resume, and no step waits for the host.
+started from a hash of its keys, in integer tensor operations. So a sample's noise does not depend
+on the batch it is drawn in, the process that draws it, what was drawn before, or the kind of
+device. A resume needs no saved state, and no step waits for the host.
 
-Streams are independent in practice, not by construction: all are pieces of SplitMix64's one cycle,
-begun at places that a hash picks, so two of n words share some with probability 2n / 2^64. Of the
-10^8 streams that an update of 128 pictures of 32x32 (n = 1536) draws its noise from in 800,000
-updates, about one pair overlaps.
+Streams are independent in practice, not by construction. All are pieces of SplitMix64's single
+cycle that start where a hash puts them, so two streams of n words overlap with probability
+2n / 2^64. Training for 800,000 updates with 128 images of 32x32 draws its noise from 10^8 streams
+(n = 1536); about one pair of them overlaps.
 
 Keys are a purpose (TRAIN_NOISE, ...), the run's seed, and integers such as step and position.
 """
@@ -39,7 +39,7 @@ _MIX_2 = 0x94D049BB133111EB
 
 
 def _signed(value: int) -> int:
-    """The int64 with the same 64 bits (tensor products and sums wrap as unsigned ones do)."""
+    """Returns the int64 with the same 64 bits; int64 sums and products wrap like unsigned ones."""
     value &= 2**64 - 1
     return value - 2**64 if value >= 2**63 else value
 
@@ -57,10 +57,9 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def host_key(*keys: int) -> int:
-    """Returns one 63-bit integer for these keys.
+    """Returns a 63-bit integer for these keys, to seed a generator on the host (torch.manual_seed).
 
-    It is for a generator that lives on the host (torch.manual_seed): _mix on Python's integers, as
-    no device is asked.
+    This is `_mix` on Python integers, so no device is involved.
     """
     state = 0
     for key in keys:
@@ -72,12 +71,12 @@ def host_key(*keys: int) -> int:
 
 
 def stream_keys(purpose: int, seed: int, step: int, positions: Tensor) -> Tensor:
-    """Returns the start of one stream for each position.
+    """Returns the start of one stream per position.
 
     Args:
         purpose: TRAIN_NOISE or another of these constants.
-        seed: The run's.
-        step: Of the stream.
+        seed: The run's seed.
+        step: The number of the stream: an optimizer step, timestep or epoch.
         positions: (B,) int64.
 
     Returns:
@@ -91,15 +90,15 @@ def random_bits(keys: Tensor, count: int, start: int = 0) -> Tensor:
 
     Args:
         keys: (B,) int64.
-        count: How many.
-        start: How many come before them in the stream.
+        count: Outputs per stream.
+        start: Outputs to skip at the beginning of each stream.
 
     Returns:
         (B, count) int64, all 64 bits random.
     """
-    # the compiler's code for a GPU counts in 32 bits, so the start is added to the keys
+    # add the start to the keys: compiled code on a GPU counts in 32 bits
     counter = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64)
-    # keys + counter * gamma; torch's compiler folds a product of the counter alone, and overflows
+    # keys + counter * gamma, factored: torch's compiler folds counter * gamma and overflows
     places = (keys * _signed(_INVERSE_GAMMA) + start)[:, None] + counter
     return _mix(places.mul_(_signed(_GOLDEN_GAMMA)))
 
@@ -109,7 +108,7 @@ def uniform(keys: Tensor, count: int) -> Tensor:
 
     Args:
         keys: (B,) int64.
-        count: How many from each stream.
+        count: Numbers per stream.
 
     Returns:
         (B, count) float32, multiples of 2^-24.
@@ -118,11 +117,11 @@ def uniform(keys: Tensor, count: int) -> Tensor:
 
 
 def integers(keys: Tensor, high: int) -> Tensor:
-    """Draws one uniform integer in [0, high) for each stream.
+    """Draws one uniform integer in [0, high) per stream.
 
     Args:
         keys: (B,) int64.
-        high: The bound, itself left out.
+        high: The exclusive upper bound.
 
     Returns:
         (B,) int64, with a bias below high / 2^63.
@@ -131,7 +130,7 @@ def integers(keys: Tensor, high: int) -> Tensor:
 
 
 def coin(keys: Tensor) -> Tensor:
-    """Tosses one fair coin for each stream: (B,) bool."""
+    """Tosses one fair coin per stream: (B,) bool."""
     return random_bits(keys, 1)[:, 0] < 0
 
 
@@ -140,10 +139,10 @@ def normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
 
     Args:
         keys: (B,) int64.
-        shape: Of each stream's numbers.
+        shape: Shape of each stream's numbers.
 
     Returns:
-        (B, *shape) float32, at most 6.8 in size.
+        (B, *shape) float32, at most 6.8 in absolute value.
     """
     count = math.prod(shape)
     bits = random_bits(keys, (count + 1) // 2)

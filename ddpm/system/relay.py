@@ -1,8 +1,8 @@
-"""Passing on to the processes that work for this one that it was told to stop.
+"""Passes a request to stop on to this process's workers.
 
-A terminal's Ctrl-C comes to all of them, also to one that just starts and cannot answer yet; a
-signal to this process comes to none of them. So they start deaf to signals until they listen, and
-this process tells each.
+A terminal's Ctrl-C reaches all of them, even one that is just starting and cannot handle it yet. A
+signal to this process reaches none of them. So workers start with signals blocked until they
+listen, and this process tells each of them.
 """
 
 import os
@@ -17,28 +17,28 @@ import psutil
 
 from ddpm.system import signals
 
-AGAIN = 1.0  # seconds until those are told that have come since
-_END = b"\0"  # no signal has the number 0
+AGAIN = 1.0  # seconds between rounds of telling, for workers that started since the last
+_END = b"\0"  # no signal is number 0
 
 Workers = Callable[[], Iterable[psutil.Process]]
 
 
 @contextmanager
 def passing_on(workers: Workers) -> Iterator[None]:
-    """Tells the workers meanwhile what a signal tells this process; call it while `listening`.
+    """Passes signals on to the workers inside the block; enter it while `listening`.
 
-    Processes that are started meanwhile have the signals blocked. A second Ctrl-C, later than
-    signals.SAME_CTRL_C, kills all of them and ends this process at once, with 130.
+    Processes started in the block have these signals blocked. A second Ctrl-C, more than
+    signals.SAME_CTRL_C after the first, kills all descendants and exits at once with code 130.
 
     Args:
-        workers: Finds those to tell.
+        workers: Returns the processes to tell.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
-    # any thread may be interrupted by a signal; the one that waits here always learns of it
+    # a signal may interrupt any thread; through this pipe the relay thread always learns of it
     before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals.TAKEN)
     teller = threading.Thread(target=_tell, args=(reads, workers), name="relay", daemon=True)
@@ -55,7 +55,7 @@ def passing_on(workers: Workers) -> Iterator[None]:
 
 
 def _tell(reads: int, workers: Workers) -> None:
-    """What the thread does: waits for signals, and tells of the first until it is ended."""
+    """Runs in the relay thread: waits for a signal, then tells the workers every AGAIN seconds."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.TAKEN)
     told, first = signals.noted() is not None, 0.0
     while True:
@@ -75,7 +75,7 @@ def _tell(reads: int, workers: Workers) -> None:
 
 
 def _leave() -> None:
-    """Ends this process and all that work for it, in the middle of everything."""
+    """Kills all descendants and exits at once."""
     workers = descendants()
     for worker in workers:
         with suppress(psutil.Error):
@@ -86,9 +86,9 @@ def _leave() -> None:
 
 
 def descendants(word: str = "") -> list[psutil.Process]:
-    """Returns the processes below this one that have `word` in their command lines.
+    """Returns the descendants of this process that have `word` in their command lines.
 
-    Those are left out that Python starts to clear up after the others.
+    Python's resource trackers are left out.
     """
     found = []
     for one in psutil.Process().children(recursive=True):
@@ -100,10 +100,10 @@ def descendants(word: str = "") -> list[psutil.Process]:
 
 
 def own_children() -> list[psutil.Process]:
-    """Returns the processes that this one started."""
+    """Returns the children of this process."""
     return psutil.Process().children()
 
 
 def wait_for(processes: Sequence[psutil.Process]) -> None:
-    """Waits until these have ended."""
+    """Waits until all of these processes have ended."""
     psutil.wait_procs(processes)

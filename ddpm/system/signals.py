@@ -1,7 +1,7 @@
-"""Being told to stop, by a signal or a clock: what is under way ends soon and can be carried on.
+"""Stops a process early on a signal or at a deadline, so that its work can be resumed.
 
-Signals come to a process, so this is a process's own state. Whatever takes long calls `check`
-between its parts, and is thereby given up when the process was told to stop.
+Signals are sent to a process, so the state here is global to it. Long work calls `check` between
+its parts, which raises `Preempted` once the process has been told to stop.
 """
 
 import os
@@ -13,20 +13,21 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Literal
 
-# EX_TEMPFAIL, the exit code of what was told to stop: the same command carries on
+# EX_TEMPFAIL, the exit code of a preempted command: the same command resumes it
 CARRIES_ON = 75
-SAME_CTRL_C = 1.0  # seconds; a terminal and a launcher may both pass one Ctrl-C on
-JOB_ENDS = "the end of the Slurm job"  # the reason of a clock that counts for the whole process
-MARGIN = 3.0  # seconds that a process takes to leave, once it has saved
+SAME_CTRL_C = 1.0  # seconds; a terminal and a launcher may both deliver the same Ctrl-C
+JOB_ENDS = "the end of the Slurm job"  # the reason of a clock that holds for the whole process
+MARGIN = 3.0  # seconds that a process takes to exit once it has saved
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 TAKEN = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 class Preempted(SystemExit):
-    """What was told to stop stops, and can be carried on.
+    """Stops work that can be resumed; the process exits with CARRIES_ON.
 
-    It ends the process with CARRIES_ON.
+    Args:
+        why: Why it stops.
     """
 
     def __init__(self, why: str) -> None:
@@ -35,14 +36,14 @@ class Preempted(SystemExit):
 
 
 class Clock:
-    """Says so early that time is up that a run can still save.
+    """A deadline that leaves a run enough time to save.
 
-    That is by twice the longest time between two looks at it, which is the longest single call,
-    and twice the longest save.
+    Time is up MARGIN, plus twice the longest time between two calls of `up`, plus twice the longest
+    save before the deadline.
 
     Args:
-        ends: When all must be over, as time.time() counts.
-        why: What sets the end, in a word.
+        ends: The deadline, in seconds as in time.time().
+        why: What sets the deadline, in a few words.
     """
 
     def __init__(self, ends: float, why: str) -> None:
@@ -51,7 +52,7 @@ class Clock:
         self._looked: float | None = None
 
     def up(self) -> str | None:
-        """Returns why to stop; None while there is time."""
+        """Returns why to stop, or None while there is time."""
         now = time.time()
         if self._looked is not None:
             self._longest_call = max(self._longest_call, now - self._looked)
@@ -60,29 +61,29 @@ class Clock:
         return self.why if now + reserve >= self._ends else None
 
     def pause(self) -> None:
-        """Leaves out the time until the next look."""
+        """Excludes the time until the next call of `up` from the longest time between calls."""
         self._looked = None
 
     def saved_in(self, seconds: float) -> None:
-        """Notes how long a save took, or is expected to."""
+        """Records how long a save took, or is expected to take."""
         self._longest_save = max(self._longest_save, seconds)
 
 
 class _State:
-    """Of this process."""
+    """This process's state."""
 
     told: str | None = None  # why to stop, once told
-    was_told: str | None = None  # the same of what ended
-    first: float = 0.0  # when SIGINT came first
-    obeys: bool = False  # whether another process speaks with the user for this one
-    busy: bool = False  # whether it does a job for that one
-    # what a signal does: what it always does; it is noted; it gives up what runs; nothing
+    was_told: str | None = None  # `told` of the last block that ended
+    first: float = 0.0  # when the first SIGINT came
+    obeys: bool = False  # whether this is a worker, whose parent talks to the user
+    busy: bool = False  # whether the worker is doing a job
+    # a signal acts as usual; is noted for `check`; raises Preempted on the spot; is ignored
     mode: Literal["default", "noted", "at once", "ignored"] = "default"
     clock: Clock | None = None
 
 
 def told() -> str | None:
-    """Returns why this process, or one that it works with, is to stop; None to go on."""
+    """Returns why this process, or another one of its run, should stop; None to go on."""
     if _State.told is None and _State.clock is not None:
         up = _State.clock.up()
         if up is not None:
@@ -91,20 +92,20 @@ def told() -> str | None:
 
 
 def noted() -> str | None:
-    """Returns what `told` would, without a look at the clock; for other threads."""
+    """Returns the same as `told`, but does not check the clock; safe in other threads."""
     return _State.told
 
 
 def was_told() -> str | None:
-    """Returns why what ran in this process before was to stop; None if it was not."""
+    """Returns why the previous work in this process was told to stop; None if it was not."""
     return _State.was_told
 
 
 def check() -> None:
-    """Gives up what is under way if this process was told to stop.
+    """Stops the current work if this process was told to stop.
 
     Raises:
-        Preempted: If so.
+        Preempted: If this process was told to stop.
     """
     why = told()
     if why is not None:
@@ -116,19 +117,21 @@ def tell(why: str) -> None:
     if _State.told is None:
         _State.told = why
         if not _State.obeys:
-            # no print: a signal may come in the middle of one
+            # not print: a signal may come in the middle of another print
             os.write(
-                2, f"\n{why}: stopping, to carry on later (Ctrl-C twice leaves at once)\n".encode()
+                2,
+                f"\n{why}: stopping, run the same command to resume "
+                "(Ctrl-C twice exits at once)\n".encode(),
             )
 
 
 def set_clock(clock: Clock | None) -> None:
-    """Has a clock tell this process to stop; None for no clock."""
+    """Sets the clock that tells this process to stop; None removes it."""
     _State.clock = clock
 
 
 def clock() -> Clock | None:
-    """Returns the clock that was set."""
+    """Returns the clock, or None if none is set."""
     return _State.clock
 
 
@@ -155,9 +158,9 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def commanded() -> Iterator[None]:
-    """Holds the signals of a command: they do what they always do until it is `listening`.
+    """Handles a command's signals: they act as usual until the command is `listening`.
 
-    Once it has listened, they do nothing any more: what it was told to do is done.
+    After that they are ignored, since the command's work is done.
     """
     with _taken("default"):
         yield
@@ -165,12 +168,12 @@ def commanded() -> Iterator[None]:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Has signals noted meanwhile; see `check`.
+    """Notes signals inside the block instead of acting on them; see `check`.
 
-    Only the main thread of a process can; elsewhere nothing is taken. Afterwards they are given
-    back, and one that came is handed on to who held it before: submitit queues the job again, for
-    a preemption too.
-    Inside another `listening` or a sweep nothing changes.
+    Afterwards (inside `commanded`, when the command ends) the previous handlers are restored, and a
+    signal that came is passed to its previous handler. So submitit requeues the job, also after a
+    preemption. Does nothing inside another `listening`, in a worker of a sweep, or outside the main
+    thread, which alone may set handlers.
     """
     if threading.current_thread() is not threading.main_thread() or _State.mode in (
         "noted",
@@ -191,14 +194,14 @@ def listening() -> Iterator[None]:
 
 @contextmanager
 def obeying() -> Iterator[None]:
-    """Has signals noted meanwhile, and ever after, in a worker, whose parent deals with users.
+    """Notes signals in a worker process, from the first job on; its parent talks to the user.
 
-    They stay noted between two jobs, when a signal would end the worker and lose what it has to
-    tell its parent. It does not leave at once; the parent ends it. Where the parent is gone, there
-    is nobody to work for: it stops, and leaves.
+    Signals stay noted between jobs, where they would otherwise kill the worker and lose its result.
+    A second Ctrl-C has no effect: the parent kills its workers. If the parent dies, the worker
+    stops its job and exits.
     """
     if _State.mode == "default":
-        _State.obeys = True  # first: one that waits comes at once
+        _State.obeys = True  # before _take, which delivers a pending signal at once
         _take("noted")
         threading.Thread(target=_mind, args=(os.getppid(),), name="mind", daemon=True).start()
     _State.busy = True
@@ -218,14 +221,17 @@ def _mind(parent: int) -> None:
 
 
 def deafen() -> None:
-    """Has signals do nothing any more, in a process that ends: its exit code tells how it did."""
+    """Ignores signals from now on, in a process that is exiting, to keep its exit code."""
     for number in TAKEN:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def one_of_several() -> Iterator[None]:
-    """Has a clock that is set meanwhile stop what runs meanwhile, and not what comes after it."""
+    """Limits a clock set inside the block to that block: what comes after does not stop.
+
+    The end of a Slurm job still stops everything.
+    """
     try:
         yield
     finally:
@@ -237,12 +243,12 @@ def one_of_several() -> Iterator[None]:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Has a signal give up what runs meanwhile, in the middle of it.
+    """Makes a signal interrupt the block at any point.
 
-    It is for what keeps nothing half done and waits for no other process.
+    Use it only for work that leaves nothing half done and waits for no other process.
 
     Raises:
-        Preempted: If the process is told to stop meanwhile, or was before.
+        Preempted: If the process is told to stop in the block, or was before.
     """
     check()
     before = _State.mode
@@ -257,7 +263,7 @@ def at_once() -> Iterator[None]:
 
 @contextmanager
 def _taken(mode: Literal["default", "noted"]) -> Iterator[None]:
-    """Takes the signals over, and gives them back; and lets those through that are blocked."""
+    """Installs our signal handlers, unblocks the signals, and restores both at the end."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -277,7 +283,7 @@ def _taken(mode: Literal["default", "noted"]) -> Iterator[None]:
 def _take(
     mode: Literal["default", "noted"],
 ) -> tuple[dict[signal.Signals, Any], set[int] | None]:
-    """Takes the signals over; returns who held them, and which were blocked."""
+    """Installs our signal handlers; returns the previous ones, and the previous signal mask."""
     _State.told = _State.was_told = None
     _State.first, _State.mode = 0.0, mode
     before = {number: signal.signal(number, _handle) for number in TAKEN}
@@ -285,17 +291,17 @@ def _take(
 
 
 def _unblock() -> set[int] | None:
-    """Lets the signals through, which a sweep blocks for its jobs until they listen."""
+    """Unblocks the signals, which a sweep blocks in its jobs until they listen."""
     if not hasattr(signal, "pthread_sigmask"):
         return None
     return {int(one) for one in signal.pthread_sigmask(signal.SIG_UNBLOCK, TAKEN)}
 
 
 def _hand_on(why: str | None, before: Mapping[Any, Any]) -> None:
-    """Calls who held a signal that came; sent again it would wait where it is blocked."""
-    from ddpm.system import slurm  # which has a clock
+    """Calls the previous handler of a signal that came; raised again, it might stay blocked."""
+    from ddpm.system import slurm  # not at the top: it imports Clock from here
 
-    name = (why or "").partition(" ")[0]  # it may have come to another process of the group
+    name = (why or "").partition(" ")[0]  # the signal may have come to another process of the run
     number = signal.Signals[name] if name in _NAMES else None
     if why is not None and slurm.submitted_by_submitit():
         number = slurm.for_submitit(why, number)

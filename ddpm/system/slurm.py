@@ -1,6 +1,6 @@
-"""What Slurm says of the job that this process is part of, and the group that srun started.
+"""Reads Slurm's information on this process's job, and connects the tasks that srun started.
 
-Nothing here needs torch, and outside of Slurm nothing is asked.
+It needs no torch, and runs no Slurm command outside of a Slurm job.
 """
 
 import os
@@ -12,16 +12,16 @@ from contextlib import suppress
 
 from ddpm.system.signals import JOB_ENDS, Clock
 
-ANSWER = 10.0  # seconds that Slurm's commands have to answer
-PORTS = range(10_000, 30_000)  # below those that systems hand out by themselves
+ANSWER = 10.0  # timeout of Slurm's commands in seconds
+PORTS = range(10_000, 30_000)  # below the ephemeral ports
 
 
 def clock_of(max_hours: float | None, began: float) -> Clock | None:
-    """Returns the clock that a command must end by; None if nothing sets an end.
+    """Returns a clock with the command's deadline, or None if it has none.
 
     Args:
-        max_hours: From its beginning; None for no such end.
-        began: When it began, as time.time() counts.
+        max_hours: Hours that the command may take; None for no limit.
+        began: When it began, in seconds as in time.time().
     """
     ends = []
     if max_hours is not None:
@@ -33,9 +33,9 @@ def clock_of(max_hours: float | None, began: float) -> Clock | None:
 
 
 def end_time() -> float | None:
-    """Returns when Slurm ends this job, as time.time() counts.
+    """Returns when Slurm ends this job, in seconds as in time.time().
 
-    None outside of Slurm, where the job has no end, and where Slurm does not say.
+    Returns None outside of Slurm, if the job has no time limit, or if Slurm does not answer.
     """
     said = os.environ.get("SLURM_JOB_END_TIME")  # since Slurm 23
     if said and said.isdecimal():
@@ -50,9 +50,9 @@ def end_time() -> float | None:
 
 
 def join_step() -> None:
-    """Makes the tasks that `srun -n N` started a group, as torchrun does with its processes.
+    """Connects the tasks of `srun -n N` by setting the environment variables that torchrun sets.
 
-    Where torchrun or the like has started this process, or srun only one task, nothing changes.
+    Does nothing if a launcher such as torchrun started this process, or if srun started one task.
     """
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "WORLD_SIZE" in os.environ or int(tasks) < 2:
@@ -60,7 +60,7 @@ def join_step() -> None:
     said = {name: os.environ[f"SLURM_{name}"] for name in ("PROCID", "LOCALID", "NODEID")}
     here = _tasks_per_node(os.environ.get("SLURM_STEP_TASKS_PER_NODE", tasks))
     local = int(said["LOCALID"])
-    # --gpus-per-task shows each task its own ones alone
+    # --gpus-per-task shows each task only its own GPUs
     devices = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
     job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", "0"))
     os.environ |= {
@@ -74,18 +74,22 @@ def join_step() -> None:
 
 
 def submitted_by_submitit() -> bool:
-    """Returns whether this process is a job that submitit gave to Slurm."""
+    """Returns whether submitit submitted this process as a Slurm job."""
     return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
 
 
 def for_submitit(why: str, number: signal.Signals | None) -> signal.Signals | None:
-    """Returns the signal to hand on to submitit, in a job of its own, that was told to stop.
+    """Returns the signal to pass on to submitit when one of its jobs was told to stop.
 
-    It queues a job again for one signal alone, and only logs SIGTERM, which preempts.
+    submitit requeues a job on one signal only, and merely logs SIGTERM, which Slurm sends to
+    preempt a job.
 
     Args:
-        why: The job was told to stop.
-        number: Of the signal that told it so; None if none did.
+        why: Why the job was told to stop.
+        number: The signal that told it to; None if it was not a signal.
+
+    Returns:
+        The signal, or None for none.
     """
     if queued_again():
         return None
@@ -95,44 +99,44 @@ def for_submitit(why: str, number: signal.Signals | None) -> signal.Signals | No
 
 
 def preempted() -> bool:
-    """Returns whether Slurm preempts this job, and has given it time to save.
+    """Returns whether Slurm is preempting this job, with a grace period to save.
 
-    Slurm then ends it for good, unless it is queued again meanwhile.
+    Slurm then cancels the job, unless it is requeued in time.
     """
     job = _this_job()
     return job.get("JobState") == "RUNNING" and job.get("PreemptTime", "")[:1].isdigit()
 
 
 def queued_again() -> bool:
-    """Returns whether Slurm has queued this job again, while this process of it still ends."""
+    """Returns whether Slurm has already requeued this job while this process is still exiting."""
     before = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     return int(_this_job().get("Restarts", "0")) > before
 
 
 def still_queued(jobs: list[str]) -> set[str] | None:
-    """Returns those of these jobs that wait or run; None where Slurm does not answer.
+    """Returns the jobs that are pending or running; None if Slurm does not answer.
 
     Args:
-        jobs: As 26, or 26_0 of an array.
+        jobs: Job ids such as 26, or 26_0 in an array.
     """
     try:
         done = _run("squeue", "-h", "-r", "-j", ",".join(jobs), "-o", "%i")
     except (OSError, subprocess.SubprocessError):
         return None
-    if done.returncode and "Invalid job id" not in done.stderr:  # none of them is known any more
+    if done.returncode and "Invalid job id" not in done.stderr:  # "Invalid": all have ended
         return None
     return set(done.stdout.split())
 
 
 def _this_job() -> dict[str, str]:
-    """What `scontrol show job` says of this job, by field; empty where it says nothing."""
+    """Returns the fields of `scontrol show job` for this job; empty if it fails."""
     job = os.environ.get("SLURM_JOB_ID")
     text = _answer("scontrol", "show", "job", job) if job else ""
     return dict(re.findall(r"(\w+)=(\S*)", text))
 
 
 def _first_host() -> str:
-    """The host of task 0, by any name that the other tasks can find."""
+    """Returns the host of task 0, under a name that the other tasks can resolve."""
     hosts = os.environ.get("SLURM_STEP_NODELIST", "")
     if os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1":
         return "127.0.0.1"
@@ -150,9 +154,9 @@ def _tasks_per_node(said: str) -> list[int]:
 
 
 def _answer(*words: str) -> str:
-    """What a command of Slurm prints; nothing if it fails.
+    """Returns the output of a Slurm command; empty if it fails.
 
-    Slurm signals all processes of a job, so it may be killed; then it is asked once more.
+    Slurm signals all processes of a job, this command included. If it is killed, it is retried.
     """
     for _ in range(3):
         try:

@@ -1,4 +1,4 @@
-"""Text of others, made safe to print: it can hide nothing, move no cursor and fake no line."""
+"""Makes untrusted text safe to print: it cannot hide characters, move the cursor or fake a line."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-# controls, line separators, marks that turn the direction of writing, halves of characters
+# control characters, line separators, bidirectional marks, byte order mark, lone surrogates
 _HIDDEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
@@ -17,28 +17,28 @@ _FORMULA = re.compile(r"\s*[=+\-@\t\r].", re.S)
 
 
 def shown(text: object) -> str:
-    """Returns text with what would not be seen, or would act, as its escape in Python's notation.
+    """Returns text with invisible and control characters as Python escapes.
 
-    A byte of a file's name that is no UTF-8 is shown as that byte.
+    A byte of a file name that is not UTF-8 becomes the escape of that byte.
     """
     return _HIDDEN.sub(_escape, str(text))
 
 
 def say(line: str, to_error: bool = False) -> None:
-    """Prints one line, as `shown`, at once.
+    """Prints one line, escaped with `shown`, and flushes.
 
     Args:
-        line: What to print; a line's end in it is shown as one.
-        to_error: Print on standard error.
+        line: The text; line breaks in it are escaped.
+        to_error: Print to standard error.
     """
-    with suppress(OSError) if to_error else nullcontext():  # nobody reads, and the work goes on
+    with suppress(OSError) if to_error else nullcontext():  # a closed stderr must not end a run
         print(shown(line), file=sys.stderr if to_error else sys.stdout, flush=True)
 
 
 def cell(value: Any) -> Any:
-    """Returns a value of a CSV file so that no spreadsheet takes text for a formula.
+    """Returns a value for a CSV file that no spreadsheet takes for a formula.
 
-    Text that starts as a formula does is put behind an apostrophe; numbers stay as they are.
+    Text that starts like a formula gets a leading apostrophe; numbers stay as they are.
     """
     if not isinstance(value, str):
         return value
@@ -47,7 +47,7 @@ def cell(value: Any) -> Any:
 
 
 def is_number(text: str) -> bool:
-    """Whether text can be read as a number."""
+    """Returns whether `float` accepts the text."""
     try:
         float(text)
     except ValueError:
@@ -56,15 +56,15 @@ def is_number(text: str) -> bool:
 
 
 def unmarked(text: object) -> str:
-    """Returns one line of text that means nothing in Markdown, nor in the HTML in it."""
+    """Returns text as one line, with the special characters of Markdown and HTML escaped."""
     line = shown(" ".join(str(text).split()))
     return re.sub(r"([\\`*\[\]<>&#|~!$]|_(?!\w)|(?<!\w)_)", r"\\\1", line)
 
 
 def keep_streams() -> None:
-    """Opens the streams that this process was started without, to nowhere.
+    """Opens os.devnull for each standard stream that this process was started without.
 
-    Else the next file that is opened takes the place of standard error, and gets its text.
+    Otherwise the next opened file would take descriptor 2 and receive what goes to standard error.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is not None:
@@ -83,7 +83,7 @@ def keep_streams() -> None:
 
 
 def guard_logs() -> None:
-    """Has what the package logs be one line a record, as `shown`, wherever it goes."""
+    """Makes each log record of this package one line, escaped with `shown`, for all handlers."""
     logging.setLogRecordFactory(_record)
 
 
@@ -102,6 +102,6 @@ def _escape(found: re.Match[str]) -> str:
     if character in _SHORT:
         return _SHORT[character]
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is no UTF-8
+    if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: a byte that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -1,4 +1,4 @@
-"""What torchrun is told, and what it does, where it has started this process."""
+"""Talks to torchrun, if it has started this process."""
 
 import json
 import os
@@ -9,9 +9,9 @@ import psutil
 
 
 def leave_word(why: str) -> None:
-    """Leaves torchrun the reason why this process ends, for its summary and its own parent.
+    """Tells torchrun why this process ends, for torchrun's summary and its own parent.
 
-    It is written as torch.distributed.elastic's `record` writes an exception.
+    The format is that of an exception written by torch.distributed.elastic's `record`.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is None or "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -19,14 +19,14 @@ def leave_word(why: str) -> None:
     said = {"message": why, "extraInfo": {"timestamp": str(int(time.time()))}}
     try:
         Path(file).write_text(json.dumps({"message": said}), encoding="utf-8")
-    except OSError:  # it can do without
+    except OSError:  # torchrun can do without it
         return
 
 
 def seconds_to_stop() -> float | None:
-    """Returns the seconds after which torchrun kills this process once it has passed on a signal.
+    """Returns how many seconds after passing on a SIGTERM torchrun kills this process.
 
-    None where it does not, or where torchrun has not started this process.
+    Returns None if torchrun does not handle SIGTERM or has not started this process.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
@@ -46,7 +46,7 @@ def seconds_to_stop() -> float | None:
 
 
 def _option(words: list[str], name: str) -> str | None:
-    """The value of an option, spelt in any way that argparse takes."""
+    """Returns the value of a command-line option, in any spelling that torchrun accepts."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         key, equals, value = word.partition("=")
         if key.replace("_", "-") == f"--{name}":

@@ -1,4 +1,4 @@
-"""Trials: functions that may hang or die, run in child processes of bounded time and memory."""
+"""Runs functions that may hang or crash in child processes, with limits on time and memory."""
 
 import contextlib
 import importlib
@@ -19,36 +19,36 @@ from typing import Any, BinaryIO
 
 import psutil
 
-SHARE_OF_MEMORY = 0.8  # of what is free now, that a trial may take
-LATE = "not done after"  # how the reason begins where time was all that failed
-GRACE = 30.0  # seconds that the process which starts the trials may take beside them
-# what makes a process one of several; a trial is by itself
+SHARE_OF_MEMORY = 0.8  # share of the free memory that a trial may take
+LATE = "not done after"  # first words of the reason if a trial ran out of time
+GRACE = 30.0  # seconds that the server may take on top of the trial itself
+# variables that make a process one of several; a trial runs alone
 _OF_SEVERAL = ("RANK", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "LOCAL_", "TORCHELASTIC_")
 
 
 class Failed(Exception):
-    """A trial gave nothing; the message says why, in a line."""
+    """A trial gave no result; the message says why, in one line."""
 
 
 class Trials:
     """Runs functions of one module in child processes, one after the other.
 
-    The module is imported once: each trial is forked from a process that has done it.
+    The module is imported only once, by a server process from which each trial is forked.
     """
 
     def __init__(self, server: "subprocess.Popen[bytes]") -> None:
         self._server = server
 
     def run(self, function: str, argument: Any, seconds: float) -> dict[str, Any]:
-        """Returns what function(argument) gives, a dictionary of plain values.
+        """Runs function(argument) in a child process and returns its dictionary of plain values.
 
         Args:
-            function: Its name in the module.
-            argument: What can be pickled.
-            seconds: That it may take.
+            function: The function's name in the module.
+            argument: The argument, which must be picklable.
+            seconds: The time limit.
 
         Raises:
-            Failed: If it raises, dies, or takes too much time or memory.
+            Failed: If the function raises, crashes, or takes too much time or memory.
         """
         memory = int(SHARE_OF_MEMORY * psutil.virtual_memory().available)
         order = pickle.dumps((function, argument, seconds, memory))
@@ -63,7 +63,7 @@ class Trials:
         except BrokenPipeError:
             line = b""
         if not line:
-            raise Failed("the process that starts the trials is gone")
+            raise Failed("the server process of the trials is gone")
         found: dict[str, Any] = json.loads(line)
         if "failed" in found:
             raise Failed(found["failed"])
@@ -72,14 +72,14 @@ class Trials:
 
 @contextmanager
 def trials(module: str) -> Iterator[Trials]:
-    """Gives the trials of a module; at the end all their processes are gone."""
+    """Yields the trials of a module; kills all their processes at the end."""
     own = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(_OF_SEVERAL) and not name.startswith("ACCELERATE_")
     }
     own["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
-    # the place is this process's, since the server is killed in the end
+    # this process owns the folder, since the server gets killed and cannot remove it
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         server = subprocess.Popen(
             [sys.executable, "-m", "ddpm.system.trials", module, place],
@@ -97,10 +97,10 @@ def trials(module: str) -> Iterator[Trials]:
 
 
 def _serve(module: str, folder: Path, orders: BinaryIO) -> None:
-    """Forks a child for each order, and prints a line of JSON for what came of it.
+    """Forks a child per order, and prints its result as one line of JSON.
 
-    They share the code that the compiler makes, up to one that is ended in the middle: what it was
-    making stays there, cut off.
+    The children share a cache of compiled code. A child that is killed or crashes may leave it half
+    written, so the next one starts a new cache.
     """
     parent = os.getppid()
     functions = importlib.import_module(module)
@@ -125,11 +125,11 @@ def _serve(module: str, folder: Path, orders: BinaryIO) -> None:
 
 
 def _child(function: Any, argument: Any, place: Path) -> None:
-    """Writes what function(argument) gives, or why it does not, and ends this process."""
+    """Writes the result of function(argument), or why it failed, and exits."""
     with (place / "printed").open("wb") as printed:
         os.dup2(printed.fileno(), 1)
         os.dup2(printed.fileno(), 2)
-    with contextlib.suppress(OSError):  # where memory ends, the system ends this one first
+    with contextlib.suppress(OSError):  # if memory runs out, the kernel should kill this one first
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     try:
         try:
@@ -145,7 +145,7 @@ def _child(function: Any, argument: Any, place: Path) -> None:
 
 
 def _watched(child: int, parent: int, seconds: float, memory: int) -> str | None:
-    """Waits for a child, and ends it where it takes too much; says why it gave nothing."""
+    """Waits for a child, and kills it at its limits; returns why it failed, None if it did not."""
     began, pause = time.monotonic(), 0.01
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -174,7 +174,7 @@ def _last_line(file: Path) -> str:
 
 
 def _memory_of(process: int) -> int:
-    """Bytes of a process and all that it started."""
+    """Returns the bytes of memory that a process and its descendants use."""
     found = 0
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(process)
@@ -185,7 +185,7 @@ def _memory_of(process: int) -> int:
 
 
 def _end(process: int) -> None:
-    """Kills a process and all that it started."""
+    """Kills a process and its descendants."""
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(process)
         for one in (*parent.children(recursive=True), parent):

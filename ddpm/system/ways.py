@@ -1,4 +1,4 @@
-"""Ways: how a network is carried out. All compute the same, to rounding, at different speeds."""
+"""Ways to run a network. All compute the same up to rounding, at different speeds."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,21 +19,21 @@ from ddpm.system.internals import (
 from ddpm.system.names import Precision
 from ddpm.system.precision import AUTOCAST
 
-# Shapes of batches, and modes, that code is made for; torch's own limit, 8, is reached by previews
-# and measures.
+# Most batch shapes and modes to compile for. Previews and metrics alone reach torch's limit, 8.
 SHAPES = 64
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to carry out a network.
+    """One way to run a network.
 
     Attributes:
-        layout: How convolutions' weights lie in memory, and so what they make.
-        compiled: By torch.compile, for each shape of batch by itself: the whole network at once, or
-            each of its blocks.
-        graphs: What is compiled is recorded as CUDA graphs, which start without the host.
-        search: cuDNN times its algorithms for each convolution, and takes the fastest.
+        layout: Memory format of the convolution weights, and so of the convolutions' outputs.
+        compiled: What torch.compile compiles, for each batch shape separately: nothing, the whole
+            network, or each of its blocks.
+        graphs: Whether compiled code is recorded as CUDA graphs, which need no launches from the
+            host.
+        search: Whether cuDNN times its algorithms for each convolution and takes the fastest.
     """
 
     layout: Literal["nchw", "channels_last"]
@@ -58,20 +58,20 @@ WAYS = _PLAIN | {
 
 
 def default(device: torch.device) -> str:
-    """Returns the name of the way of a device that nothing was tried on."""
+    """Returns the name of a device's way when none has been timed."""
     return "nchw" if memory_format(device) == torch.contiguous_format else "channels_last"
 
 
 def possible(device: torch.device, alone: bool, repeats: bool) -> list[str]:
-    """Returns the names of the ways that a device has, the default first, then the likeliest.
+    """Returns the names of a device's ways, the default first, then the most promising.
 
-    What cuDNN's search adds to one of them is left out.
+    The variants with cuDNN's search are left out.
 
     Args:
-        device: Where the network runs.
-        alone: Whether one process takes each batch, in one piece. CUDA graphs need it: what a graph
-            gives is overwritten when it is replayed for the next piece, and DDP's sending is no
-            part of it.
+        device: The device that the network runs on.
+        alone: Whether a single process computes each batch in one piece. CUDA graphs need this: a
+            replay for the next piece overwrites the graph's output, and a graph does not include
+            DDP's communication.
         repeats: Whether the network has `blocks`.
     """
     first = default(device)
@@ -81,34 +81,40 @@ def possible(device: torch.device, alone: bool, repeats: bool) -> list[str]:
 
 
 def check(name: str, device: torch.device, deterministic: bool) -> None:
-    """Refuses the name of a way that a device does not have.
+    """Refuses a way that the device or `deterministic` rules out.
+
+    Args:
+        name: A key of WAYS.
+        device: The device that the network runs on.
+        deterministic: Whether the run promises the same bits each time.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If the device does not support it, or it is not deterministic.
     """
     way = WAYS[name]
     if device.type != "cuda" and (way.graphs or way.search):
         there = ", ".join(known for known in WAYS if not (WAYS[known].graphs or WAYS[known].search))
         raise ValueError(
-            f"tune={name} needs an NVIDIA GPU, and this runs on {device.type}; here are {there}"
+            f"tune={name} needs an NVIDIA GPU, but this runs on {device.type}: choose {there}"
         )
     if way.search and deterministic:
         raise ValueError(
-            f"tune={name}: what cuDNN's search takes may differ each time, and "
-            "runtime.deterministic=true promises the same bits"
+            f"tune={name} does not work with runtime.deterministic=true: cuDNN's search may "
+            "pick another algorithm each time"
         )
 
 
 def put(network: nn.Module, name: str) -> None:
-    """Has a network carried out this way from now on; what is compiled is when first called.
+    """Makes a network run this way from now on; compilation happens at the first call.
 
-    Its weights keep their plain names, and dropout its masks. Each shape is compiled by itself: the
-    code for all shapes that torch otherwise makes at the second one fails in attention on a CPU
-    (torch 2.13), as in a sweep over resolutions. A last, short batch of an epoch is a shape more.
+    The weights keep their plain names, and dropout its masks. Each batch shape is compiled
+    separately: the dynamic-shape code that torch would make at the second one fails in attention on
+    a CPU (torch 2.13), for instance in a sweep over resolutions. A short last batch of an epoch is
+    one more shape.
 
     Args:
-        network: Changed in place.
-        name: Of WAYS.
+        network: The network, changed in place.
+        name: A key of WAYS.
     """
     way = WAYS[name]
     lay(network, LAYOUTS[way.layout])
@@ -120,15 +126,15 @@ def put(network: nn.Module, name: str) -> None:
 
 
 def of_batch(network: nn.Module, name: str, size: int) -> Callable[..., Tensor]:
-    """Returns a call of the network that is carried out this way for batches of one size.
+    """Returns a function that runs the network this way for batches of one size.
 
-    For other batches, such as the last, the network runs as it is. Unlike `put` this leaves all
-    else that calls the network alone, and what it returns is never overwritten.
+    Batches of another size, such as the last, run through the network as it is. Unlike `put`, this
+    does not affect other callers of the network, and outputs are never overwritten.
 
     Args:
-        network: Its layout is changed in place.
-        name: Of WAYS, not by blocks.
-        size: Images of a batch.
+        network: The network, whose memory format is changed in place.
+        name: A key of WAYS, except those that compile blocks.
+        size: Images per batch.
     """
     way = WAYS[name]
     lay(network, LAYOUTS[way.layout])
@@ -149,7 +155,7 @@ def of_batch(network: nn.Module, name: str, size: int) -> Callable[..., Tensor]:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """Returns the largest parts with parts of their own whose kind occurs more than once."""
+    """Returns the largest submodules with children whose type occurs more than once."""
     called = [part for part in network.modules() if type(part).forward is not nn.Module.forward]
     kinds = [type(part) for part in called if next(part.children(), None) is not None]
     found: list[nn.Module] = []
@@ -167,10 +173,10 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def carried_out(name: str) -> Iterator[None]:
-    """Has all networks of this process carried out as the way needs beside what `put` does.
+    """Applies a way's process-wide settings inside the block, which `put` leaves alone.
 
     Raises:
-        ValueError: If a network is called with more shapes than code is made for.
+        ValueError: If a network is called with more batch shapes than are compiled.
     """
     way = WAYS[name]
     cudnn = torch.backends.cudnn
@@ -184,21 +190,21 @@ def carried_out(name: str) -> Iterator[None]:
 
 
 TOO_MANY = (
-    f"the compiler has made code for {SHAPES} shapes of batches and makes no more; "
-    "training.drop_last=true, a device batch that divides the batch, or tune=false does without"
+    f"the network was compiled for {SHAPES} batch shapes, the limit: use training.drop_last=true, "
+    "a device batch that divides the batch, or tune=false"
 )
 
 
 def as_it_is() -> AbstractContextManager[Any]:
-    """Returns the context in which networks run as they are, compiled or not."""
+    """Returns a context in which compiled networks run uncompiled."""
     return torch.compiler.set_stance("force_eager")
 
 
 class Recompilations:
-    """What the compiler makes after the first step, when all should be there.
+    """Counts compilations after the first step, when everything should be compiled.
 
     Attributes:
-        count: Of all of it so far.
+        count: Compilations counted so far.
     """
 
     def __init__(self) -> None:
@@ -206,7 +212,7 @@ class Recompilations:
         self._seen: set[str] | None = None
 
     def since(self) -> list[Compilation]:
-        """Returns what was compiled since the call before; the first call returns nothing."""
+        """Returns the compilations since the previous call; the first call returns none."""
         found = [one for one in compilations() if one.id not in (self._seen or ())]
         begins, self._seen = self._seen is None, {one.id for one in found} | (self._seen or set())
         if begins:
@@ -216,7 +222,7 @@ class Recompilations:
 
 
 def in_words(made: Sequence[Compilation]) -> str:
-    """Returns in a line what was compiled, for how long, and why what was there did not do."""
+    """Returns one line on what was compiled, how long it took, and why it was needed."""
     seconds = sum(one.seconds for one in made)
     why = dict.fromkeys(f"{one.name}, {one.why or 'for the first time'}" for one in made)
     more = f"; and {len(why) - 2} more" if len(why) > 2 else ""
@@ -224,11 +230,11 @@ def in_words(made: Sequence[Compilation]) -> str:
 
 
 class Difference(NamedTuple):
-    """How far the results of a way are from the plain one's.
+    """How far the results of a way are from those of the plain way.
 
     Attributes:
-        of: What is farthest from it.
-        times: How often the rounding allowed it is.
+        of: The tensor that differs most.
+        times: Its difference, in multiples of the allowed rounding error.
     """
 
     of: str
@@ -238,16 +244,17 @@ class Difference(NamedTuple):
 def difference(
     found: dict[str, Tensor], plain: dict[str, Tensor], again: dict[str, Tensor], least: float
 ) -> Difference:
-    """Compares results of a way with those of the plain one, each tensor by its norm.
+    """Compares the results of a way with those of the plain way, by the norm of each tensor.
 
-    What rounding does is measured: the plain way computes the same once more, in pieces. A tensor
-    may be as far off as there, or as the median of all tensors is, or `least`.
+    Rounding is measured: the plain way computes everything again, with the batch in pieces. A
+    tensor may be off by the largest of its own rounding error, the median relative error of all
+    tensors, and `least`.
 
     Args:
-        found: By name.
-        plain: The same of the plain way.
-        again: The same of the plain way in pieces.
-        least: See `rounding`.
+        found: The way's results by name.
+        plain: The plain way's results.
+        again: The plain way's results with the batch in pieces.
+        least: The smallest relative error to allow, see `rounding`.
     """
 
     def far(one: dict[str, Tensor]) -> dict[str, float]:
@@ -260,7 +267,7 @@ def difference(
     norms = {name: float(tensor.float().norm()) for name, tensor in plain.items()}
     shares = sorted(rounded[name] / norm for name, norm in norms.items() if norm > 0)
     share = max(shares[len(shares) // 2] if shares else 0.0, least)
-    nothing = least * share * max(norms.values())  # a gradient that is 0 but for rounding
+    nothing = least * share * max(norms.values())  # for gradients that are 0 up to rounding
     times = {
         name: value / max(rounded[name], share * norms[name], nothing, 1e-30)
         for name, value in off.items()
@@ -270,7 +277,7 @@ def difference(
 
 
 def rounding(device: torch.device, precision: Precision) -> float:
-    """Returns what a network's rounding makes of a tensor at least, as a share of its norm."""
+    """Returns the least relative error, in norm, that a network's rounding causes."""
     if precision in AUTOCAST:
         return 2 * torch.finfo(AUTOCAST[precision]).eps
     return 2.0**-8 if precision == "tf32" and device.type == "cuda" else 2.0**-20
