@@ -123,7 +123,7 @@ def file_at(name: str, option: str) -> Path | None:
     if path.is_file():
         return path
     if path.suffix in SUFFIXES and not path.exists():
-        raise ValueError(f"{option}={name} does not exist: there is no such file")
+        raise ValueError(f"{option}={name}: there is no such file")
     return None
 
 

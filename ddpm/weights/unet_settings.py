@@ -248,7 +248,7 @@ def read_settings(
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     for key, value in settings.items():
         if key not in defaults and value is not None:
-            raise ValueError(f"{key}={value} is not supported: unknown key")
+            raise ValueError(f"{key}={value}: unknown key")
         if key in fixed and value not in fixed[key]:
             raise ValueError(f"{key}={value} must be {' or '.join(map(str, fixed[key]))}")
     return {**defaults, **settings}
