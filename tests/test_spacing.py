@@ -277,7 +277,9 @@ def test_ddim_works_with_zero_terminal_snr(sampler, schedule):
 
 def test_a_chain_that_skips_pure_noise_is_refused_at_zero_terminal_snr():
     for spacing, num_steps in (("quadratic", 50), ("ddim50", None), ([50, 1], None)):
-        with pytest.raises(ValueError, match=r"zero terminal SNR .* use spacing=respaced or linear"):
+        with pytest.raises(
+            ValueError, match=r"zero terminal SNR .* use spacing=respaced or linear"
+        ):
             Sampler(ddim, num_steps=num_steps, spacing=spacing).timesteps(process("jsd"))
 
 

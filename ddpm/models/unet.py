@@ -342,7 +342,7 @@ def _check_attention(attention_resolutions: Sequence[int], sides: list[int]) -> 
         if side not in sides:
             levels = ", ".join(map(str, sides))
             raise ValueError(
-                f"attention_resolutions has {side}, but the levels are {levels} pixels wide; "
+                f"attention_resolutions has {side}, but the levels' longer sides are {levels}; "
                 f"use [{sides[-1]}], for example"
             )
 

@@ -33,7 +33,7 @@ def _said(protocol: dict[str, Any]) -> dict[str, Any]:
 def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
     """Reserves the folder for images of this protocol, which is everything that decides them.
 
-    A lock makes sure that of two commands at once only one protocol wins.
+    If two commands race for it, a lock lets only one protocol win.
 
     Raises:
         ValueError: If the folder has another protocol (the message names the first difference) or

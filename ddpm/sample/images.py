@@ -109,7 +109,7 @@ def text_of(path: Path) -> dict[str, str]:
 
 
 def save_image(path: Path, image: np.ndarray) -> None:
-    """Writes (H, W, C) uint8 as save_png does, or float32 as an array to a path in .npy."""
+    """Writes (H, W, C) uint8 as save_png does, or float32 as an array to a path ending in .npy."""
     if image.dtype == np.uint8:
         return save_png(path, image)
     with whole(path, sync=False) as scratch, scratch.open("wb") as file:

@@ -90,7 +90,7 @@ def check(tune: Tune, device: torch.device) -> None:
     if isinstance(tune, str) and tune != "auto":
         ways.check(tune, device, deterministic=False)
         if ways.WAYS[tune].compiled == "blocks":
-            raise ValueError(f"tune={tune} is only for training; to draw use tune=compiled")
+            raise ValueError(f"tune={tune} is only for training; use tune=compiled to draw")
 
 
 def _choice(

@@ -34,7 +34,7 @@ def initial_weights(config: Config, network: nn.Module) -> dict[str, Tensor]:
 
 
 def assumptions(config: Config) -> list[str]:
-    """Returns a line on what is assumed about the weights at init_from, or no line."""
+    """Returns what is assumed about the weights at init_from, in at most one line."""
     file = _file(config)
     return [] if file is None else [file.assumed()]
 
