@@ -275,7 +275,7 @@ def _own_folder(
 
 
 def _class_numbers(settings: Settings, names: list[str] | None) -> list[int] | None:
-    """Returns the classes to draw in turn; None for a network without classes."""
+    """The numbers of the classes that are drawn in turn; None for a network without."""
     if names is None:
         if settings.classes is not None:
             raise ValueError(
