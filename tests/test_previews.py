@@ -202,7 +202,7 @@ def test_a_run_carried_on_from_an_earlier_version_says_that_previews_are_drawn_o
     ("overrides", "reason"),
     [
         (["runtime.preview_sampler=dpm"], "dpm must be auto, run, or an option of sampler: anc"),
-        (["runtime.preview_sampler=dpmpp20", "schedule=quad"], "dpmpp20: .* keep 0.92"),
+        (["runtime.preview_sampler=dpmpp20", "schedule=quad"], "dpmpp20: .* keep only 0.92"),
     ],
 )
 def test_a_sampler_that_cannot_draw_them_is_refused_before_training(complaint, overrides, reason):

@@ -287,5 +287,5 @@ def test_a_pair_that_loses_brightness_is_refused_before_training_and_by_plan(ref
     pair = ("schedule=quad", "sampler=heun18")
     for said in (complaint(*pair), refusal(plan.main, *pair)):
         assert re.match(
-            r"error: sampler\.spacing=edm: .* would keep 0\.92 .*sampler=ancestral", said
+            r"error: sampler\.spacing=edm: .* would keep only 0\.92 .*sampler=ancestral", said
         )
