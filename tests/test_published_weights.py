@@ -303,7 +303,9 @@ def test_a_file_that_is_something_else_is_refused_in_a_line(tmp_path, content, r
 def test_another_network_than_the_published_is_none_to_begin_with(tmp_path):
     saved(tmp_path / "model.pt", **HEADS)
     words = ["model=unet_readme", "data=digits", "model.resolution=32"]
-    with pytest.raises(ValueError, match=r"^init_from=\S+: model\._target_=\S*ReadmeUNet is no"):
+    with pytest.raises(
+        ValueError, match=r"^init_from=\S+: model\._target_=\S*ReadmeUNet cannot load"
+    ):
         which_run(compose([*words, f"init_from={tmp_path / 'model.pt'}"]))
 
 
