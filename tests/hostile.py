@@ -319,7 +319,7 @@ def long_header(place: Place) -> Typed:
 def claims_more(place: Place) -> Typed:
     file = place.tmp / "weights.pt"
     torch.save({"time_embed.0.weight": torch.zeros(1).expand(10**12)}, file)
-    says = "weights.pt.*time_embed.0.weight.*claims more than it holds"
+    says = "weights.pt.*time_embed.0.weight has shape .* but less data"
     return Typed([f"init_from={file}"], says)
 
 

@@ -170,7 +170,7 @@ def test_a_network_takes_what_it_took_and_one_key_an_image():
     assert network(x, t).shape == x.shape  # in training, by torch's own generator
     evaluated = network.eval()(x, t)
     assert torch.equal(network(x, t, dropout_keys=keys(0, [0, 1, 2])), evaluated)
-    with pytest.raises(ValueError, match=r"dropout_keys must be \(3,\), one an image; got \(2,\)"):
+    with pytest.raises(ValueError, match=r"dropout_keys must be \(3,\), one per image; got \(2,\)"):
         network(x, t, dropout_keys=keys(0, [0, 1]))
 
 

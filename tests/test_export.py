@@ -196,7 +196,7 @@ def test_an_export_never_replaces_what_is_there(small, tmp_path):
     folder = exported(small, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["exported"]
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-    with pytest.raises(ValueError, match=f"to={re.escape(str(folder))} is already there"):
+    with pytest.raises(ValueError, match=f"to={re.escape(str(folder))} already exists"):
         exported(small, tmp_path)
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 

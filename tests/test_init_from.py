@@ -87,16 +87,16 @@ def test_the_content_of_the_first_weights_is_part_of_the_run_and_their_place_is_
     [
         (
             ["model.base_channels=16"],
-            r"has time_embedding\.linear_1\.weight of shape \(32, 8\), the network of model\.\* \(64, 16\)",
+            r"has time_embedding\.linear_1\.weight of shape \(32, 8\), but the network of model\.\* needs \(64, 16\)",
         ),
         (["model.num_res_blocks=2"], r"has no down_blocks\.0\.resnets\.1\.norm1\.weight"),
         (
             ["model.attention_resolutions=[]"],
-            r"has down_blocks\.1\.attentions\.0\.\S+, which the network of model\.\* has not",
+            r"has down_blocks\.1\.attentions\.0\.\S+, but the network of model\.\* does not",
         ),
         (
             ["training.conditional=true", "data.num_classes=10"],
-            r"has no class_embedding\.weight.*; training\.conditional=false is without classes",
+            r"has no class_embedding\.weight.*; training\.conditional=false trains without classes",
         ),
         (["+model.norm_eps=1e-5"], r"norm_eps=1e-06, but model\.norm_eps=1e-05"),
         (["model.norm_groups=8"], r"norm_groups=4, but model\.norm_groups=8"),

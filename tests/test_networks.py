@@ -291,7 +291,7 @@ def test_values_that_do_not_fit_together_are_refused_by_the_argument_to_change(c
     [
         (3, None, "classes must be .*num_classes=3"),
         (3, torch.tensor([1]), r"classes must be \(2,\)"),
-        (None, torch.tensor([1, 2]), "classes .* num_classes=None"),
+        (None, torch.tensor([1, 2]), "num_classes=None: .* takes no classes"),
     ],
 )
 def test_classes_are_asked_for_exactly_where_the_network_has_them(num_classes, classes, message):

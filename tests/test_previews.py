@@ -202,7 +202,7 @@ def test_a_run_carried_on_from_an_earlier_version_says_that_previews_are_drawn_o
     ("overrides", "reason"),
     [
         (["runtime.preview_sampler=dpm"], "dpm must be auto, run, or an option of sampler: anc"),
-        (["runtime.preview_sampler=dpmpp20", "schedule=quad"], "dpmpp20: .* keep 0.92"),
+        (["runtime.preview_sampler=dpmpp20", "schedule=quad"], "dpmpp20: .* keep only 0.92"),
     ],
 )
 def test_a_sampler_that_cannot_draw_them_is_refused_before_training(complaint, overrides, reason):
@@ -214,7 +214,7 @@ def test_plan_says_what_previews_take(typed, tmp_path):
     assert (
         "previews    2 x 36 by a quick sampler (ancestral, 160 steps), 5% of training" in done.out
     )
-    assert "(ancestral, 1000 steps) 31.2% (runtime.preview_sampler=run)" in done.out
+    assert "(ancestral, 1000 steps) would take 31.2% (runtime.preview_sampler=run)" in done.out
     shorter = typed("plan", "probe=0", *PLAIN, "training.steps=10", f"outputs={tmp_path}")
-    assert "(ancestral, 1000 steps) 2,812% (" in shorter.out
+    assert "(ancestral, 1000 steps) would take 2,812% (" in shorter.out
     assert "56.2% of training, more than 5%" in shorter.out

@@ -243,7 +243,7 @@ def test_a_run_begins_with_a_file_of_weights_and_keeps_its_digest(tmp_path, pict
 @pytest.mark.parametrize(
     ("choices", "reason"),
     [
-        ({"base": 24}, r"time_embed\.0\.weight is of shape \(96, 24\), .* wants \(64, 16\); .* model\.base_channels \(24 in the file, 16 here"),
+        ({"base": 24}, r"time_embed\.0\.weight is of shape \(96, 24\), .* needs \(64, 16\); .* model\.base_channels \(24 in the file, 16 here"),
         ({"channels": 6}, r"input_blocks\.0\.0\.weight is of shape \(16, 6, 3, 3\).*an upsampler"),
         ({"channels": 1}, r"input_blocks\.0\.0\.weight .* data\.channels \(1 in the file, 3 here"),
         ({"blocks": 2}, r"input_blocks\.2\.0\.op\.weight is missing.* model\.num_res_blocks \(2 in the file, 1 here"),
@@ -283,15 +283,15 @@ def classifier(network: Network) -> dict:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (lambda network: network, "cannot be read as tensors alone.*published_network.Network"),
+        (lambda network: network, "cannot be read as tensors only.*published_network.Network"),
         (lambda network: {"model": network.state_dict(), "args": argparse.Namespace()}, "argparse"),
         (lambda network: {"state_dict": network.state_dict(), "step": 3}, "it has state_dict, step"),
-        (optimizer_state, "the state of an optimizer; .*ema_"),
-        (classifier, "has no output_blocks: a classifier"),
-        (lambda network: {"conv_in.weight": torch.zeros(1)}, "by the names of diffusers"),
-        (lambda network: {f"module.{name}": tensor for name, tensor in network.state_dict().items()}, r"take module\. off"),
+        (optimizer_state, "an optimizer's state; .*ema_"),
+        (classifier, "has no output_blocks: it is a classifier"),
+        (lambda network: {"conv_in.weight": torch.zeros(1)}, "named as in diffusers"),
+        (lambda network: {f"module.{name}": tensor for name, tensor in network.state_dict().items()}, r"strip module\. from the names"),
         (lambda network: {"fc.weight": torch.zeros(1)}, r"no time_embed\.0\.weight; its first tensor is fc\.weight"),
-        (lambda network: {}, "no tensor at all"),
+        (lambda network: {}, "no other tensor"),
         (lambda network: [torch.zeros(1)], "is a list"),
     ],
 )  # fmt: skip
@@ -303,7 +303,9 @@ def test_a_file_that_is_something_else_is_refused_in_a_line(tmp_path, content, r
 def test_another_network_than_the_published_is_none_to_begin_with(tmp_path):
     saved(tmp_path / "model.pt", **HEADS)
     words = ["model=unet_readme", "data=digits", "model.resolution=32"]
-    with pytest.raises(ValueError, match=r"^init_from=\S+: model\._target_=\S*ReadmeUNet is no"):
+    with pytest.raises(
+        ValueError, match=r"^init_from=\S+: model\._target_=\S*ReadmeUNet cannot load"
+    ):
         which_run(compose([*words, f"init_from={tmp_path / 'model.pt'}"]))
 
 
@@ -319,7 +321,7 @@ class Payload:
 
 def test_code_in_a_file_is_not_run(tmp_path):
     torch.save({"time_embed.0.weight": Payload(tmp_path / "trace")}, tmp_path / "model.pt")
-    assert "cannot be read as tensors alone" in unfit(tmp_path / "model.pt")
+    assert "cannot be read as tensors only" in unfit(tmp_path / "model.pt")
     assert not (tmp_path / "trace").exists()
 
 
@@ -332,7 +334,7 @@ def test_a_file_that_was_cut_off_is_refused_in_a_line(tmp_path, legacy, share):
     read(whole, ours(scale_shift=True, out=6))
     content = whole.read_bytes()
     cut.write_bytes(content[: int(share * len(content))])
-    assert "cannot be read as tensors alone" in unfit(cut)
+    assert "cannot be read as tensors only" in unfit(cut)
 
 
 def test_safetensors_with_the_published_names_are_read_and_others_refused(tmp_path):
@@ -348,13 +350,13 @@ def test_safetensors_with_the_published_names_are_read_and_others_refused(tmp_pa
 @pytest.mark.parametrize(
     ("name", "words", "reason"),
     [
-        ("model.pt", [], "holds weights alone: give experiment=NAME, or model= and schedule="),
+        ("model.pt", [], "is a file of weights only: give experiment=NAME, or model= and schedule="),
         ("model.pt", ["model=improved_unet32"], "model= and schedule="),
         ("model.pt", ["experiment=cifar10_hybri"], "did you mean cifar10_hybrid"),
         ("model.pt", [*WORDS, "model.widht=3"], r"model\.widht: no such key"),
         ("model.pt", [*WORDS, "step=3"], "step=3"),
         ("nowhere.pt", WORDS, "there is no such file"),
-        ("", WORDS, "no folder of weights|says itself"),
+        ("", WORDS, "not a folder of weights|already defines"),
     ],
 )  # fmt: skip
 def test_words_that_do_not_go_with_a_file_are_refused(tmp_path, name, words, reason):
@@ -367,7 +369,7 @@ def test_what_is_told_of_a_file_is_no_setting_of_a_runs_samples(small_exported, 
     done = typed("sample", f"run={small_exported}", "experiment=cifar10")
     assert (done.code, done.err.count("\n")) == (1, 1), done.err
     assert "experiment: no such key" in done.err
-    assert "says itself" in refused(f"from={small_exported}", "experiment=cifar10")
+    assert "already defines" in refused(f"from={small_exported}", "experiment=cifar10")
 
 
 def test_the_command_draws_from_a_file(tmp_path, typed):

@@ -257,7 +257,7 @@ def test_a_zipped_pickle_that_torch_wrote_is_left_unread_too(copy, tmp_path):
             {"_class_name": "stranger.Scheduler"},
             "_class_name=stranger.Scheduler",
         ),
-        ("unet/diffusion_pytorch_model.bin", None, "cannot be read as tensors alone"),
+        ("unet/diffusion_pytorch_model.bin", None, "cannot be read as tensors only"),
     ],
 )
 def test_a_diffusers_folder_brings_no_code(artefacts, stranger, tmp_path, file, changed, reason):

@@ -1,4 +1,4 @@
-"""The diffusion process and how it is walked back.
+"""The diffusion process and the samplers that reverse it.
 
 Schedules (betas), the process (q, losses, bound), samplers, and the timesteps of training.
 """

@@ -1,6 +1,6 @@
 """Gaussian diffusion: the forward process, its posterior, predictions and losses.
 
-It knows no network and no data.
+It knows nothing about networks or data.
 """
 
 import math
@@ -17,12 +17,12 @@ Loss = Literal["simple", "min_snr", "bound", "hybrid"]
 
 
 class Denoised(NamedTuple):
-    """What a model says about x_t. All parts have the shape of x_t.
+    """A model's estimates at x_t, each with the shape of x_t.
 
     Attributes:
         x0_hat: Estimate of the clean image.
         eps_hat: Estimate of the noise.
-        variance_output: The model's raw words on the variance; None if that is fixed.
+        variance_output: The model's raw variance output; None if the variance is fixed.
     """
 
     x0_hat: Tensor
@@ -31,17 +31,17 @@ class Denoised(NamedTuple):
 
 
 class DenoisedMean(Denoised):
-    """What a model says about x_t that predicts the mean of x_{t-1} itself.
+    """Estimates of a model that predicts the mean of x_{t-1} directly.
 
     Attributes:
-        mean: That mean, never clipped, like x_t.
+        mean: The predicted mean, shaped like x_t and never clipped.
     """
 
     mean: Tensor
 
     @classmethod
     def of(cls, estimate: Denoised, mean: Tensor) -> "DenoisedMean":
-        """Returns an estimate with the mean that it was told by."""
+        """Returns the estimate together with the predicted mean."""
         found = cls(*estimate)
         found.mean = mean
         return found
@@ -51,29 +51,29 @@ class GaussianDiffusion:
     """Forward process q, its posterior, predictions and losses.
 
     Ho et al. 2020; Nichol & Dhariwal 2021. Constants are float64 and cast to the image's dtype
-    where they are used.
+    where used.
 
     Args:
         betas: (T,) float64, each in (0, 1]; only the last may be 1 (zero terminal SNR).
         prediction: What the model outputs. "epsilon": the noise. "x0": the image. "v":
             sqrt(abar) epsilon - sqrt(1 - abar) x0 (Salimans & Ho 2022, App. D). "mean": the
             posterior mean (Ho et al. 2020, Eq. 8).
-        variance: Of the reverse step. "fixed_small": the posterior's. "fixed_large": beta_t.
-            "learned": exp of a second output. "learned_range": between the two fixed ones, as a
-            second output says (Nichol & Dhariwal 2021, Eq. 15).
-        loss: Of each image. "simple": mean squared error of the prediction (Ho et al. 2020,
-            Eq. 14). "min_snr": that, weighted (Hang et al. 2023). "bound": vlb_weight * T * (this
-            timestep's term of the variational bound, bits/dim; Ho et al. 2020, Eqs. 5 and 12).
-            "hybrid": "simple" plus such a bound whose mean is detached, so that it trains the
-            variance alone (Nichol & Dhariwal 2021, Eq. 16).
-        vlb_weight: 1/T gives the term itself, as Ho et al.'s code trains on; 1 gives an estimate of
-            the whole bound.
+        variance: Variance of the reverse step. "fixed_small": the posterior's. "fixed_large":
+            beta_t. "learned": exp of a second output. "learned_range": a second output interpolates
+            between the two fixed ones (Nichol & Dhariwal 2021, Eq. 15).
+        loss: Loss per image. "simple": mean squared error of the prediction (Ho et al. 2020,
+            Eq. 14). "min_snr": the same, weighted (Hang et al. 2023). "bound": vlb_weight * T *
+            (this timestep's term of the variational bound, bits/dim; Ho et al. 2020, Eqs. 5 and
+            12). "hybrid": "simple" plus that bound with its mean detached, so that the bound trains
+            only the variance (Nichol & Dhariwal 2021, Eq. 16).
+        vlb_weight: Weight of the bound. 1/T gives the term itself, which Ho et al.'s code trains
+            on; 1 gives an estimate of the whole bound.
         min_snr_gamma: The gamma of "min_snr".
         timestep_sampling: How training picks timesteps (ddpm/diffusion/timesteps.py).
-        rescale_timesteps: Have the model see t * 1000 / T.
+        rescale_timesteps: Whether the model sees t * 1000 / T instead of t.
 
     Raises:
-        ValueError: If the combination makes no sense; the message says why.
+        ValueError: If betas are invalid or options contradict each other; the message says why.
     """
 
     def __init__(
@@ -95,8 +95,7 @@ class GaussianDiffusion:
             or bool((betas[:-1] == 1).any())
         ):
             raise ValueError(
-                "betas must be a list of at least 2 numbers between 0 and 1, "
-                "of which only the last may be 1"
+                "betas must be a list of at least 2 numbers between 0 and 1; only the last may be 1"
             )
         self.prediction = prediction
         self.variance = variance
@@ -120,10 +119,7 @@ class GaussianDiffusion:
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the model's output has twice the image's channels.
-
-        The prediction comes first, then the variance.
-        """
+        """Whether the model outputs 2C channels: the prediction, then the variance."""
         return self.variance in ("learned", "learned_range")
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -166,9 +162,9 @@ class GaussianDiffusion:
         return self.betas * (1 - self._alphas_cumprod_before()) / (1 - self.alphas_cumprod)
 
     def target(self, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Returns what the model should output at x_t = q_sample(x0, t, noise).
+        """Returns the model's training target at x_t = q_sample(x0, t, noise).
 
-        Shapes are those of q_sample.
+        Shapes are as in q_sample.
         """
         if self.prediction == "epsilon":
             return noise
@@ -179,9 +175,9 @@ class GaussianDiffusion:
         return self.posterior_mean(x0, x_t, t)
 
     def estimate(self, output: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
-        """Turns the model's output into estimates of x0 (Ho et al. 2020, Eq. 15) and of the noise.
+        """Turns the model's output into estimates of x0 (Ho et al. 2020, Eq. 15) and the noise.
 
-        Its variance part stays as it is.
+        The variance output passes through unchanged.
 
         Args:
             output: (B, C or 2C, H, W).
@@ -204,7 +200,7 @@ class GaussianDiffusion:
         return DenoisedMean.of(estimate, output) if self.prediction == "mean" else estimate
 
     def clipped(self, estimate: Denoised, x_t: Tensor, t: Tensor) -> Denoised:
-        """Returns an estimate with x0_hat held in [-1, 1] and the noise that agrees with it."""
+        """Returns the estimate with x0_hat clipped to [-1, 1] and eps_hat recomputed from it."""
         x0_hat = estimate.x0_hat.clamp(-1, 1)
         eps_hat = (x_t - self._at("signal", t, x_t) * x0_hat) / self._at("sigma", t, x_t)
         held = Denoised(x0_hat, eps_hat, estimate.variance_output)
@@ -213,12 +209,13 @@ class GaussianDiffusion:
         return held
 
     def denoiser(self, model: Model, clip: bool = True) -> Callable[[Tensor, Tensor], Denoised]:
-        """Returns the function (x_t, t) -> Denoised that samplers walk with.
+        """Returns the function (x_t, t) -> Denoised that samplers call.
 
         Args:
             model: (x_t, t) -> output.
-            clip: Hold x0_hat in [-1, 1], as the authors' code does when it samples, and make
-                eps_hat agree with it (Eq. 15 solved for epsilon). A predicted mean stays as it is.
+            clip: Whether to clip x0_hat to [-1, 1], as the authors' sampling code does, and
+                recompute eps_hat from it (Eq. 15 solved for epsilon). A predicted mean stays as it
+                is.
         """
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:
@@ -230,7 +227,7 @@ class GaussianDiffusion:
     def run(self, model: Model, x_t: Tensor, t: Tensor) -> Tensor:
         """Returns the model's output at x_t, in the dtype of x_t.
 
-        The model sees t, rescaled if so chosen.
+        The model sees t, rescaled if rescale_timesteps is set.
         """
         return model(x_t, t * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t).to(
             x_t.dtype
@@ -239,13 +236,13 @@ class GaussianDiffusion:
     def log_variance(self, variance_output: Tensor | None, t: Tensor, like: Tensor) -> Tensor:
         """Returns the log variance of the reverse step at t.
 
-        At t = 0, where the posterior's variance is 0, the posterior's at t = 1 stands in for it,
-        and for beta_t in "fixed_large" (as in the authors' code).
+        At t = 0 the posterior variance is 0, so the one at t = 1 replaces it. There it also
+        replaces beta_t in "fixed_large" (as in the authors' code).
 
         Args:
-            variance_output: What the model says of it; None if it is fixed.
+            variance_output: The model's variance output; None if the variance is fixed.
             t: (B,) int64.
-            like: Gives dtype and device.
+            like: Tensor that gives dtype and device.
 
         Returns:
             A tensor that broadcasts to `like`.
@@ -264,10 +261,10 @@ class GaussianDiffusion:
     def losses(self, model: Model, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Returns the loss of each image at its timestep.
 
-        Shapes are those of q_sample.
+        Shapes are as in q_sample.
 
         Returns:
-            (B,), the dtype of x0.
+            (B,) in the dtype of x0.
         """
         x_t = self.q_sample(x0, t, noise)
         output = self.run(model, x_t, t)
@@ -291,19 +288,19 @@ class GaussianDiffusion:
     ) -> Tensor:
         """Returns one timestep's term of the variational bound (Ho et al. 2020, Eqs. 5 and 13).
 
-        It is the KL of posterior and model, and at t = 0 the decoder's code length. The sum over
-        all t, plus the prior's term, is the bound. Shapes are those of q_sample.
+        The term is the KL divergence between posterior and model, or at t = 0 the decoder's code
+        length. The bound is the sum over all t plus the prior term. Shapes are as in q_sample.
 
         Args:
-            output: The model's, at x_t.
+            output: The model's output at x_t.
             x0: The clean images.
             x_t: The noised images.
             t: The timesteps.
-            clip: Hold x0_hat in [-1, 1], as the authors' evaluation does and their training does
-                not. A predicted mean stays as it is.
+            clip: Whether to clip x0_hat to [-1, 1], as the authors do in evaluation but not in
+                training. A predicted mean stays as it is.
 
         Returns:
-            (B,) bits/dim, a mean over pixels.
+            (B,) bits/dim, averaged over pixels and channels.
         """
         estimate = self.estimate(output, x_t, t)
         if clip:
@@ -324,7 +321,7 @@ class GaussianDiffusion:
         return torch.where(first, decoder, kl).flatten(1).mean(dim=1) / math.log(2)
 
     def prior_term(self, x0: Tensor) -> Tensor:
-        """Returns L_T, the KL of q(x_T | x_0) and the standard normal (Ho et al. 2020, Eq. 5).
+        """Returns L_T, the KL of q(x_T | x_0) from the standard normal (Ho et al. 2020, Eq. 5).
 
         Args:
             x0: (B, C, H, W).
@@ -340,10 +337,10 @@ class GaussianDiffusion:
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """Row t of a table, (B, 1, 1, 1), like `like`; made once for each device and dtype."""
+        """Returns row t of a table as (B, 1, 1, 1); tables are cached per device and dtype."""
         key = (name, like.device, like.dtype)
         if key not in self._tables:
-            # a table first needed by a sampler serves training too
+            # a sampler in inference mode may build a table that training needs, too
             with torch.inference_mode(False):
                 self._tables[key] = self._table(name).to(device=like.device, dtype=like.dtype)
         return self._tables[key][t].reshape(-1, 1, 1, 1)
@@ -368,7 +365,7 @@ class GaussianDiffusion:
 def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction: Prediction) -> Tensor:
     """Returns the weight of each timestep's squared error (Hang et al. 2023, section 3.4).
 
-    It is min(SNR, gamma) on x0, expressed as a weight on whatever is predicted.
+    On x0 the weight is min(SNR, gamma); for other predictions it is converted to match.
 
     Returns:
         (T,) float64.
@@ -393,8 +390,8 @@ def normal_kl(
 def discretized_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Returns the log probability of each 8-bit level of x0 under a normal, in nats.
 
-    The outermost levels are open-ended (Ho et al. 2020, Eq. 13). The normal's distribution function
-    is the tanh approximation of the authors' code, so that figures compare with theirs.
+    The outermost levels are open-ended (Ho et al. 2020, Eq. 13). The normal CDF is the tanh
+    approximation of the authors' code, so that results compare with theirs.
     """
     inverse_deviation = torch.exp(-0.5 * log_variance)
     upper = _approximate_cdf((x0 - mean + 1 / 255) * inverse_deviation)
@@ -419,21 +416,23 @@ def _check(
     learned = variance in ("learned", "learned_range")
     if terminal_snr_is_zero and prediction == "epsilon":
         raise ValueError(
-            "prediction=epsilon cannot work with a schedule of zero terminal SNR: "
-            "its last x_t is the noise itself, which says nothing of x0; use v or x0"
+            "prediction=epsilon does not work with a schedule of zero terminal SNR: "
+            "its last x_t is pure noise and says nothing about x0; use prediction=v or x0"
         )
     if learned and loss in ("simple", "min_snr"):
         raise ValueError(
             f"variance={variance} is not trained by loss={loss}, which has no term for it; "
-            "use hybrid or bound"
+            "use loss=hybrid or bound"
         )
     if not learned and loss == "hybrid":
         raise ValueError(
-            f"loss=hybrid trains a learned variance, and variance={variance} is fixed; "
-            "use simple, or variance=learned_range"
+            f"loss=hybrid trains a learned variance, but variance={variance} is fixed; "
+            "use loss=simple or variance=learned_range"
         )
     if loss == "min_snr" and prediction == "mean":
-        raise ValueError("loss=min_snr has no weights for prediction=mean; use epsilon, x0 or v")
+        raise ValueError(
+            "loss=min_snr has no weights for prediction=mean; use prediction=epsilon, x0 or v"
+        )
     for name, value in (("vlb_weight", vlb_weight), ("min_snr_gamma", min_snr_gamma)):
         if value <= 0:
             raise ValueError(f"{name}={value} must be positive")

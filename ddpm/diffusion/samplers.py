@@ -6,9 +6,9 @@ Each takes the same leading arguments, in this order:
     x: The noise to start from, (B, C, H, W), in the dtype to compute in.
     alphas_cumprod: (T,) float64.
     timesteps: Decreasing, each in [0, T-1].
-    noise: t -> standard normal like x, asked once for each step that needs it.
+    noise: t -> standard normal noise like x, called once per step that needs it.
 
-Each returns x_0, of the shape of x, near [-1, 1]. They never learn what the network predicts.
+Each returns x_0, shaped like x, near [-1, 1]. None of them knows what the network predicts.
 """
 
 import math
@@ -49,21 +49,29 @@ def ancestral(
 ) -> Tensor:
     """Samples by Algorithm 2 of Ho et al. 2020, on the chain that visits `timesteps`.
 
-    The chain is respaced as in Nichol & Dhariwal 2021, section 4. The mean is Eq. 7 at x0_hat; a
-    network that predicts it is believed as it is, from t to t - 1 (p_mean_variance in the authors'
-    code). There is no noise in the last step. For the other arguments see the module.
+    The chain is respaced as in Nichol & Dhariwal 2021, section 4. The mean is Eq. 7 at x0_hat. If
+    the network predicts the mean, a step from t to t - 1 uses that prediction directly
+    (p_mean_variance in the authors' code). The last step adds no noise.
 
     Args:
-        variance: The chain's beta ("fixed_large"), its posterior variance ("fixed_small"), or what
-            the network says: its log ("learned"), or where between those two ("learned_range"). In
-            YAML null stands for the process's own; called directly, it must be given.
+        denoise: (x_t, t) -> Denoised.
+        x: The noise to start from, (B, C, H, W).
+        alphas_cumprod: (T,) float64.
+        timesteps: Decreasing, each in [0, T-1].
+        noise: t -> standard normal noise like x.
+        variance: The chain's beta ("fixed_large"), its posterior variance ("fixed_small"), or the
+            network's output: the log variance ("learned") or the position between the two fixed
+            ones ("learned_range"). In YAML, null means the process's own; in Python it is required.
+
+    Returns:
+        x_0, shaped like x.
 
     Raises:
         ValueError: If variance is None.
     """
     if variance is None:
         raise ValueError(
-            "variance=None: give the variance of the process that the network was trained for"
+            "variance=None: pass the variance of the process that the network was trained for"
         )
     for t, t_next, abar, abar_next in _walk(alphas_cumprod, timesteps):
         estimate = denoise(x, _full(x, t))
@@ -92,10 +100,16 @@ def ddim(
 ) -> Tensor:
     """Samples by Eqs. 12 and 16 of Song et al. 2021 (arXiv 2010.02502).
 
-    For the other arguments see the module.
-
     Args:
-        eta: 0: no noise. 1: the ancestral chain of fixed_small variance.
+        denoise: (x_t, t) -> Denoised.
+        x: The noise to start from, (B, C, H, W).
+        alphas_cumprod: (T,) float64.
+        timesteps: Decreasing, each in [0, T-1].
+        noise: t -> standard normal noise like x.
+        eta: 0 adds no noise; 1 gives the ancestral chain with fixed_small variance.
+
+    Returns:
+        x_0, shaped like x.
     """
     for t, _, abar, abar_next in _walk(alphas_cumprod, timesteps):
         x0_hat, eps_hat, _ = denoise(x, _full(x, t))
@@ -111,10 +125,11 @@ def dpm_solver_pp(
 ) -> Tensor:
     """Samples by DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Algorithm 2).
 
-    One network call per step, no noise. The first and last step are of first order. A first step
-    from pure noise is endless in log SNR; it is Heun's (see heun), of two calls.
+    One network call per step, no noise. The first and last steps are first order. From pure noise
+    the first step would be infinite in log SNR, so it is a Heun step of two calls (see heun). The
+    module documents the arguments.
     """
-    # x0_hat of the step before, and the length of that step in log SNR / 2
+    # x0_hat and length (in log SNR / 2) of the previous step
     before: tuple[Tensor, float] | None = None
     for t, t_next, abar, abar_next in _walk(alphas_cumprod, timesteps):
         x0_hat = denoise(x, _full(x, t)).x0_hat
@@ -139,12 +154,13 @@ def dpm_solver_pp(
 def heun(
     denoise: Denoise, x: Tensor, alphas_cumprod: Tensor, timesteps: Sequence[int], noise: Noise
 ) -> Tensor:
-    """Samples by Heun's second-order step on the probability-flow ODE in sigma, without noise.
+    """Samples by Heun's second-order steps on the probability-flow ODE in sigma, without noise.
 
-    The last step is Euler's (Karras et al. 2022, Algorithm 1). In y = x / sqrt(abar) and
-    sigma = sqrt(1/abar - 1) the ODE is dy/dsigma = epsilon. Two network calls per step, one in the
-    last. In pure noise, where sigma has no end, the step is made in 1 / sigma: for
-    z = x / sqrt(1 - abar) the same ODE is dz/d(1/sigma) = x0.
+    The last step is an Euler step (Karras et al. 2022, Algorithm 1). In y = x / sqrt(abar) and
+    sigma = sqrt(1/abar - 1) the ODE is dy/dsigma = epsilon. Each step makes two network calls, the
+    last one a single call. From pure noise, where sigma is infinite, the step is taken in
+    1 / sigma: for z = x / sqrt(1 - abar) the same ODE is dz/d(1/sigma) = x0. The module documents
+    the arguments.
     """
     for t, t_next, abar, abar_next in _walk(alphas_cumprod, timesteps):
         x0_hat, eps_hat, _ = denoise(x, _full(x, t))
@@ -162,14 +178,14 @@ def heun(
 
 @dataclass(frozen=True)
 class Sampler:
-    """A choice of sampler (group `sampler`).
+    """A sampler with its settings (config group `sampler`).
 
     Attributes:
-        function: Which function walks: ancestral, ddim, or any with their leading arguments.
-        num_steps: How many timesteps it visits; None for all T, or as many as the spacing names.
-        spacing: How they are spaced, see spaced_timesteps.
-        clip: Whether x0_hat is held in [-1, 1].
-        guidance_scale: Of classifier-free guidance, 1 for none (ddpm/sample/drawing.py).
+        function: The function that walks: ancestral, ddim, or any with the same leading arguments.
+        num_steps: Number of timesteps to visit; None for all T, or as many as the spacing names.
+        spacing: Spacing of the timesteps, see spaced_timesteps.
+        clip: Whether x0_hat is clipped to [-1, 1].
+        guidance_scale: Scale of classifier-free guidance, 1 for none (ddpm/sample/drawing.py).
     """
 
     function: Callable[..., Tensor]
@@ -182,17 +198,17 @@ class Sampler:
         """Returns the timesteps visited, from the noisiest down.
 
         Raises:
-            ValueError: If there are fewer than num_steps, or if they do not start in noise
-                (check_start).
+            ValueError: If the schedule has fewer than num_steps timesteps, or the chain does not
+                start in noise (check_start).
         """
         chosen = spaced_timesteps(diffusion.alphas_cumprod, self.num_steps, self.spacing)
         check_start(diffusion.alphas_cumprod, chosen, self.spacing)
         return chosen
 
     def calls(self, diffusion: GaussianDiffusion) -> int:
-        """Returns how often the network sees an image, twice a call with guidance.
+        """Returns the number of network evaluations per image; guidance doubles it.
 
-        A function that is not of this module is taken to call once a timestep.
+        A function from outside this module counts as one call per timestep.
         """
         timesteps = self.timesteps(diffusion)
         function, count = getattr(self.function, "func", self.function), len(timesteps)
@@ -219,8 +235,8 @@ class Sampler:
             diffusion: The process that the model was trained for.
             x: (B, C, H, W).
             timesteps: Decreasing, each in [0, T-1].
-            noise: t -> standard normal like x.
-            watch: Told of each network call, (t, x_t, x0_hat).
+            noise: t -> standard normal noise like x.
+            watch: Called with (t, x_t, x0_hat) after each network call.
 
         Returns:
             Images like x, in [-1, 1].
@@ -240,10 +256,10 @@ class Sampler:
 def latents(
     shape: tuple[int, int, int], indices: Sequence[int], seed: int, device: torch.device
 ) -> Tensor:
-    """Returns the noise that the images with these indices start from.
+    """Returns the initial noise of the images with these indices.
 
     Returns:
-        (len(indices), *shape) float32, each row a function of seed and index.
+        (len(indices), *shape) float32. Each row depends only on seed and index.
     """
     positions = torch.tensor(list(indices), device=device)
     x = randomness.normal(
@@ -255,9 +271,9 @@ def latents(
 def step_noise(
     shape: tuple[int, int, int], indices: Sequence[int], seed: int, device: torch.device
 ) -> Noise:
-    """Returns the noise of each step for the images with these indices.
+    """Returns the function t -> noise of that step for the images with these indices.
 
-    It is a function of seed, timestep and index.
+    The noise depends only on seed, timestep and index.
     """
     positions = torch.tensor(list(indices), device=device)
 
@@ -273,7 +289,7 @@ def step_noise(
 def _walk(
     alphas_cumprod: Tensor, timesteps: Sequence[int]
 ) -> Iterator[tuple[int, int, float, float]]:
-    """(t, next t, abar at t, abar at the next) along the chain, to t = -1 where abar is 1."""
+    """Yields (t, next t, abar at t, abar at next t) along the chain, to t = -1 where abar is 1."""
     abars = [float(alphas_cumprod[t]) for t in timesteps]
     yield from zip(timesteps, [*timesteps[1:], -1], abars, [*abars[1:], 1.0], strict=True)
 
@@ -281,7 +297,7 @@ def _walk(
 def _leave_pure_noise(
     denoise: Denoise, x: Tensor, x0_hat: Tensor, abar_next: float, t_next: int
 ) -> Tensor:
-    """Heun's step from abar = 0, where z = x, along dz/d(1/sigma) = x0."""
+    """Takes a Heun step from abar = 0, where z = x, along dz/d(1/sigma) = x0."""
     first = abar_next**0.5 * x0_hat + (1 - abar_next) ** 0.5 * x
     x0_next = denoise(first, _full(x, t_next)).x0_hat
     return abar_next**0.5 * (x0_hat + x0_next) / 2 + (1 - abar_next) ** 0.5 * x
@@ -298,7 +314,7 @@ def _sigma(abar: float) -> float:
 def _deviation(
     variance: Variance, output: Tensor | None, beta: float, posterior_variance: float
 ) -> Tensor | float:
-    """Standard deviation of one reverse step."""
+    """Returns the standard deviation of one reverse step."""
     if variance in ("fixed_small", "fixed_large"):
         return (beta if variance == "fixed_large" else posterior_variance) ** 0.5
     assert output is not None

@@ -1,11 +1,11 @@
-"""Noise schedules: the betas of the forward process, as pure float64 functions.
+"""Noise schedules: pure functions that return the betas of the forward process.
 
 Each returns (T,) float64 in (0, 1].
 
-Each takes zero_terminal_snr: shift and scale sqrt(alphas_cumprod) so that the last x_t is pure
+With zero_terminal_snr, each shifts and scales sqrt(alphas_cumprod) so that the last x_t is pure
 noise and the first stays as it is (Lin et al. 2023, Algorithm 1).
 
-Each raises ValueError, naming the argument, for a T below 2 or betas outside (0, 1).
+For a T below 2 or betas outside (0, 1), each raises a ValueError that names the argument.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["const", "cosine", "jsd", "linear", "linear_rescaled", "quad", "sigmoid", "warmup"]
 
-MOST_TIMESTEPS = 1_000_000  # what memory holds, and float32 tells apart
+MOST_TIMESTEPS = 1_000_000  # fits in memory, and float32 still tells all of them apart
 
 
 def linear(
@@ -63,7 +63,7 @@ def warmup(
 ) -> Tensor:
     """Returns betas that rise linearly over the first timesteps, then stay constant.
 
-    They rise over a share warmup_share of the timesteps (Ho et al. 2020's code: 0.1 and 0.5).
+    The rise takes a share warmup_share of the timesteps (Ho et al. 2020's code: 0.1 and 0.5).
     """
     _check(num_timesteps, beta_start=beta_start, beta_end=beta_end, warmup_share=warmup_share)
     betas = torch.full((num_timesteps,), beta_end, dtype=torch.float64)
@@ -79,7 +79,7 @@ def const(num_timesteps: int, beta: float, zero_terminal_snr: bool = False) -> T
 
 
 def jsd(num_timesteps: int, zero_terminal_snr: bool = False) -> Tensor:
-    """Returns 1/T, 1/(T-1), ..., 1, whose alphas_cumprod falls linearly, to 0 at the last timestep.
+    """Returns 1/T, 1/(T-1), ..., 1: alphas_cumprod falls linearly to 0 at the last timestep.
 
     Ho et al. 2020's code, after Sohl-Dickstein et al. 2015.
     """
@@ -136,7 +136,7 @@ def _linspace(start: float, end: float, count: int) -> Tensor:
 
 
 def _betas_of(abar: Tensor, max_beta: float) -> Tensor:
-    """Betas of a curve of alphas_cumprod given at u = 0, 1/T, ..., 1."""
+    """Returns the betas of an alphas_cumprod curve sampled at u = 0, 1/T, ..., 1."""
     return (1 - abar[1:] / abar[:-1]).clamp(max=max_beta)
 
 

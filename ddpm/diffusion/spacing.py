@@ -1,4 +1,4 @@
-"""Which timesteps a chain visits, and how much of the data's spread its start lets it keep."""
+"""Which timesteps a chain visits, and whether its first one is noisy enough."""
 
 import math
 import re
@@ -12,10 +12,10 @@ from torch import Tensor
 Spacing = str | list[int]
 
 NAMES = ("respaced", "linear", "quadratic", "logsnr", "edm")
-FROM_NOISE = ("logsnr", "edm")  # these promise a start in noise, whatever the schedule
+FROM_NOISE = ("logsnr", "edm")  # these promise to start in noise, whatever the schedule
 MOST_SIGMA = {"logsnr": math.exp(5.1), "edm": 80.0}
 RHO = 7  # Karras et al. 2022, Eq. 5
-BRIGHTNESS = 32 * 32 * 0.5**2  # variance of a one-colour picture along its colour
+BRIGHTNESS = 32 * 32 * 0.5**2  # variance of solid-color pictures along their color
 LEAST_SPREAD = 0.95
 
 
@@ -24,36 +24,37 @@ def spaced_timesteps(
 ) -> list[int]:
     """Returns the timesteps that a chain visits, from the noisiest down.
 
-    Where the last x_t is pure noise (zero terminal SNR), "linear", "logsnr" and "edm" start there.
+    If the last x_t is pure noise (zero terminal SNR), "linear", "logsnr" and "edm" start there.
 
     Args:
         alphas_cumprod: (T,).
         num_steps: In [1, T]; None for T, or for as many as the spacing names.
-        spacing: "respaced": evenly, both ends kept (Nichol & Dhariwal 2021, section 4), ties as in
+        spacing: "respaced": evenly, with both ends (Nichol & Dhariwal 2021, section 4), ties as in
             their code. "linear": every (T / num_steps)-th from 0, rounded down (Song et al. 2021,
-            App. D.2); from pure noise, counted from T - 1 instead ("trailing", Lin et al. 2023,
-            section 3.3). "quadratic": closer together near the image (Song et al. 2021, App. D.2);
-            what rounds to the same timestep, a step that does nothing in their code, is left out.
+            App. D.2); with zero terminal SNR counted from T - 1 instead ("trailing", Lin et al.
+            2023, section 3.3). "quadratic": closer together near the image (Song et al. 2021,
+            App. D.2), without the duplicates from rounding, which do nothing in their code.
             "logsnr": evenly in the log SNR, from exp(-10.2) or the schedule's last (skip_type of
             dpm_solver_pytorch.py; diffusers' lambda_min_clipped). "edm": the sigmas of Karras
             et al. 2022, Eq. 5, rho 7, from 80 to 0.002 or as far as the schedule reaches. These two
-            take the nearest timesteps, and no timestep twice. [10, 15, 20] or "10,15,20": so many
-            of each of equal sections, from the image up; "ddim50": so many by a whole stride from 0
-            (both space_timesteps of improved-diffusion's respace.py).
+            take the nearest timesteps, each at most once. [10, 15, 20] or "10,15,20": this many
+            timesteps from each of equal sections, counted from the image. "ddim50": this many at an
+            integer stride from 0 (both as space_timesteps in improved-diffusion's respace.py).
 
     Raises:
-        ValueError: For another spacing, or if it has no such chain; it names the argument.
+        ValueError: If the spacing is unknown or no such chain exists; the message names the
+            argument.
     """
     num_timesteps, named = len(alphas_cumprod), named_count(spacing)
     if named is None and spacing not in NAMES:
         raise ValueError(
-            f"spacing={spacing} must be {', '.join(repr(name) for name in NAMES)}, 'ddimN', or a "
-            "count for each section, such as [10,15,20]"
+            f"spacing={spacing} must be {', '.join(repr(name) for name in NAMES)}, 'ddimN', or one "
+            "count per section, such as [10,15,20]"
         )
     if named is not None and num_steps not in (None, named):
         raise ValueError(
-            f"num_steps={num_steps} and spacing={spacing}, which names {named}: give "
-            "num_steps=null with it"
+            f"num_steps={num_steps} contradicts spacing={spacing}, which takes {named} steps; "
+            "use num_steps=null"
         )
     count = num_steps if num_steps is not None else named or num_timesteps
     if not 1 <= count <= num_timesteps:
@@ -82,7 +83,7 @@ def spaced_timesteps(
 
 
 def named_count(spacing: Spacing) -> int | None:
-    """Returns how many timesteps a spacing names ("ddimN" or counts of sections), None for none."""
+    """Returns the number of timesteps that a spacing names ("ddimN" or section counts), or None."""
     if isinstance(spacing, str) and re.fullmatch(r"ddim[1-9]\d*", spacing):
         return int(spacing.removeprefix("ddim"))
     if isinstance(spacing, str) and not re.fullmatch(r"\d+(, ?\d+)*", spacing):
@@ -92,15 +93,16 @@ def named_count(spacing: Spacing) -> int | None:
 
 
 def check_start(alphas_cumprod: Tensor, timesteps: Sequence[int], spacing: Spacing) -> None:
-    """Looks whether a chain starts in noise where it must.
+    """Checks that a chain starts in noise if it has to.
 
     Raises:
-        ValueError: If it does not; the message names what does.
+        ValueError: If it does not; the message names an alternative.
     """
     if alphas_cumprod[-1] == 0 and timesteps[0] != len(alphas_cumprod) - 1:
         raise ValueError(
             f"spacing={spacing} starts at timestep {timesteps[0]}, "
-            "but a schedule of zero terminal SNR must start at the last; use respaced or linear"
+            "but zero terminal SNR requires a start at the last one; "
+            "use spacing=respaced or linear"
         )
     abar = float(alphas_cumprod[timesteps[0]])
     kept = (1 + abar * (BRIGHTNESS - 1)) ** -0.5
@@ -114,13 +116,13 @@ def check_start(alphas_cumprod: Tensor, timesteps: Sequence[int], spacing: Spaci
         )
         raise ValueError(
             f"spacing={spacing}: the schedule's noisiest x_t holds {abar**0.5:.2g} of the image, "
-            f"so pictures of one colour would keep {kept:.2f} of the spread of their brightness; "
-            f"use {instead}, or spacing=respaced to have it all the same"
+            f"so solid-color pictures would keep only {kept:.2f} of their spread in brightness; "
+            f"use {instead}, or spacing=respaced to accept that"
         )
 
 
 def _evenly(first: int, size: int, count: int) -> list[int]:
-    """So many of `size` timesteps from the first on; the sum is rounded as respace.py does."""
+    """Returns `count` of `size` timesteps from `first` on; rounds the sum as respace.py does."""
     stride = (size - 1) / (count - 1) if count > 1 else 1.0
     return [first + round(place) for place in accumulate(repeat(stride, count - 1), initial=0.0)]
 
@@ -147,13 +149,13 @@ def _whole_stride(num_timesteps: int, count: int) -> list[int]:
         if len(range(0, num_timesteps, stride)) == count:
             return list(range(0, num_timesteps, stride))
     raise ValueError(
-        f"spacing=ddim{count}: no whole stride takes {count} of {num_timesteps} timesteps; "
+        f"spacing=ddim{count}: no integer stride gives {count} of {num_timesteps} timesteps; "
         f"use spacing=linear num_steps={count}"
     )
 
 
 def _on_grid(alphas_cumprod: Tensor, count: int, spacing: str) -> list[int]:
-    """The distinct timesteps nearest to a grid of sigmas, from the noisiest down."""
+    """Returns the distinct timesteps nearest to a grid of sigmas, from the noisiest down."""
     num_timesteps = len(alphas_cumprod)
     chosen = [num_timesteps - 1] if alphas_cumprod[-1] == 0 else []
     sigmas = (1 / alphas_cumprod[: num_timesteps - len(chosen)] - 1).sqrt()
@@ -166,7 +168,7 @@ def _on_grid(alphas_cumprod: Tensor, count: int, spacing: str) -> list[int]:
     else:
         logs = math.log(high) + share * (math.log(low) - math.log(high))
         nearest = (sigmas.log()[None] - logs[:, None]).abs().argmin(dim=1).tolist()
-    for wanted in nearest:  # where a schedule is coarser than the grid, its own timesteps
+    for wanted in nearest:  # no timestep twice, even where the schedule is coarser than the grid
         after = chosen[-1] - 1 if chosen else num_timesteps - 1
         chosen.append(max(min(wanted, after), count - len(chosen) - 1))
     return chosen

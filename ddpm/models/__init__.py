@@ -1,6 +1,6 @@
-"""Networks: callables (x_t, t) -> output of the shape of x_t.
+"""Networks: callables (x_t, t) -> output at the resolution of x_t.
 
-They know neither the noise schedule nor the data.
+They know nothing about the noise schedule or the data.
 """
 
 from ddpm.models.unet import UNet

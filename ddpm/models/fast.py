@@ -1,6 +1,6 @@
-"""What is faster on a CPU than the plain line that it stands for, and computes the same.
+"""Faster CPU forms of plain PyTorch operations, equal up to rounding.
 
-Elsewhere the plain line runs: on an H100 no difference could be measured.
+Other devices run the plain operation: on an H100 no difference could be measured.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ _as_on: str | None = None
 
 @contextmanager
 def as_on(device: torch.device) -> Iterator[None]:
-    """Has networks run what they would on `device`, wherever they lie.
+    """Makes networks take the code path of `device`, wherever their tensors are.
 
-    So what a GPU computes can be counted on the meta device, and compared on a CPU.
+    This counts a GPU's operations on the meta device, or checks its code path on a CPU.
     """
     global _as_on
     before, _as_on = _as_on, device.type
@@ -28,18 +28,18 @@ def as_on(device: torch.device) -> Iterator[None]:
 
 
 def helps(x: Tensor) -> bool:
-    """Whether x lies where these forms are faster. The meta device stands for a CPU."""
+    """Returns whether these forms are faster on the device of x. Meta counts as a CPU."""
     return (_as_on or x.device.type) in ("cpu", "meta")
 
 
 def linear(layer: nn.Linear, rows: Tensor, size: torch.Size) -> Tensor:
-    """Applies a layer to each pixel's channels.
+    """Applies a linear layer to each pixel's channels.
 
-    As a 1x1 convolution it is oneDNN's, which uses AVX-512 on every maker's processors; the product
-    of matrices is MKL's.
+    A 1x1 convolution runs in oneDNN, which uses AVX-512 on CPUs of every vendor. A matrix product
+    would run in MKL.
 
     Args:
-        layer: From C to C' features.
+        layer: Maps C to C' features.
         rows: (B, H*W, C).
         size: (H, W).
 
@@ -54,12 +54,12 @@ def linear(layer: nn.Linear, rows: Tensor, size: torch.Size) -> Tensor:
 
 
 def upsample(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Doubles each pixel both ways, then applies a 3x3 convolution.
+    """Doubles height and width by repeating pixels, then applies a 3x3 convolution.
 
-    As a transposed 4x4 convolution of stride 2 it makes 4/9 of the products.
+    The equivalent transposed 4x4 convolution of stride 2 needs 4/9 of the multiplications.
 
     Args:
-        conv: From C to C' channels, with a padding of 1.
+        conv: Maps C to C' channels, with padding 1.
         x: (B, C, H, W).
 
     Returns:
@@ -71,9 +71,9 @@ def upsample(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _transposed(weight: Tensor) -> Tensor:
-    """Turns (out, in, 3, 3) into (in, out, 4, 4).
+    """Turns an (out, in, 3, 3) kernel into the equivalent (in, out, 4, 4) one.
 
-    An output sees an input pixel twice along a side, so two taps add up.
+    Along a side, every output sees one input pixel twice, so those two taps add up.
     """
     weight = weight.transpose(0, 1)
     for side in (2, 3):
@@ -83,15 +83,15 @@ def _transposed(weight: Tensor) -> Tensor:
 
 
 def keep(x: Tensor, draws: Tensor, least: int, scale: float) -> Tensor:
-    """Keeps, scaled, the elements of x whose draw is at least `least`, and zeroes the others.
+    """Zeroes the elements of x whose draw is below `least`, and scales the others.
 
-    Booleans are slow on a CPU.
+    On a CPU it avoids booleans, which are slow there.
 
     Args:
-        x: Of any shape.
-        draws: Integers of the shape of x; may be written over.
+        x: Any shape.
+        draws: Integers of the shape of x; may be overwritten.
         least: The smallest draw that keeps an element.
-        scale: Of those kept.
+        scale: Factor for the elements kept.
     """
     if not helps(x):
         return x * (draws >= least) * scale

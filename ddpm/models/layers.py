@@ -1,6 +1,6 @@
-"""The blocks that the networks share.
+"""Building blocks shared by the networks.
 
-Parameter names are diffusers' own, so that weights move both ways as they are.
+Parameters are named as in diffusers, so weights move in both directions without renaming.
 """
 
 import inspect
@@ -24,17 +24,17 @@ DROPOUTS = (
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *(nn.AlphaDropout, nn.FeatureAlphaDropout),
 )
-WORDS_OF_A_LAYER = 2**40  # of an image's stream; a layer needs one for four elements
+WORDS_OF_A_LAYER = 2**40  # reserved in an image's stream; one word decides four elements
 
 
 def init_(layer: nn.Conv2d | nn.Linear, init: Init, zero: bool = False) -> None:
-    """Sets the first weights of a layer that PyTorch has just made.
+    """Initializes a layer that PyTorch has just constructed.
 
     Args:
-        layer: The layer.
+        layer: The layer, changed in place.
         init: "fan_avg": uniform, scaled by the average fan, zero bias (Ho et al.'s code). "torch":
-            PyTorch's own (Nichol & Dhariwal's code).
-        zero: Start at zero: with scale 1e-10 in place of 1 for "fan_avg", exactly for "torch".
+            PyTorch's default (Nichol & Dhariwal's code).
+        zero: Start at zero: scale 1e-10 instead of 1 for "fan_avg", exact zeros for "torch".
     """
     if init == "fan_avg":
         nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(1e-10 if zero else 1.0))
@@ -47,6 +47,7 @@ def init_(layer: nn.Conv2d | nn.Linear, init: Init, zero: bool = False) -> None:
 def conv3x3(
     in_channels: int, out_channels: int, init: Init = "fan_avg", zero: bool = False
 ) -> nn.Conv2d:
+    """Returns a 3x3 convolution with padding 1, initialized by init_."""
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
     init_(conv, init, zero)
     return conv
@@ -55,6 +56,7 @@ def conv3x3(
 def linear(
     in_features: int, out_features: int, init: Init = "fan_avg", zero: bool = False
 ) -> nn.Linear:
+    """Returns a linear layer, initialized by init_."""
     layer = nn.Linear(in_features, out_features)
     init_(layer, init, zero)
     return layer
@@ -62,7 +64,7 @@ def linear(
 
 @dataclass(frozen=True)
 class BlockStyle:
-    """What all blocks of one network have in common. See UNet for each."""
+    """Settings that all blocks of a network share. UNet documents each."""
 
     time_width: int
     dropout: float
@@ -74,13 +76,14 @@ class BlockStyle:
     init: Init
 
     def norm(self, channels: int) -> nn.GroupNorm:
+        """Returns a GroupNorm over this many channels."""
         return nn.GroupNorm(self.norm_groups, channels, eps=self.norm_eps)
 
     def heads(self, channels: int) -> int:
         """Returns the number of attention heads at a width.
 
         Raises:
-            ValueError: If the heads would not all be of one size.
+            ValueError: If the width does not divide evenly into heads.
         """
         name, divisor = (
             ("num_heads", self.num_heads)
@@ -95,16 +98,16 @@ class BlockStyle:
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoid of the timestep, then two dense layers.
+    """Sinusoidal timestep embedding, then two dense layers.
 
     Ho et al. 2020, App. B; Vaswani et al. 2017.
 
     Args:
-        width: Of the sinusoid.
-        out_width: Of the output.
+        width: Channels of the sinusoid.
+        out_width: Channels of the output.
         order: "sin_cos": sines first, the last frequency 1/10000 (Ho et al.'s code). "cos_sin":
             cosines first, the last frequency one step short of 1/10000 (Nichol & Dhariwal's code).
-        init: First weights, see init_.
+        init: Initialization, see init_.
     """
 
     frequencies: Tensor
@@ -122,10 +125,10 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = linear(out_width, out_width, init)
 
     def sinusoid(self, t: Tensor) -> Tensor:
-        """Returns the sinusoids of timesteps.
+        """Returns the sinusoids of a batch of timesteps.
 
         Args:
-            t: (B,) timesteps, integer, or float where they were rescaled.
+            t: (B,) timesteps: integers, or floats if rescaled.
 
         Returns:
             (B, width) in [-1, 1].
@@ -135,28 +138,29 @@ class TimestepEmbedding(nn.Module):
         return torch.cat([sine, cosine] if self.order == "sin_cos" else [cosine, sine], dim=1)
 
     def forward(self, t: Tensor) -> Tensor:
+        """Returns (B, out_width) embeddings of (B,) timesteps."""
         return self.linear_2(F.silu(self.linear_1(self.sinusoid(t))))
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose mask of an image is a function of the image's key and of the layer alone.
+    """Dropout with a mask that depends only on the image's key and on the layer.
 
-    So it does not depend on what an image is batched with, on the memory format, or on the kind of
-    device. It zeroes elements with probability p and scales the others up to keep the mean. 16 bits
-    of a word of the key's stream decide an element, so p is rounded to 2^-16.
+    The rest of the batch, the memory format and the kind of device do not matter. Elements are
+    zeroed with probability p; the others are scaled up to keep the mean. Each element takes 16 bits
+    of the key's stream, so p is rounded to 2^-16.
 
     Attributes:
-        number: Of the layer in its network. It says which words of a stream are the layer's.
+        number: Index of the layer in its network, which selects its words in a stream.
     """
 
     number = 0
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Drops elements of x.
+        """Returns x with elements dropped.
 
         Args:
             x: (B, C, H, W).
-            keys: (B,) int64, one an image; None for a mask from torch's own generator.
+            keys: (B,) int64, one per image. None draws the mask from torch's own generator.
         """
         if not self.training or self.p == 0:
             return x
@@ -164,7 +168,7 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         dropped = min(round(self.p * 2**16), 2**16 - 1)
         least, scale = dropped - 2**15, 2**16 / (2**16 - dropped)
-        # the channels of a pixel are neighbours, as they are in memory in channels_last
+        # channels innermost, as channels_last lays them out in memory
         pixels = (*x.shape[2:], x.shape[1])
         count = math.prod(pixels)
         words = randomness.random_bits(keys, -(-count // 4), self.number * WORDS_OF_A_LAYER)
@@ -173,14 +177,14 @@ class Dropout(nn.Dropout):
 
 
 def number_dropout(network: nn.Module) -> None:
-    """Gives each Dropout in a network a number of its own."""
+    """Numbers the Dropout layers of a network, in order."""
     layers = [module for module in network.modules() if isinstance(module, Dropout)]
     for number, layer in enumerate(layers):
         layer.number = number
 
 
 def drops(network: nn.Module) -> bool:
-    """Whether a network has a layer that drops something in training."""
+    """Returns whether a network has a layer that drops anything in training."""
     return any(
         (isinstance(layer, DROPOUTS) and layer.p > 0)
         or (isinstance(layer, nn.MultiheadAttention) and layer.dropout > 0)
@@ -189,22 +193,22 @@ def drops(network: nn.Module) -> bool:
 
 
 def takes_dropout_keys(network: nn.Module) -> bool:
-    """Whether a network's masks can be a function of keys, one an image (see UNet.forward)."""
+    """Returns whether a network takes dropout keys, one per image (see UNet.forward)."""
     return "dropout_keys" in inspect.signature(type(network).forward).parameters
 
 
 class ResBlock(nn.Module):
     """GroupNorm, swish and convolution, twice, with the input added at the end.
 
-    The timestep comes in between the halves. It is added to what the first half gives (Ho et al.
-    2020), or scales and shifts that after its normalization (Nichol & Dhariwal 2021).
+    The timestep enters between the two. It is added to the output of the first convolution (Ho et
+    al. 2020), or scales and shifts that output once normalized (Nichol & Dhariwal 2021).
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        style: What all blocks of the network have in common.
-        resample: Halve both branches by averaging, or double them by repeating, just before the
-            first convolution (Dhariwal & Nichol 2021, after BigGAN).
+        style: Settings that all blocks of the network share.
+        resample: Resampling of both branches just before the first convolution: "down" halves them
+            by averaging, "up" doubles them by repeating (Dhariwal & Nichol 2021, after BigGAN).
     """
 
     def __init__(
@@ -233,11 +237,11 @@ class ResBlock(nn.Module):
             init_(self.conv_shortcut, style.init)
 
     def forward(self, x: Tensor, time: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
-        """Returns (B, out_channels, H', W'), resampled if so chosen.
+        """Returns (B, out_channels, H', W') at the size that `resample` gives.
 
         Args:
             x: (B, in_channels, H, W).
-            time: (B, time_width), after its swish.
+            time: (B, time_width) timestep embedding, after its swish.
             dropout_keys: (B,) int64, see Dropout.
         """
         h = F.silu(self.norm1(x))
@@ -256,7 +260,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all positions, with residual (Ho et al. 2020, App. B)."""
+    """Self-attention over all positions, with a residual connection (Ho et al. 2020, App. B)."""
 
     def __init__(self, channels: int, style: BlockStyle) -> None:
         super().__init__()
@@ -268,6 +272,7 @@ class AttentionBlock(nn.Module):
         self.to_out = nn.ModuleList([linear(channels, channels, style.init, zero=True)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns x plus its attention, (B, C, H, W)."""
         size, rows = x.shape[2:], positions(self.group_norm(x))
         layers = self.to_q, self.to_k, self.to_v
         q, k, v = (fast.linear(layer, rows, size) for layer in layers)
@@ -277,12 +282,12 @@ class AttentionBlock(nn.Module):
 
 
 def positions(x: Tensor) -> Tensor:
-    """Turns (B, C, H, W) into (B, H*W, C), a view when x is channels_last."""
+    """Turns (B, C, H, W) into (B, H*W, C); a view if x is channels_last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def picture(rows: Tensor, like: Tensor) -> Tensor:
-    """Turns (B, H*W, C) into (B, C, H, W), channels_last, of like's height and width."""
+    """Turns (B, H*W, C) into channels_last (B, C, H, W) with the height and width of `like`."""
     return rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
@@ -290,7 +295,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Computes scaled dot-product attention (Vaswani et al. 2017).
 
     Args:
-        q: (B, N, C) rows, their channels shared out among the heads.
+        q: (B, N, C), with the channels split among the heads.
         k: Like q.
         v: Like q.
         heads: Number of heads.
@@ -304,17 +309,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def double_pixels(x: Tensor) -> Tensor:
-    """Repeats each pixel, twice as high and twice as wide."""
+    """Doubles height and width by repeating each pixel."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Downsample(nn.Module):
-    """A 3x3 convolution with stride 2 on an even size.
+    """A 3x3 convolution with stride 2, for even sizes.
 
     Args:
         channels: Channels of the input and the output.
-        padding: "same": right and bottom only, as TensorFlow's. "symmetric": on all sides.
-        init: First weights, see init_.
+        padding: "same": right and bottom only, as in TensorFlow. "symmetric": on all sides.
+        init: Initialization, see init_.
     """
 
     def __init__(self, channels: int, padding: Padding = "same", init: Init = "fan_avg") -> None:
@@ -326,26 +331,26 @@ class Downsample(nn.Module):
         init_(self.conv, init)
 
     def forward(self, x: Tensor, time: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
-        """Halves x. The residual block that may stand here instead needs the rest."""
+        """Halves x; the other arguments only match the signature of ResBlock."""
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == "same" else x)
 
 
 class Upsample(nn.Module):
-    """Each pixel doubled both ways, then a 3x3 convolution."""
+    """Doubles height and width by repeating pixels, then applies a 3x3 convolution."""
 
     def __init__(self, channels: int, init: Init = "fan_avg") -> None:
         super().__init__()
         self.conv = conv3x3(channels, channels, init)
 
     def forward(self, x: Tensor, time: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
-        """Doubles x. For the rest, see Downsample."""
+        """Doubles x; the other arguments only match the signature of ResBlock."""
         return fast.upsample(self.conv, x)
 
 
 def call_recomputing(block: Callable[..., Tensor], *inputs: object) -> Tensor:
-    """Returns block(*inputs), computing its inner activations again in the backward pass.
+    """Returns block(*inputs) and recomputes its activations in the backward pass.
 
-    Dropout is the same both times.
+    Both passes drop the same elements.
     """
     return (
         checkpoint(block, *inputs, use_reentrant=False)
@@ -358,7 +363,7 @@ def check_levels(levels: Sequence[int], count: int) -> None:
     """Checks the levels of runtime.recompute against a network of `count` levels.
 
     Raises:
-        ValueError: If the network does not have one of them.
+        ValueError: If the network lacks one of them.
     """
     for level in levels:
         if not 0 <= level < count:

@@ -1,6 +1,6 @@
 """The U-Net of Ho et al. 2020 (App. B), layer for layer as in the authors' code.
 
-Also what Nichol & Dhariwal and Dhariwal & Nichol made of it.
+Options cover the variants of Nichol & Dhariwal 2021 and Dhariwal & Nichol 2021.
 """
 
 from collections.abc import Sequence
@@ -27,14 +27,14 @@ from ddpm.models.layers import (
 )
 
 Resample = Literal["conv", "resblock"]
-MOST_LEVELS = 16  # 65,536 pixels to 2
-MOST_BLOCKS = 100  # of a level; the papers have 1 to 4
+MOST_LEVELS = 16  # enough to go from 65,536 pixels to 2
+MOST_BLOCKS = 100  # per level; the papers use 1 to 4
 
 
 class Level(nn.Module):
-    """One resolution of the way down or up.
+    """One resolution on the way down or up.
 
-    Residual blocks, each followed by attention where the level has it, then a resampling.
+    Residual blocks, each followed by attention if the level has it, then resampling.
     """
 
     resnets: nn.ModuleList
@@ -51,6 +51,7 @@ class Level(nn.Module):
         self.recomputes = False
 
     def block(self, index: int, h: Tensor, time: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        """Applies residual block `index`, then the attention after it, if any."""
         return (
             call_recomputing(self._block, index, h, time, dropout_keys)
             if self.recomputes
@@ -63,10 +64,10 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts from a noised image and its timestep (Ho et al. 2020, App. B).
+    """U-Net that predicts from a noised image and its timestep (Ho et al. 2020, App. B).
 
-    Parameter names are those of diffusers' UNet2DModel. Every default is Ho et al.'s. For the other
-    papers' values see Nichol & Dhariwal 2021 (improved_unet*.yaml) and Dhariwal & Nichol 2021
+    Parameters are named as in diffusers' UNet2DModel. Defaults are Ho et al.'s. conf/model/ holds
+    the values of Nichol & Dhariwal 2021 (improved_unet*.yaml) and Dhariwal & Nichol 2021
     (adm*.yaml).
 
     Args:
@@ -74,26 +75,29 @@ class UNet(nn.Module):
         in_channels: Channels of x_t.
         out_channels: Channels of the output.
         base_channels: The width that channel_multipliers multiply.
-        channel_multipliers: One per level, of base_channels.
-        attention_resolutions: The longer side, in pixels, of the levels that get attention; the
-            middle always has it.
-        num_res_blocks: Of each level on the way down; one more on the way up.
-        dropout: Probability in [0, 1).
-        norm_groups: Of every GroupNorm.
-        norm_eps: Of every GroupNorm.
-        num_heads: Of every attention.
-        head_channels: Instead of num_heads: the width of a head, any number of them.
-        scale_shift_norm: Have the timestep scale and shift the second normalization of a residual
-            block, instead of being added before it.
-        time_embedding: Sines or cosines first, see TimestepEmbedding.
-        downsample_padding: Right and bottom only ("same"), or on all sides.
-        resample: End a level with a strided or upsampling convolution, or with a residual block
-            that resamples.
-        init: First weights, see layers.init_.
-        num_classes: Classes to embed; the embedding is added to the timestep's. None: no classes.
+        channel_multipliers: One multiple of base_channels per level.
+        attention_resolutions: Levels that get attention, by their longer side in pixels. The middle
+            always has it.
+        num_res_blocks: Residual blocks per level on the way down; the way up has one more.
+        dropout: Dropout probability in [0, 1).
+        norm_groups: Groups of every GroupNorm.
+        norm_eps: Epsilon of every GroupNorm.
+        num_heads: Heads of every attention block.
+        head_channels: Channels per head, in place of num_heads. The width then decides the number
+            of heads.
+        scale_shift_norm: Whether the timestep scales and shifts the second normalization of a
+            residual block instead of being added before it.
+        time_embedding: Whether sines or cosines come first, see TimestepEmbedding.
+        downsample_padding: Padding of strided convolutions: right and bottom only ("same") or all
+            sides ("symmetric").
+        resample: What ends a level: a strided or upsampling convolution ("conv"), or a residual
+            block that resamples ("resblock").
+        init: Initialization, see layers.init_.
+        num_classes: Number of classes; their embedding is added to the timestep's. None: no
+            classes.
 
     Raises:
-        ValueError: If values do not fit together; the message names the argument.
+        ValueError: If an argument is invalid or does not fit the others; the message names it.
     """
 
     def __init__(
@@ -133,7 +137,7 @@ class UNet(nn.Module):
             raise ValueError("channel_multipliers=[] must have at least one level")
         if head_channels is not None and num_heads != 1:
             raise ValueError(
-                f"num_heads={num_heads} and head_channels={head_channels}: give one of them"
+                f"num_heads={num_heads} and head_channels={head_channels}: set only one of them"
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} must lie in [0, 1)")
@@ -217,25 +221,25 @@ class UNet(nn.Module):
         classes: Tensor | None = None,
         dropout_keys: Tensor | None = None,
     ) -> Tensor:
-        """Returns what the network says about x_t.
+        """Returns the network's output for x_t.
 
         Args:
             x_t: (B, in_channels, H, W).
-            t: (B,) int64 in [0, T-1], or float where they were rescaled.
-            classes: (B,) int64 in [0, num_classes-1]; None exactly when num_classes is.
-            dropout_keys: (B,) int64: an image's masks in training are a function of its key. None:
-                they come from torch's own generator.
+            t: (B,) int64 in [0, T-1], or float if rescaled.
+            classes: (B,) int64 in [0, num_classes-1]; None if, and only if, num_classes is None.
+            dropout_keys: (B,) int64. In training, an image's key decides its dropout masks. None
+                draws them from torch's own generator.
 
         Returns:
             (B, out_channels, H, W).
 
         Raises:
-            ValueError: If classes is missing, not wanted or of the wrong shape, or dropout_keys is
+            ValueError: If classes is missing, unexpected or of the wrong shape, or dropout_keys is
                 of the wrong shape.
         """
         if dropout_keys is not None and dropout_keys.shape != t.shape:
             raise ValueError(
-                f"dropout_keys must be {tuple(t.shape)}, one an image; "
+                f"dropout_keys must be {tuple(t.shape)}, one per image; "
                 f"got {tuple(dropout_keys.shape)}"
             )
         time = F.silu(self._embedding(t, classes))
@@ -260,16 +264,16 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
     def recompute(self, levels: Sequence[int]) -> None:
-        """Saves memory at some levels, at the cost of time (Chen et al. 2016, arXiv:1604.06174).
+        """Trades time for memory at some levels (Chen et al. 2016, arXiv:1604.06174).
 
-        These levels keep only what enters each block and compute the rest again in the backward
-        pass. The results are the same.
+        These levels keep only the inputs of their blocks and recompute the rest in the backward
+        pass. Results do not change.
 
         Args:
             levels: The levels; 0 is the finest.
 
         Raises:
-            ValueError: If there is no such level.
+            ValueError: If the network lacks one of them.
         """
         check_levels(levels, len(self.down_blocks))
         for level in levels:
@@ -280,26 +284,26 @@ class UNet(nn.Module):
         embedding = self.time_embedding(t)
         if self.class_embedding is None:
             if classes is not None:
-                raise ValueError("classes were given to a network that has num_classes=None")
+                raise ValueError("num_classes=None: the network takes no classes, but got some")
             return embedding
         if classes is None or classes.shape != t.shape:
             given = None if classes is None else tuple(classes.shape)
             raise ValueError(
-                f"classes must be {tuple(t.shape)}, one an image, "
+                f"classes must be {tuple(t.shape)}, one per image, "
                 f"since num_classes={self.class_embedding.num_embeddings}; got {given}"
             )
         return embedding + self.class_embedding(classes)
 
 
 def level_sizes(resolution: int | tuple[int, int], num_levels: int) -> list[tuple[int, int]]:
-    """Returns (height, width) of each level, halving from the first.
+    """Returns the (height, width) of each level; each level halves the one before.
 
     Raises:
-        ValueError: If a side does not halve evenly.
+        ValueError: If there are too many levels or a side does not halve evenly.
     """
     height, width = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
     if num_levels > MOST_LEVELS:
-        raise ValueError(f"channel_multipliers has {num_levels} levels, and at most {MOST_LEVELS}")
+        raise ValueError(f"channel_multipliers has {num_levels} levels, more than {MOST_LEVELS}")
     factor = 2 ** (num_levels - 1)
     if min(height, width) < factor or height % factor or width % factor:
         near = sorted(
@@ -312,7 +316,7 @@ def level_sizes(resolution: int | tuple[int, int], num_levels: int) -> list[tupl
         raise ValueError(
             f"resolution={resolution} must be divisible by {factor}, "
             f"since {num_levels} levels halve it {num_levels - 1} times; "
-            f"near: {', '.join(map(str, near))}"
+            f"use {', '.join(map(str, near))}, for example"
         )
     return [(height >> level, width >> level) for level in range(num_levels)]
 
@@ -338,8 +342,8 @@ def _check_attention(attention_resolutions: Sequence[int], sides: list[int]) -> 
         if side not in sides:
             levels = ", ".join(map(str, sides))
             raise ValueError(
-                f"attention_resolutions has {side}, which no level has; "
-                f"the levels have {levels}; give [{sides[-1]}], say"
+                f"attention_resolutions has {side}, but the levels' longer sides are {levels}; "
+                f"use [{sides[-1]}], for example"
             )
 
 

@@ -1,4 +1,4 @@
-"""The network of the original README's runs, for reproducing those runs.
+"""The network of the original README's runs, kept to reproduce them.
 
 It differs from Ho et al.'s in almost every part.
 """
@@ -19,9 +19,9 @@ HEADS = 4
 
 
 class TimeMlp(nn.Module):
-    """Sinusoid of the timestep, then two dense layers with a GELU between.
+    """Sinusoidal timestep embedding, then two dense layers with a GELU in between.
 
-    Sines and cosines take turns (Vaswani et al. 2017, section 3.5).
+    Sines and cosines alternate (Vaswani et al. 2017, section 3.5).
     """
 
     frequencies: Tensor
@@ -36,25 +36,26 @@ class TimeMlp(nn.Module):
         self.linear_2 = nn.Linear(out_width, out_width)
 
     def sinusoid(self, t: Tensor) -> Tensor:
-        """Returns the sinusoids of timesteps.
+        """Returns the sinusoids of a batch of timesteps.
 
         Args:
             t: (B,) timesteps.
 
         Returns:
-            (B, width) in [-1, 1]: sin(t / 10000^(2i / width)) at 2i, its cosine at 2i + 1.
+            (B, width) in [-1, 1]: sin(t / 10000^(2i / width)) at 2i, the cosine at 2i + 1.
         """
         angles = t.to(self.frequencies.dtype)[:, None] * self.frequencies
         return torch.stack([torch.sin(angles), torch.cos(angles)], dim=2).flatten(1)
 
     def forward(self, t: Tensor) -> Tensor:
+        """Returns (B, out_width) embeddings of (B,) timesteps."""
         return self.linear_2(F.gelu(self.linear_1(self.sinusoid(t))))
 
 
 class PostNormResBlock(nn.Module):
     """Convolution, GroupNorm and swish, twice.
 
-    The timestep is added between the halves, the input at the end.
+    The timestep is added between the two, the input at the end.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -73,14 +74,14 @@ class PostNormResBlock(nn.Module):
 
         Args:
             x: (B, in_channels, H, W).
-            time: (B, 512), after its swish.
+            time: (B, 512) timestep embedding, after its swish.
         """
         h = self.half_1(x) + self.time_projection(time)[:, :, None, None]
         return self.half_2(h) + self.shortcut(x)
 
 
 class PostNormAttention(nn.Module):
-    """Self-attention over all positions, four heads, normalized only after the input was added."""
+    """Self-attention over all positions with four heads, normalized after the residual sum."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -91,13 +92,14 @@ class PostNormAttention(nn.Module):
         self.norm = nn.GroupNorm(NORM_GROUPS, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the normalized sum of x and its attention, (B, C, H, W)."""
         rows = positions(x)
         rows = self.to_out(attend(self.to_q(rows), self.to_k(rows), self.to_v(rows), HEADS))
         return self.norm(x + picture(rows, like=x))
 
 
 class Stage(nn.Module):
-    """Two residual blocks, each followed by attention where the stage has it, then a resampling."""
+    """Two residual blocks, each followed by attention if the stage has it, then resampling."""
 
     def __init__(
         self, in_channels: int, out_channels: int, resample: nn.Module, attention: bool = False
@@ -116,6 +118,12 @@ class Stage(nn.Module):
         self.recomputes = False
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Returns (B, out_channels, H', W') at the size that the resampling gives.
+
+        Args:
+            x: (B, in_channels, H, W).
+            time: (B, 512) timestep embedding, after its swish.
+        """
         return (
             call_recomputing(self._forward, x, time) if self.recomputes else self._forward(x, time)
         )
@@ -127,19 +135,19 @@ class Stage(nn.Module):
 
 
 class ReadmeUNet(nn.Module):
-    """The original README's U-Net, of 58,661,123 parameters in colour.
+    """The original README's U-Net, with 58,661,123 parameters for color images.
 
-    It has five levels of 128, 128, 256, 256 and 512 channels, whatever the size. It differs from Ho
+    Its five levels have 128, 128, 256, 256 and 512 channels at every resolution. It differs from Ho
     et al. 2020, App. B:
 
-    - It normalizes after the convolutions.
-    - Every level downsamples, the last too.
+    - Normalization follows the convolutions.
+    - Every level downsamples, including the last.
     - There is one skip per level, taken after its downsampling, and one from the first convolution.
-    - There are as many residual blocks up as down.
+    - The way up has as many residual blocks as the way down.
     - Attention has four heads, on the fourth level and in the middle.
     - Upsampling is bilinear.
-    - The timestep's layers use GELU.
-    - First weights are PyTorch's own.
+    - The timestep's dense layers use GELU.
+    - Initialization is PyTorch's default.
     - There is no dropout.
 
     Args:
@@ -148,7 +156,7 @@ class ReadmeUNet(nn.Module):
         out_channels: Channels of the output.
 
     Raises:
-        ValueError: If resolution is not divisible by 32, or a number of channels is below 1.
+        ValueError: If resolution is not divisible by 32, or a channel count is below 1.
     """
 
     def __init__(
@@ -181,7 +189,7 @@ class ReadmeUNet(nn.Module):
         self.conv_out = nn.Conv2d(128 + 128, out_channels, 3, padding=1)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns what the network says about x_t.
+        """Returns the network's output for x_t.
 
         Args:
             x_t: (B, in_channels, H, W).
@@ -202,15 +210,15 @@ class ReadmeUNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(torch.cat([h, skips.pop()], dim=1))))
 
     def recompute(self, levels: Sequence[int]) -> None:
-        """Saves memory at some levels, at the cost of time. See UNet.recompute.
+        """Trades time for memory at some levels; see UNet.recompute.
 
-        These levels keep only what enters them and compute the rest again in the backward pass.
+        These levels keep only their inputs and recompute the rest in the backward pass.
 
         Args:
             levels: The levels; 0 is the finest.
 
         Raises:
-            ValueError: If there is no such level.
+            ValueError: If the network lacks one of them.
         """
         check_levels(levels, len(self.down))
         for level in levels:

@@ -1,1 +1,1 @@
-"""From a run or a folder of weights to images: one way for every command."""
+"""Draws images from a run or a folder of weights; every command draws through this package."""

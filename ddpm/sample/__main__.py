@@ -5,7 +5,7 @@ from ddpm.config.cli import command, lazily
 main = command(
     "sample",
     lazily("ddpm.sample.run.run"),
-    "Draw images from a trained run: a grid, and one PNG an image.",
+    "Draw images from a trained run: a grid, and one PNG per image.",
     [
         "python -m ddpm.sample run=outputs/quickstart-digits/recipe-ec05d29c",
         "python -m ddpm.sample run=DIR sampler=ddim sampler.num_steps=50 num_samples=16",

@@ -1,4 +1,4 @@
-"""Drawing images from a network: which weights, which images of which classes, in which batches."""
+"""Draws images from a network: with which weights, of which classes, in which batches."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,20 +17,20 @@ from ddpm.system.signals import at_once
 
 @dataclass(frozen=True)
 class Drawing:
-    """A network with all that decides its images.
+    """A network with everything that decides its images.
 
-    Image i is a function of this, of i and of its class, whatever it is batched with.
+    Image i depends only on this, on i and on its class, not on the rest of its batch.
 
     Attributes:
-        network: With the weights that draw.
+        network: The network, with the weights to draw with.
         diffusion: The process that the network was trained for.
-        sampler: How images are drawn.
+        sampler: The sampler.
         shape: (C, H, W) of an image.
-        seed: Of all the noise.
+        seed: Seed of all noise.
         any_class: The class number that stands for "any" in classifier-free guidance; None if the
             network has not learned one.
-        precision: What the network computes in. The rest of a step is float32.
-        forward: What is called in the network's place, and gives the same (ways.of_batch); None:
+        precision: The precision that the network computes in. The rest of a step is float32.
+        forward: Called instead of the network, with the same results (ways.of_batch). None calls
             the network.
 
     Raises:
@@ -50,13 +50,13 @@ class Drawing:
         if self.sampler.guidance_scale != 1 and self.any_class is None:
             raise ValueError(
                 f"sampler.guidance_scale={self.sampler.guidance_scale} needs a network that was "
-                "trained with classes, some of them left out "
+                "trained with classes and label dropout "
                 "(training.conditional=true training.label_dropout=0.1)"
             )
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie, and so where images are drawn."""
+        """The device of the weights, on which images are drawn."""
         return next(self.network.parameters()).device
 
     @property
@@ -65,37 +65,37 @@ class Drawing:
         return self.sampler.timesteps(self.diffusion)
 
     def latents(self, indices: Sequence[int]) -> Tensor:
-        """Returns the noise that the images with these indices start from: (B, C, H, W) float32."""
+        """Returns the initial noise of the images with these indices: (B, C, H, W) float32."""
         return latents(self.shape, indices, self.seed, self.device)
 
     def images(self, indices: Sequence[int], classes: Sequence[int] | None = None) -> Tensor:
         """Draws the images with these indices.
 
         Args:
-            indices: The numbers of the images.
-            classes: One an index; None for a network without.
+            indices: Indices of the images.
+            classes: One class per index; None for a network without classes.
 
         Returns:
             (B, C, H, W) float32 in [-1, 1].
 
         Raises:
-            torch.OutOfMemoryError: If one image does not fit the device's memory.
+            torch.OutOfMemoryError: If even one image does not fit in the device's memory.
         """
         return self.walk(self.latents(indices), self.timesteps, self._noise(indices), classes)
 
     def chains(
         self, indices: Sequence[int], classes: Sequence[int] | None, kept: set[int]
     ) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:
-        """Draws images, and keeps what their chains were like at some timesteps.
+        """Draws images and records their chains at some timesteps.
 
         Args:
-            indices: The numbers of the images.
-            classes: One an index; None for a network without.
-            kept: The timesteps.
+            indices: Indices of the images.
+            classes: One class per index; None for a network without classes.
+            kept: Timesteps to record.
 
         Returns:
-            For each timestep kept (x_t, x0_hat), each (B, C, H, W); and the images as `images`
-            draws them.
+            (x_t, x0_hat), each (B, C, H, W), by recorded timestep; and the images as `images` draws
+            them.
         """
 
         def part(span: slice) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:
@@ -125,19 +125,19 @@ class Drawing:
     ) -> Tensor:
         """Walks from x_t at timesteps[0] to images.
 
-        Images that do not fit the device's memory together are drawn in halves.
+        A batch that does not fit in the device's memory is drawn in halves.
 
         Args:
             x: x_t, (B, C, H, W).
-            timesteps: To visit, from the noisiest down.
+            timesteps: Timesteps to visit, from the noisiest down.
             noise: See ddpm.diffusion.samplers.
-            classes: One an image; None for a network without.
+            classes: One class per image; None for a network without classes.
 
         Returns:
             Images like x, in [-1, 1].
 
         Raises:
-            torch.OutOfMemoryError: If one image does not fit the device's memory.
+            torch.OutOfMemoryError: If even one image does not fit in the device's memory.
         """
 
         def part(span: slice) -> Tensor:
@@ -160,14 +160,14 @@ class Drawing:
     ) -> Tensor:
         of_batch = None if classes is None else torch.tensor(list(classes), device=self.device)
         with self.computing(), at_once(), torch.inference_mode():  # a call may compile for minutes
-            # a copy made here is of inference mode as all that follow, and needs no code of its own
+            # the clone is an inference tensor like all that follow, so torch compiles only once
             return self.sampler.walk(
                 self.model(of_batch), self.diffusion, x.clone(), timesteps, noise, watch
             )
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Has the network compute as drawing does: without dropout, in this precision."""
+        """Makes the network compute as in drawing: without dropout, in this precision."""
         was_training = self.network.training
         self.network.eval()
         try:
@@ -180,19 +180,18 @@ class Drawing:
             self.network.train(was_training)
 
     def model(self, classes: Tensor | None) -> Model:
-        """Returns (x_t, t) -> output, guided as the sampler says; for use within `computing`.
+        """Returns (x_t, t) -> output with the sampler's guidance, for use within `computing`.
 
         Args:
-            classes: (B,) int64; None for a network without.
+            classes: (B,) int64; None for a network without classes.
         """
-
         forward = self.forward or self.network
 
         def model(x_t: Tensor, t: Tensor) -> Tensor:
             return forward(x_t, t) if classes is None else forward(x_t, t, classes)
 
         def guided(x_t: Tensor, t: Tensor) -> Tensor:
-            """Ho & Salimans 2022, Eq. 6, scale 1 + w; a learned variance stays the class's."""
+            """Applies Ho & Salimans 2022, Eq. 6, scale 1 + w; keeps the class's own variance."""
             assert classes is not None
             both = torch.cat([classes, torch.full_like(classes, self.any_class or 0)])
             output = forward(torch.cat([x_t, x_t]), torch.cat([t, t]), both)

@@ -1,4 +1,4 @@
-"""The papers' figures and moving pictures: each a labelled picture and the arrays behind it."""
+"""The papers' figures, each a labeled picture and the arrays behind it, and animations."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,18 +16,18 @@ from ddpm.system.devices import memory_format
 from ddpm.system.files import whole, write_arrays
 from ddpm.system.text import shown
 
-FRAMES = 20  # of each image, in Fig. 6
-SHARES = (1.0, 0.75, 0.5, 0.25)  # where the samples of Fig. 7 part, as shares of T
+FRAMES = 20  # per image, in Fig. 6
+SHARES = (1.0, 0.75, 0.5, 0.25)  # where the samples of Fig. 7 split, as shares of T
 
 
 class Figure(NamedTuple):
-    """Rows of images with a label each.
+    """Labeled rows of images.
 
     Attributes:
-        rows: (B, H, W, C) uint8 each.
-        labels: One a row.
-        columns: The columns' heads.
-        arrays: What stands behind the figure, by name; in [-1, 1] unless the name says otherwise.
+        rows: The images of each row, (B, H, W, C) uint8.
+        labels: One label per row.
+        columns: Column heads.
+        arrays: The arrays behind the figure, by name; in [-1, 1] unless the name says otherwise.
     """
 
     rows: list[np.ndarray]
@@ -39,13 +39,13 @@ class Figure(NamedTuple):
 def progressive(drawing: Drawing, count: int, classes: Sequence[int] | None) -> Figure:
     """Shows x0_hat over the reverse process (Ho et al. 2020, Fig. 6).
 
-    The chain is cut into FRAMES equal windows of steps, fewer if it has fewer steps, and the last
-    step of each is shown. The last frame is the sample itself.
+    The chain is cut into FRAMES equal windows of steps, fewer if it has fewer steps. Each frame
+    shows the last step of its window; the last frame is the sample itself.
 
     Args:
-        drawing: What draws.
-        count: Of images, a row each.
-        classes: One an image; None for a network without.
+        drawing: The network and sampler to draw with.
+        count: Number of images, one row each.
+        classes: One class per image; None for a network without classes.
     """
     visited, frames = drawing.timesteps, FRAMES
     kept = (
@@ -73,13 +73,13 @@ def progressive(drawing: Drawing, count: int, classes: Sequence[int] | None) -> 
 def shared_latents(drawing: Drawing, count: int, classes: Sequence[int] | None) -> Figure:
     """Shows samples that share the first part of their chain (Ho et al. 2020, Fig. 7).
 
-    There is a row for each t where they part, the timesteps visited that are nearest to SHARES of
-    T: x_t first, then `count` samples.
+    There is one row per timestep where they split: the visited ones nearest to SHARES of T. A row
+    has x_t first, then `count` samples.
 
     Args:
-        drawing: What draws.
-        count: Of samples in a row.
-        classes: Of the images; the first is that of all here. None for a network without.
+        drawing: The network and sampler to draw with.
+        count: Samples per row.
+        classes: Classes, of which all images take the first; None for a network without classes.
     """
     visited, num_timesteps = drawing.timesteps, drawing.diffusion.num_timesteps
     splits = [_nearest(visited, round(share * num_timesteps) - 1) for share in SHARES]
@@ -89,7 +89,7 @@ def shared_latents(drawing: Drawing, count: int, classes: Sequence[int] | None) 
     branches = range(count)
     rows, samples = [], []
     for split in splits:
-        # each branch its own later noise
+        # each branch gets its own noise from here on
         noise = step_noise(drawing.shape, branches, drawing.seed + 1, drawing.device)
         x = found[split].expand(count, -1, -1, -1)
         x = x.contiguous(memory_format=memory_format(drawing.device))
@@ -105,7 +105,7 @@ def shared_latents(drawing: Drawing, count: int, classes: Sequence[int] | None) 
     }
     return Figure(
         rows,
-        [f"parted at t={split + 1}" for split in splits],
+        [f"split at t={split + 1}" for split in splits],
         ["x_t", *(f"{branch}" for branch in branches)],
         arrays,
     )
@@ -114,14 +114,14 @@ def shared_latents(drawing: Drawing, count: int, classes: Sequence[int] | None) 
 def interpolate(drawing: Drawing, pair: Tensor, classes: Sequence[int] | None, t: int) -> Figure:
     """Interpolates between two images (Ho et al. 2020, Fig. 8).
 
-    Both are noised to x_t, mixed linearly, and denoised with the same noise for every share. Lambda
-    0 and 1 are the two reconstructions.
+    Both are noised to x_t, mixed linearly, and denoised with the same noise for every lambda.
+    Lambda 0 and 1 are the two reconstructions.
 
     Args:
-        drawing: What draws.
+        drawing: The network and sampler to draw with.
         pair: (2, C, H, W) in [-1, 1].
-        classes: Of the two images; None for a network without.
-        t: Diffusion steps in [1, T]; the nearest visited are taken.
+        classes: Classes of the two images; None for a network without classes.
+        t: Diffusion steps in [1, T]; the nearest visited timestep is used.
     """
     shares = [index / 10 for index in range(11)]
     decoded, used = _mixed(drawing, pair, classes, t, shares)
@@ -142,8 +142,8 @@ def interpolate(drawing: Drawing, pair: Tensor, classes: Sequence[int] | None, t
 def interpolate_coarse(drawing: Drawing, pair: Tensor, classes: Sequence[int] | None) -> Figure:
     """Interpolates from coarse to fine (Ho et al. 2020, Fig. 9); see `interpolate`.
 
-    There is a row for each of nine numbers of diffusion steps, from T down to 0, where the pixels
-    are mixed.
+    There is one row for each of nine numbers of diffusion steps, from T down to 0. At 0 the pixels
+    themselves are mixed.
     """
     shares = [index / 10 for index in range(11)]
     rows, decoded, steps = [], [], []
@@ -174,7 +174,7 @@ def interpolate_coarse(drawing: Drawing, pair: Tensor, classes: Sequence[int] | 
 def _mixed(
     drawing: Drawing, pair: Tensor, classes: Sequence[int] | None, t: int, shares: Sequence[float]
 ) -> tuple[Tensor, int]:
-    """Images decoded from mixtures of the two at t diffusion steps, and the steps really taken."""
+    """Returns images decoded from mixtures of the pair at t steps, and the steps really taken."""
     index = _nearest(drawing.timesteps, t - 1)
     pair = pair.to(drawing.device)
     x_t = drawing.diffusion.q_sample(
@@ -204,34 +204,34 @@ def _nearest(timesteps: Sequence[int], wanted: int) -> int:
 def denoising(
     drawing: Drawing, count: int, classes: Sequence[int] | None, frames: int
 ) -> list[np.ndarray]:
-    """Makes grids of x_t at evenly spaced timesteps of the chain, and then of the samples.
+    """Draws grids of x_t at evenly spaced timesteps of the chain, and then of the samples.
 
     Args:
-        drawing: What draws.
-        count: Of images.
-        classes: One an image; None for a network without.
-        frames: Grids wanted, the samples included; fewer if the chain is shorter.
+        drawing: The network and sampler to draw with.
+        count: Number of images.
+        classes: One class per image; None for a network without classes.
+        frames: Number of grids, including the samples; fewer if the chain is shorter.
 
     Returns:
-        Each grid, (H, W, C) uint8.
+        The grids, each (H, W, C) uint8.
     """
     visited = drawing.timesteps
     wanted = min(frames - 1, len(visited))
     kept = {visited[index * len(visited) // wanted] for index in range(wanted)}
     chains, sample = drawing.chains(range(count), classes, kept)
     shown = [*(chains[t][0] for t in visited if t in chains), sample]
-    # smaller than a still: noise does not compress
+    # smaller than still pictures, since noise does not compress
     return [images.grid(images.to_uint8(x), least_width=256) for x in shown]
 
 
 def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float, hold: float) -> None:
-    """Writes an endless GIF of (H, W, C) uint8 frames.
+    """Writes a looping GIF of (H, W, C) uint8 frames.
 
     Args:
-        path: Where to.
-        frames: The pictures.
-        seconds: How long all of them take.
-        hold: Seconds more for the last one.
+        path: The file to write.
+        frames: The frames.
+        seconds: Duration of all frames together.
+        hold: Extra seconds for the last frame.
     """
     each = max(20, round(1000 * seconds / len(frames)))
     pictures = [images.to_picture(frame) for frame in frames]
@@ -248,16 +248,16 @@ def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float, hold: flo
 
 
 def save_figure(path: Path, figure: Figure) -> None:
-    """Writes the figure as a PNG with its labels, and its arrays as an .npz beside it."""
+    """Writes the figure as a labeled PNG, and its arrays as an .npz next to it."""
     images.save_png(path, draw_labels(figure))
     write_arrays(path.with_suffix(".npz"), **figure.arrays)
 
 
-LONGEST = 120  # characters of a label
+LONGEST = 120  # characters per label
 
 
 def draw_labels(figure: Figure) -> np.ndarray:
-    """Puts the rows under one another, with labels and column heads: (H, W, C) uint8."""
+    """Returns the rows below one another with labels and column heads, (H, W, C) uint8."""
     labels = [shown(label)[:LONGEST] for label in figure.labels]
     sheets = [images.grid(row, columns=len(row), least_width=64 * len(row)) for row in figure.rows]
     top, (height, width, channels) = 18, sheets[0].shape
@@ -281,21 +281,21 @@ def draw_labels(figure: Figure) -> np.ndarray:
 
 
 def over_training(previews: Sequence[Path], frames: int) -> tuple[list[np.ndarray], Figure]:
-    """Shows the same noise after more and more training, from a run's preview grids.
+    """Shows how samples from the same noise change in training, from a run's preview grids.
 
     Args:
-        previews: step_00000900.png and so on.
-        frames: Of the GIF, at most.
+        previews: The preview files in order, such as step_00000900.png.
+        frames: Maximum number of frames of the GIF.
 
     Returns:
-        The frames of a GIF, and a strip of up to four.
+        The frames of a GIF, and a strip of up to four previews.
 
     Raises:
         ValueError: If there are no previews.
     """
     if not previews:
         raise ValueError(
-            "figure=grid_over_training needs the run's samples/step_*.png, and there are none"
+            "figure=grid_over_training needs the run's samples/step_*.png, but there are none"
         )
     chosen = (
         [

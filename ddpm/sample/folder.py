@@ -1,4 +1,4 @@
-"""A folder of drawn images: filled batch by batch, by any number of processes, and carried on."""
+"""A folder of drawn images that any number of processes fill batch by batch, and can resume."""
 
 import json
 import zipfile
@@ -16,26 +16,28 @@ from ddpm.sample.images import read_image, read_png, save_image, to_levels
 from ddpm.system import files
 from ddpm.system.processes import share
 
-# what decided images where their folder does not say it yet
+# values that held before a folder's protocol.json recorded these keys
 BEFORE = {"precision": "tf32", "quantize": "round"}
 
 
 def word_for(protocol: dict[str, Any]) -> str:
-    """Returns a word that tells images of this protocol, what decides them, from all others."""
+    """Returns a short hash of the protocol, which is everything that decides the images."""
     return files.short_hash(_said(protocol))
 
 
 def _said(protocol: dict[str, Any]) -> dict[str, Any]:
-    """What a protocol says beside what was done before it could be said."""
+    """Returns the protocol without keys that have their value in BEFORE."""
     return {key: value for key, value in protocol.items() if (key, value) not in BEFORE.items()}
 
 
 def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
-    """Makes the folder that of this protocol, what decides its images; of two at once, of one.
+    """Reserves the folder for images of this protocol, which is everything that decides them.
+
+    If two commands race for it, a lock lets only one protocol win.
 
     Raises:
-        ValueError: If it is that of another, naming the first difference; or if there is a link in
-            it.
+        ValueError: If the folder has another protocol (the message names the first difference) or
+            contains a link.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files.refuse_links(folder)
@@ -50,13 +52,13 @@ def claim_folder(folder: Path, protocol: dict[str, Any]) -> None:
     for key in {**found, **wanted}:
         if found.get(key) != wanted.get(key):
             raise ValueError(
-                f"{folder} holds images of {key}={found.get(key)}, not {wanted.get(key)}: give "
+                f"{folder} holds images of {key}={found.get(key)}, not {wanted.get(key)}: choose "
                 "another to=DIR"
             )
 
 
 def holds(folder: Path, protocol: dict[str, Any]) -> bool:
-    """Returns whether the folder is that of this protocol."""
+    """Returns whether the folder is reserved for this protocol."""
     about = folder / "protocol.json"
     if not about.is_file():
         return False
@@ -73,20 +75,20 @@ def draw_missing(
     processes: PartialState,
     quantize: Quantize = "round",
 ) -> None:
-    """Draws those of the first `count` images that are not there yet, as this process's share.
+    """Draws this process's share of those of the first `count` images that are still missing.
 
-    Batches start at multiples of batch_size whatever is there already, so that an image's bytes do
-    not depend on how often this was interrupted, or on the number of processes. Each file is whole
-    or not there; memory holds one batch.
+    Batches start at multiples of batch_size, whatever exists already, so an image's bytes depend
+    neither on interruptions nor on the number of processes. Each file is written whole or not at
+    all. Memory holds one batch.
 
     Args:
-        drawing: What draws.
-        folder: Where to.
-        count: Of images, all processes together.
-        classes: One an image; None for a network without.
-        batch_size: Images drawn at once.
-        processes: Those that share the work.
-        quantize: See to_levels; with "none" the files are arrays and no pictures.
+        drawing: The network and sampler to draw with.
+        folder: The folder to fill.
+        count: Number of images over all processes.
+        classes: One class per image; None for a network without classes.
+        batch_size: Images per batch.
+        processes: The processes that share the work.
+        quantize: See to_levels; with "none" the files are arrays instead of pictures.
     """
     hidden = None if processes.is_main_process else True
     with tqdm(total=count, desc="sampling", unit="img", disable=hidden) as bar:
@@ -103,7 +105,7 @@ def draw_missing(
 
 
 def num_missing(folder: Path, count: int, quantize: Quantize = "round") -> int:
-    """Returns how many of the first `count` images are not there yet."""
+    """Returns how many of the first `count` images are still missing."""
     files_of = (sample_file(folder, index, quantize) for index in range(count))
     return sum(not file.is_file() for file in files_of)
 
@@ -119,14 +121,14 @@ def read_samples(folder: Path, count: int, quantize: Quantize = "round") -> np.n
 
 
 def pack_samples(folder: Path, count: int, keep: bool) -> Path:
-    """Puts the first `count` images into samples.npz; memory holds one of them.
+    """Packs the first `count` images into samples.npz, with one image in memory at a time.
 
-    Its entry arr_0 is (count, H, W, C) uint8, the layout that evaluation suites of the field read.
+    Its entry arr_0 is (count, H, W, C) uint8, the layout that the field's evaluation suites read.
 
     Args:
-        folder: Of the images.
-        count: How many.
-        keep: Leave the PNGs.
+        folder: The folder of the images.
+        count: Number of images.
+        keep: Whether to keep the PNGs.
     """
     packed = folder / "samples.npz"
     shape = (count, *read_png(sample_file(folder, 0)).shape)

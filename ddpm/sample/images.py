@@ -1,4 +1,4 @@
-"""Pictures to look at: from [-1, 1] to 8 bits, one file an image, or many in a grid."""
+"""Pictures to look at: from [-1, 1] to 8 bits, one file per image, or many in a grid."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 def to_uint8(images: Tensor) -> np.ndarray:
     """Converts (B, C, H, W) float in [-1, 1] to (B, H, W, C) uint8.
 
-    Values are rounded to the nearest level, and clipped outside.
+    Values are rounded to the nearest level and clipped.
     """
     return to_levels(images, "round")
 
 
 def to_levels(images: Tensor, quantize: Quantize) -> np.ndarray:
-    """Converts (B, C, H, W) float in [-1, 1] to (B, H, W, C) levels of 0 to 255, clipped outside.
+    """Converts (B, C, H, W) float in [-1, 1] to (B, H, W, C) levels, clipped to [0, 255].
 
     Args:
-        images: What was drawn.
-        quantize: "round" to the nearest level and "truncate" to the one below give uint8, "none"
-            float32.
+        images: The images.
+        quantize: "round" (to the nearest level) and "truncate" (to the one below) give uint8,
+            "none" float32.
     """
     levels = images.float().add(1).mul(127.5)
     if quantize == "round":
@@ -56,13 +56,12 @@ def read_png(path: Path) -> np.ndarray:
 
 
 def grid(images: np.ndarray, columns: int | None = None, least_width: int = 512) -> np.ndarray:
-    """Puts images into one picture, row by row, 2 pixels apart on white.
+    """Arranges images in one picture, row by row, 2 pixels apart on white.
 
     Args:
         images: (B, H, W, C) uint8.
-        columns: How many; None for a picture as square as it gets.
-        least_width: Pixels; where the picture would be narrower, each pixel is drawn as a square of
-            several.
+        columns: Number of columns; None for a picture as square as possible.
+        least_width: Width in pixels up to which images are magnified, by a whole factor.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     magnified = max(1, least_width // (columns * images.shape[2]))
@@ -85,12 +84,12 @@ def grid(images: np.ndarray, columns: int | None = None, least_width: int = 512)
 def save_png(path: Path, image: np.ndarray, text: Mapping[str, str] | None = None) -> None:
     """Writes (H, W, C) uint8 as a PNG, whole or not at all.
 
-    It does not wait for the disk, since there may be 50,000 of them.
+    It does not wait for the disk, since there may be 50,000 files.
 
     Args:
-        path: Where.
+        path: The file to write.
         image: The picture.
-        text: What the file says of it, by keyword.
+        text: Text chunks of the file, by keyword.
     """
     said = PngInfo()
     for keyword, words in (text or {}).items():
@@ -100,17 +99,17 @@ def save_png(path: Path, image: np.ndarray, text: Mapping[str, str] | None = Non
 
 
 def text_of(path: Path) -> dict[str, str]:
-    """Reads what a PNG says of itself, by keyword; one that cannot be read says nothing."""
+    """Returns the text chunks of a PNG, by keyword; none if the file cannot be read."""
     try:
         with Image.open(path) as image:
-            image.load()  # it may stand behind the pixels
+            image.load()  # text may follow the pixels
             return dict(getattr(image, "text", {}))
     except (OSError, SyntaxError, ValueError):
         return {}
 
 
 def save_image(path: Path, image: np.ndarray) -> None:
-    """Writes (H, W, C) as save_png does, float32 as an array: path ends in .npy then."""
+    """Writes (H, W, C) uint8 as save_png does, or float32 as an array to a path ending in .npy."""
     if image.dtype == np.uint8:
         return save_png(path, image)
     with whole(path, sync=False) as scratch, scratch.open("wb") as file:

@@ -1,6 +1,6 @@
-"""With what a run draws its previews, and what share of its training that takes.
+"""Chooses what draws a run's previews, and estimates their share of the training time.
 
-Both are known before it starts.
+Both are known before training starts.
 """
 
 import json
@@ -19,12 +19,12 @@ from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.diffusion.spacing import BRIGHTNESS, spaced_timesteps
 from ddpm.sample.images import text_of
 
-MOST = 0.05  # of a run's training that previews may take, where runtime.preview_sampler=auto
-# Passes forward that a trained image takes the time of: three by its products, and in the quick
-# start, whose network is small, 1.7 to 2.5 on a CPU.
+MOST = 0.05  # share of training that previews may take with runtime.preview_sampler=auto
+# Forward passes that take as long as training on one image: three by count of multiplications, but
+# 1.7 to 2.5 for the quick start's small network on a CPU.
 PASSES = 2
-LEAST = 50  # steps below which a chain is no preview of a longer one
-HELD = 0.95  # of the spread that the whole chain keeps, for a shorter one to stand for it
+LEAST = 50  # steps; a shorter chain is no preview of a longer one
+HELD = 0.95  # share of the full chain's spread that a shorter one must keep to stand in for it
 OWN = "the run's sampler"
 
 
@@ -33,11 +33,11 @@ class Previews:
     """How the previews of a run are drawn.
 
     Attributes:
-        name: The option of group sampler, "run" for the run's own, "quick" for a short chain.
-        settings: Of that sampler, with nothing left open.
-        steps: Timesteps that it visits.
-        share: What all previews of the run take of its training, at most about, counted in passes
-            forward: one a call, PASSES a trained image. None if its length is not known.
+        name: An option of group sampler, or "run" for the run's own, or "quick" for a short chain.
+        settings: The sampler's settings, with nothing left open.
+        steps: Number of timesteps that it visits.
+        share: Upper estimate of the share of training that all previews take, in forward passes:
+            one per network call, PASSES per trained image. None if the run's length is unknown.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Previews:
 
     @property
     def words(self) -> str:
-        """The sampler: "dpmpp20 (dpm_solver_pp, 20 steps)"."""
+        """The sampler in words, such as "dpmpp20 (dpm_solver_pp, 20 steps)"."""
         function = self.settings["function"]["_target_"].rpartition(".")[2]
         name = {"run": OWN, "quick": "a quick sampler"}.get(self.name, self.name)
         return f"{name} ({function}, {self.steps} steps)"
 
     def text(self, config: Config, step: int) -> dict[str, str]:
-        """Returns what a picture of a step says of itself."""
+        """Returns the text chunks of the preview at a step."""
         return {
             "Description": f"step {step}, averaged weights (ema), seed {config.seed}, "
             f"{config.training.precision}",
@@ -65,15 +65,16 @@ class Previews:
 def previews_of(config: Config, num_steps: int | None) -> Previews:
     """Returns how a run's previews are drawn.
 
-    runtime.preview_sampler=auto takes the run's own sampler where that is at most MOST of training.
-    Else it takes Ho et al.'s, respaced to as many steps as that leaves, whose pictures are cleaner
-    than those of a solver of an ODE while a network is young; where so short a chain would lose
-    brightness, dpmpp20 if the schedule lets it. A network that predicts the mean is left to the
-    run's own: x0_hat is not to be had from the mean at high noise, and other chains need it.
+    runtime.preview_sampler=auto takes the run's own sampler if that costs at most MOST of training.
+    Otherwise it takes Ho et al.'s, respaced to as many steps as fit: early in training its pictures
+    are cleaner than an ODE solver's. If so short a chain would lose brightness, it takes dpmpp20,
+    provided that the schedule allows it. A network that predicts the mean keeps the run's own
+    sampler: other chains need x0_hat, which the mean does not give at high noise.
 
     Args:
         config: The run's configuration.
-        num_steps: Of the whole run; None if not known, which leaves the choice to the run's own.
+        num_steps: Optimizer steps of the whole run. None if unknown, which keeps the run's own
+            sampler.
     """
     choice, process = config.runtime.preview_sampler, build.diffusion(config)
     if choice != "auto":
@@ -86,7 +87,7 @@ def previews_of(config: Config, num_steps: int | None) -> Previews:
     count = int(MOST * calls / own.share) // (1 if guidance == 1 else 2)
     count = min(max(count, LEAST), process.num_timesteps)
     ancestral = build.preview_sampler(config, "ancestral", process)
-    ancestral["function"]["variance"] = "fixed_small"  # holds for few steps, and for any network
+    ancestral["function"]["variance"] = "fixed_small"  # works in few steps and for any network
     ancestral["num_steps"] = count
     short, fewer = _by("quick", ancestral, config, num_steps, process)
     quick = [(short, fewer)]
@@ -100,7 +101,7 @@ def previews_of(config: Config, num_steps: int | None) -> Previews:
 def _by_own(
     config: Config, num_steps: int | None, process: GaussianDiffusion
 ) -> tuple[Previews, int]:
-    """The previews drawn by the run's own sampler, and its calls."""
+    """Returns the previews drawn by the run's own sampler, and its network calls per image."""
     return _by("run", build.preview_sampler(config, "run", process), config, num_steps, process)
 
 
@@ -111,7 +112,7 @@ def _by(
     num_steps: int | None,
     process: GaussianDiffusion,
 ) -> tuple[Previews, int]:
-    """The previews drawn by this sampler, and its calls."""
+    """Returns the previews drawn by this sampler, and its network calls per image."""
     sampler = build.sampler(settings, process)
     calls, share = sampler.calls(process), None
     if num_steps is not None:
@@ -121,15 +122,15 @@ def _by(
 
 
 def _stands_for_all(alphas_cumprod: Tensor, count: int) -> bool:
-    """Whether pictures of one colour keep the spread of their brightness in so few steps."""
+    """Returns whether solid-color pictures keep their spread in brightness in `count` steps."""
     short, whole = (_spread(alphas_cumprod, steps) for steps in (count, None))
     return short >= HELD * whole
 
 
 def _spread(alphas_cumprod: Tensor, count: int | None) -> float:
-    """The deviation that the exact ancestral chain draws, as a share of that of the data.
+    """Returns the standard deviation that the exact ancestral chain gives, relative to the data's.
 
-    All is linear and Gaussian: only the variance has to be followed.
+    Everything is linear and Gaussian, so it is enough to track the variance.
     """
     timesteps = spaced_timesteps(alphas_cumprod, count)
     abars = [*(float(alphas_cumprod[t]) for t in timesteps), 1.0]
@@ -144,60 +145,57 @@ def _spread(alphas_cumprod: Tensor, count: int | None) -> float:
 
 
 def times(num_steps: int, every: int) -> int:
-    """Returns how often in a run what is due every so many steps, and at the last, is done."""
+    """Returns how often a run does what is due every `every` steps and at the last one."""
     return -(-num_steps // every)
 
 
 def cost(config: Config, num_steps: int | None, chosen: Previews) -> str:
-    """Returns in words what draws a run's previews, and what share of its training that takes.
+    """Says what draws a run's previews and what share of its training that takes.
 
     Args:
         config: The run's configuration.
-        num_steps: Of the whole run; None if not known.
-        chosen: What draws them, as previews_of says.
+        num_steps: Optimizer steps of the whole run; None if unknown.
+        chosen: The result of previews_of.
     """
     runtime = config.runtime
     if num_steps is None or chosen.share is None:
         return (
-            f"{runtime.num_previews} every {runtime.sample_every} steps; what draws them follows "
-            "from the number of steps (runtime.preview_sampler)"
+            f"{runtime.num_previews} every {runtime.sample_every} steps; the sampler depends on "
+            "the number of steps (runtime.preview_sampler)"
         )
     said = (
         f"{times(num_steps, runtime.sample_every)} x {runtime.num_previews} by {chosen.words}, "
         f"{_percent(chosen.share)} of training"
     )
     if chosen.share > MOST:
-        said += (
-            f", more than {MOST:.0%}: give fewer runtime.num_previews, or more steps between them "
-            "(runtime.sample_every)"
-        )
+        said += f", more than {MOST:.0%}: lower runtime.num_previews or raise runtime.sample_every"
     if chosen.name != "run":
         own = _by_own(config, num_steps, build.diffusion(config))[0]
-        said += f"; by {own.words} {_percent(own.share)} (runtime.preview_sampler=run)"
+        said += f"; {own.words} would take {_percent(own.share)} (runtime.preview_sampler=run)"
     return said
 
 
 def others_before(config: Config, chosen: Previews, pictures: Sequence[Path]) -> str | None:
-    """Says in a line that a run's last preview was drawn by another sampler, if it was.
+    """Returns a line if another sampler drew the run's last preview, else None.
 
     Args:
         config: The run's configuration.
-        chosen: What draws from now on.
-        pictures: The previews that are there, the last of them last.
+        chosen: What draws previews from now on.
+        pictures: The existing previews, oldest first.
     """
     if not pictures:
         return None
     before, last = text_of(pictures[-1]), pictures[-1].name
-    # the run's own drew all of earlier versions
+    # earlier versions wrote no such text, and always drew with the run's own sampler
     own = _as_text(build.preview_sampler(config, "run", build.diffusion(config)))
     if before.get("sampler", own) == _as_text(chosen.settings):
         return None
     by = before.get("drawn by", OWN)
-    return f"previews are drawn by {chosen.words} from here on, those to {last} by {by}"
+    return f"previews are drawn by {chosen.words} from here on; up to {last} by {by}"
 
 
 def drawn_by(pictures: Sequence[Path]) -> str:
-    """Returns in words what drew these previews: of each sampler the first picture and its name."""
+    """Names the sampler that drew these previews, or each sampler with its first picture."""
     found: dict[str, str] = {}
     for picture in pictures:
         found.setdefault(text_of(picture).get("drawn by", OWN), picture.stem)

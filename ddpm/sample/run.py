@@ -1,4 +1,4 @@
-"""python -m ddpm.sample: draw images from a run or a folder of weights, and write them."""
+"""python -m ddpm.sample: draws images from a run or a folder of weights, and writes them."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -61,7 +61,7 @@ from ddpm.weights.published import Published, file_at
 
 
 class Settings(Section):
-    """What to draw. See conf/sample.yaml for each key."""
+    """What to draw. conf/sample.yaml documents each key."""
 
     run: Text | None
     source: Annotated[Text | None, Field(alias="from")]
@@ -96,14 +96,14 @@ class Settings(Section):
 
 
 def run(composed: Composed) -> Path:
-    """Draws and writes, and prints where to.
+    """Draws and writes images, and prints where they are.
 
     Returns:
         The folder of the images.
 
     Raises:
-        ValueError: If there is no such run, checkpoint, folder or device, or a key cannot be.
-        Preempted: When told to stop.
+        ValueError: If there is no such run, checkpoint, folder or device, or a setting is invalid.
+        Preempted: If a signal asks the process to stop.
     """
     settings = settings_of(composed)
     processes = find_processes(settings.device)
@@ -161,7 +161,7 @@ def _fill(
     classes: list[int] | None,
     processes: PartialState,
 ) -> None:
-    """All images that are not there yet, and what is made of them."""
+    """Draws the missing images, then makes the grid, the archive and the animation."""
     count, leads = settings.num_samples, processes.is_main_process
     if not _is_packed(folder, settings):
         try:
@@ -180,55 +180,51 @@ def _fill(
 
 
 def settings_of(composed: Composed) -> Settings:
-    """Returns the settings of one call, checked."""
+    """Returns the validated settings of a command."""
     cfg, source = composed.cfg, composed.cfg["from"]
     if (cfg.run is None) == (source is None):
         both = f"run={cfg.run} and from={source}: give one of them"
         raise ValueError(
-            f"{'run is missing' if source is None else both}: give run=DIR, a folder that "
-            "ddpm.train made, or from=FOLDER, of diffusers or on the hub, or from=FILE"
+            f"{'run is missing' if source is None else both}: give run=DIR (a folder of "
+            "ddpm.train), from=FOLDER (of diffusers, local or on the hub) or from=FILE"
         )
     if source is not None and not _clips(str(source)) and not _is_typed(composed, "sampler.clip"):
         cfg.sampler.clip = False
     settings = validate(Settings, plain_config(composed))
     if source is not None and (settings.step is not None or settings.weights != "ema"):
         raise ValueError(
-            f"step={settings.step} and weights={settings.weights} choose among what a run keeps; "
-            f"from={source} has one set of weights"
+            f"step={settings.step} and weights={settings.weights} choose among a run's weights; "
+            f"from={source} has only one set"
         )
     words = _words(composed) if source is not None else []
     if words and file_at(str(source), "from") is None:
-        raise ValueError(f"{words[0]}: from={source} says itself what network and process it has")
+        raise ValueError(f"{words[0]}: from={source} already defines its network and process")
     check_node("sampler", settings.sampler, settings.trusted_modules)
     return settings
 
 
 def _clips(source: str) -> bool:
-    """Whether a folder's own scheduler holds x0_hat in [-1, 1]; what is told of a file does."""
+    """Returns whether a folder's own scheduler clips x0_hat; for a file the answer is yes."""
     return file_at(source, "from") is not None or folders.find(source, "from").chain().clip
 
 
 def _words(composed: Composed) -> list[str]:
-    """What the command line tells of the network of a file."""
+    """Returns the overrides that describe the network of a file."""
     parsed = OverridesParser.create().parse_overrides(composed.overrides)
     return [str(one.input_line) for one in parsed if says_network(one)]
 
 
 def _told(composed: Composed, settings: Settings) -> Config:
-    """The run whose network and process the words of the command line say that a file's are.
-
-    Raises:
-        ValueError: If they do not say it.
-    """
+    """Returns the configuration that the overrides give a file's network and process."""
     words = _words(composed)
     groups = {word.partition("=")[0] for word in words}
     if "experiment" not in groups and not {"model", "schedule"} <= groups:
         raise ValueError(
-            f"from={settings.source} is a file, which holds weights alone: give experiment=NAME, "
-            "or model= and schedule=, of the network and process that they are of"
+            f"from={settings.source} is a file of weights only: give experiment=NAME, or model= "
+            "and schedule=, for its network and process"
         )
     if not groups & {"experiment", "data"}:
-        words.insert(0, "data.channels=3")  # both codebases know colour alone
+        words.insert(0, "data.channels=3")  # both codebases have color images only
     words.append(f"runtime.trusted_modules=[{','.join(settings.trusted_modules)}]")
     try:
         config = training_config(compose(words, config_dir=composed.config_dir))
@@ -244,7 +240,7 @@ def _is_typed(composed: Composed, key: str) -> bool:
 
 
 def _opened(settings: Settings, composed: Composed) -> tuple[Subject, Trained | None, str]:
-    """What is drawn from, the run that it is of, and the weights' name for people."""
+    """Returns the network to draw from, its run if it has one, and a name of the weights."""
     if settings.run is None:
         name = str(settings.source)
         file = file_at(name, "from")
@@ -269,7 +265,7 @@ def _opened(settings: Settings, composed: Composed) -> tuple[Subject, Trained | 
 def _own_folder(
     settings: Settings, trained: Trained | None, name: str, protocol: dict[str, Any]
 ) -> Path:
-    """Where to write if nothing is said: words to read, and a hash of all that decides."""
+    """Returns the default output folder: readable words and a hash of the protocol."""
     function = str(settings.sampler["function"]["_target_"]).rpartition(".")[2]
     steps = protocol["sampler"]["num_steps"] or ""
     words = f"{function}{steps}_seed_{settings.seed}-{word_for(protocol)}"
@@ -279,7 +275,7 @@ def _own_folder(
 
 
 def _is_packed(folder: Path, settings: Settings) -> bool:
-    """Whether samples.npz has all images already, and nothing else is wanted."""
+    """Returns whether samples.npz already has all images and no PNGs are wanted."""
     packed = folder / "samples.npz"
     if "png" in settings.format or not packed.is_file():
         return False
@@ -289,7 +285,7 @@ def _is_packed(folder: Path, settings: Settings) -> bool:
 def _animate(
     drawing: Drawing, classes: list[int] | None, path: Path, count: int, frames: int
 ) -> None:
-    """The chain of the first images as a GIF."""
+    """Writes the chain of the first images as a GIF."""
     chosen = None if classes is None else classes[:count]
     figures.save_gif(path, figures.denoising(drawing, count, chosen, frames), seconds=4, hold=2)
     say(f"animation {path}")
@@ -302,14 +298,14 @@ def _draw_figure(
     classes: list[int] | None,
     folder: Path,
 ) -> None:
-    """One of the papers' figures, beside the folders of samples or in to=DIR."""
+    """Writes one of the papers' figures, next to the folders of samples or in to=DIR."""
     place = folder.parent if settings.to is None else folder
     place.mkdir(parents=True, exist_ok=True)
     name, count = str(settings.figure), min(settings.num_samples, 8)
     if name.startswith("interpolate"):
         name += "_" + "_".join(Path(str(picture)).stem[:40] for picture in settings.pictures)
     if settings.figure != "grid_over_training" and settings.to is None:
-        name += f"_{folder.name}"  # that one shows what training drew
+        name += f"_{folder.name}"  # the exception draws nothing: it shows existing previews
     path = place / f"{name}.png"
     if settings.figure == "grid_over_training":
         figure = _over_training(settings, trained, path.with_suffix(".gif"))
@@ -327,7 +323,7 @@ def _draw_figure(
 
 
 def _over_training(settings: Settings, trained: Trained | None, path: Path) -> Figure:
-    """The run's previews one after the other: the GIF is written, the strip returned."""
+    """Writes a GIF of the run's previews, and returns a strip of them."""
     if trained is None:
         raise ValueError("figure=grid_over_training needs run=DIR")
     previews = sorted(trained.run.samples.glob("step_*[0-9].png"))
@@ -340,7 +336,7 @@ def _over_training(settings: Settings, trained: Trained | None, path: Path) -> F
 
 
 def _pair(settings: Settings, trained: Trained | None) -> Tensor:
-    """The two pictures to interpolate: (2, C, H, W) in [-1, 1]."""
+    """Returns the two pictures to interpolate: (2, C, H, W) in [-1, 1]."""
     if trained is None:
         raise ValueError("figure=interpolate needs a run's data: give run=DIR")
     return build.load_images(

@@ -1,4 +1,4 @@
-"""One way to images: from a run, a folder of weights or a network in training, to a Drawing."""
+"""Turns a run, a folder of weights or a network in training into a Drawing."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -26,15 +26,15 @@ from ddpm.weights.published import Published
 
 @dataclass(frozen=True)
 class Subject:
-    """A network that images are drawn from, and what they are of.
+    """A network to draw images from, with the facts about its images.
 
     Attributes:
-        network: Gives it on a device, with its weights.
-        weights: Gives these by name, wherever they lie.
+        network: Returns the network on a device, with its weights.
+        weights: Returns the weights by name, on any device.
         model: The network's class and all its arguments, as in conf/model/.
-        diffusion: The process that it was trained for.
+        diffusion: The process that the network was trained for.
         shape: (C, H, W) of its images.
-        classes: Names of its classes; None for a network without.
+        classes: Names of its classes; None for a network without classes.
         any_class: See Drawing.
     """
 
@@ -49,7 +49,7 @@ class Subject:
     def drawing(
         self, sampler: Sampler, seed: int, device: torch.device, precision: Precision
     ) -> Drawing:
-        """The network on a device, ready to draw.
+        """Returns a Drawing with the network on this device.
 
         Raises:
             ValueError: If the sampler asks for guidance that the network has not learned.
@@ -58,7 +58,7 @@ class Subject:
         return Drawing(network, self.diffusion, sampler, shape, seed, any_class, precision)
 
     def identity(self) -> str:
-        """What decides the images of a noise and a class: weights, network and process, hashed."""
+        """Returns a hash of weights, network and process: they turn noise and class into images."""
         weights = hashlib.sha256()
         for name, tensor in sorted(self.weights().items()):
             plain = tensor.detach().cpu().contiguous()
@@ -70,7 +70,7 @@ class Subject:
         return short_hash([weights.hexdigest(), self.model, betas, says, self.any_class])
 
     def classes_in_turn(self, count: int) -> list[int] | None:
-        """A class for each of `count` images, one after the other; None for a network without."""
+        """Returns one class per image, cycling through all; None for a network without classes."""
         if self.classes is None:
             return None
         return [index % len(self.classes) for index in range(count)]
@@ -78,14 +78,14 @@ class Subject:
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's network after some step.
+    """A run's network after some optimizer step.
 
     Attributes:
-        subject: What it draws.
-        config: What it was trained with.
-        run: Its folder.
-        step: Optimizer updates done.
-        kind: Which of its weights: their moving average, or as trained.
+        subject: The network to draw from.
+        config: The run's configuration.
+        run: The run's folder.
+        step: Optimizer steps done.
+        kind: The weights: their moving average ("ema") or as trained ("raw").
     """
 
     subject: Subject
@@ -102,12 +102,17 @@ def of_run(
     trusted_modules: list[str],
     data_path: str | None = None,
 ) -> Trained:
-    """A run's checkpoint of a step, the newest whole one for None.
+    """Opens a run's checkpoint.
 
-    Its pictures lie at data_path now, None for where they were.
+    Args:
+        run: The run's folder.
+        step: The checkpoint's step; None for the newest whole one.
+        kind: The weights: their moving average ("ema") or as trained ("raw").
+        trusted_modules: Prefixes of the user's own code that the run may name.
+        data_path: Where the run's pictures are now; None for where they were.
 
     Raises:
-        ValueError: If there is no such run or checkpoint, or it names what is not trusted.
+        ValueError: If there is no such run or checkpoint, or the run names untrusted code.
     """
     config = moved(run.config(trusted_modules), data_path)
     found = checkpoint.find(run.checkpoints, step)
@@ -128,7 +133,10 @@ def of_config(
     network: Callable[[torch.device], nn.Module],
     weights: Callable[[], dict[str, Tensor]],
 ) -> Subject:
-    """A network of that configuration, for data with these classes. See Subject for the rest."""
+    """Returns the subject of a configuration, for data with these classes.
+
+    Subject documents the other arguments.
+    """
     return Subject(
         network=network,
         weights=weights,
@@ -141,13 +149,13 @@ def of_config(
 
 
 def of_folder(name: str) -> tuple[Subject, str]:
-    """The network of a folder of weights, or of a repository of the hub, and its last name.
+    """Opens a folder of weights or a hub repository; returns its network and its last name.
 
-    It knows its classes by number alone, if ddpm.export did not write their names, and of none that
-    it stands for "any".
+    Class names are numbers unless ddpm.export wrote names. The folder does not tell which class
+    stands for "any", so there is no guidance.
 
     Raises:
-        ValueError: If there is nothing, or no network and process that can be expressed here.
+        ValueError: If nothing is there, or its network and process cannot be expressed here.
     """
     found = folders.find(name, "from")
     network, resolution = found.network(), found.model["resolution"]
@@ -167,10 +175,10 @@ def of_folder(name: str) -> tuple[Subject, str]:
 
 
 def of_file(source: Published, config: Config) -> Subject:
-    """The network of a file of weights, which is the configuration's; classes are numbers.
+    """Returns the configuration's network with the weights of a file; class names are numbers.
 
     Raises:
-        ValueError: If the weights do not fit it, before the network is built.
+        ValueError: If the weights do not fit, which shows before the network is built.
     """
     count = config.data.num_classes or 1
     meta = build.network(config, torch.device("meta"), count)
@@ -184,10 +192,10 @@ def of_file(source: Published, config: Config) -> Subject:
 
 
 def class_number(wanted: int | str, names: list[str]) -> int:
-    """Returns the number of a class by its name, or by its number where no name is one.
+    """Returns the number of a class by its name, or by its number if no name is a number.
 
-    Folders 1 to 12 have the numbers 0 to 11 in the order of words: a user who types 2 means the
-    folder of that name.
+    Folders named 1 to 12 have the numbers 0 to 11 in alphabetical order: a user who types 2 means
+    the folder of that name.
 
     Raises:
         ValueError: If there is no such class.
@@ -224,7 +232,7 @@ def class_numbers(wanted: Sequence[int | str] | None, names: list[str] | None) -
 
 
 def class_words(numbers: Sequence[int], names: Sequence[str]) -> str:
-    """Returns which classes are drawn, such as "class 2: cat, class 0: ant"."""
+    """Lists classes in words, such as "class 2: cat, class 0: ant"."""
     shown = [f"class {number}: {names[number]}" for number in dict.fromkeys(numbers)]
     more = f" and {len(shown) - 12} more" if len(shown) > 12 else ""
     return ", ".join(shown[:12]) + more

@@ -1,4 +1,4 @@
-"""A trial of a way to draw: one process that checks it beside the plain one, and times it."""
+"""A trial of a way to draw: a process that checks it against the plain way, and times it."""
 
 import time
 from collections.abc import Mapping
@@ -19,19 +19,19 @@ from ddpm.system.ways import Difference, difference
 from ddpm.tune.search import FEW, Found
 from ddpm.tune.timing import fill, rounds
 
-CALLS = 4  # of the network that are compared, from the noisiest timestep down
+CALLS = 4  # network calls to compare, from the noisiest timestep down
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is tried. See Drawing for what is not told of here.
+    """One trial. Drawing documents the attributes that are missing here.
 
     Attributes:
         model: The network's class and all its arguments, as in conf/model/; already trusted.
-        classes: One an image; None for a network without.
-        batch: Images at once.
-        device: Where.
-        way: How, of ddpm.system.ways.
+        classes: One class per image; None for a network without classes.
+        batch: Images per batch.
+        device: The device to draw on.
+        way: The way to try, one of ddpm.system.ways.
     """
 
     model: Mapping[str, Any]
@@ -46,7 +46,7 @@ class Task:
     way: str
 
     def drawing(self) -> Drawing:
-        """The drawing of a network that has learned nothing yet."""
+        """Returns a Drawing with an untrained network."""
         network = instantiate(dict(self.model), _convert_="all")
         fill(network)
         return Drawing(
@@ -60,12 +60,12 @@ class Task:
         )
 
     def calls_of(self, count: int) -> int:
-        """Images of a call of the network for so many drawn."""
+        """Returns the batch size of the network calls that draw `count` images."""
         return count if self.sampler.guidance_scale == 1 else 2 * count
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Returns the plain form of what is found."""
+    """Runs the trial and returns what it found, as plain data."""
     with ways.carried_out(task.way):
         torch.manual_seed(0)
         plain = task.drawing()
@@ -105,7 +105,7 @@ def _measured(task: Task, plain: Drawing, tried: Drawing) -> Found:
 
 
 def _compared(task: Task, plain: Drawing, tried: Drawing, timesteps: list[int]) -> Difference:
-    """Compares what the network says at some timesteps, and the images of a chain of these."""
+    """Compares the network's outputs at some timesteps, and the images of a chain of these."""
     half = -(-task.batch // 2)
     found, wanted, again = (
         {**_outputs(task, drawing, timesteps, size), **_images(task, drawing, timesteps, size)}
@@ -117,7 +117,7 @@ def _compared(task: Task, plain: Drawing, tried: Drawing, timesteps: list[int]) 
 def _ready(
     task: Task, drawing: Drawing, start: int, stop: int, t: int
 ) -> tuple[Any, Tensor, Tensor]:
-    """A model with its classes, and x_t, t of these images."""
+    """Returns the model with its classes, and x_t and t of the images from start to stop."""
     classes = None
     if task.classes is not None:
         classes = torch.tensor(task.classes[start:stop], device=task.device)
@@ -126,7 +126,7 @@ def _ready(
 
 
 def _outputs(task: Task, drawing: Drawing, timesteps: list[int], size: int) -> dict[str, Tensor]:
-    """The network's output at some timesteps, in pieces of so many images."""
+    """Returns the network's outputs at some timesteps, computed `size` images at a time."""
     found: dict[str, list[Tensor]] = {}
     with drawing.computing():
         for start in range(0, task.batch, size):
@@ -137,7 +137,7 @@ def _outputs(task: Task, drawing: Drawing, timesteps: list[int], size: int) -> d
 
 
 def _images(task: Task, drawing: Drawing, timesteps: list[int], size: int) -> dict[str, Tensor]:
-    """The images of a chain of these timesteps, in pieces of so many."""
+    """Returns the images of a chain of these timesteps, drawn `size` images at a time."""
     parts = []
     for start in range(0, task.batch, size):
         indices = range(start, min(start + size, task.batch))

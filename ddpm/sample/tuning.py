@@ -1,4 +1,4 @@
-"""The way in which many images are drawn, decided before they are."""
+"""Decides in which way to draw many images, before drawing them."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -41,23 +41,24 @@ def tuned(
     tune: Tune,
     cache: Path,
 ) -> Iterator[Drawing]:
-    """Gives the drawing with its network carried out in the fastest way for so many images.
+    """Yields the drawing with its network set to run in the fastest way for so many images.
 
     All processes must enter it.
 
     Args:
-        drawing: What draws.
-        subject: What it is of.
-        classes: One an image, at least for the first batch; None for a network without.
-        batch: Images at once; batches of fewer are drawn as they are.
-        images: That are to be drawn, all processes together.
-        processes: Those that share the work.
+        drawing: The network and sampler to draw with.
+        subject: The subject of the drawing.
+        classes: One class per image, for the first batch at least; None for a network without
+            classes.
+        batch: Images per batch; smaller batches are drawn in the default way.
+        images: Number of images to draw over all processes.
+        processes: The processes that share the work.
         tune: auto, true, false, or a way.
-        cache: Where what was found is remembered.
+        cache: The folder that remembers earlier findings.
 
     Raises:
-        ValueError: If this device does not have the way asked for.
-        Preempted: If told to stop meanwhile.
+        ValueError: If this device does not support the way that was asked for.
+        Preempted: If a signal asks the process to stop meanwhile.
     """
     own = ways.default(drawing.device)
     task = Task(
@@ -81,15 +82,15 @@ def tuned(
 
 
 def check(tune: Tune, device: torch.device) -> None:
-    """Refuses a way asked for by name that cannot be had here.
+    """Checks that a way asked for by name is available here.
 
     Raises:
-        ValueError: If it cannot.
+        ValueError: If it is not.
     """
     if isinstance(tune, str) and tune != "auto":
         ways.check(tune, device, deterministic=False)
         if ways.WAYS[tune].compiled == "blocks":
-            raise ValueError(f"tune={tune} is for training; to draw there is tune=compiled")
+            raise ValueError(f"tune={tune} is only for training; use tune=compiled to draw")
 
 
 def _choice(
@@ -116,7 +117,7 @@ def _choice(
         lambda: _seconds(drawing, task),
         cache,
     )
-    # of what each process sees and measures that of the leading one counts
+    # every process decides, but the main process's choice counts
     choice = gather([without_trials(tune, work, None)], processes)[0]
     if choice is None:
         budget = gather([budget_of(tune, work)], processes)[0]
@@ -125,7 +126,7 @@ def _choice(
 
 
 def _tried(first: Task, work: Work, budget: Budget) -> Choice:
-    """What trials show; the leading process makes them, for all."""
+    """Runs trials on the main process, and returns its choice on all."""
     chosen: list[Choice] = []
     with together():
         if PartialState().is_main_process:
@@ -141,7 +142,7 @@ def _tried(first: Task, work: Work, budget: Budget) -> Choice:
 
 
 def _seconds(drawing: Drawing, task: Task) -> float:
-    """Seconds of a call of the network, as it is."""
+    """Returns the seconds of one network call in the default way."""
     x = drawing.latents(range(task.batch))
     t = torch.zeros(len(x), dtype=torch.int64, device=drawing.device)
     classes = None if task.classes is None else torch.tensor(task.classes, device=drawing.device)

@@ -1,1 +1,1 @@
-"""Weights that others wrote, or that others read: folders of diffusers, on disk or on the hub."""
+"""Weights exchanged with other projects: diffusers folders, the hub, OpenAI's checkpoints."""

@@ -1,7 +1,6 @@
 """Folders of weights.
 
-Those of diffusers are written and read as the JSON and safetensors that they are. Run folders are
-another place to start from.
+diffusers folders are read and written directly, as JSON and safetensors. Run folders are read, too.
 """
 
 import json
@@ -27,20 +26,20 @@ from ddpm.weights.tensors import read_tensors
 from ddpm.weights.unet_settings import UNET, VERSION, unet_config, unet_model, unseen
 
 WEIGHTS = "diffusion_pytorch_model"
-MOST_JSON = 10_000_000  # bytes: the names of all classes that there may be
-CLASSES = "classes.json"  # ours: number -> name
+MOST_JSON = 10_000_000  # bytes; leaves room for the names of all classes
+CLASSES = "classes.json"  # number -> name; diffusers has no such file
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A network's weights on the disk.
+    """A network's weights on disk.
 
     Attributes:
-        option: What named them, as typed ("init_from=DIR"), for messages.
-        model: The class and its arguments, as in conf/model/.
-        file: The weights.
-        scheduler: The file of a diffusers folder's scheduler, None in a run folder.
+        option: The option that named them, as typed ("init_from=DIR"), for messages.
+        model: The network's class and arguments, as in conf/model/.
+        file: The file of weights.
+        scheduler: The scheduler's settings file in a diffusers folder; None for a run folder.
     """
 
     option: str
@@ -53,10 +52,10 @@ class Pretrained:
         return sha256(self.file)[:16]
 
     def weights(self) -> dict[str, Tensor]:
-        """Reads the weights, whatever names and shapes attention once had.
+        """Reads the weights; accepts the names and shapes that attention had in old versions.
 
         Returns:
-            float32 tensors by UNet's names, on the CPU.
+            float32 tensors by UNet's parameter names, on the CPU.
 
         Raises:
             ValueError: If the file holds anything but tensors.
@@ -65,33 +64,38 @@ class Pretrained:
         return dict(_renamed(name, tensor) for name, tensor in found.items())
 
     def network(self) -> nn.Module:
-        """Builds the network of a diffusers folder, with first weights of its own, on the CPU."""
+        """Builds the network of a diffusers folder on the CPU, without loading its weights."""
         return UNet(**{key: value for key, value in self.model.items() if key != "_target_"})
 
     def weights_for(self, network: nn.Module, model: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Returns the weights, for a network of this class and these arguments, on any device.
+        """Returns the weights, checked against a network.
+
+        Args:
+            network: The network, on any device.
+            model: Its class and arguments, as in conf/model/.
 
         Raises:
-            ValueError: If they do not fit; it says the first name, shape or setting that differs.
+            ValueError: If they do not fit; the message has the first name, shape or setting that
+                differs.
         """
         weights, wanted = self.weights(), network.state_dict()
         whose = f"the network of {'its config.json' if model is self.model else 'model.*'}"
         for name, tensor in wanted.items():
             if name not in weights:
                 classes = (
-                    "; training.conditional=false is without classes"
+                    "; training.conditional=false trains without classes"
                     if name.startswith("class_embedding.") and model is not self.model
                     else ""
                 )
-                raise ValueError(f"{self.option} has no {name}, which {whose} has{classes}")
+                raise ValueError(f"{self.option} has no {name}, but {whose} does{classes}")
             if weights[name].shape != tensor.shape:
                 raise ValueError(
-                    f"{self.option} has {name} of shape {tuple(weights[name].shape)}, {whose} "
-                    f"{tuple(tensor.shape)}"
+                    f"{self.option} has {name} of shape {tuple(weights[name].shape)}, but {whose} "
+                    f"needs {tuple(tensor.shape)}"
                 )
         for name in weights:
             if name not in wanted:
-                raise ValueError(f"{self.option} has {name}, which {whose} has not")
+                raise ValueError(f"{self.option} has {name}, but {whose} does not")
         if self.model["_target_"] == model["_target_"] == UNET:
             theirs, ours = unseen(self.model), unseen(model)
             for key in ours:
@@ -103,7 +107,7 @@ class Pretrained:
         return weights
 
     def class_names(self, count: int) -> list[str]:
-        """The names of so many classes, as ddpm.export wrote them; else their numbers."""
+        """Returns the names of `count` classes as ddpm.export wrote them, or else their numbers."""
         file = self.file.parent.parent / CLASSES
         names = [str(number) for number in range(count)]
         if file.is_file():
@@ -113,13 +117,13 @@ class Pretrained:
         return names
 
     def chain(self) -> Chain:
-        """Returns what the folder's scheduler says.
+        """Returns the process that the folder's scheduler describes.
 
         Raises:
             ValueError: If there is none or GaussianDiffusion cannot express it, with the reason.
         """
         if self.scheduler is None:
-            raise ValueError(f"{self.option} is a run's folder: give it as run=DIR")
+            raise ValueError(f"{self.option} is a run folder: use run=DIR for it")
         if not self.scheduler.is_file():
             raise ValueError(
                 f"{self.option} has no scheduler_config.json, so nothing says how to sample from it"
@@ -129,16 +133,16 @@ class Pretrained:
 
 
 def find(name: str, option: str) -> Pretrained:
-    """Finds the weights in a folder, or in the hub repository of that name.
+    """Finds the weights in a local folder or a hub repository.
 
-    It may be a diffusers folder, or a run folder: the average of its newest checkpoint.
+    A diffusers folder gives its weights, a run folder the averaged ones of its newest checkpoint.
 
     Args:
-        name: Of the folder or repository.
-        option: The key that named it.
+        name: The folder or repository.
+        option: The key that named it, for messages.
 
     Raises:
-        ValueError: If there is nothing, or what is there is no network that UNet can be.
+        ValueError: If nothing is there, or UNet cannot express the network.
     """
     option = f"{option}={name}"
     folder = _folder(name, option)
@@ -159,8 +163,8 @@ def find(name: str, option: str) -> Pretrained:
     unet = _part(folder, "unet")
     if not (unet / "config.json").is_file():
         raise ValueError(
-            f"{option} is no folder of weights: it has no unet/config.json or config.json "
-            "(diffusers), nor config.yaml (a run)"
+            f"{option} is not a folder of weights: it has no unet/config.json or config.json "
+            "(diffusers) and no config.yaml (run)"
         )
     files = [
         file
@@ -169,8 +173,8 @@ def find(name: str, option: str) -> Pretrained:
     ]
     if not files:
         raise ValueError(
-            f"{option} has no {WEIGHTS}.safetensors or {WEIGHTS}.bin (in one piece, and no other "
-            "variant)"
+            f"{option} has no {WEIGHTS}.safetensors or {WEIGHTS}.bin (sharded files and variants "
+            "are not supported)"
         )
     with _naming(f"{option}: config.json"), torch.device("meta"):
         found = Pretrained(
@@ -194,20 +198,19 @@ def write(
     """Writes a folder that diffusers.DDPMPipeline.from_pretrained loads, whole or not at all.
 
     Args:
-        folder: Where to write it.
-        model: The network's class and arguments, all that it was built with.
-        weights: By UNet's names.
+        folder: The folder to create.
+        model: The network's class and all its arguments.
+        weights: Tensors by UNet's parameter names.
         diffusion: The process that the network was trained for.
-        classes: Names of the network's classes, which go into a file beside what diffusers reads.
-        card: The model card, README.md.
+        classes: Names of the network's classes, for a file that diffusers ignores.
+        card: Text of the model card, README.md.
 
     Raises:
-        ValueError: If diffusers cannot express them, with the reason, or the folder is there
-            already.
+        ValueError: If diffusers cannot express them, with the reason, or the folder already exists.
     """
     unet, scheduler = unet_config(model), scheduler_config(diffusion)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"to={folder} is already there; give another name, or remove it")
+        raise ValueError(f"to={folder} already exists; choose another name or remove it")
     parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
     folder.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -234,7 +237,7 @@ def write(
 
 
 def _renamed(name: str, tensor: Tensor) -> tuple[str, Tensor]:
-    """A weight's name and shape today: attention's were 1x1 convolutions once."""
+    """Returns a weight under its current name and shape; attention used 1x1 convolutions once."""
     parts = re.fullmatch(
         r"(.*attentions\.\d+\.)(query|key|value|proj_attn|to_q|to_k|to_v|to_out\.0)\.(weight|bias)",
         name,
@@ -247,14 +250,14 @@ def _renamed(name: str, tensor: Tensor) -> tuple[str, Tensor]:
 
 
 def _folder(name: str, option: str) -> Path:
-    """The local folder of that name, or the hub's repository, downloaded."""
+    """Returns the local folder of that name, or a download of the hub repository."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         raise ValueError(
-            f"{option} is {'a file' if path.exists() else 'not here'}: give a folder, or a "
-            "repository of the Hugging Face hub (owner/name)"
+            f"{option} {'is a file' if path.exists() else 'does not exist'}: give a folder or a "
+            "Hugging Face hub repository (owner/name)"
         )
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
@@ -277,27 +280,27 @@ def _folder(name: str, option: str) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{option}: no such folder here, and the hub does not give it ({reason}); give a local "
-            "copy's folder"
+            f"{option}: no such local folder, and the download from the hub failed ({reason}); "
+            "give the folder of a local copy"
         ) from error
     return found
 
 
 def _part(folder: Path, name: str) -> Path:
-    """Where a part of a pipeline lies: in its own folder, or beside all else (google/ddpm-*)."""
+    """Returns a pipeline part's own folder, or the top folder without one (google/ddpm-*)."""
     return folder / name if (folder / name).is_dir() else folder
 
 
 def _json(file: Path) -> dict[str, Any]:
     content = json.loads(read_file(file, MOST_JSON))
     if not isinstance(content, dict):
-        raise ValueError("is not a table of settings")
+        raise ValueError("must be a JSON object")
     return content
 
 
 @contextmanager
 def _naming(what: str) -> Iterator[None]:
-    """Has complaints about a file that others wrote name it, those about its values' types too."""
+    """Prefixes errors about a foreign file with its name, wrong types in it included."""
     try:
         yield
     except (
@@ -317,11 +320,7 @@ def _naming(what: str) -> Iterator[None]:
 
 
 def _check_pipeline(index: dict[str, Any]) -> None:
-    """Checks a model_index.json.
-
-    Raises:
-        ValueError: If it has more in it than a U-Net and a scheduler, or code of its own.
-    """
+    """Refuses a model_index.json with more than a U-Net and a scheduler, or code of its own."""
     if index.get("_class_name") not in ("DDPMPipeline", "DDIMPipeline"):
         raise ValueError(
             f"_class_name={index.get('_class_name')} must be DDPMPipeline or DDIMPipeline"
@@ -333,6 +332,6 @@ def _check_pipeline(index: dict[str, Any]) -> None:
             or found[0] != "diffusers"
         ):
             raise ValueError(
-                f"{part}={found} is not one of diffusers' own parts of such a pipeline, which are "
-                "unet and scheduler"
+                f"{part}={found} is not supported; the pipeline may only have a unet and a "
+                "scheduler, both from diffusers"
             )

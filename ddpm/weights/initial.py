@@ -1,4 +1,4 @@
-"""What init_from= names: a folder of weights, a repository of the hub, a run, or one file."""
+"""Loads what init_from= names: a folder of weights, a hub repository, a run folder or a file."""
 
 from torch import Tensor, nn
 
@@ -8,10 +8,10 @@ from ddpm.weights.published import Published, file_at
 
 
 def with_initial_weights(config: Config) -> Config:
-    """Returns the configuration with the digest of what lies at init_from, unless it has one.
+    """Returns the configuration with the digest of init_from's weights, unless it has one.
 
     Raises:
-        ValueError: If nothing of use lies there.
+        ValueError: If there are no usable weights.
     """
     if config.init_from is None or config.init_weights is not None:
         return config
@@ -19,10 +19,10 @@ def with_initial_weights(config: Config) -> Config:
 
 
 def initial_weights(config: Config, network: nn.Module) -> dict[str, Tensor]:
-    """Returns what lies at init_from, for this network.
+    """Returns the weights at init_from for this network.
 
     Raises:
-        ValueError: If it does not fit, or is no longer what it was.
+        ValueError: If they do not fit, or no longer have the digest in the configuration.
     """
     found = _named(config)
     if found.digest() != config.init_weights:
@@ -34,7 +34,7 @@ def initial_weights(config: Config, network: nn.Module) -> dict[str, Tensor]:
 
 
 def assumptions(config: Config) -> list[str]:
-    """Returns in a line what is assumed of the weights at init_from, if anything."""
+    """Returns what is assumed about the weights at init_from, in at most one line."""
     file = _file(config)
     return [] if file is None else [file.assumed()]
 

@@ -1,6 +1,6 @@
 """Checkpoint files of openai/improved-diffusion and openai/guided-diffusion.
 
-Such a file holds weights alone: network and process are the configuration's, and shapes only check.
+Such a file holds only weights. Network and process come from the configuration; shapes check them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ from ddpm.weights.unet_settings import UNET
 Order = Literal["by_head", "whole"]
 SUFFIXES = (".pt", ".pth", ".safetensors")
 FIRST = "time_embed.0.weight"
-UPSAMPLER = "an upsampler's network, which takes a small picture besides; there is none here"
+UPSAMPLER = "it is an upsampler, which also takes a small picture and is not supported"
 RES_BLOCK = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -36,11 +36,11 @@ class Published:
     """A checkpoint file.
 
     Attributes:
-        option: What named it, as typed ("init_from=FILE"), for messages.
+        option: The option that named it, as typed ("init_from=FILE"), for messages.
         file: The file.
-        attention: How the rows of attention's qkv lie: Q, K and V of each head in turn (by_head:
-            improved-diffusion, and guided-diffusion's default), or all Q, all K, all V (whole:
-            guided-diffusion's use_new_attention_order). No shape tells.
+        attention: Row order of attention's qkv: Q, K and V head by head ("by_head":
+            improved-diffusion, and guided-diffusion's default), or all Q, all K, all V ("whole":
+            guided-diffusion's use_new_attention_order). Shapes do not tell which.
     """
 
     option: str
@@ -48,30 +48,30 @@ class Published:
     attention: Order
 
     def digest(self) -> str:
-        """Returns a short digest of the file's bytes, and of the order if it is not by_head."""
+        """Returns a short digest of the file's bytes and, unless by_head, of the row order."""
         return sha256(self.file)[:16] + ("-whole" if self.attention == "whole" else "")
 
     def assumed(self) -> str:
-        """Returns, for people, what no shape of the file tells."""
+        """Returns a line on what is assumed because the file's shapes do not tell."""
         return (
-            f"{self.option}: no shape tells number and order of attention's heads; taken are those "
-            f"of model.* and init_attention={self.attention}"
+            f"{self.option}: its shapes do not tell the number and order of attention heads; "
+            f"assuming model.* and init_attention={self.attention}"
         )
 
     def weights_for(self, network: nn.Module, model: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Returns the weights for a network, by UNet's names, float32, on the CPU.
+        """Returns the weights for a network: float32 by UNet's parameter names, on the CPU.
 
         Args:
-            network: On any device.
+            network: The network, on any device.
             model: Its class and arguments, as in conf/model/.
 
         Raises:
-            ValueError: If they do not fit; it names the first tensor that does not.
+            ValueError: If they do not fit; the message names the first tensor that does not.
         """
         if not isinstance(network, UNet):
             raise ValueError(
-                f"{self.option}: model._target_={model['_target_']} is no network of "
-                f"improved-diffusion or guided-diffusion; only {UNET} can be"
+                f"{self.option}: model._target_={model['_target_']} cannot load a checkpoint of "
+                f"improved-diffusion or guided-diffusion; only {UNET} can"
             )
         found = read_tensors(self.option, self.file)
         self._check(found, network, model)
@@ -81,8 +81,8 @@ class Published:
         return weights
 
     def _split(self, tensor: Tensor, ours: list[str], network: UNet) -> dict[str, Tensor]:
-        """One published tensor by our names: three of a qkv, in the order of its rows."""
-        if tensor.ndim == 3:  # attention's layers are convolutions over a row of pixels
+        """Returns a published tensor under our names, a qkv split into its three parts."""
+        if tensor.ndim == 3:  # attention layers are 1D convolutions over all pixels
             tensor = tensor[..., 0]
         if len(ours) == 1:
             return {ours[0]: tensor}
@@ -92,45 +92,45 @@ class Published:
         return {name: part.flatten(0, 1) for name, part in zip(ours, rows, strict=True)}
 
     def _check(self, found: Mapping[str, Tensor], network: UNet, model: Mapping[str, Any]) -> None:
-        """Refuses a file whose tensors are not those of the network, with the first that is not."""
+        """Refuses a file that does not fit the network; names the first tensor that differs."""
         if FIRST not in found:
             raise ValueError(
-                f"{self.option} is no checkpoint of improved-diffusion or guided-diffusion: it has "
-                f"no {FIRST}{_instead(found)}"
+                f"{self.option} is not a checkpoint of improved-diffusion or guided-diffusion: it "
+                f"has no {FIRST}{_instead(found)}"
             )
         if not any(name.startswith("output_blocks.") for name in found):
-            raise ValueError(f"{self.option} has no output_blocks: a classifier's network, or half")
+            raise ValueError(f"{self.option} has no output_blocks: it is a classifier or cut off")
         shapes = {name: tensor.shape for name, tensor in found.items()}
         wanted = {name: _shape(name, ours, network) for name, ours in names(network).items()}
         for name in [*wanted, *(name for name in shapes if name not in wanted)]:
             if shapes.get(name) == wanted.get(name):
                 continue
             theirs = f"of shape {tuple(shapes[name])}" if name in shapes else "missing"
-            ours = f"wants {tuple(wanted[name])}" if name in wanted else "has no such layer"
+            ours = f"needs {tuple(wanted[name])}" if name in wanted else "has no such layer"
             raise ValueError(
-                f"{self.option}: {name} is {theirs}, and the network of model.* {ours}"
+                f"{self.option}: {name} is {theirs}, but the network of model.* {ours}"
                 f"{_decides(shapes, wanted, model['resolution'])}"
             )
 
 
 def file_at(name: str, option: str) -> Path | None:
-    """Returns the file of that name; None where a folder, or a repository of the hub, is meant.
+    """Returns the file of that name, or None if it names a folder or a hub repository.
 
     Raises:
-        ValueError: If the name is a file's, and there is none.
+        ValueError: If it ends like a file of weights and there is no such file.
     """
     path = Path(name).expanduser()
     if path.is_file():
         return path
     if path.suffix in SUFFIXES and not path.exists():
-        raise ValueError(f"{option}={name} is not here: there is no such file")
+        raise ValueError(f"{option}={name}: there is no such file")
     return None
 
 
 def names(network: UNet) -> dict[str, list[str]]:
-    """Returns the published name of each tensor of a network, in order, and what it is called here.
+    """Maps the published name of each tensor of a network, in order, to its names here.
 
-    That is one name, and three for attention's qkv.
+    Attention's qkv has three names here, every other tensor one.
     """
     tensors = set(network.state_dict())
     return {
@@ -142,10 +142,10 @@ def names(network: UNet) -> dict[str, list[str]]:
 
 
 def _layers(network: UNet) -> Iterator[tuple[str, str]]:
-    """The published name of each layer and ours, where ours exists, in the order of a forward pass.
+    """Yields the published name of each layer and ours, in the order of a forward pass.
 
-    The first convolution is an input block too; what resamples has a block of its own on the way
-    down, and ends a block on the way up.
+    The first convolution counts as an input block. A resampling layer is a block of its own on the
+    way down, and ends a block on the way up. Some of our names may be missing in the network.
     """
     yield from (
         ("time_embed.0", "time_embedding.linear_1"),
@@ -178,14 +178,14 @@ def _layers(network: UNet) -> Iterator[tuple[str, str]]:
 
 
 def _block(theirs: str, ours: str, level: Level, index: int) -> Iterator[tuple[str, str]]:
-    """A residual block, and the attention after it, if any."""
+    """Yields the layers of a residual block and of the attention after it, if any."""
     yield from _layer(f"{theirs}.0", f"{ours}.resnets.{index}", level.resnets[index])
     if level.attentions:
         yield from _layer(f"{theirs}.1", f"{ours}.attentions.{index}", level.attentions[index])
 
 
 def _layer(theirs: str, ours: str, layer: nn.Module, conv: str = "") -> Iterator[tuple[str, str]]:
-    """The parts of a layer; `conv` is the published name of the one part of a resampling."""
+    """Yields the parts of a layer; `conv` is the published name of a resampling layer's part."""
     parts = {conv: "conv"}
     if isinstance(layer, ResBlock):
         parts = RES_BLOCK
@@ -196,14 +196,14 @@ def _layer(theirs: str, ours: str, layer: nn.Module, conv: str = "") -> Iterator
 
 
 def _shape(name: str, ours: list[str], network: UNet) -> Size:
-    """What a published tensor must be for a network."""
+    """Returns the shape that a published tensor must have for a network."""
     first = network.get_parameter(ours[0]).shape
     rows = Size([len(ours) * first[0], *first[1:]])
     return Size([*rows, 1]) if name.endswith(("qkv.weight", "proj_out.weight")) else rows
 
 
 def _settings(shapes: Mapping[str, Size], resolution: int | tuple[int, int]) -> dict[str, Any]:
-    """What shapes tell of a network, by the key that decides it."""
+    """Returns what shapes tell about a network, by the key that decides it."""
     base = shapes[FIRST][1]
     blocks = 1 + max(
         int(name.split(".")[1]) for name in shapes if name.startswith("output_blocks.")
@@ -215,14 +215,14 @@ def _settings(shapes: Mapping[str, Size], resolution: int | tuple[int, int]) -> 
         if f"output_blocks.{number}.{place}.conv.weight" in shapes
         or f"output_blocks.{number}.{place}.in_layers.0.weight" in shapes
     ]
-    starts = [0, *(end + 1 for end in ends)][::-1]  # of each level on the way up, the finest first
+    starts = [0, *(end + 1 for end in ends)][::-1]  # first block per level up, finest level first
     widths = [shapes[f"output_blocks.{start}.0.in_layers.2.weight"][0] for start in starts]
     sides = [max(size) for size in level_sizes(resolution, len(widths))]
     classes = shapes.get("label_emb.weight")
     return {
         "model.base_channels": base,
         "data.channels": shapes["input_blocks.0.0.weight"][1],
-        "training.conditional with data.num_classes, and one more for training.label_dropout": (
+        "training.conditional with data.num_classes, plus one for training.label_dropout": (
             "none" if classes is None else classes[0]
         ),
         "model.num_res_blocks": [*ends, blocks - 1][0],
@@ -235,14 +235,14 @@ def _settings(shapes: Mapping[str, Size], resolution: int | tuple[int, int]) -> 
         "model.scale_shift_norm": shapes["output_blocks.0.0.emb_layers.1.weight"][0]
         == 2 * widths[-1],
         "model.resample": "conv" if any(".op." in name for name in shapes) else "resblock",
-        "objective, whose learned variance doubles the channels out": shapes["out.2.weight"][0],
+        "objective, where a learned variance doubles the output": shapes["out.2.weight"][0],
     }
 
 
 def _decides(
     theirs: Mapping[str, Size], ours: Mapping[str, Size], resolution: int | tuple[int, int]
 ) -> str:
-    """The part of a message that says which settings decide what differs, where shapes tell."""
+    """Returns the part of a message that names the settings to blame, where shapes tell."""
     try:
         found, wanted = _settings(theirs, resolution), _settings(ours, resolution)
     except (LookupError, ValueError, ArithmeticError):
@@ -254,7 +254,7 @@ def _decides(
         for key, value in wanted.items()
         if found[key] != value
     ]
-    return f"; what decides is {', '.join(differ)}" if differ else ""
+    return f"; check {', '.join(differ)}" if differ else ""
 
 
 def _plain(value: Any) -> str:
@@ -264,11 +264,11 @@ def _plain(value: Any) -> str:
 
 
 def _instead(found: Mapping[str, Tensor]) -> str:
-    """The part of a message that says what a table of tensors is in place of a checkpoint."""
+    """Returns the part of a message that says what the file holds instead."""
     if any(name.startswith(("conv_in.", "unet.conv_in.")) for name in found):
-        return " but tensors by the names of diffusers: give the folder that it lies in"
+        return ", but tensors named as in diffusers: give its folder instead"
     if any(name.endswith(FIRST) for name in found):
         prefix = next(name for name in found if name.endswith(FIRST)).removesuffix(FIRST)
-        return f" but {prefix}{FIRST}: take {prefix} off the names"
+        return f", but {prefix}{FIRST}: strip {prefix} from the names"
     first = next(iter(found), None)
-    return " and no tensor at all" if first is None else f"; its first tensor is {first}"
+    return " and no other tensor" if first is None else f"; its first tensor is {first}"

@@ -1,6 +1,6 @@
-"""What diffusers' scheduler_config.json says of a process, and the other way round.
+"""Converts between diffusers' scheduler_config.json and a GaussianDiffusion.
 
-What one side cannot express is refused with the reason, never left out.
+What one side cannot express is refused with the reason, never dropped.
 """
 
 from collections.abc import Mapping
@@ -33,10 +33,10 @@ SCHEDULER_DEFAULTS: dict[str, Any] = {  # of diffusers' DDPMScheduler
         "dynamic_thresholding_ratio": 0.995,
         "sample_max_value": 1.0,
     },
-    # which timesteps a shorter chain visits: here the sampler's own setting
+    # which timesteps a shorter chain visits; here the sampler decides that
     **{"timestep_spacing": "leading", "steps_offset": 0},
 }
-# of DDIMScheduler, and of old versions
+# of DDIMScheduler and of old versions
 SCHEDULER_OTHERS = {"set_alpha_to_one": True, "tensor_format": "pt", "predict_epsilon": True}
 SCHEDULER_FIXED: dict[str, list[Any]] = {
     "thresholding": [False],
@@ -54,11 +54,11 @@ VARIANCES: dict[str, Any] = {
 
 
 class Chain(NamedTuple):
-    """What a folder's scheduler says.
+    """The process that a folder's scheduler describes.
 
     Attributes:
         diffusion: The process.
-        clip: Whether x0_hat is held in [-1, 1] when sampling.
+        clip: Whether sampling clips x0_hat to [-1, 1].
     """
 
     diffusion: GaussianDiffusion
@@ -66,12 +66,12 @@ class Chain(NamedTuple):
 
 
 def scheduler_config(diffusion: GaussianDiffusion) -> dict[str, Any]:
-    """Returns what diffusers' scheduler_config.json must say of a diffusion.
+    """Returns the contents of diffusers' scheduler_config.json for a process.
 
-    "linspace" visits the timesteps that "respaced" does in ddpm.diffusion.spacing, but for ties.
+    "linspace" visits the timesteps of "respaced" in ddpm.diffusion.spacing, except for ties.
 
     Raises:
-        ValueError: If diffusers has no such process, with the reason.
+        ValueError: If diffusers cannot express the process, with the reason.
     """
     if diffusion.prediction not in PREDICTIONS:
         raise ValueError(
@@ -86,8 +86,8 @@ def scheduler_config(diffusion: GaussianDiffusion) -> dict[str, Any]:
     if diffusion.rescale_timesteps and diffusion.num_timesteps != 1000:
         raise ValueError(
             "objective.rescale_timesteps=true with "
-            f"schedule.num_timesteps={diffusion.num_timesteps}: diffusers shows a network the "
-            "timestep as it is"
+            f"schedule.num_timesteps={diffusion.num_timesteps}: diffusers passes timesteps to the "
+            "network unscaled"
         )
     betas = diffusion.betas
     is_line = torch.allclose(
@@ -114,10 +114,10 @@ def scheduler_config(diffusion: GaussianDiffusion) -> dict[str, Any]:
 
 
 def chain(config: dict[str, Any], model: Mapping[str, Any]) -> Chain:
-    """Returns what diffusers' scheduler_config.json says, for that network.
+    """Returns the process of a diffusers scheduler_config.json, for a network as in conf/model/.
 
     Raises:
-        ValueError: For what GaussianDiffusion cannot be, with the reason.
+        ValueError: If GaussianDiffusion cannot express it, with the reason.
     """
     settings = read_settings(
         config,
@@ -137,8 +137,8 @@ def chain(config: dict[str, Any], model: Mapping[str, Any]) -> Chain:
     learned = variance == "learned_range"
     if model["out_channels"] != model["in_channels"] * (2 if learned else 1):
         raise ValueError(
-            f"variance_type={variance} does not fit a network of {model['in_channels']} channels "
-            f"in and {model['out_channels']} out"
+            f"variance_type={variance} does not fit a network with {model['in_channels']} input "
+            f"and {model['out_channels']} output channels"
         )
     prediction = key_of(PREDICTIONS, "prediction_type", settings["prediction_type"])
     return Chain(
@@ -160,7 +160,7 @@ def _betas(settings: Mapping[str, Any]) -> Tensor:
         betas = torch.tensor(settings["trained_betas"], dtype=torch.float64)
         if len(betas) != num_timesteps or zero_terminal_snr:
             raise ValueError(
-                f"trained_betas must be num_train_timesteps={num_timesteps} numbers, with "
+                f"trained_betas must be num_train_timesteps={num_timesteps} numbers and needs "
                 "rescale_betas_zero_snr=false"
             )
         return betas
@@ -176,5 +176,5 @@ def _betas(settings: Mapping[str, Any]) -> Tensor:
             + start
         )
     raise ValueError(
-        f"beta_schedule={kind} with rescale_betas_zero_snr={zero_terminal_snr} is unknown here"
+        f"beta_schedule={kind} with rescale_betas_zero_snr={zero_terminal_snr} is not supported"
     )

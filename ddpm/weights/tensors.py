@@ -1,4 +1,4 @@
-"""Files of tensors, read as nothing else."""
+"""Reads files of tensors, and nothing but tensors."""
 
 import pickle
 import re
@@ -21,19 +21,19 @@ UNREADABLE = (
         ValueError,
         TypeError,
         AttributeError,
-    ),  # a damaged one
+    ),  # from damaged files
 )
 
 
 def read_tensors(option: str, file: Path) -> dict[str, Tensor]:
-    """Reads a table of tensors: safetensors, or what torch saved.
+    """Reads a state dict from safetensors or a file of torch.save.
 
     Args:
-        option: What named the file, as typed, for messages.
+        option: The option that named the file, as typed, for messages.
         file: The file.
 
     Returns:
-        float32 tensors (others than floats as they are) by name, on the CPU.
+        Tensors by name, on the CPU. Floats become float32, other dtypes stay.
 
     Raises:
         ValueError: If the file holds anything but tensors.
@@ -42,25 +42,25 @@ def read_tensors(option: str, file: Path) -> dict[str, Tensor]:
         loaded = load_tensors(file) if file.suffix == ".safetensors" else _unpickled(file)
     except UNREADABLE as error:
         raise ValueError(
-            f"{option}: {file} cannot be read as tensors alone, so it is left unread "
+            f"{option}: {file} cannot be read as tensors only; nothing was loaded "
             f"({_reason(error)})"
         ) from error
     if isinstance(loaded, dict) and "param_groups" in loaded:
         raise ValueError(
-            f"{option}: {file} is the state of an optimizer; the weights are in the file beside it "
-            "(model*.pt, or ema_*.pt, their moving average)"
+            f"{option}: {file} is an optimizer's state; use the weights next to it "
+            "(model*.pt, or their moving average ema_*.pt)"
         )
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
     ):
         what = f"is a {type(loaded).__name__}"
         if isinstance(loaded, dict):
-            what = f"has {', '.join(map(str, list(loaded)[:6]))} (save the weights' table alone)"
-        raise ValueError(f"{option}: {file} is not a table of tensors by name; it {what}")
+            what = f"has {', '.join(map(str, list(loaded)[:6]))} (save only the state dict)"
+        raise ValueError(f"{option}: {file} is not a state dict of tensors; it {what}")
     for name, tensor in loaded.items():
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise ValueError(
-                f"{option}: {file}: {name} of shape {tuple(tensor.shape)} claims more than it holds"
+                f"{option}: {file}: {name} has shape {tuple(tensor.shape)} but less data"
             )
     return {
         name: tensor.float() if tensor.is_floating_point() else tensor
@@ -74,10 +74,10 @@ def _unpickled(file: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What was wrong, in a few words; torch's own go on to tell how to run the code in a file."""
+    """Shortens an error; torch's own message goes on to say how to run the file's code."""
     words = str(error)
     code = re.search(r"(?:GLOBAL|global) ([\w.]+)", words)
     if "Weights only load failed" in words:
-        return f"it names {code[1]}" if code else "no pickle of tensors"
+        return f"it names {code[1]}" if code else "not a pickle of tensors"
     first = words.splitlines()[0] if words else type(error).__name__
     return f"it is damaged or cut off: {first}"

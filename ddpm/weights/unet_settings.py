@@ -1,7 +1,7 @@
-"""What diffusers' config.json says of a network, in this package's words, and the other way round.
+"""Converts between the config.json of diffusers' UNet2DModel and the arguments of UNet.
 
-The parameter names of UNet2DModel and UNet are the same. What one side cannot express is refused
-with the reason, never left out.
+Both have the same parameter names. What one side cannot express is refused with the reason, never
+dropped.
 """
 
 import inspect
@@ -11,7 +11,7 @@ from typing import Any
 from ddpm.models.unet import UNet, level_sizes
 
 UNET = "ddpm.models.UNet"
-VERSION = "0.35.0"  # of diffusers, whose keys these are
+VERSION = "0.35.0"  # the version of diffusers that these keys are from
 UNET_DEFAULTS: dict[str, Any] = {  # of diffusers' UNet2DModel, for keys that a file leaves out
     **{
         "sample_size": None,
@@ -51,7 +51,7 @@ UNET_DEFAULTS: dict[str, Any] = {  # of diffusers' UNet2DModel, for keys that a 
     },
     **{"class_embed_type": None, "num_class_embeds": None},
 }
-UNET_FIXED: dict[str, list[Any]] = {  # what no argument of UNet changes
+UNET_FIXED: dict[str, list[Any]] = {  # the only values that UNet can express
     **{
         "center_input_sample": [False],
         "time_embedding_type": ["positional"],
@@ -65,13 +65,13 @@ PADDINGS = {"same": 0, "symmetric": 1}
 
 
 def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what diffusers' config.json must say of a network.
+    """Returns the contents of diffusers' config.json for a network.
 
     Args:
-        model: Class and arguments, as in conf/model/, with all that the network was built with.
+        model: The network's class and all its arguments, as in conf/model/.
 
     Raises:
-        ValueError: If diffusers cannot express it, with the reason.
+        ValueError: If diffusers cannot express the network, with the reason.
     """
     arguments = _complete(model)
     widths, attends = _levels(arguments)
@@ -86,8 +86,8 @@ def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
     if arguments["head_channels"] is None and arguments["num_heads"] > 1 and len(head_widths) > 1:
         raise ValueError(
             f"model.num_heads={arguments['num_heads']} on widths {', '.join(map(str, heads))}: "
-            "diffusers' UNet2DModel has heads of one width on all levels, so only "
-            "model.head_channels can be exported there"
+            "diffusers' UNet2DModel has one head width for all levels, so only networks with "
+            "model.head_channels can be exported"
         )
     one_head = arguments["head_channels"] is None and arguments["num_heads"] == 1
     plain, kind = (
@@ -131,7 +131,7 @@ def unet_model(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the network of diffusers' config.json, as in conf/model/.
 
     Raises:
-        ValueError: For one that UNet cannot be, with the reason.
+        ValueError: If UNet cannot express it, with the reason.
     """
     settings = read_settings(config, ["UNet2DModel"], UNET_DEFAULTS, UNET_FIXED)
     widths, groups, last = (
@@ -140,7 +140,7 @@ def unet_model(config: dict[str, Any]) -> dict[str, Any]:
         len(settings["block_out_channels"]) - 1,
     )
     down = [str(name).removeprefix("UNetRes") for name in settings["down_block_types"]]
-    # from the finest level, as `down`
+    # from the finest level on, like `down`
     up = [str(name).removeprefix("UNetRes") for name in reversed(settings["up_block_types"])]
     downs = {
         "DownBlock2D": "conv",
@@ -156,12 +156,10 @@ def unet_model(config: dict[str, Any]) -> dict[str, Any]:
         *(name for name in down if name not in downs),
         *(name for name in up if name not in ups),
     ]:
-        raise ValueError(
-            f"block type {name} is unknown here; there are {', '.join([*downs, *ups])}"
-        )
+        raise ValueError(f"block type {name} is not supported; use {', '.join([*downs, *ups])}")
     if not len(down) == len(up) == len(widths):
         raise ValueError(
-            "down_block_types, up_block_types and block_out_channels must be of one length"
+            "down_block_types, up_block_types and block_out_channels must have the same length"
         )
     if [name == "AttnUpBlock2D" for name in up] != [name == "AttnDownBlock2D" for name in down]:
         raise ValueError(
@@ -170,7 +168,7 @@ def unet_model(config: dict[str, Any]) -> dict[str, Any]:
     kinds = {*(downs[name] for name in down[:last]), *(ups[name] for name in up[1:])}
     if len(kinds) > 1 or not kinds <= {"conv", "resnet"}:
         raise ValueError(
-            "levels must all be resampled in one way, conv or resnet, and here are "
+            "all levels must be resampled in the same way, by conv or by resnet; got "
             f"{', '.join(sorted(map(str, kinds)))}"
         )
     multipliers = [width // widths[0] for width in widths]
@@ -181,7 +179,7 @@ def unet_model(config: dict[str, Any]) -> dict[str, Any]:
             f"time_embedding_dim={settings['time_embedding_dim']} must be null or 4 * {widths[0]}"
         )
     if settings["sample_size"] is None:
-        raise ValueError("sample_size is null: nothing says how large the images are")
+        raise ValueError("sample_size=null must be the size of the images")
     if groups is None:
         raise ValueError("norm_num_groups=null must be a number")
     attention_groups = settings["attn_norm_num_groups"]
@@ -189,8 +187,8 @@ def unet_model(config: dict[str, Any]) -> dict[str, Any]:
         attention_groups is not None or settings["resnet_time_scale_shift"] != "default"
     ):
         raise ValueError(
-            f"attn_norm_num_groups={attention_groups}: attention must be normalized like the rest, "
-            f"norm_num_groups={groups}"
+            f"attn_norm_num_groups={attention_groups} must be norm_num_groups={groups}: attention "
+            "is normalized like the rest"
         )
     resolution, head_width = settings["sample_size"], settings["attention_head_dim"]
     sides = [max(size) for size in level_sizes(resolution, len(widths))]
@@ -226,7 +224,7 @@ def unet_model(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def unseen(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that change a UNet's output and that no weight's name or shape shows."""
+    """Returns the settings that change a UNet's output but show in no weight's name or shape."""
     arguments = _complete(model)
     padding = arguments["downsample_padding"] if arguments["resample"] == "conv" else None
     shown = {key: arguments[key] for key in ("norm_groups", "norm_eps", "time_embedding")}
@@ -239,20 +237,29 @@ def read_settings(
     defaults: dict[str, Any],
     fixed: Mapping[str, list[Any]],
 ) -> dict[str, Any]:
-    """A file's settings and defaults; refuses unknown keys, and values that `fixed` rules out."""
+    """Returns a file's settings, completed by defaults.
+
+    Raises:
+        ValueError: If the class is not one of `classes`, a key is unknown, or `fixed` rules out a
+            value.
+    """
     if config.get("_class_name") not in classes:
         raise ValueError(f"_class_name={config.get('_class_name')} must be {' or '.join(classes)}")
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     for key, value in settings.items():
         if key not in defaults and value is not None:
-            raise ValueError(f"{key}={value} is unknown here")
+            raise ValueError(f"{key}={value}: unknown key")
         if key in fixed and value not in fixed[key]:
             raise ValueError(f"{key}={value} must be {' or '.join(map(str, fixed[key]))}")
     return {**defaults, **settings}
 
 
 def key_of(table: Mapping[Any, Any], name: str, value: Any) -> Any:
-    """The key under which a table has that value."""
+    """Returns the key under which a table has that value.
+
+    Raises:
+        ValueError: If there is none; the message calls the value `name`.
+    """
     for key, found in table.items():
         if found == value:
             return key
@@ -260,11 +267,11 @@ def key_of(table: Mapping[Any, Any], name: str, value: Any) -> Any:
 
 
 def _complete(model: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of UNet; a ValueError for another class."""
+    """Returns all arguments of a UNet, defaults included; refuses other classes."""
     if model["_target_"] != UNET:
         raise ValueError(
-            f"model._target_={model['_target_']} is no network that diffusers' UNet2DModel can "
-            f"express; only {UNET} is"
+            f"model._target_={model['_target_']} cannot be expressed as diffusers' UNet2DModel; "
+            f"only {UNET} can"
         )
     defaults = {
         name: parameter.default for name, parameter in inspect.signature(UNet).parameters.items()
@@ -273,7 +280,7 @@ def _complete(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _levels(arguments: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
-    """Width of each level, and whether it has attention."""
+    """Returns each level's width and whether it has attention."""
     widths = [
         arguments["base_channels"] * multiplier for multiplier in arguments["channel_multipliers"]
     ]
@@ -284,7 +291,7 @@ def _levels(arguments: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
 
 
 def _heads(arguments: Mapping[str, Any]) -> dict[int, int]:
-    """Width -> number of heads, where there is attention: levels, and the middle."""
+    """Maps width to number of heads for the levels with attention and the middle."""
     widths, attends = _levels(arguments)
     attended = [
         *(width for width, attention in zip(widths, attends, strict=True) if attention),
