@@ -70,7 +70,7 @@ def test_image_files_below_sub_folders_are_of_their_class(tmp_path):
     (tmp_path / "dog" / "notes.txt").write_text("a dog")
     source = sources.folder(str(tmp_path))
     assert source.classes == ["cat", "dog"]
-    assert source.others == {".txt, no pictures": ["dog/notes.txt"]}
+    assert source.others == {".txt, not pictures": ["dog/notes.txt"]}
     assert read(source) == [(10, 0), (20, 0), (30, 1)]
 
 
@@ -80,7 +80,7 @@ def test_image_files_beside_class_folders_have_no_class_and_are_named(tmp_path):
         (tmp_path / name).write_bytes(encoded(1))
     source = sources.folder(str(tmp_path))
     assert source.classes == ["sub"]
-    assert source.notes == ["beside the folders sub and without a class: 1.png"]
+    assert source.notes == ["outside of the class folders sub, so no class: 1.png"]
     assert read(source) == [(1, None), (1, 0)]
 
 
