@@ -91,7 +91,7 @@ class Decoding:
         white: Sample value of white in pictures of more than 8 bits; None for the value that each
             file declares.
         max_pixels: Larger pictures are left out: a file of a few bytes can claim to be huge.
-        resize: The filter, cropping the way the code known for it does; see `resized`.
+        resize: Filter and order of cropping; see `resized`.
 
     Raises:
         ValueError: If Pillow does not know the background color.

@@ -22,7 +22,7 @@ from ddpm.data.cache import digest_of, fingerprint_of
 from ddpm.data.shards import Source, item_of, some
 from ddpm.system.files import lock, short_hash, write_text
 
-SETTLED = 2 * 10**9  # nanoseconds; a file changed more recently may change again, same times
+SETTLED = 2 * 10**9  # nanoseconds; two changes within this time may leave a file the same times
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def shard_counts(count: int) -> list[int]:
 
 
 def in_shard(values: Sequence[Any], shard: int) -> Sequence[Any]:
-    """Returns the shard's part of values that are given one per picture."""
+    """Returns the shard's slice of `values`, which has one value per picture."""
     return values[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
 
 

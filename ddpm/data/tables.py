@@ -215,8 +215,8 @@ def _columns(
     for column in (image, label):
         if column is not None and column not in names:
             raise ValueError(
-                f"{where} has no column {column}; it has {', '.join(names)} "
-                f"(data.source.image_column, data.source.label_column)"
+                f"{where} has no column {column}; it has {', '.join(names)}: "
+                f"check data.source.image_column and data.source.label_column"
             )
     return image, label
 

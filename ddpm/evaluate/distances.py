@@ -33,7 +33,7 @@ def distance(
         metric: fd, kd, inception_score or precision_recall.
         drawn: Features of the drawn images.
         reference: What they are compared with; None for inception_score, which needs none.
-        extractor: Computed both; it names the distances.
+        extractor: The extractor that computed both; it names the distances.
         protocol: Protocol of the measurements. `splits` is the number of parts that inception_score
             averages over; `num_reference` is the number of reference pictures that precision_recall
             uses, evenly spaced, None for all.
@@ -99,8 +99,8 @@ def classes(
     known = extractor.classes
     if drawn.probabilities is None or not known:
         raise metrics.CannotBeHad(
-            "classes needs a classifier of the data's classes, evaluation.extractor=digits, not "
-            f"{extractor.name}"
+            "classes needs a classifier of the data's classes: give evaluation.extractor=digits "
+            f"instead of {extractor.name}"
         )
     if asked is not None and not set(asked) <= set(known):
         raise metrics.CannotBeHad(

@@ -1,4 +1,4 @@
-"""Computes the features that distances are measured on, with a network trained elsewhere."""
+"""Computes the features that distances are measured on."""
 
 import hashlib
 import io

@@ -159,7 +159,7 @@ def write_reference(
 
     Args:
         trained: The run's network.
-        settings: Name the split and the extractor.
+        settings: The settings that name the split and the extractor.
         device: Where the features are computed.
         to: The .npz file to write.
 
