@@ -145,7 +145,7 @@ def test_columns_of_other_names_are_found_and_files_without_them_are_named(tmp_p
     assert source.classes == ["x", "y"]
     assert read(source) == [(4, 0), (5, 1)]
     write_parquet(tmp_path / "b.parquet", {"photo": content})
-    with pytest.raises(ValueError, match=r"b\.parquet has no column jpg, which a\.PARQUET"):
+    with pytest.raises(ValueError, match=r"b\.parquet has no column jpg, unlike a\.PARQUET"):
         sources.folder(str(tmp_path))
 
 
