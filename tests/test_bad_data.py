@@ -156,9 +156,9 @@ def test_class_folders_without_a_picture_are_named(tmp_path, pictures):
     assert found.classes == ["cat", "dog", "fox"]
     notes = "; ".join(found.notes)
     assert "no pictures in bird, fish" in notes
-    assert "1 .txt, no pictures (fish/notes.txt)" in notes
-    assert "fox/3.png (no picture)" in notes
-    assert "1 of 3 classes have no picture: fox" in notes
+    assert "1 .txt, not pictures (fish/notes.txt)" in notes
+    assert "fox/3.png (not a picture)" in notes
+    assert "1 of 3 classes have no pictures: fox" in notes
 
 
 def write_rows(path, labels):
@@ -198,7 +198,7 @@ def test_a_label_that_is_none_of_the_classes_is_refused_with_its_row(tmp_path):
         }
     )
     datasets.Dataset(rows.cast(features.arrow_schema)).save_to_disk(str(tmp_path / "set"))
-    with pytest.raises(ValueError, match="row 1 has the label 2, and the classes are cat, dog"):
+    with pytest.raises(ValueError, match="row 1 has the label 2, but the classes are cat, dog"):
         decode(tmp_path / "set", tmp_path / "cache")
 
 
@@ -230,7 +230,7 @@ def test_a_damaged_parquet_file_is_refused_by_its_name(tmp_path, damage):
     )
     with pytest.raises(
         ValueError,
-        match=rf"{re.escape(str(file))} is (not a whole parquet file|damaged in row group 0)",
+        match=rf"{re.escape(str(file))} is (not a complete parquet file|damaged in row group 0)",
     ) as refused:
         decode(tmp_path / "set", tmp_path / "cache")
     assert "\n" not in str(refused.value)
@@ -248,7 +248,8 @@ def test_a_damaged_folder_of_datasets_is_refused_by_its_path(tmp_path, damage):
     )
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(
-        ValueError, match=rf"data\.path={re.escape(str(tmp_path / 'set'))} is not a whole folder"
+        ValueError,
+        match=rf"data\.path={re.escape(str(tmp_path / 'set'))} is not a complete folder saved by datasets",
     ):
         sources.folder(str(tmp_path / "set"))
 
@@ -374,7 +375,7 @@ def test_a_cache_that_finds_no_room_is_refused_by_its_key(tmp_path, pictures, ca
 
     assert os.waitstatus_to_exitcode(os.waitpid(in_child(limited), 0)[1]) == 1
     assert (
-        f"data.cache={tmp_path / 'cache'}: pictures cannot be kept there (File too large)"
+        f"data.cache={tmp_path / 'cache'} cannot store pictures (File too large)"
         in capfd.readouterr().out
     )
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == ["digests"]
@@ -383,5 +384,5 @@ def test_a_cache_that_finds_no_room_is_refused_by_its_key(tmp_path, pictures, ca
 def test_a_cache_where_no_folder_can_be_is_refused_by_its_key(tmp_path, pictures):
     folder = pictures("set", ["1.png", "2.png"])
     (tmp_path / "cache").touch()
-    with pytest.raises(ValueError, match=r"data\.cache=.*cannot be kept there"):
+    with pytest.raises(ValueError, match=r"data\.cache=.* cannot store pictures"):
         decode(folder, tmp_path / "cache")

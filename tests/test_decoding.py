@@ -106,7 +106,7 @@ def test_shrinking_averages_what_it_leaves_out():
 
 
 def test_a_background_that_is_no_colour_is_refused():
-    with pytest.raises(ValueError, match="background=wihte"):
+    with pytest.raises(ValueError, match=r"data\.background=wihte"):
         Decoding(8, 8, 3, "center", "wihte")
 
 

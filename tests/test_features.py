@@ -156,7 +156,7 @@ def test_weights_that_cannot_be_fetched_are_refused_with_the_address(monkeypatch
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))  # no folder can be made below it
     with pytest.raises(
         ValueError,
-        match=r"https://.*6726825d\.pth cannot be fetched.*evaluation\.weights_path=FILE",
+        match=r"https://.*6726825d\.pth cannot be downloaded.*evaluation\.weights_path=FILE",
     ) as refused:
         features.inception(None, True, CPU)
     one_line(refused)
@@ -167,7 +167,7 @@ def test_a_file_that_is_not_the_fids_network_is_refused_unread(tmp_path):
     with pytest.raises(ValueError, match="evaluation.weights_path=.*nowhere.pth is not a file"):
         features.inception(str(tmp_path / "nowhere.pth"), True, CPU)
     torch.save(nn.Linear(1, 1), tmp_path / "other.pth")  # needs code to load
-    with pytest.raises(ValueError, match=r"other\.pth is not the network of the FID") as refused:
+    with pytest.raises(ValueError, match=r"other\.pth is not the network that FID uses") as refused:
         features.inception(str(tmp_path / "other.pth"), False, CPU)
     assert hashlib.sha256((tmp_path / "other.pth").read_bytes()).hexdigest()[:8] in one_line(
         refused

@@ -231,11 +231,11 @@ def test_a_grey_map_declares_its_white():
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "no picture"),
-        (b"no picture at all", "no picture"),
+        (b"", "not a picture"),
+        (b"no picture at all", "not a picture"),
         (saved(MODES["RGB"][0], "PNG")[:60], "truncated"),
         (saved(MODES["RGB"][0], "JPEG")[:-40], "truncated"),
-        (saved(Image.new("1", (2000, 2000)), "PNG"), "data.max_pixels=4000000 would take it"),
+        (saved(Image.new("1", (2000, 2000)), "PNG"), "needs data.max_pixels=4000000"),
     ],
 )
 def test_what_is_left_out_says_why(content, reason):
@@ -333,12 +333,12 @@ def test_a_folder_from_everywhere_trains_and_one_line_says_what_was_not_used(tmp
     )
     record = json.loads((folder.path / "run.json").read_text())
     assert record["data"]["notes"] == [
-        f"{used} of {used + 8} files are used; not used are "
-        "2 .txt, no pictures (notes (1).txt, notes.txt); 1 .html, no pictures (page.html); "
-        "5 that do not decode: cut.jpg (truncated); denied.jpg (no picture); "
-        "depth.tif (numbers of floating point, and no white declared: give data.white); "
-        "map.png (too large: 2000x2000 pixels, data.max_pixels=4000000 would take it); "
-        "moved.png (a link to nowhere)",
+        f"using {used} of {used + 8} files; skipped: "
+        "2 .txt, not pictures (notes (1).txt, notes.txt); 1 .html, not pictures (page.html); "
+        "5 that do not decode: cut.jpg (truncated); denied.jpg (not a picture); "
+        "depth.tif (samples of floating point, and no white declared: give data.white); "
+        "map.png (too large: 2000x2000 pixels, needs data.max_pixels=4000000); "
+        "moved.png (a broken link)",
         "half of the pictures are mirrored in training; data.flip=false does without",
     ]
 

@@ -248,7 +248,7 @@ def test_validation_pictures_that_name_other_classes_are_refused(run, typed, spl
     done = typed("evaluate", f"run={run}", *ASKED, *asked, f"data.path={tmp_path}")
     assert done.code == 1
     assert done.err.splitlines()[-1].startswith(
-        "error: the split validation has 1 classes, and not the 2 that the network was trained with"
+        "error: the split validation has 1 classes, not the 2 that the network was trained with"
     )
 
 

@@ -105,9 +105,9 @@ BAD = {
     "objects": ({"mu": np.array([{}]), "sigma": np.eye(1)}, r"has mu \(1,\) of object"),
     "floats": ({"arr_0": pixels(3) / 255}, r"of float64; pictures should be \(N, H, W, 1 or 3\)"),
     "channels first": ({"arr_0": pixels(3).transpose(0, 3, 1, 2).copy()}, r"\(3, 3, 4, 4\) of uint8"),
-    "another network's": (normal(2048), "of 2048 features, and .*=efficientnet_lite0 has 1280: give inception"),
-    "no such network": (normal(64), "of 64 features, and .* has 1280$"),
-    "not a number": ({**normal(1280), "mu": np.full(1280, np.nan)}, "infinite or not a number"),
+    "another network's": (normal(2048), "of 2048 features, but .*=efficientnet_lite0 has 1280: give evaluation.extractor=inception"),
+    "no such network": (normal(64), "of 64 features, but .* has 1280$"),
+    "not a number": ({**normal(1280), "mu": np.full(1280, np.nan)}, "infinite or NaN"),
     "not symmetric": ({**normal(1280), "sigma": np.triu(np.ones((1280, 1280)))}, "not symmetric"),
 }  # fmt: skip
 
@@ -184,9 +184,9 @@ def test_a_reference_that_does_not_fit_the_network_is_refused(run_folder, refusa
     words = [f"run={run_folder}", "evaluation.metrics=[kd]", "device=cpu"]
     wrong = write(tmp_path / "b.npz", arr_0=pixels(5, size=32))
     said = refusal(evaluate.main, *words, f"evaluation.reference={wrong}")
-    assert "has pictures of 32x32 pixels, and this network draws" in said
+    assert "has pictures of 32x32 pixels, but this network draws" in said
     assert "nowhere.npz is not a file" in refusal(
         evaluate.main, *words, "evaluation.reference=nowhere.npz"
     )
-    assert "is there already" in refusal(evaluate.main, *words, f"reference_to={wrong}")
+    assert "already exists" in refusal(evaluate.main, *words, f"reference_to={wrong}")
     assert "does not end with .npz" in refusal(evaluate.main, *words, "reference_to=stats")

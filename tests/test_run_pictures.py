@@ -279,7 +279,7 @@ def test_pictures_that_change_while_they_are_read_are_not_trained_on(plain, tmp_
     place = plain("set")
     source = listed(folder(str(place)), tmp_path / "cache", 1)
     repaint(place / "a/1.png", 33)
-    with pytest.raises(ValueError, match="have changed while they were read"):
+    with pytest.raises(ValueError, match="changed while they were being read"):
         image_set(source, Decoding(8, 8, 3, "none", "white"), tmp_path / "cache", 1, 0.0)
 
 

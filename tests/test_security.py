@@ -301,7 +301,7 @@ def test_a_data_sets_rows_name_no_file_outside_of_it(tmp_path, path):
 
 @pytest.mark.parametrize("repo", ["../x", "/etc", "a/../b", "./x", "a/b/c"])
 def test_a_hub_data_sets_name_is_no_path(repo):
-    with pytest.raises(ValueError, match="is no repository of the hub"):
+    with pytest.raises(ValueError, match="is not a hub repository"):
         sources.hub(repo)
 
 

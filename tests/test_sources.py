@@ -70,7 +70,7 @@ def test_image_files_below_sub_folders_are_of_their_class(tmp_path):
     (tmp_path / "dog" / "notes.txt").write_text("a dog")
     source = sources.folder(str(tmp_path))
     assert source.classes == ["cat", "dog"]
-    assert source.others == {".txt, no pictures": ["dog/notes.txt"]}
+    assert source.others == {".txt, not pictures": ["dog/notes.txt"]}
     assert read(source) == [(10, 0), (20, 0), (30, 1)]
 
 
@@ -80,7 +80,7 @@ def test_image_files_beside_class_folders_have_no_class_and_are_named(tmp_path):
         (tmp_path / name).write_bytes(encoded(1))
     source = sources.folder(str(tmp_path))
     assert source.classes == ["sub"]
-    assert source.notes == ["beside the folders sub and without a class: 1.png"]
+    assert source.notes == ["outside of the class folders sub, so no class: 1.png"]
     assert read(source) == [(1, None), (1, 0)]
 
 
@@ -145,7 +145,7 @@ def test_columns_of_other_names_are_found_and_files_without_them_are_named(tmp_p
     assert source.classes == ["x", "y"]
     assert read(source) == [(4, 0), (5, 1)]
     write_parquet(tmp_path / "b.parquet", {"photo": content})
-    with pytest.raises(ValueError, match=r"b\.parquet has no column jpg, which a\.PARQUET"):
+    with pytest.raises(ValueError, match=r"b\.parquet has no column jpg, unlike a\.PARQUET"):
         sources.folder(str(tmp_path))
 
 

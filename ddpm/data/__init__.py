@@ -1,5 +1,4 @@
-"""From a named data set to batches.
+"""Turns a named data set into training batches.
 
-Sources (places: files, tables, packages) -> decoding (uint8 array, once) -> batches (float,
-[-1, 1]).
+Sources (files, tables, packages) -> decoding (uint8 array, once) -> batches (float, [-1, 1]).
 """

@@ -1,4 +1,4 @@
-"""Getting ready what a later batch needs while an earlier one is computed."""
+"""Prepares a later batch while an earlier one is still being computed."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-Span = tuple[int, int, int]  # step, start, stop: positions of a step's batch
+Span = tuple[int, int, int]  # (step, start, stop): positions start to stop of that step's batch
 
 
 class Ahead(Generic[T]):
-    """What was begun for batches that will be asked for, each begun once.
+    """Work started before its batch is requested; each span is started once.
 
     Args:
-        begin: Begins it.
-        drop: Is given what was begun and will not be asked for.
+        begin: Starts the work for a span and returns a handle to it.
+        drop: Called with each handle that will never be taken.
     """
 
     def __init__(
@@ -25,12 +25,15 @@ class Ahead(Generic[T]):
         self._begun: dict[Span, T] = {}
 
     def start(self, span: Span) -> None:
-        """Begins what this span needs, unless it was."""
+        """Starts the work for this span unless it is already under way."""
         if span not in self._begun:
             self._begun[span] = self._begin(span)
 
     def take(self, span: Span) -> T:
-        """Returns what was begun for a span, now if it was not, and drops that of earlier steps."""
+        """Returns the handle of a span and drops the handles of earlier steps.
+
+        Starts the work now if `start` was not called for this span.
+        """
         self.start(span)
         found = self._begun.pop(span)
         for old in [other for other in self._begun if other[0] < span[0]]:
@@ -39,7 +42,7 @@ class Ahead(Generic[T]):
 
 
 class Copies:
-    """Copies to a GPU on a stream of its own, beside what the GPU computes.
+    """Copies images to a GPU on a stream of its own, while the GPU computes.
 
     Args:
         device: The GPU.
@@ -50,36 +53,38 @@ class Copies:
         self._stream = torch.cuda.Stream(device)
 
     def room(self, shape: tuple[int, ...]) -> Tensor:
-        """Returns uint8 memory to copy from: pinned, so that a copy does not wait for the host."""
+        """Returns a uint8 buffer to copy from, pinned so that the copy runs asynchronously."""
         return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
 
     def send(self, pixels: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        """Begins to copy, and waits for nothing.
+        """Starts a copy and returns at once.
 
         Args:
-            pixels: In a `room`, which torch gives to nobody else before the copy is done.
+            pixels: A buffer from `room`; torch does not reuse it before the copy is done.
+
+        Returns:
+            The copy, and the event that marks its end; see `receive`.
         """
         with torch.cuda.stream(self._stream):
             return pixels.to(self._device, non_blocking=True), self._stream.record_event()
 
     def receive(self, sent: tuple[Tensor, torch.cuda.Event]) -> Tensor:
-        """Returns the copy; what the present stream does from now on comes after it."""
+        """Returns the copy and makes the current stream wait until it is complete."""
         copy, done = sent
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(done)
-        copy.record_stream(
-            stream
-        )  # else another copy could be written where this one is still read
+        # keeps the allocator from reusing the memory while this stream still reads it
+        copy.record_stream(stream)
         return copy
 
 
 def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns a tensor on a device; the host does not wait for the copy, nor for what is before."""
+    """Moves a tensor to a device; the host waits neither for the copy nor for earlier work."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # from other memory the copy waits for the device
+        tensor = tensor.pin_memory()  # a copy from pageable memory waits for the device
     return tensor.to(device, non_blocking=True)
 
 
 def copies_to(device: torch.device) -> Copies | None:
-    """Returns how images reach a device while it computes; None where they need not."""
+    """Returns what copies images to a GPU while it computes; None for any other device."""
     return Copies(device) if device.type == "cuda" else None

@@ -1,6 +1,6 @@
-"""From decoded pictures to training batches: which pictures a step sees, as floats in [-1, 1].
+"""Training batches: which pictures each step sees, as floats in [-1, 1].
 
-No state: step and position decide.
+There is no state to save: step and position alone determine each image.
 """
 
 import time
@@ -18,10 +18,11 @@ from ddpm.system.devices import memory_format
 
 
 def to_floats(pixels: Tensor) -> Tensor:
-    """Returns images (B, C, H, W) of uint8 as float32 in [-1, 1], laid out by memory_format."""
+    """Converts uint8 images (B, C, H, W) to float32 in [-1, 1], in the device's memory_format."""
     layout = memory_format(pixels.device)
     x0 = torch.empty_like(pixels, dtype=torch.float32, memory_format=layout)
-    for channel in range(pixels.shape[1]):  # the whole at once is several times slower on a CPU
+    # converting all channels at once is several times slower on a CPU
+    for channel in range(pixels.shape[1]):
         x0[:, channel] = pixels[:, channel]
     return x0.div_(127.5).sub_(1)
 
@@ -37,21 +38,21 @@ class Batches:
     They are the same for any number of processes and after any resume.
 
     Args:
-        images: (M, C, H, W) uint8, an array or one that decodes as it is asked.
+        images: (M, C, H, W) uint8: an array, or a Packed that decodes on access.
         batch_size: Images per step, over all processes.
-        seed: Decides the order, the mirroring and the dropped labels.
+        seed: Determines the order, the mirroring and the dropped labels.
         device: Where the batches go.
-        drop_last: Leave out an epoch's last, short batch.
-        flip: Mirror half of the images left to right, anew each time.
-        labels: (N,) int64, None to train without classes.
-        label_dropout: Share of labels replaced, anew each time, by `any_class` (Ho & Salimans 2022,
-            Algorithm 1).
-        any_class: The class number that replaces them.
-        rows: (N,) int64, those of `images` that are the data set; the others are never seen. None
-            for all.
-        on_device: Keep the images whole on the device. Otherwise they are read from `images` each
-            step (those to be decoded, a step ahead).
-        copies: How they reach the device then (`copies_to`); None: when they are asked for.
+        drop_last: Skip the last, short batch of an epoch.
+        flip: Mirror half of the images left to right, chosen anew each time.
+        labels: (N,) int64; None to train without classes.
+        label_dropout: Share of labels replaced by `any_class`, chosen anew each time (Ho & Salimans
+            2022, Algorithm 1).
+        any_class: The class number that replaces dropped labels.
+        rows: (N,) int64, the rows of `images` that make up the data set; None for all.
+        on_device: Keep all images on the device. Otherwise each step reads its own from `images`;
+            a Packed decodes one step ahead.
+        copies: Copies images to the device ahead of time (`copies_to`) where `on_device` is false;
+            None to copy them on request.
 
     Raises:
         ValueError: If the batch is larger than the data set.
@@ -104,31 +105,31 @@ class Batches:
         self._orders: dict[int, Tensor] = {}  # epoch -> its permutation
 
     def size(self, step: int) -> int:
-        """Returns how many images this step's global batch has.
+        """Returns the number of images in this step's global batch.
 
-        That is batch_size, or fewer in an epoch's last step if that is not dropped.
+        That is batch_size, or fewer in the last step of an epoch unless drop_last skips it.
         """
         first = step % self.steps_per_epoch * self.batch_size
         return min(self.batch_size, self.num_images - first)
 
     def images_before(self, step: int) -> int:
-        """Returns how many images all steps before this one have together."""
+        """Returns the number of images in all steps before this one."""
         epochs, within = divmod(step, self.steps_per_epoch)
         of_epoch = min(self.steps_per_epoch * self.batch_size, self.num_images)
         return epochs * of_epoch + within * self.batch_size
 
     def indices(self, step: int, start: int, stop: int) -> Tensor:
-        """Returns which images stand at positions start to stop of this step's batch.
+        """Returns the indices of the images at positions start to stop of this step's batch.
 
         Returns:
-            (stop - start,) int64. Each image comes once an epoch.
+            (stop - start,) int64. An index appears at most once per epoch.
         """
         epoch, within = divmod(step, self.steps_per_epoch)
         if epoch not in self._orders:
             generator = torch.Generator().manual_seed(
                 randomness.host_key(randomness.DATA_ORDER, self.seed, epoch)
             )
-            # what is decoded ahead crosses the border
+            # decoding one step ahead enters an epoch while the one before is still in use
             self._orders = {
                 other: order for other, order in self._orders.items() if other == epoch - 1
             }
@@ -149,20 +150,20 @@ class Batches:
             chosen = self._copies.receive(self._sent.take(span))
         else:
             chosen = without_waiting(self._chosen(span), self.device)
-        if self.flip:  # while it is bytes
+        if self.flip:  # before the conversion to floats, which take four times the bytes
             positions = torch.arange(start, stop, device=self.device)
             mirrored = randomness.coin(
                 randomness.stream_keys(randomness.TRAIN_FLIP, self.seed, step, positions)
             )
             all_bits = mirrored.to(torch.uint8).neg()[:, None, None, None]
-            # torch.where takes bytes one by one
+            # torch.where would process the bytes one at a time
             chosen = chosen ^ ((chosen ^ chosen.flip(-1)) & all_bits)
         return to_floats(chosen)
 
     def send(self, step: int, start: int, stop: int) -> None:
-        """Begins to copy what `images` will be asked for to a GPU, while it still computes.
+        """Starts copying the images of a later `images` call to the GPU while it still computes.
 
-        Images that are on the device, or have no way there but to be waited for, are left alone.
+        Does nothing if the images are kept on the device or there is no `copies`.
         """
         if self._copies is not None:
             self._sent.start((step, start, stop))
@@ -173,7 +174,7 @@ class Batches:
         return self._copies.send(self._chosen(span, room))
 
     def _chosen(self, span: Span, room: Tensor | None = None) -> Tensor:
-        """The images of a span, where they lie; in `room`, if it is given."""
+        """The images of a span, on the device that stores them; written into `room` if given."""
         if not isinstance(self._images, Packed):
             return torch.index_select(self._images, 0, self._chosen_rows(span), out=room)
         started = self._decoding.take(span)
@@ -190,7 +191,7 @@ class Batches:
         return self._images.start(self._chosen_rows(span).numpy())
 
     def classes(self, step: int, start: int, stop: int) -> Tensor | None:
-        """Returns the classes at positions start to stop of this step's batch, some dropped.
+        """Returns the classes at positions start to stop of this step's batch, after label dropout.
 
         Returns:
             (stop - start,) int64 on the device; None without labels.
@@ -209,17 +210,19 @@ class Batches:
 
 
 class TimedBatches(Batches):
-    """Batches that add up how long the host took to hand them over, in `seconds`."""
+    """Batches that add up in `seconds` how long the host takes to deliver them."""
 
     seconds = 0.0
 
     def images(self, step: int, start: int, stop: int) -> Tensor:
+        """Returns what Batches.images does, and times it."""
         began = time.perf_counter()
         found = super().images(step, start, stop)
         self.seconds += time.perf_counter() - began
         return found
 
     def send(self, step: int, start: int, stop: int) -> None:
+        """Does what Batches.send does, and times it."""
         began = time.perf_counter()
         super().send(step, start, stop)
         self.seconds += time.perf_counter() - began

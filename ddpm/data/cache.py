@@ -1,6 +1,6 @@
-"""Folders of the cache: whole or not there, and noticed when they are not what was written.
+"""Cache folders: written whole or not at all, and checked for damage before use.
 
-Also what is learned of each picture on the way there.
+Also records what is learned about each picture while it is cached.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from ddpm.data.decoding import reason_of
 from ddpm.data.shards import Item
 from ddpm.system.files import sha256, write_text
 
-CHECKED = 2**30  # bytes: a second or two
-PART = 1024  # rows held in memory when a file is written
-NEARLY_BLACK = 24  # of 255, the brightest level of a picture that shows nothing
+CHECKED = 2**30  # bytes; hashing as many takes a second or two
+PART = 1024  # rows held in memory while a file is written
+NEARLY_BLACK = 24  # of 255; a picture with no level above this looks black
 
 
 def find_damage(folder: Path) -> str | None:
-    """Returns how the files of a cached folder differ from what was written; None if they do not.
+    """Returns how a cached folder differs from what was written; None if it does not.
 
-    Of files larger than CHECKED bytes, only the size is checked.
+    For files larger than CHECKED bytes, only the size is checked.
     """
     try:
         files = json.loads((folder / "about.json").read_text())["files"]
@@ -35,16 +35,16 @@ def find_damage(folder: Path) -> str | None:
             if found != size:
                 return f"{name} has {found} bytes, not {size}"
             if size <= CHECKED and sha256(folder / name) != digest:
-                return f"{name} is not what was written"
+                return f"{name} has changed since it was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"cannot be read ({type(error).__name__})"
     return None
 
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:
-    """Writes the last file of a folder: what it holds, and the size and digest of each file.
+    """Writes about.json, the last file of a folder: `about`, and the size and digest of each file.
 
-    For a file larger than CHECKED bytes, that is the size alone.
+    Files larger than CHECKED bytes are recorded by size alone.
     """
     files = {}
     for file in sorted(folder.iterdir()):
@@ -55,24 +55,24 @@ def write_about(folder: Path, about: dict[str, Any]) -> None:
 
 @contextmanager
 def naming_cache(cache: Path) -> Iterator[None]:
-    """Makes the system's complaints name the key to change.
+    """Turns an OSError in the body into a ValueError that names data.cache.
 
     Raises:
-        ValueError: In place of an OSError of the body.
+        ValueError: If the body raises an OSError.
     """
     try:
         yield
     except OSError as error:
         raise ValueError(
-            f"data.cache={cache}: pictures cannot be kept there ({error.strerror}); "
-            f"give another data.cache"
+            f"data.cache={cache} cannot store pictures ({error.strerror}); "
+            f"give another folder, data.cache=DIR"
         ) from error
 
 
 def reserve(handle: int, size: int) -> None:
-    """Takes the room on the disk now.
+    """Allocates disk space for an open file now.
 
-    Writing to memory that maps a file on a full disk would end the process.
+    Otherwise writing to a memory map of the file would kill the process if the disk is full.
     """
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, size)
@@ -81,7 +81,7 @@ def reserve(handle: int, size: int) -> None:
 
 
 def save_rows(path: Path, array: np.ndarray, chosen: np.ndarray) -> None:
-    """Saves the chosen rows of an array as a .npy file, a part at a time."""
+    """Saves the chosen rows of an array as a .npy file, PART rows at a time."""
     with path.open("wb") as out:
         header = {
             "descr": np.lib.format.dtype_to_descr(array.dtype),
@@ -94,13 +94,13 @@ def save_rows(path: Path, array: np.ndarray, chosen: np.ndarray) -> None:
 
 
 class Survey:
-    """What is learned of each picture of a source on the way through it.
+    """What one pass over a source finds out about each picture.
 
     Attributes:
-        digests: (N, 32) uint8, SHA-256 of what was listed, whether it decodes or not.
+        digests: (N, 32) uint8, SHA-256 of each picture, whether or not it decodes.
         labels: (N,) int64, -1 for none.
-        good: (N,) bool: those that decode.
-        brightest: (N,) uint8: their brightest level.
+        good: (N,) bool, whether each picture decodes.
+        brightest: (N,) uint8, the brightest level of each picture.
     """
 
     def __init__(self, count: int) -> None:
@@ -111,7 +111,7 @@ class Survey:
         self._reasons: dict[int, tuple[str, str]] = {}
 
     def note(self, index: int, seen: "Seen") -> None:
-        """Notes one picture."""
+        """Records one picture."""
         self.labels[index] = -1 if seen.label is None else seen.label
         self.digests[index] = np.frombuffer(seen.digest, dtype=np.uint8)
         self.good[index] = seen.reason is None
@@ -121,12 +121,12 @@ class Survey:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Name -> why it does not decode, in the source's order."""
+        """Name of each picture that does not decode -> why, in the source's order."""
         return dict(self._reasons[index] for index in sorted(self._reasons))
 
     @property
     def is_nearly_black(self) -> bool:
-        """Whether hardly a picture has a level that a screen would show."""
+        """Whether at least half of the pictures look black on a screen."""
         return bool(self.good.any() and np.median(self.brightest[self.good]) < NEARLY_BLACK)
 
     def first_digests(self) -> np.ndarray:
@@ -134,19 +134,19 @@ class Survey:
         return self.digests[:, :8].copy().view(">u8")[:, 0].astype(np.uint64)
 
     def fingerprint(self, classes: list[str]) -> str:
-        """Returns 16 hex digits of content, labels and order of what was listed.
+        """Returns 16 hex digits that identify the pictures' content, labels and order.
 
-        It does not depend on what decodes, and so not on Pillow's version.
+        They do not depend on which pictures decode, and so not on Pillow's version.
         """
         return fingerprint_of(classes, self.digests, self.labels)
 
 
 def fingerprint_of(classes: list[str], digests: np.ndarray, labels: np.ndarray) -> str:
-    """Returns 16 hex digits of content, labels and order of pictures.
+    """Returns 16 hex digits that identify the content, labels and order of pictures.
 
     Args:
-        classes: The labels' names.
-        digests: (N, 32) uint8, SHA-256 of each content.
+        classes: Label names.
+        digests: (N, 32) uint8, SHA-256 of each picture's content.
         labels: (N,) int64, -1 for none.
     """
     whole = hashlib.sha256(json.dumps(classes).encode())
@@ -156,7 +156,7 @@ def fingerprint_of(classes: list[str], digests: np.ndarray, labels: np.ndarray) 
 
 
 class Seen(NamedTuple):
-    """One picture of a source: `reason` says why it does not decode, None if it does."""
+    """What was found out about one picture; `reason` is why it does not decode, or None."""
 
     name: str
     digest: bytes
@@ -166,11 +166,11 @@ class Seen(NamedTuple):
 
 
 def see(item: Item, decode: Callable[[bytes | Image.Image], np.ndarray | Image.Image]) -> Seen:
-    """Decodes an item and says what it is like; any fault of one file is that file's.
+    """Decodes an item and reports on it; an error in one file stays with that file.
 
     Args:
         item: The picture.
-        decode: Raises an exception for one that cannot be used.
+        decode: Decodes a picture, or raises an exception if it is unusable.
     """
     digest, reason, brightest = digest_of(item), item.problem, 0
     if reason is None:
@@ -182,6 +182,6 @@ def see(item: Item, decode: Callable[[bytes | Image.Image], np.ndarray | Image.I
 
 
 def digest_of(item: Item) -> bytes:
-    """Returns the SHA-256 of a picture's content: its bytes, or pixels if nothing is encoded."""
+    """Returns the SHA-256 of a picture's encoded bytes, or of its pixels if it is not encoded."""
     content = item.content.tobytes() if isinstance(item.content, Image.Image) else item.content
     return hashlib.sha256(content).digest()

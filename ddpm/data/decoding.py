@@ -1,4 +1,4 @@
-"""From a picture as it lies in its source to an array at the run's resolution."""
+"""Decodes a picture of a source into an array at the run's resolution."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ with contextlib.suppress(ImportError):  # the extra heic
 
     register_heif_opener()
 
-Image.MAX_IMAGE_PIXELS = None  # Decoding has a bound of its own, with a key
+Image.MAX_IMAGE_PIXELS = None  # Decoding.max_pixels is the bound, and users can set it
 Image.init()
 Resize = Literal["bicubic", "bilinear", "lanczos", "box", "box_bicubic"]
 FILTERS = {
@@ -24,7 +24,7 @@ FILTERS = {
     "box": Image.Resampling.BOX,
     "box_bicubic": Image.Resampling.BICUBIC,
 }
-STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow names these and reads none
+STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow lists but cannot read
 SUFFIXES = {
     suffix
     for suffix, form in Image.registered_extensions().items()
@@ -33,7 +33,7 @@ SUFFIXES = {
 HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
 HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
 NO_HEIC = "HEIC needs the extra heic: pip install -e '.[heic]'"
-TURNS = {  # EXIF's orientation -> what undoes it
+TURNS = {  # EXIF orientation -> the transpose that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -42,16 +42,20 @@ TURNS = {  # EXIF's orientation -> what undoes it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-DEEP_GREY = {"PNG", "PPM", "JPEG2000"}  # Pillow brings them to 16 bits whatever they declare
-ORIENTATION, BITS, MAX_SAMPLE, SMAX_SAMPLE = 0x0112, 258, 281, 341  # tags of EXIF and TIFF
+DEEP_GREY = {
+    "PNG",
+    "PPM",
+    "JPEG2000",
+}  # Pillow scales these to 16 bits, whatever they declare
+ORIENTATION, BITS, MAX_SAMPLE, SMAX_SAMPLE = 0x0112, 258, 281, 341  # EXIF and TIFF tags
 
 
 class NotUsable(ValueError):
-    """A picture that is left out, and why, for people."""
+    """Raised for a picture that is left out; its message tells the user why."""
 
 
 def looks_like_a_picture(start: bytes) -> bool:
-    """Returns whether a file's first bytes are those of a format that has such bytes."""
+    """Returns whether a file's first bytes are the signature of a picture format."""
     if _is_heic(start):
         return True
     for form, (_, accept) in Image.OPEN.items():
@@ -66,7 +70,7 @@ def reason_of(error: Exception) -> str:
     """Returns why a picture does not decode, in a few words."""
     words = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, Image.UnidentifiedImageError):
-        return "no picture"
+        return "not a picture"
     if isinstance(error, NotUsable):
         return words
     if "truncated" in words.lower() or isinstance(error, EOFError):
@@ -76,21 +80,21 @@ def reason_of(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What is done to a picture.
+    """How a picture is decoded and resized.
 
     Attributes:
-        height: Pixels.
-        width: Pixels.
-        channels: 3 colour, 1 grey.
-        crop: "center" cuts to the wanted shape before resizing, "none" gives the shape up.
-        background: Colour that shows through transparent pixels, as Pillow spells it.
-        white: The number that is white in pictures of more than 8 bits; None for what each file
-            declares.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+        channels: 3 for color, 1 for gray.
+        crop: "center" crops to the target aspect ratio, "none" stretches to it.
+        background: Color that shows through transparent pixels, a name or code that Pillow knows.
+        white: Sample value of white in pictures of more than 8 bits; None for the value that each
+            file declares.
         max_pixels: Larger pictures are left out: a file of a few bytes can claim to be huge.
-        resize: The filter, and what goes with it in the code that it is known from; see resized.
+        resize: Filter and order of cropping; see `resized`.
 
     Raises:
-        ValueError: If the background is no colour.
+        ValueError: If Pillow does not know the background color.
     """
 
     height: int
@@ -107,35 +111,36 @@ class Decoding:
             ImageColor.getrgb(self.background)
         except ValueError:
             raise ValueError(
-                f"background={self.background} is no colour: give a name such as white, or #rrggbb"
+                f"data.background={self.background} is not a color: "
+                "give a name such as white, or #rrggbb"
             ) from None
 
     def __call__(self, content: bytes | Image.Image) -> np.ndarray:
-        """Decodes a picture, turned as its EXIF says; of a moving one, the first image.
+        """Decodes a picture, rotated as its EXIF data says; an animation yields its first frame.
 
         Returns:
             (C, H, W) uint8.
 
         Raises:
-            Exception: Whatever Pillow finds wrong with the file, or NotUsable; see reason_of.
+            Exception: NotUsable, or whatever Pillow raises for a broken file; see `reason_of`.
         """
         image = resized(self.whole(content), (self.width, self.height), self.crop, self.resize)
         pixels = np.asarray(image, dtype=np.uint8)
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
 
     def whole(self, content: bytes | Image.Image) -> Image.Image:
-        """Returns the picture at its own size, upright, in the wanted mode.
+        """Returns the picture at its original size, upright, in mode "L" or "RGB".
 
         Raises:
-            Exception: As when it is called.
+            Exception: As for a call.
         """
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with its metadata
+            warnings.simplefilter("ignore")  # Pillow warns of broken metadata
             image = content if isinstance(content, Image.Image) else _opened(content)
             if image.width * image.height > self.max_pixels:
                 raise NotUsable(
                     f"too large: {image.width}x{image.height} pixels, "
-                    f"data.max_pixels={image.width * image.height} would take it"
+                    f"needs data.max_pixels={image.width * image.height}"
                 )
             image.load()
             turn = TURNS.get(_orientation(image))
@@ -146,7 +151,7 @@ class Decoding:
         return image if turn is None else image.transpose(turn)
 
     def _white(self, image: Image.Image) -> float | None:
-        """What number is white; None for pictures of 8 bits, whose white is 255."""
+        """The sample value of white; None for 8-bit pictures, where it is 255."""
         if image.mode != "F" and not image.mode.startswith("I"):
             return None
         if self.white is not None:
@@ -154,11 +159,11 @@ class Decoding:
         declared = _declared_white(image)
         if declared is None:
             kind = "floating point" if image.mode == "F" else "more than 8 bits"
-            raise NotUsable(f"numbers of {kind}, and no white declared: give data.white")
+            raise NotUsable(f"samples of {kind}, and no white declared: give data.white")
         return declared
 
     def _flat(self, image: Image.Image) -> Image.Image:
-        """The image in the wanted mode, its transparent parts on the background."""
+        """The image in mode "L" or "RGB", its transparent parts over the background."""
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(
@@ -170,18 +175,18 @@ class Decoding:
 def resized(
     image: Image.Image, size: tuple[int, int], crop: Literal["center", "none"], resize: Resize
 ) -> Image.Image:
-    """Returns a picture at another size; each filter averages over what a new pixel covers.
+    """Resizes a picture; each filter averages over the area that a new pixel covers.
 
     Args:
         image: In any mode that Pillow resizes.
         size: (width, height).
-        crop: "none" gives the shape up, whatever the filter. "center" cuts to it: "bicubic" and
-            "bilinear" from the middle, by parts of a pixel, and then resize; "lanczos" by whole
-            pixels, and then resizes (StyleGAN2, create_lsun of dataset_tool.py); "box" and
-            "box_bicubic" resize, and then cut by whole pixels (OpenAI's datasets/lsun_bedroom.py
-            and center_crop_arr of guided-diffusion).
-        resize: "box_bicubic" halves the picture by averages of 2x2 while it is twice as large as
-            wanted or more, and is bicubic from there on.
+        crop: "none" stretches, whatever the filter. "center" keeps the aspect ratio and crops the
+            middle: "bicubic" and "bilinear" crop to fractions of a pixel, then resize; "lanczos"
+            crops whole pixels, then resizes (StyleGAN2, create_lsun of dataset_tool.py); "box" and
+            "box_bicubic" resize, then crop whole pixels (OpenAI's datasets/lsun_bedroom.py and
+            center_crop_arr of guided-diffusion).
+        resize: "box_bicubic" halves the picture by averaging 2x2 pixels while it is at least twice
+            the target size, then resizes bicubically.
     """
     width, height = size
     used = FILTERS[resize]
@@ -205,7 +210,7 @@ def resized(
 
 
 def _middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The middle of a picture, whole pixels; what cannot be halved is larger right and below."""
+    """The middle of a picture in whole pixels; an odd margin is wider at the right and bottom."""
     left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
     return image.crop((left, top, left + size[0], top + size[1]))
 
@@ -224,7 +229,7 @@ def _is_heic(start: bytes) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """How the camera was held, as EXIF says; 1 where it cannot be read."""
+    """The EXIF orientation; 1 if it cannot be read."""
     with contextlib.suppress(Exception):
         value = image.getexif().get(ORIENTATION, 1)
         return int(value[0] if isinstance(value, tuple) else value)
@@ -232,7 +237,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _shallow(image: Image.Image, white: float) -> Image.Image:
-    """Numbers of more than 8 bits as 8, those that stand for transparent still transparent."""
+    """Scales samples to 8 bits; the value that means transparent stays transparent."""
     numbers = np.asarray(image, dtype=np.float64)
     levels = (numbers * (255 / white)).clip(0, 255).round().astype(np.uint8)
     clear = image.info.get("transparency")
@@ -244,12 +249,12 @@ def _shallow(image: Image.Image, white: float) -> Image.Image:
 
 
 def _declared_white(image: Image.Image) -> float | None:
-    """The number that a file says is white, or that its format means; None if neither does."""
+    """The sample value of white that a file declares or its format implies; None if neither."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         for tag in (MAX_SAMPLE, SMAX_SAMPLE):
             with contextlib.suppress(Exception):
                 value = image.tag_v2[tag]
                 return float(value[0] if isinstance(value, tuple) else value)
-        bits = image.tag_v2.get(BITS, (0,))  # 12 or 16 where the mode is so; signed ones have "I"
+        bits = image.tag_v2.get(BITS, (0,))  # 12 or 16 in mode "I;16"; signed samples have "I"
         return 2 ** bits[0] - 1 if image.mode.startswith("I;16") and len(bits) == 1 else None
     return 65535 if image.mode.startswith("I") and image.format in DEEP_GREY else None

@@ -1,6 +1,6 @@
-"""A source made ready for training, kept in the cache.
+"""Prepares the pictures of a source for training and keeps them in the cache.
 
-It is one array of decoded pictures, or they stay encoded where that would take too much room.
+They are decoded into one array, or stay encoded where that array would take too much space.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from ddpm.system.files import lock, remove, whole
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 6  # of the cache; a change makes old ones be made again
+LAYOUT = 6  # version of the cache's layout; raising it rebuilds old caches
 
 
 Feed = Literal["auto", "device", "file", "decode"]
@@ -33,18 +33,19 @@ Feed = Literal["auto", "device", "file", "decode"]
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Pictures, all of a source or a part of them.
+    """All pictures of a source, or a part of them.
 
     Attributes:
-        stored: (M, C, H, W) uint8, all of the source, memory-mapped or decoded as asked for.
-        rows: (N,) int64, those of `stored` that belong here.
-        digests: (N,) uint64, the first 8 bytes of each content's SHA-256.
-        labels: (N,) int64, or None.
-        classes: Their names.
-        fingerprint: Of content, labels and order of all that was listed, the same wherever it lies.
-        reasons: Name -> why it does not decode, of those left out.
-        notes: What a user should know of the set, a line each.
-        folder: Of the cache, where it lies.
+        stored: (M, C, H, W) uint8, all pictures of the source, memory-mapped or decoded on access.
+        rows: (N,) int64, the rows of `stored` that belong to this set.
+        digests: (N,) uint64, the first 8 bytes of the SHA-256 of each picture.
+        labels: (N,) int64, -1 for none; None if the source has no classes.
+        classes: Label names.
+        fingerprint: Identifies content, labels and order of all pictures that were listed,
+            wherever they are stored.
+        reasons: Name of each picture left out -> why it does not decode.
+        notes: What the user should know about the set, one line each.
+        folder: Its folder in the cache.
     """
 
     stored: np.ndarray | Packed
@@ -69,7 +70,7 @@ class ImageSet:
     def images(self) -> np.ndarray:
         """The pictures, (N, C, H, W) uint8.
 
-        `stored` itself for the whole, a copy in memory for a part.
+        `stored` itself if that is an array and the set is whole, else a copy in memory.
         """
         return (
             self.stored
@@ -80,21 +81,21 @@ class ImageSet:
     def split(self, holdout: float) -> tuple["ImageSet", "ImageSet"]:
         """Splits the pictures into those to train on and those held out.
 
-        A picture is held out if its digest, read as a number in [0, 1), lies below the share
-        `holdout`. So its side follows from its content, not from its name, its place or the
-        pictures beside it, and equal pictures are on the same side.
+        A picture is held out if its digest, read as a number in [0, 1), is below the share
+        `holdout`. Its side thus depends on its content alone, not on its name, its position or the
+        other pictures, and identical pictures land on the same side.
 
         Returns:
             (to train on, held out).
 
         Raises:
-            ValueError: If `holdout` is more than 0 and leaves no picture on one of the sides.
+            ValueError: If `holdout` is more than 0 and leaves one side empty.
         """
         held = self.digests < np.uint64(int(holdout * 2**64))
         if holdout > 0 and not 0 < held.sum() < len(self):
             raise ValueError(
                 f"data.holdout={holdout} holds out {held.sum()} of the {len(self)} pictures, "
-                f"and both sides need some; give another share"
+                f"but both sides need at least one; give another share"
             )
         return self._part(~held), self._part(held)
 
@@ -111,22 +112,22 @@ def image_set(
     max_unreadable: float,
     decode_later: bool = False,
 ) -> ImageSet:
-    """Returns the pictures of a source, from the cache, where they are made ready if need be.
+    """Returns the pictures of a source from the cache, filling the cache first if necessary.
 
-    A second process that wants them waits for the first. A cache that is not what was written is
-    made anew.
+    If several processes ask for the same pictures, one fills the cache and the others wait. A
+    damaged cache is rebuilt.
 
     Args:
-        source: Where the pictures lie.
-        decoding: What is done to each.
-        cache: The folder of all that was made ready.
-        workers: Processes that decode; threads with decode_later.
+        source: Where the pictures come from.
+        decoding: How each picture is decoded and resized.
+        cache: The folder of all cached sets.
+        workers: Number of decoding processes; of threads with decode_later.
         max_unreadable: Share of the pictures that may fail to decode.
-        decode_later: Keep the pictures encoded, and decode those that are asked for.
+        decode_later: Keep the pictures encoded and decode them on access.
 
     Raises:
-        ValueError: If more than that share (and more than one) do not decode, naming the first of
-            them; or if they cannot be kept in the cache, naming data.cache.
+        ValueError: If more than `max_unreadable` (and more than one) of the pictures do not decode,
+            naming the first of them; or if the cache cannot store them, naming data.cache.
     """
     source = listed(source, cache, workers)
     folder = folder_of(source, decoding, cache, decode_later)
@@ -134,13 +135,13 @@ def image_set(
         with naming_cache(cache):
             cache.mkdir(parents=True, exist_ok=True)
         with lock(cache / f".{folder.name}.lock"):
-            # of a process that was killed: nobody else is in here
+            # leftovers of a killed process: the lock keeps all others out
             for left in cache.glob(f".{folder.name}.[0-9]*"):
                 remove(left)
             damage = find_damage(folder)
             if damage is not None:
                 if folder.exists():
-                    log.warning("decoding again, since the cache is damaged: %s %s", folder, damage)
+                    log.warning("decoding again: the cache is damaged: %s %s", folder, damage)
                 _make(folder, source, decoding, workers, max_unreadable, decode_later)
     about = json.loads((folder / "about.json").read_text())
     labels = np.load(folder / "labels.npy") if about["classes"] else None
@@ -153,7 +154,7 @@ def image_set(
         empty = [name for number, name in enumerate(about["classes"]) if number not in labels]
         if empty:
             count = len(about["classes"])
-            notes.append(f"{len(empty)} of {count} classes have no picture: {some(empty)}")
+            notes.append(f"{len(empty)} of {count} classes have no pictures: {some(empty)}")
     return ImageSet(
         stored,
         np.arange(len(stored)),
@@ -168,13 +169,13 @@ def image_set(
 
 
 def folder_of(source: Source, decoding: Decoding, cache: Path, decode_later: bool) -> Path:
-    """Returns where the pictures are kept; encoded ones are the same for any resolution.
+    """Returns the cache folder of a source; encoded pictures share one for all resolutions.
 
-    Pictures on this machine must be listed: their content names the folder.
+    Pictures on this machine must have been listed, because their content determines the name.
     """
     assert source.root is None or source.listing is not None
     made = asdict(decoding)
-    if decoding.resize == "bicubic":  # whose folders are older than the choice
+    if decoding.resize == "bicubic":  # folders from before this option have no such key
         del made["resize"]
     if decode_later:
         made = {"white": decoding.white, "max_pixels": decoding.max_pixels}
@@ -201,7 +202,7 @@ def _make(
         fingerprint = survey.fingerprint(source.classes)
         if source.listing is not None and fingerprint != source.listing.fingerprint:
             raise ValueError(
-                f"pictures below {source.root} have changed while they were read; start again"
+                f"pictures below {source.root} changed while they were being read; start again"
             )
         bad = survey.reasons
         if len(bad) == len(source) or len(bad) > max(1, max_unreadable * len(source)):
@@ -210,8 +211,8 @@ def _make(
                 f"(data.max_unreadable={max_unreadable}): {_by_reason(bad)}"
             )
         black = (
-            "nearly all pictures are nearly black: if their numbers have fewer bits than their "
-            "files, data.white=4095 (for 12 bits, say) makes them visible"
+            "at least half of the pictures are nearly black: if their samples use fewer bits than "
+            "the files provide, give data.white=4095 (for 12 bits, say) to brighten them"
         )
         about = {
             "classes": source.classes,
@@ -227,18 +228,18 @@ def _make(
 
 
 def _unused(count: int, reasons: dict[str, str], others: dict[str, list[str]]) -> list[str]:
-    """In one line, if there is any: what of a place is not used, and why."""
+    """One line on which files are not used and why; no line if all are used."""
     unused = len(reasons) + sum(map(len, others.values()))
     if not unused:
         return []
     words = [f"{len(names)} {reason} ({some(names)})" for reason, names in others.items()]
     if reasons:
         words.append(f"{len(reasons)} that do not decode: {_by_reason(reasons)}")
-    return [f"{count} of {count + unused} files are used; not used are {'; '.join(words)}"]
+    return [f"using {count} of {count + unused} files; skipped: {'; '.join(words)}"]
 
 
 def _by_reason(reasons: dict[str, str]) -> str:
-    """Names with why they do not decode, those of one reason together."""
+    """The names of pictures that do not decode, grouped by reason."""
     together: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         together.setdefault(reason, []).append(name)
@@ -248,8 +249,8 @@ def _by_reason(reasons: dict[str, str]) -> str:
 def decodes_later(feed: Feed, source: Source, decoding: Decoding, cache: Path) -> bool:
     """Returns whether to keep the pictures encoded.
 
-    That is as asked, or for "auto" where decoded ones are not there and would take more than half
-    of the free disk.
+    With "auto", they stay encoded if the cache has no decoded copy and one would take more than
+    half of the free disk space.
     """
     if (
         feed != "auto"
@@ -266,7 +267,7 @@ def decodes_later(feed: Feed, source: Source, decoding: Decoding, cache: Path) -
 def goes_on_device(feed: Feed, data: ImageSet, device: torch.device) -> bool:
     """Returns whether to hold all pictures on the device.
 
-    That is as asked, or for "auto" on a GPU where they take less than a quarter of its free memory.
+    With "auto", a GPU holds them if they take less than a quarter of its free memory.
     """
     if isinstance(data.stored, Packed) or feed in ("file", "decode"):
         return False

@@ -1,7 +1,7 @@
-"""What the pictures of a source are, by content, whether they decode or not.
+"""Lists the pictures of a source by content, whether or not they decode.
 
-The digests of files are kept in the cache until the files change, so that a second look at a large
-set takes as long as to ask the system for sizes and times.
+The cache keeps the digests of files until the files change. Listing a large set again therefore
+takes no longer than reading the sizes and times of its files.
 """
 
 import json
@@ -22,7 +22,7 @@ from ddpm.data.cache import digest_of, fingerprint_of
 from ddpm.data.shards import Source, item_of, some
 from ddpm.system.files import lock, short_hash, write_text
 
-SETTLED = 2 * 10**9  # nanoseconds: a file that changed later than this before may change unseen
+SETTLED = 2 * 10**9  # nanoseconds; two changes within this time may leave a file the same times
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Listing:
     """The pictures of a source, in its order.
 
     Attributes:
-        names: Of the pictures; no part of the fingerprint.
-        digests: (N, 32) uint8, SHA-256 of each content.
+        names: Picture names; not part of the fingerprint.
+        digests: (N, 32) uint8, SHA-256 of each picture.
         labels: (N,) int64, -1 for none.
-        classes: The labels' names.
+        classes: Label names.
     """
 
     names: list[str]
@@ -43,11 +43,11 @@ class Listing:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits of content, labels and order, the same wherever it lies."""
+        """16 hex digits that identify content, labels and order, wherever the pictures are."""
         return fingerprint_of(self.classes, self.digests, self.labels)
 
     def as_lines(self) -> str:
-        """Returns a line of JSON for each picture: name, start of its digest, class."""
+        """Returns one line of JSON per picture: name, start of its digest, class."""
         digests = [digest.tobytes().hex()[:16] for digest in self.digests]
         named = [self.classes[label] if label >= 0 else None for label in self.labels.tolist()]
         rows = zip(self.names, digests, named, strict=True)
@@ -55,7 +55,7 @@ class Listing:
 
 
 def differences(before: str, now: str) -> str:
-    """Says in words how two sets of pictures differ, each as `Listing.as_lines` has it."""
+    """Describes how two sets of pictures differ, each given as `Listing.as_lines` returns it."""
     old, new = ({name: rest for name, *rest in map(json.loads, text.splitlines())}
                 for text in (before, now))  # fmt: skip
     kinds = {
@@ -68,14 +68,14 @@ def differences(before: str, now: str) -> str:
 
 
 def listed(source: Source, cache: Path, workers: int) -> Source:
-    """Returns a source on this machine with its listing, and named by its content.
+    """Adds its listing to a source on this machine, and its content to the stamp.
 
-    What a package or a hub repository holds is named by version or revision, and returned as it is.
+    A package or hub repository is identified by version or revision; its source is returned as is.
 
     Args:
-        source: Where the pictures lie.
-        cache: Where digests are kept; if it cannot be written, they are found again each time.
-        workers: Threads that read.
+        source: Where the pictures come from.
+        cache: The folder that keeps digests; if it is not writable, every call computes them anew.
+        workers: Number of reading threads.
     """
     if source.root is None or source.listing is not None:
         return source
@@ -96,7 +96,7 @@ def listed(source: Source, cache: Path, workers: int) -> Source:
 
 
 def read_through(source: Source, workers: int) -> Listing:
-    """Returns the listing of any source by reading all of it."""
+    """Lists any source by reading all of it."""
     return _listing(source, list(_items(source, workers)))
 
 
@@ -108,7 +108,7 @@ def _listing(source: Source, seen: Sequence[tuple[str, bytes, int | None, bool]]
 
 
 def _items(source: Source, workers: int) -> Iterator[tuple[str, bytes, int | None, bool]]:
-    """Name, digest, label of each picture, and whether it is a file beside a table."""
+    """Yields each picture's name, digest, label, and whether it is a file beside a table."""
 
     def read(shard: int) -> list[tuple[str, bytes, int | None, bool]]:
         return [
@@ -124,7 +124,7 @@ def _items(source: Source, workers: int) -> Iterator[tuple[str, bytes, int | Non
 def _of_files(
     source: Source, root: Path, known: dict[str, Any], workers: int
 ) -> tuple[Listing, dict[str, Any]]:
-    """The listing of pictures that are files; only those that changed are read."""
+    """Lists picture files and reads only those that changed."""
     now, names = time.time_ns(), source.files
     states = [_state(f"{root}/{name}") for name in names]
     digests = [
@@ -154,9 +154,9 @@ def _of_files(
 def _of_tables(
     source: Source, root: Path, known: dict[str, Any], workers: int
 ) -> tuple[Listing, dict[str, Any]]:
-    """The listing of rows of tables; all are read again if one of the tables changed.
+    """Lists table rows and reads all of them again if one of the tables changed.
 
-    Rows that name files beside them are read each time, since these may change alone.
+    Rows that refer to files are read every time, since the files may change on their own.
     """
     now, states = time.time_ns(), [_state(f"{root}/{name}") for name in source.files]
     about = {"tables": source.files, "states": states, "classes": source.classes}
@@ -172,7 +172,7 @@ def _of_tables(
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What is known of a place from before."""
+    """What earlier calls remembered; empty if nothing."""
     with suppress(OSError, ValueError):
         return json.loads(file.read_text(encoding="utf-8"))
     return {}
@@ -183,12 +183,12 @@ def _as_array(digests: str) -> np.ndarray:
 
 
 def _is_settled(state: list[int] | None, now: int) -> bool:
-    """Whether a file that changes after `now` will have other times than these."""
+    """Whether any change after `now` would give the file other times."""
     return state is not None and max(state[1:]) < now - SETTLED
 
 
 def _state(path: str) -> list[int] | None:
-    """Size and times of a file in bytes and nanoseconds; None if it cannot be had."""
+    """A file's size in bytes and its times in nanoseconds; None if they cannot be read."""
     try:
         status = os.stat(path)  # noqa: PTH116 - a hundred thousand Paths take a second
     except OSError:

@@ -1,4 +1,4 @@
-"""Pictures at a path on this machine: files, parquet files or what datasets saved."""
+"""Reads pictures at a local path: image files, parquet files or a folder saved by `datasets`."""
 
 import os
 import re
@@ -12,8 +12,8 @@ from ddpm.data.shards import Item, Source, in_shard, item_of, shard_counts, some
 from ddpm.data.tables import NoImages, of_arrow, of_parquet
 from ddpm.system.bounded import open_file, read_file
 
-MOST_JSON = 50_000_000  # bytes that a saved folder may say of itself
-SPLITS = {  # a folder's or file's name -> the split that it is
+MOST_JSON = 50_000_000  # bytes, at most, of one JSON file in a saved folder
+SPLITS = {  # name of a folder, or word in the name of a file -> split
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
     **{"val": "validation", "valid": "validation", "validation": "validation", "dev": "validation"},
 }
@@ -22,13 +22,15 @@ SPLITS = {  # a folder's or file's name -> the split that it is
 def local(
     path: str, image_column: str | None, label_column: str | None, split: str = "train"
 ) -> Source:
-    """Returns the source at a local path, by what lies there.
+    """Returns the source at a local path.
 
-    That is a saved arrow folder, parquet files (of `split`, if their names tell) or image files.
-    Columns not named are found: the first of images, and a class label.
+    The path holds a saved arrow folder, parquet files or image files. `split` selects one of its
+    splits, or several as `a+b`: those of a saved folder, or parquet files and top-level folders
+    named after splits. Columns not given are detected: the first one of images, and one of class
+    labels.
 
     Raises:
-        ValueError: If nothing can be read. It names data.path.
+        ValueError: If nothing can be read; the message names data.path.
     """
     root = Path(path).expanduser()
     if not root.exists():
@@ -37,10 +39,10 @@ def local(
         raise ValueError(f"data.path={path} is neither a file nor a folder")
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
         return _saved(root, image_column, label_column, split, path)
-    # names below the root, as strings: a hundred thousand Paths take seconds
+    # strings, not Paths: creating a hundred thousand Paths takes seconds
     alone = root.is_file()
     root, names = (root.parent, [root.name]) if alone else (root, _below(root))
-    parquet = {  # name -> the splits that it tells; of a file named by the user it tells none
+    parquet = {  # name -> the splits that it tells; ignored for a file that the user gave by name
         name: set() if alone else _splits_of_name(name)
         for name in names
         if _suffix(name) == ".parquet"
@@ -56,10 +58,10 @@ def local(
                 raise
             others.setdefault("without pictures in them", []).extend(parquet)
     if not pictures:
-        kinds = f": it has {_in_words(others)}" if others else ""
+        kinds = f" (found {_in_words(others)})" if others else ""
         raise ValueError(
-            f"data.path={path} has no images{kinds}; expected are picture files, "
-            "parquet files or a saved arrow folder"
+            f"data.path={path} has no images{kinds}; give a folder with image files, "
+            "parquet files, or a saved arrow folder"
         )
     return _files(root, pictures, tops, others)
 
@@ -67,7 +69,7 @@ def local(
 def _saved(
     root: Path, image_column: str | None, label_column: str | None, split: str, path: str
 ) -> Source:
-    """What datasets saved to the disk."""
+    """The source of a folder that `datasets` saved."""
     import datasets
     import pyarrow as pa
 
@@ -76,7 +78,8 @@ def _saved(
         saved = datasets.load_from_disk(str(root))
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise ValueError(
-            f"data.path={path} is not a whole folder of datasets ({str(error).splitlines()[0]})"
+            f"data.path={path} is not a complete folder saved by datasets "
+            f"({str(error).splitlines()[0]})"
         ) from error
     if isinstance(saved, datasets.DatasetDict):
         missing = [name for name in split.split("+") if name not in saved]
@@ -91,7 +94,7 @@ def _saved(
 
 
 def _check_saved(root: Path) -> None:
-    """Refuses what datasets would wait for, or read whole however large it is."""
+    """Rejects files that `datasets` would wait on forever, or read whole whatever their size."""
     for file in root.rglob("*"):
         if file.suffix == ".json":
             read_file(file, MOST_JSON)
@@ -100,13 +103,13 @@ def _check_saved(root: Path) -> None:
 
 
 def _below(root: Path) -> list[str]:
-    """Names of all files below, also through linked folders; hidden ones are left out."""
+    """Names of all files below root, following links to folders and skipping hidden ones."""
     found: list[str] = []
 
     def walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> None:
         status = Path(folder).stat()
         here = (status.st_dev, status.st_ino)
-        if here in above:  # a link back to where it lies
+        if here in above:  # a link back to a parent folder
             return
         try:
             entries = list(os.scandir(folder))
@@ -117,7 +120,7 @@ def _below(root: Path) -> list[str]:
                 continue
             if _answers(entry.is_dir):
                 walk(entry.path, f"{prefix}{entry.name}/", above | {here})
-            elif _answers(entry.is_file) or _leads_nowhere(entry):  # no pipe, nor a link to one
+            elif _answers(entry.is_file) or _leads_nowhere(entry):  # skips pipes and links to them
                 found.append(prefix + entry.name)
 
     walk(str(root), "", frozenset())
@@ -125,7 +128,7 @@ def _below(root: Path) -> list[str]:
 
 
 def _answers(question: Callable[[], bool]) -> bool:
-    """Whether it is so; a link that leads round in a circle is nothing."""
+    """The answer; False for a circular link."""
     try:
         return question()
     except OSError:
@@ -135,7 +138,7 @@ def _answers(question: Callable[[], bool]) -> bool:
 def _leads_nowhere(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_symlink() and not Path(entry.path).exists()
-    except OSError:  # round in a circle
+    except OSError:  # a circular link
         return True
 
 
@@ -148,12 +151,12 @@ def _suffix(name: str) -> str:
 def _splits(
     names: Sequence[str], parquet: Mapping[str, set[str]], split: str, path: str
 ) -> list[str]:
-    """The folders of a split, where every folder at the top bears a split's name; else none."""
+    """The top-level folders of a split, if all top-level folders are named after splits."""
     wanted = {SPLITS.get(name, name) for name in split.split("+")}
     tops = sorted({name.partition("/")[0] for name in names if "/" in name})
     if not tops or not all(top.lower() in SPLITS for top in tops):
         if "train" not in wanted and not any(parquet.values()):
-            raise ValueError(f"data.path={path} has no split {split}: it is one set, without any")
+            raise ValueError(f"data.path={path} has no split {split}: it is one set without splits")
         return []
     chosen = [top for top in tops if SPLITS[top.lower()] in wanted]
     if not chosen:
@@ -162,13 +165,13 @@ def _splits(
 
 
 def _splits_of_name(name: str) -> set[str]:
-    """The splits that the name of a parquet file tells."""
+    """The splits that a parquet file's name mentions."""
     words = re.split(r"[^A-Za-z0-9]+", name.lower())
     return {SPLITS[word] for word in words if word in SPLITS}
 
 
 def _told_apart(root: Path, names: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The files that are pictures, by suffix or by content; and those that are none, by kind."""
+    """The picture files, judged by suffix or content, and all other files by kind."""
     pictures: list[str] = []
     others: dict[str, list[str]] = {}
     for name in names:
@@ -180,12 +183,12 @@ def _told_apart(root: Path, names: Sequence[str]) -> tuple[list[str], dict[str, 
         ):
             pictures.append(name)
         else:
-            others.setdefault(f"{suffix or 'without a suffix'}, no pictures", []).append(name)
+            others.setdefault(f"{suffix or 'without a suffix'}, not pictures", []).append(name)
     return pictures, others
 
 
 def _start(root: Path, name: str) -> bytes:
-    """A file's first bytes; none if it cannot be read."""
+    """A file's first 64 bytes; empty if it cannot be read."""
     try:
         with open_file(root / name) as content:
             return content.read(64)
@@ -205,7 +208,7 @@ def _of_parquet(
     split: str,
     pictures: list[str],
 ) -> Source:
-    """The rows of the parquet files of a split, if their names tell."""
+    """The rows of the parquet files of a split, judging by the files' names."""
     wanted = {SPLITS.get(name, name) for name in split.split("+")}
     chosen = [name for name, told in parquet.items() if wanted & told]
     if not chosen and "train" in wanted:
@@ -219,7 +222,7 @@ def _of_parquet(
 
 
 def _files(root: Path, names: list[str], splits: list[str], others: dict[str, list[str]]) -> Source:
-    """Picture files; the folders at the top, or at the top of splits, are classes."""
+    """The source of picture files; top-level folders, or those right below a split, are classes."""
     parts = [name.split("/")[1 if splits else 0 :] for name in names]
     tops = [part[0] if len(part) > 1 else None for part in parts]
     classes = sorted({top for top in tops if top is not None})
@@ -227,10 +230,10 @@ def _files(root: Path, names: list[str], splits: list[str], others: dict[str, li
     labels = [None if top is None else numbers[top] for top in tops]
     notes = []
     if splits:
-        notes.append(f"of the splits of {root}, {', '.join(splits)} is used; they are no classes")
+        notes.append(f"the folders in {root} are splits, not classes; using {', '.join(splits)}")
     stray = [name for name, top in zip(names, tops, strict=True) if top is None]
     if classes and stray:
-        notes.append(f"beside the folders {some(classes)} and without a class: {some(stray)}")
+        notes.append(f"outside of the class folders {some(classes)}, so no class: {some(stray)}")
     empty = {
         entry.name
         for top in splits or ["."]

@@ -1,4 +1,4 @@
-"""What a source of pictures is: places, cut into shards so that several processes can read them."""
+"""Defines a source of pictures, split into shards so that several processes can read it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,19 +12,19 @@ from ddpm.system.bounded import read_file
 if TYPE_CHECKING:
     from ddpm.data.listing import Listing
 
-MOST_BYTES = 10**9  # of one picture, which is read whole
+MOST_BYTES = 10**9  # size limit of one picture, which is read whole
 SHARD_SIZE = 64  # files, glyphs or rows that one process takes at a time
 
 
 class Item(NamedTuple):
-    """One picture as it lies in its source.
+    """One picture as its source stores it.
 
     Attributes:
-        name: What messages call it.
-        content: Its encoded bytes, or already an image where nothing is encoded.
-        label: Number of its class, None for none.
-        problem: Why its content could not be read, if so.
-        beside: Whether the content is a file of its own, which a row of a table names.
+        name: Its name in messages.
+        content: Its encoded bytes, or an image if the source does not encode it.
+        label: Its class number, or None.
+        problem: Why its content could not be read, or None.
+        beside: Whether the content is a separate file that a table row refers to.
     """
 
     name: str
@@ -39,17 +39,17 @@ class Source:
     """Pictures that can be read shard by shard.
 
     Attributes:
-        counts: Pictures of each shard.
+        counts: Number of pictures in each shard.
         read: Shard number -> its items; picklable.
         classes: Label names, empty if there are no labels.
-        stamp: What else than `files` decides the pictures: version of a package or hub revision,
-            columns of a table; once their content is known (`listing.listed`), that.
-        notes: What a user should know of how the place was read, a line each.
-        others: Reason -> files of the place that are not used, by name.
-        root: The folder that all lies in, where it is on this machine.
+        stamp: Identifies the pictures, apart from `files`: a package's version, a hub revision, the
+            columns of a table. `listing.listed` adds the content.
+        notes: What the user should know about how the source was read, one line each.
+        others: Reason -> names of the files that are not used.
+        root: The folder that holds all files, if they are on this machine.
         files: Names below root: of the pictures, in order, or of the tables that hold them.
-        labels: Of the pictures, where each is a file of its own.
-        listing: What they are by content, once `listing.listed` found it.
+        labels: Class number of each picture, if each is a separate file.
+        listing: The pictures by content; `listing.listed` adds it.
     """
 
     counts: list[int]
@@ -68,12 +68,12 @@ class Source:
 
 
 def shard_counts(count: int) -> list[int]:
-    """Returns how many of `count` pictures each shard has."""
+    """Returns the number of pictures in each shard of `count` pictures."""
     return [min(SHARD_SIZE, count - start) for start in range(0, count, SHARD_SIZE)]
 
 
 def in_shard(values: Sequence[Any], shard: int) -> Sequence[Any]:
-    """Returns those values, one per picture, that are the shard's."""
+    """Returns the shard's slice of `values`, which has one value per picture."""
     return values[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
 
 
@@ -83,13 +83,13 @@ def some(names: Sequence[str]) -> str:
 
 
 def item_of(name: str, path: Path, label: int | None) -> Item:
-    """Returns a file as an item; one that cannot be read says why."""
+    """Reads a file into an item; if that fails, `problem` says why."""
     try:
         return Item(name, read_file(path, MOST_BYTES), label)
     except ValueError as error:
         problem = str(error)
     except FileNotFoundError:
-        problem = "a link to nowhere" if path.is_symlink() else "vanished"
+        problem = "a broken link" if path.is_symlink() else "vanished"
     except PermissionError:
         problem = "permission denied"
     except OSError as error:

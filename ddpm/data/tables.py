@@ -1,4 +1,4 @@
-"""Pictures that are rows of tables: parquet files, and what datasets loads or saved."""
+"""Reads pictures from table rows: parquet files, and tables that `datasets` loads or saved."""
 
 import json
 import os
@@ -14,22 +14,23 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MOST_CLASSES = 100_000
-IMAGE_NAMES = ("image", "img", "jpg", "png", "webp")  # of columns, as data sets and tools name them
+IMAGE_NAMES = ("image", "img", "jpg", "png", "webp")  # common names of columns
 LABEL_NAMES = ("label", "labels", "cls", "class")
 
 
 class NoImages(ValueError):
-    """A table without a column of images, where none was asked for by name."""
+    """Raised for a table without a column of images, if the user gave no column."""
 
 
 def of_parquet(
     root: Path, names: Sequence[str], image_column: str | None, label_column: str | None
 ) -> Source:
-    """Returns the rows of the parquet files of these names below root.
+    """Returns the source of the rows of these parquet files below root.
 
     Raises:
-        NoImages: If no column of images is found.
-        ValueError: For what else cannot be read so, naming the file, the columns or the label.
+        NoImages: If there is no column of images.
+        ValueError: If the files cannot be read for another reason; the message names the file, the
+            columns or the label.
     """
     files = [root / name for name in names]
     groups: list[tuple[str, int]] = []
@@ -53,7 +54,7 @@ def of_parquet(
         missing = [name for name in (image_column, label_column) if name and name not in columns]
         if missing:
             raise ValueError(
-                f"{file} has no column {missing[0]}, which {files[0].name} beside it has; "
+                f"{file} has no column {missing[0]}, unlike {files[0].name} next to it; "
                 f"it has {', '.join(columns)}"
             )
     classes: list[str] = []
@@ -96,35 +97,34 @@ def _read_parquet(
 
 
 def _opened(file: Path) -> Any:
-    """Opens a parquet file; a ValueError names one that is not whole."""
+    """Opens a parquet file; a ValueError names a file that is incomplete."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{file} is not a whole parquet file ({_reason(error)})") from error
+        raise ValueError(f"{file} is not a complete parquet file ({_reason(error)})") from error
 
 
 def _features(file: Path, about: dict[bytes, bytes]) -> dict[str, dict[str, Any]]:
-    """What datasets has written of the columns into a parquet file; nothing where it has not."""
+    """What `datasets` wrote into a parquet file about its columns; empty if it wrote nothing."""
     try:
         said: Any = json.loads(about.get(b"huggingface", b"{}"))
         features = said.get("info", {}).get("features", {})
         found = {name: one for name, one in features.items() if isinstance(one, dict)}
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} does not say rightly what is in it ({_reason(error)})") from error
+        raise ValueError(f"{file} has invalid metadata of datasets ({_reason(error)})") from error
     for name, one in found.items():
         classes = one.get("names")
         if classes is not None and not (
             isinstance(classes, list) and all(isinstance(word, str) for word in classes)
         ):
-            raise ValueError(f"{file} has names of {name} that are no words")
+            raise ValueError(f"{file} has class names in column {name} that are not strings")
     return found
 
 
 def _column(file: Path, name: str) -> Any:
-    """A column of a parquet file."""
     import pyarrow as pa
 
     try:
@@ -145,22 +145,22 @@ def of_arrow(
     where: str,
     stamp: str,
 ) -> Source:
-    """Returns the rows of a table of datasets.
+    """Returns the source of the rows of a `datasets` table.
 
     Args:
         data: The table.
-        image_column: The column of images; None to find it.
+        image_column: The column of images; None to detect it.
         label_column: The column of labels, if any.
-        folders: Where files that rows name may lie.
-        where: Where it came from, for messages.
-        stamp: Changes when the table may have changed.
+        folders: The folders in which rows may refer to files.
+        where: The table's origin, for messages.
+        stamp: A string that changes whenever the table may have changed.
 
     Raises:
-        ValueError: As of_parquet does.
+        ValueError: As for of_parquet.
     """
     import datasets
 
-    data = data.with_format(None)  # whatever it was saved with: rows are plain values
+    data = data.with_format(None)  # rows as plain values, whatever format was saved
     kinds = {name: type(feature).__name__ for name, feature in data.features.items()}
     image_column, label_column = _columns(
         where, data.column_names, kinds, image_column, label_column
@@ -197,7 +197,7 @@ def _read_arrow(
 def _columns(
     where: str, names: Sequence[str], kinds: dict[str, Any], image: str | None, label: str | None
 ) -> tuple[str, str | None]:
-    """The columns of images and labels: as asked, else the first that kind or name gives away."""
+    """The columns of images and labels: those given, else the first that fits by type or name."""
     if image is None:
         image = next((name for name in IMAGE_NAMES if kinds.get(name) == "Image"), None) or next(
             (name for name in names if kinds.get(name) == "Image"), None
@@ -215,8 +215,8 @@ def _columns(
     for column in (image, label):
         if column is not None and column not in names:
             raise ValueError(
-                f"{where} has no column {column}; it has {', '.join(names)} "
-                f"(data.source.image_column, data.source.label_column)"
+                f"{where} has no column {column}; it has {', '.join(names)}: "
+                f"check data.source.image_column and data.source.label_column"
             )
     return image, label
 
@@ -231,9 +231,9 @@ def _holds_files(kind: "pa.DataType") -> bool:
 
 
 def _label_names(tables: Iterable[tuple[str, Any]]) -> list[str]:
-    """Label names where the file has none: the sorted strings, or numbers from 0 to the largest.
+    """Label names of a file that has none: the sorted strings, or numbers from 0 to the largest.
 
-    Raises ValueError for what are no classes.
+    Raises a ValueError if the values cannot be classes.
     """
     values: set[Any] = set()
     for where, table in tables:
@@ -241,7 +241,7 @@ def _label_names(tables: Iterable[tuple[str, Any]]) -> list[str]:
             values |= set(table.column(0).unique().to_pylist()) - {None}
         except (TypeError, ValueError, NotImplementedError) as error:  # lists, say
             raise ValueError(
-                f"{where}: source.label_column has no classes: {_reason(error)}"
+                f"{where}: data.source.label_column has no classes ({_reason(error)})"
             ) from error
     if all(isinstance(value, str) for value in values):
         return sorted(values)
@@ -250,28 +250,28 @@ def _label_names(tables: Iterable[tuple[str, Any]]) -> list[str]:
             value for value in values if not (isinstance(value, int) and -1 <= value < MOST_CLASSES)
         )
         raise ValueError(
-            f"{where}: source.label_column has {strange!r}: classes are words, "
-            f"or numbers from 0 to {MOST_CLASSES - 1} (-1 for none)"
+            f"{where}: data.source.label_column has {strange!r}: classes must be strings, "
+            f"or integers from 0 to {MOST_CLASSES - 1} (-1 for none)"
         )
     return [str(number) for number in range(max(values) + 1)]
 
 
 def _label(name: str, value: Any, classes: list[str]) -> int | None:
-    """A row's class as its number, None for none; a ValueError names a row of an unknown class."""
+    """A row's class number, or None; a ValueError names a row with an unknown class."""
     if value is None or value == -1:
         return None
     number = classes.index(value) if value in classes else value
     if not isinstance(number, int) or not 0 <= number < len(classes):
         raise ValueError(
-            f"{name} has the label {value!r}, and the classes are {', '.join(classes[:24])}"
+            f"{name} has the label {value!r}, but the classes are {', '.join(classes[:24])}"
         )
     return int(number)
 
 
 def _item(name: str, value: Any, label: int | None, beside: Path, folders: Sequence[str]) -> Item:
-    """A row as an item: bytes, or datasets' {bytes, path}.
+    """Turns a row into an item; its value is bytes, or datasets' {bytes, path}.
 
-    Raises ValueError for a path that leads out of `folders`.
+    Raises a ValueError for a path outside of `folders`.
     """
     if isinstance(value, bytes):
         return Item(name, value, label)
@@ -283,9 +283,11 @@ def _item(name: str, value: Any, label: int | None, beside: Path, folders: Seque
             path.is_relative_to(os.path.normpath(Path(folder).absolute())) for folder in folders
         ):
             raise ValueError(
-                f"{name} names the file {value['path']}, "
-                f"which lies outside of the data set, so it is left unread"
+                f"{name} refers to the file {value['path']}, "
+                f"which is outside of the data set and is not read"
             )
         return item_of(name, path, label)._replace(beside=True)
     empty = value is None or isinstance(value, dict)
-    return Item(name, b"", label, "no image" if empty else f"no image but {type(value).__name__}")
+    return Item(
+        name, b"", label, "no image" if empty else f"not an image but {type(value).__name__}"
+    )

@@ -1,1 +1,1 @@
-"""What a trained network is worth: distances, bits/dim, losses, each with its protocol."""
+"""Measures trained networks: distances, bits/dim and losses, each figure with its protocol."""

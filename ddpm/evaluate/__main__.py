@@ -7,7 +7,7 @@ main = command(
     lazily("ddpm.evaluate.run.run"),
     (
         "Measure a trained network: distances, bits/dim, losses, nearest training pictures. Each "
-        "figure carries its protocol."
+        "figure is recorded with its protocol."
     ),
     [
         "python -m ddpm.evaluate run=outputs/quickstart-digits/recipe-ec05d29c",

@@ -1,6 +1,6 @@
-"""What a network costs in bits/dim, and where.
+"""Measures a network's bits/dim, and at which timesteps they arise.
 
-The variational bound term by term, its rate-distortion curve, and the loss by timestep.
+Computes the variational bound term by term, its rate-distortion curve, and the loss by timestep.
 """
 
 import csv
@@ -20,7 +20,7 @@ from ddpm.system import files, randomness
 from ddpm.system.devices import memory_format
 from ddpm.system.signals import check
 
-# (numbers of the images in their data set (B,) int64, x0 (B, C, H, W) float in [-1, 1])
+# (indices of the images in their data set, (B,) int64; x0, (B, C, H, W) float in [-1, 1])
 Batch = tuple[Tensor, Tensor]
 
 
@@ -31,8 +31,8 @@ class Bound(NamedTuple):
         prior: L_T, bits/dim.
         terms: (T,) float64, bits/dim: at t = 0 the decoder's code length L_0, above it the KLs.
         rmse: (T,) float64, root mean squared error of x0_hat at t, on the scale of 0 to 255.
-        epsilon_mse: (T,) float64, mean squared error of the noise that x0_hat stands for.
-        num_images: How many the mean is over.
+        epsilon_mse: (T,) float64, mean squared error of the noise that x0_hat implies.
+        num_images: Number of images that the mean is over.
     """
 
     prior: float
@@ -43,27 +43,28 @@ class Bound(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Bits/dim that the latents cost, L_1 + ... + L_T."""
+        """Bits/dim of the latents, L_1 + ... + L_T."""
         return self.prior + self.terms[1:].sum().item()
 
     @property
     def distortion(self) -> float:
-        """Bits/dim that the image costs on top of them, L_0."""
+        """Bits/dim of the image given the latents, L_0."""
         return self.terms[0].item()
 
     @property
     def total(self) -> float:
-        """The bound, bits/dim."""
+        """The bound in bits/dim."""
         return self.rate + self.distortion
 
 
 @dataclass(frozen=True)
 class BoundSums:
-    """What a Bound is the mean of; a + b adds up the images of several batches or processes.
+    """The sums over images behind a Bound; `a + b` merges those of batches or processes.
 
     Attributes:
         totals: (2 + 3T,) float64 on the CPU: the number of images, then sums over images of the
-            prior's term, of each timestep's term and of its squared errors, of x0 and of epsilon.
+            prior term, of the term at each timestep, and of the squared errors at each timestep,
+            of x0 and of epsilon.
     """
 
     totals: Tensor
@@ -82,7 +83,7 @@ class BoundSums:
         return Bound(means[0].item(), terms, 127.5 * of_x0.sqrt(), of_epsilon, count)
 
 
-# no inference mode: the tables that the diffusion makes here serve training too
+# not inference_mode: training also uses the tables that the diffusion builds here
 @torch.no_grad()
 def bound_sums(
     model: Model,
@@ -92,17 +93,18 @@ def bound_sums(
 ) -> BoundSums:
     """Sums the variational bound over images, as the authors evaluate it.
 
-    It takes every timestep of every image, with one noise draw each, and holds x0_hat in [-1, 1],
-    also where the noise is told from it (calc_bpd_loop of guided-diffusion); a predicted mean of
-    x_{t-1} stays as it is. `mean` of the sums is the bound; those of several processes, or of
-    images of several classes, whose models differ, can be added first.
+    Every timestep of every image gets one noise draw. x0_hat is clamped to [-1, 1], also before the
+    noise is derived from it (calc_bpd_loop of guided-diffusion); a predicted mean of x_{t-1} is not
+    clamped.
+
+    `mean` of the sums is the bound. Sums of several processes, or of classes that need different
+    models, can be added first.
 
     Args:
-        model: In evaluation mode.
+        model: The network, in evaluation mode.
         diffusion: The process that it was trained for.
         batches: See Batch.
-        seed: The noise is a function of seed, t and the image's number, whatever it is batched
-            with.
+        seed: The noise is a function of seed, t and the image's index, however images are batched.
     """
     num_timesteps = diffusion.num_timesteps
     totals = torch.zeros(2 + 3 * num_timesteps, dtype=torch.float64)
@@ -129,7 +131,7 @@ def bound_sums(
 
 
 class Bucket(NamedTuple):
-    """The mean loss over the timesteps first to last, both included."""
+    """The mean loss over the timesteps first to last, inclusive."""
 
     first: int
     last: int
@@ -138,7 +140,7 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True)
 class LossSums:
-    """What a list of Buckets is the mean of; a + b adds up images of several batches or processes.
+    """The sums over images behind a list of Buckets; `a + b` merges those of batches or processes.
 
     Attributes:
         num_timesteps: T.
@@ -154,7 +156,7 @@ class LossSums:
         return LossSums(self.num_timesteps, self.totals + other.totals)
 
     def mean(self) -> list[Bucket]:
-        """Returns the mean over the images, bucket by bucket.
+        """Returns the mean over the images for each bucket.
 
         Raises:
             ValueError: If there are no images.
@@ -176,24 +178,25 @@ def loss_sums(
 ) -> LossSums:
     """Sums the loss that training minimizes over images, in buckets of neighbouring timesteps.
 
-    Each image takes one timestep and one noise draw in each bucket. See bound_sums for `mean`.
+    Each image gets one timestep and one noise draw per bucket. See bound_sums for `mean`.
 
     Args:
-        model: In evaluation mode.
+        model: The network, in evaluation mode.
         diffusion: The process that it was trained for.
         batches: See Batch.
-        seed: Timestep and noise are functions of seed, bucket and the image's number.
+        seed: Timestep and noise are functions of seed, bucket and the image's index.
         num_buckets: From 1 to T.
 
     Raises:
-        ValueError: If there are fewer timesteps than buckets.
+        ValueError: If `num_buckets` is not from 1 to T.
     """
     num_timesteps = diffusion.num_timesteps
     if not 1 <= num_buckets <= num_timesteps:
         raise ValueError(
-            f"num_buckets={num_buckets} must be from 1 to the {num_timesteps} timesteps"
+            f"num_buckets={num_buckets} must be from 1 to {num_timesteps}, the number of timesteps"
         )
-    streams = [num_timesteps + 2 * bucket for bucket in range(num_buckets)]  # the bound's are below
+    # the bound uses the streams below num_timesteps
+    streams = [num_timesteps + 2 * bucket for bucket in range(num_buckets)]
     spans = _spans(num_timesteps, num_buckets)
     stretches = list(zip(streams, spans, strict=True))
     totals = _loss_totals(model, diffusion, batches, randomness.EVALUATION, seed, stretches)
@@ -202,11 +205,11 @@ def loss_sums(
 
 @dataclass(frozen=True)
 class QuartileSums:
-    """What losses by quartile of the timesteps are the mean of; a + b adds up images.
+    """The sums over images behind losses by quartile of the timesteps; `a + b` merges them.
 
     Attributes:
         num_timesteps: T.
-        totals: (1 + number of quartiles,) float64 on the CPU, as those of LossSums.
+        totals: (1 + number of quartiles,) float64 on the CPU, laid out as in LossSums.
     """
 
     num_timesteps: int
@@ -226,7 +229,7 @@ class QuartileSums:
         return dict(zip(quartiles(self.num_timesteps), losses, strict=True))
 
     def total(self) -> float:
-        """Returns the mean over the images and all timesteps alike.
+        """Returns the mean over the images and over all timesteps, equally weighted.
 
         Raises:
             ValueError: If there are no images.
@@ -241,15 +244,15 @@ class QuartileSums:
 def quartile_sums(
     model: Model, diffusion: GaussianDiffusion, batches: Iterable[Batch], seed: int
 ) -> QuartileSums:
-    """Sums the loss that training minimizes over images, in the quartiles of training's reports.
+    """Sums the loss that training minimizes over images, in the quartiles that training reports.
 
-    Each image takes one timestep and one noise draw in each quartile.
+    Each image gets one timestep and one noise draw per quartile.
 
     Args:
-        model: In evaluation mode.
+        model: The network, in evaluation mode.
         diffusion: The process that it was trained for.
         batches: See Batch.
-        seed: Timestep and noise are functions of seed, quartile and the image's number.
+        seed: Timestep and noise are functions of seed, quartile and the image's index.
     """
     stretches = [(2 * index, span) for index, span in quartiles(diffusion.num_timesteps).items()]
     totals = _loss_totals(model, diffusion, batches, randomness.HELD_OUT, seed, stretches)
@@ -264,10 +267,10 @@ def _loss_totals(
     seed: int,
     stretches: list[tuple[int, tuple[int, int]]],
 ) -> Tensor:
-    """The number of images, and their losses' sums in stretches of timesteps.
+    """The number of images, then the sum of their losses in each stretch of timesteps.
 
-    A stretch has a stream of timesteps, the next one being that of noise, and its first and last
-    timestep.
+    A stretch is (stream, (first, last timestep)). Timesteps are drawn from `stream`, noise from
+    `stream + 1`.
     """
     totals = torch.zeros(1 + len(stretches), dtype=torch.float64)
     for numbers, x0 in batches:
@@ -283,12 +286,12 @@ def _loss_totals(
 
 
 class Point(NamedTuple):
-    """One point of lossy coding in steps.
+    """One point of progressive lossy coding.
 
     Attributes:
-        reverse_time: Steps done, of T.
-        rate: Bits/dim that the receiver has spent by then.
-        rmse: By how much x0_hat is off, on the scale of 0 to 255.
+        reverse_time: Number of reverse steps done, of T.
+        rate: Bits/dim received so far.
+        rmse: Root mean squared error of x0_hat, on the scale of 0 to 255.
     """
 
     reverse_time: int
@@ -299,8 +302,9 @@ class Point(NamedTuple):
 def rate_distortion(bound: Bound) -> list[Point]:
     """Returns the curve of Ho et al. 2020, Fig. 5, at reverse times T - t + 1 = 1, ..., T.
 
-    Here t is as in the paper; in the code it is one less. x_t has cost L_T + ... + L_t, and x0_hat
-    is the network's at x_t. So the last point's rate is the bound's, L_0 being left.
+    Here t counts as in the paper, one more than in the code. x_t has cost L_T + ... + L_t, and
+    x0_hat is the network's estimate at x_t. The rate of the last point is that of the bound, which
+    excludes L_0.
     """
     latents = torch.cat([torch.tensor([bound.prior], dtype=torch.float64), bound.terms[1:].flip(0)])
     rates, errors = latents.cumsum(dim=0).tolist(), bound.rmse.flip(0).tolist()
@@ -315,11 +319,11 @@ def save_rate_distortion(path_png: Path, path_csv: Path, bound: Bound) -> None:
 
     Args:
         path_png: Where the panels go.
-        path_csv: Where the numbers go, a line for each timestep.
-        bound: What to show.
+        path_csv: Where the numbers go, one row per timestep.
+        bound: The bound to plot.
 
     Raises:
-        ValueError: If matplotlib is not installed; the CSV is written all the same.
+        ValueError: If matplotlib is not installed; the CSV is written anyway.
     """
     curve = rate_distortion(bound)
     text = io.StringIO()
@@ -335,7 +339,7 @@ def save_rate_distortion(path_png: Path, path_csv: Path, bound: Bound) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(
-            "a plot of rate and distortion needs the package matplotlib: pip install -e '.[plots]'"
+            "the rate-distortion plot needs the package matplotlib: pip install -e '.[plots]'"
         ) from error
     times, rates, errors = zip(*curve, strict=True)
     figure = Figure(figsize=(12, 3.5), layout="constrained")
@@ -368,7 +372,7 @@ def _noise(
 
 
 def _means(totals: Tensor) -> tuple[int, Tensor]:
-    """The number of images, which comes first in totals, and what follows divided by it."""
+    """The number of images (the first total), and the other totals divided by it."""
     if totals[0] == 0:
         raise ValueError("there are no images to take a mean over")
     return int(totals[0]), totals[1:] / totals[0]

@@ -1,4 +1,4 @@
-"""A classifier of scikit-learn's digits: what it sees in an image, and how sure of it it is."""
+"""A classifier of scikit-learn's digits: features of an image, and class probabilities."""
 
 import functools
 from typing import NamedTuple
@@ -12,17 +12,17 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch import Tensor
 
-SIZE = 16  # pixels a side that the classifier sees
+SIZE = 16  # height and width of the classifier's input, in pixels
 CLASSES = [str(digit) for digit in range(10)]
 
 
 class Classifier(NamedTuple):
-    """A support vector machine with calibrated probabilities, and what it makes of real digits.
+    """A support vector machine with calibrated probabilities, and its output on real digits.
 
     Attributes:
-        calibrated: Trained on three quarters of the digits.
-        machine: The machine in it.
-        of_real: (N, 10) probabilities of the other quarter.
+        calibrated: The calibrated classifier, trained on three quarters of the digits.
+        machine: The support vector machine inside it.
+        of_real: (N, 10) probabilities for the other quarter.
     """
 
     calibrated: CalibratedClassifierCV
@@ -32,7 +32,7 @@ class Classifier(NamedTuple):
 
 @functools.cache
 def classifier() -> Classifier:
-    """Trains the classifier, the same each time, within a second or two."""
+    """Trains the classifier, which takes a second or two and always gives the same result."""
     data = load_digits()
     levels = np.rint(data.images * (255 / 16)).astype(np.uint8)
     rows = _seen(levels)
@@ -45,10 +45,10 @@ def classifier() -> Classifier:
 
 
 def network(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns what the classifier sees.
+    """Computes the classifier's features and probabilities.
 
     Args:
-        images: (B, C, H, W) levels of 0 to 255, white on black; colours are averaged.
+        images: (B, C, H, W) levels from 0 to 255, white on black; channels are averaged.
 
     Returns:
         The machine's ten decision values, (B, 10), and the probabilities of the digits, (B, 10).

@@ -1,4 +1,4 @@
-"""Drawn images against the data: distances on features, nearest pictures, colours."""
+"""Compares drawn images with the data: distances on features, nearest pictures, colors."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ from ddpm.evaluate.reference import Reference
 from ddpm.runs.results import Measurement
 from ddpm.sample.images import grid
 
-NUM_PAIRS = 16  # of nearest pictures that are shown
+NUM_PAIRS = 16  # nearest pairs on a sheet
 
 
 def distance(
@@ -27,26 +27,26 @@ def distance(
 ) -> list[Measurement]:
     """Measures a distance between drawn images and a reference, with its floor.
 
-    The floor is None where the reference has too few features for two halves.
+    The floor is the same distance between two halves of the reference; None if it is too small.
 
     Args:
         metric: fd, kd, inception_score or precision_recall.
         drawn: Features of the drawn images.
         reference: What they are compared with; None for inception_score, which needs none.
-        extractor: What both come from; it names the distances.
-        protocol: That of the measurements. `splits` are the parts that inception_score is the mean
-            over; `num_reference` are the pictures of the reference that precision_recall takes,
-            evenly spaced, None for all.
-        seed: Of the random halves and subsets.
+        extractor: The extractor that computed both; it names the distances.
+        protocol: Protocol of the measurements. `splits` is the number of parts that inception_score
+            averages over; `num_reference` is the number of reference pictures that precision_recall
+            uses, evenly spaced, None for all.
+        seed: Seed of the random halves and subsets.
 
     Raises:
         TooFew: If there are too few images.
-        CannotBeHad: If inception_score is wanted and the extractor gives no probabilities.
+        CannotBeHad: If the metric is inception_score and the extractor gives no probabilities.
     """
     if metric == "inception_score":
         if drawn.probabilities is None:
             raise metrics.CannotBeHad(
-                "inception_score needs class probabilities, and "
+                "inception_score needs class probabilities, but "
                 f"evaluation.extractor={extractor.name} gives none"
             )
         value, deviation = metrics.inception_score(drawn.probabilities, protocol["splits"])
@@ -81,31 +81,31 @@ def distance(
 def classes(
     drawn: Features, asked: Sequence[str] | None, extractor: Extractor, protocol: dict[str, Any]
 ) -> list[Measurement]:
-    """Measures how surely a classifier names drawn images.
+    """Measures how confidently a classifier recognizes drawn images.
 
-    `named` is the share of them whose likeliest class has a probability of SURE or more; its floor
-    is the same share of real pictures that the classifier was not trained on. `class_accuracy` is
-    the share whose likeliest class is that which was asked for.
+    `named` is the share of images that get a class with a probability of SURE or more; its floor is
+    the same share of real pictures that the classifier was not trained on. `class_accuracy` is the
+    share of images that get the class that they were drawn for.
 
     Args:
         drawn: Features of the drawn images.
-        asked: The name of the class that each was drawn for; None for a network without classes.
-        extractor: What the features come from.
-        protocol: That of the measurements.
+        asked: Name of the class that each was drawn for; None for a network without classes.
+        extractor: The classifier that computed the features.
+        protocol: Protocol of the measurements.
 
     Raises:
-        CannotBeHad: If the extractor's classes are not the data's.
+        CannotBeHad: If the extractor does not know the data's classes.
     """
     known = extractor.classes
     if drawn.probabilities is None or not known:
         raise metrics.CannotBeHad(
-            "classes needs a classifier of the data's classes, evaluation.extractor=digits, not "
-            f"{extractor.name}"
+            "classes needs a classifier of the data's classes: give evaluation.extractor=digits "
+            f"instead of {extractor.name}"
         )
     if asked is not None and not set(asked) <= set(known):
         raise metrics.CannotBeHad(
             f"classes needs a classifier of the data's classes; {extractor.name} knows "
-            f"{', '.join(known)}, and images were drawn of {', '.join(sorted(set(asked)))}"
+            f"{', '.join(known)}, but images were drawn of {', '.join(sorted(set(asked)))}"
         )
     sure, likeliest = drawn.probabilities.max(dim=1)
     share = float((sure >= SURE).double().mean())
@@ -117,13 +117,13 @@ def classes(
 
 
 def _evenly(features: Tensor, count: int | None) -> Tensor:
-    """So many rows, evenly spaced; a TooFew if there are not as many."""
+    """`count` evenly spaced rows; raises TooFew if there are fewer."""
     if count is None:
         return features
     if count > len(features):
         raise metrics.TooFew(
-            f"evaluation.num_reference={count} is more than the {len(features)} pictures that are "
-            "compared with"
+            f"evaluation.num_reference={count} is more than the {len(features)} pictures of the "
+            "reference"
         )
     return features[torch.arange(count) * len(features) // count]
 
@@ -133,7 +133,7 @@ def _frechet(some: Tensor, others: Tensor) -> float:
 
 
 def _floor(measure: Callable[..., Any], half: Tensor, other: Tensor, *rest: Any) -> Any:
-    """The measure between two halves of the data, None where they are too small for it."""
+    """The measure between two halves of the data; None if they are too small for it."""
     try:
         return measure(half, other, *rest)
     except metrics.TooFew:
@@ -145,13 +145,14 @@ def nearest_pairs(
 ) -> tuple[Measurement, list[tuple[int, int]]]:
     """Measures how near drawn images are to the training pictures.
 
-    The ratio is the median distance to the nearest training picture, over that of training pictures
-    among themselves. Far below 1, the network repeats its training set.
+    The ratio is the median distance from a drawn image to the nearest training picture, divided by
+    that from a training picture to the nearest other one. Far below 1, the network repeats its
+    training set.
 
     Args:
         drawn: Features of the drawn images.
         reference: Features of the training pictures, (N, D).
-        protocol: That of the measurement.
+        protocol: Protocol of the measurement.
 
     Returns:
         The ratio, and the NUM_PAIRS closest pairs of indices (drawn, training), nearest first.
@@ -170,7 +171,7 @@ def pairs_sheet(drawn: np.ndarray, training: np.ndarray) -> np.ndarray:
 
     Args:
         drawn: (N, H, W, C) uint8.
-        training: Like drawn, the one nearest to each.
+        training: The training picture nearest to each, shaped like drawn.
 
     Returns:
         (H, W, C) uint8.
@@ -181,16 +182,16 @@ def pairs_sheet(drawn: np.ndarray, training: np.ndarray) -> np.ndarray:
 def colour(
     drawn: Iterable[np.ndarray], training: Iterable[np.ndarray], protocol: dict[str, Any]
 ) -> tuple[list[Measurement], list[str]]:
-    """Compares the mean and deviation of each channel with the data's.
+    """Compares the mean and standard deviation of each channel with the data's.
 
     Args:
-        drawn: Blocks of images, each (B, H, W, C) levels of 0 to 255.
+        drawn: Blocks of images, each (B, H, W, C) levels from 0 to 255.
         training: Blocks of the data, likewise.
-        protocol: That of the measurements.
+        protocol: Protocol of the measurements.
 
     Returns:
-        The gaps, drawn images less the data, in levels of 0 to 255; and a warning for each of more
-        than 5 levels.
+        The gaps, drawn images minus data, in levels on the scale of 0 to 255; and a warning for
+        each gap of more than 5 levels.
     """
     figures, warnings = [], []
     gaps = _levels(drawn) - _levels(training)
@@ -206,7 +207,7 @@ def colour(
 
 
 def _levels(blocks: Iterable[np.ndarray]) -> np.ndarray:
-    """Mean and deviation of each channel, (2, C) float64, from sums of whole numbers."""
+    """Mean and standard deviation of each channel, (2, C) float64, from sums exact for uint8."""
     sums = np.asarray(sum(_sums(block) for block in blocks))
     each = [[value.item() for value in channel] for channel in sums.T]
     return np.array(
@@ -228,7 +229,7 @@ def _sums(block: np.ndarray) -> np.ndarray:
 
 
 def _halves(features: Tensor | None, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Two disjoint random parts of `count` rows each, or of half of all if there are fewer."""
+    """Two disjoint random parts of `count` rows each, or of half the rows if that is less."""
     if features is None:
         return torch.empty(0, 1), torch.empty(0, 1)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))

@@ -1,4 +1,4 @@
-"""What a pretrained network sees in images: the features that distances are measured on."""
+"""Computes the features that distances are measured on."""
 
 import hashlib
 import io
@@ -27,18 +27,18 @@ INCEPTION_URL = (
 )
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
-LENGTHS = {"inception": 2048, "efficientnet_lite0": 1280, "digits": 10}  # of the features
-SURE = 0.9  # probability of a class from which on an image counts as named
+LENGTHS = {"inception": 2048, "efficientnet_lite0": 1280, "digits": 10}  # number of features
+SURE = 0.9  # an image counts as named if a class has at least this probability
 
 log = logging.getLogger(__name__)
 
 
 class Features(NamedTuple):
-    """What a network sees in N images, float32 on the CPU.
+    """A network's output for N images, float32 on the CPU.
 
     Attributes:
         features: (N, D).
-        probabilities: Of classes, (N, K); None where no score is defined on them.
+        probabilities: Class probabilities, (N, K); None if no score is defined on them.
     """
 
     features: Tensor
@@ -46,19 +46,19 @@ class Features(NamedTuple):
 
 
 class Extractor:
-    """Images to features, batch by batch.
+    """Computes features of images, batch by batch.
 
     Args:
-        name: Of the network, as protocols give it.
-        distance_name: What the Fréchet distance on its features is called.
-        kernel_name: What the kernel distance on its features is called.
-        network: On `device`; see Network.
+        name: The network's name in protocols.
+        distance_name: Name of the Fréchet distance on its features.
+        kernel_name: Name of the kernel distance on its features.
+        network: The network on `device`; see Network.
         device: Where it runs.
-        batch_size: Images that the network is given at a time; half of that where memory runs out.
-        version: Of the network's weights.
-        classes: The names of those that probabilities are of, where a data set has the same.
-        sure_of_real: Share of real pictures kept from the network's training whose likeliest class
-            has a probability of SURE or more.
+        batch_size: Images per batch; a batch is halved if memory runs out.
+        version: Version of the network's weights.
+        classes: Names of the classes that it tells apart, if a data set has the same ones.
+        sure_of_real: Share of real pictures, held out from the network's training, that get a class
+            with a probability of SURE or more.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Extractor:
         """Computes the features of images.
 
         Args:
-            images: (N, H, W, C) uint8, C 1 or 3; grey ones are taken as colour.
-            quantized: False for images of float32, still on the scale of 0 to 255.
+            images: (N, H, W, C) uint8, C 1 or 3; gray images are repeated to 3 channels.
+            quantized: False for float32 images, still on the scale of 0 to 255.
 
         Raises:
-            ValueError: If the shape or type is another, or there is no image.
+            ValueError: If the shape or type is wrong, or there are no images.
         """
         wanted = np.uint8 if quantized else np.float32
         if (
@@ -133,18 +133,18 @@ def inception(
     to 299 pixels as TensorFlow 1 did.
 
     Args:
-        weights_path: Of its weights; None for where torch.hub caches them.
-        download: Fetch them into that cache if they are not there.
+        weights_path: File of its weights; None for the one in torch.hub's cache.
+        download: Download the weights into that cache if they are missing.
         device: Where it runs.
-        batch_size: Images at a time.
+        batch_size: Images per batch.
 
     Raises:
-        ValueError: If the package, the weights or the network connection is missing, or the file is
-            another.
+        ValueError: If the package, the weights or the network connection is missing, or the file
+            does not hold these weights.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    # the last two: a torchvision that was built for another torch
+    # OSError and RuntimeError: torchvision was built for another torch
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -152,7 +152,7 @@ def inception(
             "pip install -e '.[fid]'"
         ) from None
     weights = _inception_weights(weights_path, download)
-    # torch-fidelity would unpickle any file; these bytes are known, and safe.
+    # torch-fidelity would unpickle any file; the bytes are safe, since their hash was checked
     module = FeatureExtractorInceptionV3(
         "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=io.BytesIO(weights)
     ).to(device)
@@ -168,7 +168,7 @@ def inception(
 
 @contextmanager
 def _fed_with(module: nn.Module, levels: Tensor) -> Iterator[None]:
-    """Has torch-fidelity's network, which takes bytes alone, see these floats in their place."""
+    """Feeds these floats to torch-fidelity's network, which accepts only uint8."""
     from torch_fidelity.interpolate_compat_tensorflow import (
         interpolate_bilinear_2d_like_tensorflow1x,
     )
@@ -186,15 +186,15 @@ def _fed_with(module: nn.Module, levels: Tensor) -> Iterator[None]:
 
 
 def efficientnet_lite0(device: torch.device, batch_size: int = 64) -> Extractor:
-    """Returns EfficientNet-Lite0, whose ImageNet weights a package carries.
+    """Returns EfficientNet-Lite0 with the ImageNet weights that come in a package.
 
-    It has 1,280 features, the mean over the last layer's 7x7 places. Images are resized to 224
-    pixels with an antialiasing bicubic filter, and 127 and 128 map them to about [-1, 1] as in its
-    training. There are no probabilities: the inception score is defined on another network.
+    Its 1,280 features are the last layer's mean over 7x7 positions. Images are resized to 224
+    pixels with an antialiased bicubic filter and mapped to about [-1, 1] by (x - 127) / 128, as in
+    its training. It gives no probabilities: the inception score is defined on another network.
 
     Args:
         device: Where it runs.
-        batch_size: Images at a time.
+        batch_size: Images per batch.
 
     Raises:
         ValueError: If the packages are missing.
@@ -234,14 +234,15 @@ def efficientnet_lite0(device: torch.device, batch_size: int = 64) -> Extractor:
 
 
 def of_digits(device: torch.device, batch_size: int = 64) -> Extractor:
-    """Returns a classifier of scikit-learn's digits, which is trained on three quarters of them.
+    """Returns a classifier of scikit-learn's digits, trained here on three quarters of them.
 
-    A support vector machine (SVC, radial kernel) on 16x16 pixels, in under two seconds on a CPU.
-    Its features are the ten decision values; the probabilities of the ten digits are calibrated.
+    It is a support vector machine (SVC, radial kernel) on 16x16 pixels; training takes under two
+    seconds on a CPU. Its features are the ten decision values; the probabilities of the ten digits
+    are calibrated.
 
     Args:
-        device: Where what is around it runs.
-        batch_size: Images at a time.
+        device: Where images are put before they go to the classifier, which runs on the CPU.
+        batch_size: Images per batch.
     """
     from ddpm.evaluate import digits
 
@@ -254,7 +255,7 @@ def of_digits(device: torch.device, batch_size: int = 64) -> Extractor:
 
 
 def _inception_weights(weights_path: str | None, download: bool) -> bytes:
-    """The content of the weights' file, which must be the known one."""
+    """The bytes of the weights file, checked against INCEPTION_SHA256."""
     path = (
         Path(weights_path).expanduser()
         if weights_path
@@ -265,15 +266,15 @@ def _inception_weights(weights_path: str | None, download: bool) -> bytes:
             raise ValueError(f"evaluation.weights_path={weights_path} is not a file")
         if not download:
             raise ValueError(
-                f"the weights of evaluation.extractor=inception are not at {path}: give "
-                "evaluation.weights_path=FILE, or evaluation.download=true to fetch them"
+                f"evaluation.extractor=inception has no weights at {path}: give "
+                "evaluation.weights_path=FILE, or evaluation.download=true to download them"
             )
         _fetch(path)
     content = path.read_bytes()
     if (found := hashlib.sha256(content).hexdigest()) != INCEPTION_SHA256:
         raise ValueError(
-            f"{path} is not the network of the FID: its sha256 is {found[:8]}..., not "
-            f"{INCEPTION_SHA256[:8]}...; get {INCEPTION_URL}"
+            f"{path} is not the network that FID uses: its sha256 is {found[:8]}..., not "
+            f"{INCEPTION_SHA256[:8]}...; download {INCEPTION_URL}"
         )
     return content
 
@@ -288,9 +289,9 @@ def _fetch(path: Path) -> None:
             hash_prefix=INCEPTION_SHA256,
             progress=sys.stderr.isatty(),
         )
-    except (OSError, RuntimeError) as error:  # the last: other bytes came
+    except (OSError, RuntimeError) as error:  # RuntimeError: the hash does not match
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{INCEPTION_URL} cannot be fetched ({reason}): get it elsewhere, and give "
+            f"{INCEPTION_URL} cannot be downloaded ({reason}): get the file elsewhere and give "
             "evaluation.weights_path=FILE"
         ) from None

@@ -1,4 +1,4 @@
-"""One call of measuring: what all its measures need, and where their figures go."""
+"""One evaluation of a network: what all its metrics need, and where their figures go."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ from ddpm.sample.subject import Trained
 from ddpm.system.files import short_hash
 from ddpm.tune.decide import Tune
 
-NAMES = {  # how the figures of each metric begin
+NAMES = {  # metric -> how the names of its figures begin
     "fd": ("fid", "fd_"),
     "kd": ("kid", "kd_"),
     "precision_recall": ("precision", "recall"),
@@ -34,11 +34,24 @@ Keep = Callable[[list[Measurement]], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What every measure of one call needs; `about` is the protocol that all have in common.
+    """What every metric of one evaluation needs.
 
-    `network` is the identity of what is measured: no part of a protocol, but of what is kept of it.
-    `entries` are the figures recorded before this call; `found` are those of this call, measured or
-    recorded before, on the main process, and `missing` why some could not be had.
+    Attributes:
+        trained: The network that is measured.
+        settings: The metrics and their protocol.
+        processes: The processes that share the work.
+        drawing: What draws the samples.
+        sampler: The settings of the sampler.
+        file: The file of evaluation.reference, or None.
+        splits: The splits of the run's data.
+        about: The part of the protocol that all metrics have in common.
+        network: Identity of the network. Figures are recorded with it, but it is not part of a
+            protocol.
+        entries: The figures recorded before this evaluation.
+        keep: Records figures, on the main process.
+        tune: How the network is executed while it draws (ddpm.sample.tuning).
+        found: The figures of this evaluation, measured or recorded before, on the main process.
+        missing: Why some metrics could not be measured.
     """
 
     trained: Trained
@@ -57,14 +70,14 @@ class Job:
     missing: list[str] = field(default_factory=list)
 
     def has(self, metric: str, protocol: dict[str, Any]) -> bool:
-        """Whether a metric's figures are recorded already; then they are found."""
+        """Whether a metric's figures are recorded already; if so, adds them to `found`."""
         before = results.recorded(self.entries, NAMES[metric], protocol, self.network)
         if self.processes.is_main_process:
             self.found.extend(before)
         return bool(before)
 
     def add(self, figures: Sequence[Measurement]) -> None:
-        """Records what was measured, on the main process."""
+        """Records figures, on the main process."""
         if self.processes.is_main_process:
             of_network = [replace(one, network=self.network) for one in figures]
             self.keep(of_network)
@@ -72,7 +85,7 @@ class Job:
 
 
 def file_of(job: Job, words: str, protocol: dict[str, Any] | None = None) -> Path:
-    """Where something of this step is kept; what has a protocol is told apart by all of it."""
+    """Returns the path of a file for this step; if a protocol is given, the name has its hash."""
     more = "" if protocol is None else f"-{short_hash([job.network, told(words, protocol)])}"
     name = f"step_{job.trained.step:08d}_{job.trained.kind}_{words}{more}"
     return job.trained.run.path / "evaluation" / name

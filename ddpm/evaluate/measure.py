@@ -1,4 +1,4 @@
-"""Measuring a run's network by a protocol, above all from drawn images."""
+"""Measures a run's network by a protocol, mostly on drawn images."""
 
 import shutil
 from contextlib import nullcontext
@@ -54,17 +54,17 @@ def job_of(
     data: ImageSet | None = None,
     tune: Tune = False,
 ) -> Job:
-    """Makes ready to measure a run's network at its step. Every process must call this.
+    """Prepares to measure a run's network at its step. Every process must call this.
 
     Args:
         trained: The network.
-        sampler: What the samples are drawn with, as in conf/sampler/.
-        settings: Which metrics, by which protocol.
-        processes: Those that share the work.
-        device: Where this one works.
-        keep: Records figures, on the main process, as soon as they are there.
-        data: The run's pictures, if they are at hand; else they are read.
-        tune: How the network is carried out where it draws (ddpm.sample.tuning).
+        sampler: Settings of the sampler, as in conf/sampler/.
+        settings: The metrics and their protocol.
+        processes: The processes that share the work.
+        device: The device of this process.
+        keep: Records figures, on the main process, as soon as they are measured.
+        data: The run's pictures, if they are loaded; None to load them.
+        tune: How the network is executed while it draws (ddpm.sample.tuning).
 
     Raises:
         ValueError: If the reference does not fit, or the pictures are not the run's.
@@ -85,7 +85,7 @@ def job_of(
     }
     network = trained.subject.identity()
     entries = results.read_measurements(trained.run.path / "evaluation.json")
-    entries = gather([entries], processes)[0]  # what the main process sees counts
+    entries = gather([entries], processes)[0]  # all follow what the main process sees
     return Job(
         *(trained, settings, processes, drawing, sampler, file, splits, about, network, entries),
         *(keep, tune),
@@ -95,22 +95,21 @@ def job_of(
 def measure(job: Job, keep_samples: bool = True) -> tuple[list[Measurement], list[str]]:
     """Measures a run's network at its step. Every process must call this.
 
-    What is recorded already, of the same network by the same protocol, is not measured again.
+    Figures that are recorded for the same network and protocol are not measured again.
 
     Args:
-        job: What is measured, and by which protocol.
-        keep_samples: Leave the drawn images for whoever measures them again.
+        job: The evaluation.
+        keep_samples: Keep the drawn images for later evaluations.
 
     Returns:
-        The measurements, whole on the main process; and why metrics that could not be had here
-        could not.
+        The measurements, complete on the main process; and why some metrics could not be measured.
 
     Raises:
-        ValueError: If the data has no such split.
+        ValueError: If the data does not have the split that a metric needs.
     """
     settings = job.settings
     if {"losses", "bits_per_dim"} & set(settings.metrics):
-        job.splits.of(settings.bound_split)  # is refused before anything is measured
+        job.splits.of(settings.bound_split)  # fails before anything is measured
     wanted: list[str] = [metric for metric in OF_SAMPLES if metric in settings.metrics]
     protocols = {metric: _protocol_of_samples(job, metric) for metric in wanted}
     left = {metric: said for metric, said in protocols.items() if not job.has(metric, said)}
@@ -126,7 +125,7 @@ def measure(job: Job, keep_samples: bool = True) -> tuple[list[Measurement], lis
 def _reference_file(
     settings: EvaluationSettings, shape: tuple[int, int, int] | None = None
 ) -> ReferenceFile | None:
-    """evaluation.reference, opened, where a metric is measured against it."""
+    """Opens evaluation.reference if a metric is measured against it."""
     if settings.reference is None or not set(OF_REFERENCE) & set(settings.metrics):
         return None
     path = Path(settings.reference).expanduser()
@@ -134,19 +133,19 @@ def _reference_file(
     if file.pictures is not None and shape is not None and file.pictures[1:3] != shape[1:]:
         (_, height, width), theirs = shape, file.pictures
         raise ValueError(
-            f"evaluation.reference={path} has pictures of {theirs[1]}x{theirs[2]} pixels, and this "
-            f"network draws {height}x{width}: give the reference of that size"
+            f"evaluation.reference={path} has pictures of {theirs[1]}x{theirs[2]} pixels, but this "
+            f"network draws {height}x{width}: give a reference of that size"
         )
     return file
 
 
 def check_extractor(settings: EvaluationSettings, device: torch.device) -> None:
-    """Looks whether the extractor and the reference that these metrics need are here.
+    """Checks that the extractor and the reference that these metrics need are available.
 
-    That is for before a run, and not in it.
+    Training calls this before it starts, so that a missing file does not stop a run halfway.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: If one of them is missing.
     """
     _reference_file(settings)
     if set(OF_FEATURES) & set(settings.metrics):
@@ -159,16 +158,16 @@ def write_reference(
     """Writes a file for evaluation.reference: mean and covariance of features of a run's data.
 
     Args:
-        trained: Of the run.
-        settings: Which split, and which extractor.
+        trained: The run's network.
+        settings: The settings that name the split and the extractor.
         device: Where the features are computed.
-        to: The .npz.
+        to: The .npz file to write.
 
     Returns:
-        Of how many pictures they are.
+        The number of pictures.
 
     Raises:
-        ValueError: If the extractor or the pictures are not here.
+        ValueError: If the extractor or the pictures are missing.
     """
     extractor = _extractor(settings, device)
     found = Splits(trained, None).reference(settings.split, extractor).moments
@@ -199,7 +198,7 @@ def _protocol_of_samples(job: Job, metric: str) -> dict[str, Any]:
         protocol["reference"] = job.file.digest
     if metric == "precision_recall":
         protocol["num_reference"] = settings.num_reference
-    if metric in ("kd", "precision_recall", "nearest"):  # fd is of all there are
+    if metric in ("kd", "precision_recall", "nearest"):  # fd uses all pictures
         of_file = job.file is not None and "reference" in protocol and job.file.pictures
         count = of_file[0] if of_file else len(job.splits.of(protocol["split"]))
         if count > kept and protocol.get("num_reference") is None:
@@ -208,15 +207,15 @@ def _protocol_of_samples(job: Job, metric: str) -> dict[str, Any]:
 
 
 def _of_samples(job: Job, protocols: dict[str, dict[str, Any]], keep_samples: bool) -> None:
-    """Distances, nearest pictures and colours, from one set of drawn images."""
+    """Measures distances, nearest pictures and colors on one set of drawn images."""
     settings = job.settings
     if job.file is None or not set(protocols) <= {*OF_REFERENCE, "inception_score", "classes"}:
-        job.splits.of(settings.split)  # is refused before anything is drawn
+        job.splits.of(settings.split)  # fails before anything is drawn
     extractor = None
     if set(OF_FEATURES) & set(protocols):
         try:
             extractor = _extractor(settings, job.drawing.device)
-        except ValueError as error:  # what needs none goes on
+        except ValueError as error:  # metrics without an extractor go on
             job.missing.append(str(error))
     if extractor is None and "colour" not in protocols:
         return
@@ -244,7 +243,7 @@ def _of_features(
     folder: Path,
     protocols: dict[str, dict[str, Any]],
 ) -> None:
-    """What is measured on features."""
+    """Measures the metrics that use features."""
     against: Reference | None = None
     if compared := set(OF_REFERENCE) & set(protocols):
         if job.file is None:
@@ -268,7 +267,7 @@ def _of_features(
 
 
 def _classes_asked(job: Job, count: int) -> list[str] | None:
-    """The name of the class that each image was drawn for, None where there is none."""
+    """The class name that each image was drawn for; None for a network without classes."""
     subject = job.trained.subject
     in_turn, names = subject.classes_in_turn(count), subject.classes
     return None if in_turn is None or names is None else [names[index] for index in in_turn]
@@ -277,7 +276,7 @@ def _classes_asked(job: Job, count: int) -> list[str] | None:
 def _nearest(
     job: Job, extractor: Extractor, drawn: Features, folder: Path, protocol: dict[str, Any]
 ) -> Measurement:
-    """How near drawn images are to training pictures, and the sheet of the nearest pairs."""
+    """Measures how near drawn images are to training pictures; saves a sheet of nearest pairs."""
     training = job.splits.of("train")
     among = job.splits.reference("train", extractor).features
     assert among is not None
@@ -293,7 +292,7 @@ def _nearest(
 
 
 def _decides(job: Job) -> dict[str, Any]:
-    """All that decides the drawn images; which classes in turn the network's identity has."""
+    """Everything that determines the drawn images; the classes take turns."""
     return {
         "network": job.network,
         "sampler": job.sampler,
@@ -305,11 +304,11 @@ def _decides(job: Job) -> dict[str, Any]:
 
 
 def _drawn(job: Job) -> Path:
-    """The folder of the call's images, all of them drawn."""
+    """The folder of the images, after drawing those that are missing."""
     settings, processes, count = job.settings, job.processes, job.settings.num_samples
     decides = _decides(job)
     digest = word_for(decides)
-    # of ddpm.sample, what the main process sees
+    # folders of ddpm.sample; all processes follow what the main process sees
     shared = gather([[str(one) for one in _sampled(job, digest, decides)]], processes)[0]
     if shared:
         return Path(shared[0])
@@ -329,7 +328,7 @@ def _drawn(job: Job) -> Path:
 
 
 def _sampled(job: Job, digest: str, decides: dict[str, Any]) -> list[Path]:
-    """Folders in which ddpm.sample has drawn all images of this call."""
+    """Folders in which ddpm.sample has drawn all images of this evaluation."""
     return [
         folder
         for folder in sorted(job.trained.run.samples.glob(f"*-{digest}"))
@@ -356,7 +355,7 @@ def _extractor(settings: EvaluationSettings, device: torch.device) -> Extractor:
 
 
 def _features_of_folder(job: Job, folder: Path, extractor: Extractor) -> Features:
-    """Features of drawn images, each process computing its share; whole on every process."""
+    """Features of the drawn images: each process computes its share, and every one gets all."""
     count, size, quantize = (
         job.settings.num_samples,
         job.settings.batch_size,

@@ -1,4 +1,4 @@
-"""How near two sets of images are, from their features.
+"""Compares two sets of images by their features.
 
 Fréchet and kernel distance, inception score, precision and recall, nearest neighbours.
 
@@ -17,17 +17,17 @@ from ddpm.system.signals import check
 
 Rows = Tensor | np.ndarray  # (N, D)
 
-NUMBERS_AT_ONCE = 2**24  # of a chunk of rows, and of a chunk of distances: 128 MB in float64
-# squared distances below this share of the squared lengths are rounding: the rows are equal
+NUMBERS_AT_ONCE = 2**24  # per chunk of rows or of distances: 128 MB in float64
+# squared distances below this share of the squared lengths are rounding errors between equal rows
 SAME = 1e-12
 
 
 class CannotBeHad(ValueError):
-    """A measure that these images or this extractor do not give."""
+    """Raised for a metric that cannot be measured with these images or this extractor."""
 
 
 class TooFew(CannotBeHad):
-    """Fewer images than a measure needs."""
+    """Raised for a metric that needs more images."""
 
 
 class Moments(NamedTuple):
@@ -36,33 +36,34 @@ class Moments(NamedTuple):
     Attributes:
         mean: (D,).
         covariance: (D, D), unbiased.
-        count: Of the rows; 0 where a file does not tell.
+        count: Number of rows; 0 if a file does not tell.
     """
 
     mean: Tensor
     covariance: Tensor
-    count: int  # type: ignore[assignment]  # instead of the tuple's method
+    count: int  # type: ignore[assignment]  # hides tuple.count
 
 
 class MomentSums:
-    """Mean and covariance of rows that come part by part, in memory for one part of them.
+    """Accumulates mean and covariance over parts of the rows, with one part in memory at a time.
 
-    Each part is centred on its own mean, and put to those before by the update of Chan, Golub &
-    LeVeque 1979, in float64: no sum of squares is taken whose most digits a mean takes away again.
+    Each part is centered on its own mean and merged with the earlier ones by the update of Chan,
+    Golub & LeVeque 1979, in float64. This avoids the cancellation that comes with subtracting a
+    squared mean from a mean of squares.
     """
 
     def __init__(self) -> None:
         self._count = 0
-        self._mean = self._scatter = torch.empty(0)  # the first part says how long they are
+        self._mean = self._scatter = torch.empty(0)  # the first part determines their sizes
 
     def add(self, features: Rows) -> None:
-        """Takes in rows.
+        """Adds rows.
 
         Args:
             features: (N, D).
 
         Raises:
-            ValueError: If they are not finite, or of another length than those before.
+            ValueError: If they are not finite, or differ in length from earlier rows.
         """
         rows = _rows(features, 1, "a covariance")
         if self._count == 0:
@@ -79,7 +80,7 @@ class MomentSums:
             part = chunk.double()
             mean, total = part.mean(dim=0), self._count + len(part)
             gap = mean - self._mean
-            # the last row has what the two means lie apart: one product takes in all
+            # an extra row for the gap between the means: one product then updates everything
             apart = gap * (self._count * len(part) / total) ** 0.5
             centred = torch.cat([part - mean, apart[None]])
             self._scatter.addmm_(centred.T, centred)
@@ -112,14 +113,14 @@ def moments(features: Rows) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Computes the squared Fréchet distance of two normals.
+    """Computes the squared Fréchet distance between two normal distributions.
 
-    |mean_a - mean_b|^2 + tr(S_a + S_b - 2 sqrt(S_a S_b)); of Inception features, the FID (Heusel et
+    |mean_a - mean_b|^2 + tr(S_a + S_b - 2 sqrt(S_a S_b)); on Inception features, the FID (Heusel et
     al. 2017).
 
     tr sqrt(S_a S_b) is the sum of the singular values of sqrt(S_a) sqrt(S_b), with symmetric roots.
-    That stays accurate where there are fewer images than features. The distance then leans on their
-    number all the same, so only figures of equal counts compare.
+    This stays accurate with fewer images than features. The distance still depends on the number of
+    images then, so compare only figures of equal counts.
 
     Returns:
         0 or more.
@@ -148,14 +149,14 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Computes the squared MMD of two sets under the kernel (x.y / D + 1)^3, unbiased.
 
-    Of Inception features, this is the KID (Binkowski et al. 2018).
+    On Inception features, this is the KID (Binkowski et al. 2018).
 
     Args:
         a: (N, D).
         b: (M, D).
-        seed: Of the subsets, each drawn without replacement.
-        num_subsets: How many; a single one if it would be both sets whole.
-        subset_size: Images in each, no more than the smaller set has.
+        seed: Seed of the subsets, each drawn without replacement.
+        num_subsets: Number of subsets; only one is taken if it contains both sets entirely.
+        subset_size: Images per subset, capped at the size of the smaller set.
 
     Returns:
         Mean and standard deviation over the subsets. The mean may be slightly negative.
@@ -194,13 +195,13 @@ def inception_score(probabilities: Rows, num_splits: int = 10) -> tuple[float, f
     Args:
         probabilities: (N, K), rows that sum to 1. They are put in a fixed random order first, so
             that images sorted by class do not end up in one split.
-        num_splits: Parts that the score is taken of.
+        num_splits: Number of parts; each has a score of its own.
 
     Returns:
         Mean and standard deviation over the splits.
 
     Raises:
-        ValueError: If a split would be empty, N is below 2, or rows are no probabilities.
+        ValueError: If a split would be empty, N is below 2, or rows are not probabilities.
     """
     if num_splits < 1:
         raise ValueError(f"the inception score needs 1 split or more, got {num_splits}")
@@ -220,8 +221,8 @@ def inception_score(probabilities: Rows, num_splits: int = 10) -> tuple[float, f
 def precision_recall(real: Rows, generated: Rows, neighbours: int = 3) -> tuple[float, float]:
     """Computes precision and recall of generated images (Kynkäänniemi et al. 2019).
 
-    An image lies among a set if it is no farther from some image of it than that image's k-th
-    nearest neighbour in the set.
+    An image lies within a set if it is no farther from one of the set's images than that image's
+    k-th nearest neighbor in the set.
 
     Args:
         real: (N, D).
@@ -229,11 +230,11 @@ def precision_recall(real: Rows, generated: Rows, neighbours: int = 3) -> tuple[
         neighbours: k.
 
     Returns:
-        The share of generated images that lie among the real ones, and of real ones among the
-        generated.
+        The share of generated images that lie within the real ones, and of real images within the
+        generated ones.
 
     Raises:
-        ValueError: If a set has not more than k images.
+        ValueError: If a set has k images or fewer.
     """
     if neighbours < 1:
         raise ValueError(f"precision and recall need 1 neighbour or more, got {neighbours}")
@@ -249,13 +250,13 @@ def nearest(queries: Rows, references: Rows, exclude_self: bool = False) -> tupl
     Args:
         queries: (N, D).
         references: (M, D).
-        exclude_self: Both are the same set, and no row is its own neighbour.
+        exclude_self: Both are the same set, and no row counts as its own neighbor.
 
     Returns:
         Distances, (N,) float64, and indices, (N,) int64.
 
     Raises:
-        ValueError: If there is no reference to find.
+        ValueError: If there are too few references to find one.
     """
     queries, references = _pair(
         queries, references, 2 if exclude_self else 1, "a nearest neighbour"
@@ -278,7 +279,7 @@ def nearest(queries: Rows, references: Rows, exclude_self: bool = False) -> tupl
 
 
 def _rows(features: Rows, least: int, wanted_by: str) -> Tensor:
-    """The features as a tensor on a device that has float64, checked."""
+    """The features as a checked tensor, on a device that supports float64."""
     rows = torch.as_tensor(features).detach()
     if rows.device.type == "mps":
         rows = rows.cpu()
@@ -289,9 +290,7 @@ def _rows(features: Rows, least: int, wanted_by: str) -> Tensor:
             f"{wanted_by} needs at least {least} image{'s' if least > 1 else ''}, got {len(rows)}"
         )
     if not bool(rows.isfinite().all()):
-        raise ValueError(
-            f"{wanted_by} needs finite features, got some that are infinite or not a number"
-        )
+        raise ValueError(f"{wanted_by} needs finite features, got some that are infinite or NaN")
     return rows
 
 
@@ -311,7 +310,7 @@ def _chunk_length(rows: Tensor) -> int:
 def _symmetric_root(covariance: Tensor) -> Tensor:
     check()
     values, vectors = torch.linalg.eigh(covariance.double())
-    # what stands where there is no variance, negative or not
+    # directions without variance have eigenvalues of rounding errors, negative or not
     rounding = values[-1] * len(values) * torch.finfo(torch.float64).eps
     return (vectors * values.where(values > rounding, 0).sqrt()) @ vectors.T
 
@@ -321,8 +320,8 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Which rows of a and of b, and their squared distances, chunk by chunk; 0 for equal rows."""
-    # a shift changes no distance, and keeps what is squared small
+    """Yields rows of a and of b, and their squared distances, in chunks; 0 for equal rows."""
+    # a shift leaves the distances as they are and keeps the squares small
     length, shift = _chunk_length(a), b[0].double()
     for rows, columns in (
         (slice(i, i + length), slice(j, j + length))

@@ -1,4 +1,4 @@
-"""Measures of a network on the data's own pictures: bits/dim, and losses, those held out too."""
+"""Measures a network on pictures of its data: bits/dim and losses, on held-out pictures too."""
 
 import functools
 import operator
@@ -22,12 +22,12 @@ from ddpm.system.devices import halve_to_fit
 from ddpm.system.processes import gather, share
 from ddpm.system.text import say
 
-BUCKETS = 10  # of timesteps, that `losses` tells apart
-WATCHED = 512  # pictures of a part, at most, that `held_out_losses` takes
+BUCKETS = 10  # buckets of timesteps in `losses`
+WATCHED = 512  # `held_out_losses` uses at most this many pictures of each split
 
 
 def losses(job: Job) -> None:
-    """Measures the mean loss in buckets of timesteps, of training and of evaluation.bound_split."""
+    """Measures the mean loss per bucket of timesteps, on train and on evaluation.bound_split."""
     sums = functools.partial(bound.loss_sums, num_buckets=BUCKETS)
     for split in dict.fromkeys(["train", job.settings.bound_split]):
         protocol = _protocol_of_losses(job, split)
@@ -42,7 +42,7 @@ def losses(job: Job) -> None:
 
 
 def bits_per_dim(job: Job) -> None:
-    """Measures the variational bound and its parts; its rate-distortion curve goes to a file."""
+    """Measures the variational bound and its parts; saves its rate-distortion curve."""
     split = job.settings.bound_split
     count = min(job.settings.num_images, len(job.splits.of(split)))
     protocol = {**job.about, "split": split, "count": count}
@@ -66,10 +66,10 @@ def bits_per_dim(job: Job) -> None:
 
 
 def held_out_split(config: Config) -> Split | None:
-    """Returns the part of the data that a run is not trained on and is measured on.
+    """Returns the split that a run is measured on but not trained on.
 
-    That is what data.holdout keeps, else the split of evaluation.split or evaluation.bound_split;
-    None where there is neither.
+    That is `heldout` if data.holdout is set, else evaluation.split or evaluation.bound_split if one
+    of them is `validation` or `test`, else None.
     """
     if config.data.holdout > 0:
         return "heldout"
@@ -78,19 +78,19 @@ def held_out_split(config: Config) -> Split | None:
 
 
 def held_out_losses(job: Job, held_out: Split) -> list[Measurement]:
-    """Measures the loss that training minimizes, on pictures held out and on training's own.
+    """Measures the loss that training minimizes, on held-out pictures and on training pictures.
 
-    Of each part at most WATCHED pictures, evenly spaced, each at one timestep of every quartile.
-    Picture, timestep and noise are the same at every step of a run, so that nothing but the
-    weights moves the curves. `loss_total` is the mean over all timesteps, as uniform ones give it,
-    and is recorded; `loss_q0` to `loss_q3` are that of each quartile, from the least noise.
+    Each split contributes at most WATCHED pictures, evenly spaced, each at one timestep of every
+    quartile. Picture, timestep and noise are the same at every step of a run, so that only the
+    weights move the curves. `loss_total` is the mean over all timesteps, equally weighted, and is
+    recorded; `loss_q0` to `loss_q3` are the means of the quartiles, from the least noise on.
 
     Args:
-        job: What is measured.
-        held_out: The part that was not trained on.
+        job: The evaluation.
+        held_out: The split that was not trained on.
 
     Returns:
-        The figures, those held out first, the same on every process.
+        The figures, those of `held_out` first, the same on every process.
     """
     settings = job.settings.model_copy(update={"num_images": WATCHED})
     watching = replace(job, settings=settings, found=[])
@@ -120,14 +120,14 @@ def _protocol_of_losses(job: Job, split: Split) -> dict[str, Any]:
 
 
 def _summed(job: Job, split: Split, what: str, sums: Callable[..., Any], calls: int) -> Any:
-    """What a function of `bound` sums over the pictures, of all processes in one.
+    """The sums that a function of `bound` computes over a split, added over all processes.
 
     Args:
-        job: What is measured.
-        split: Of the data.
-        what: Of the progress bar.
-        sums: As bound.loss_sums.
-        calls: Of the network for each picture.
+        job: The evaluation.
+        split: The split of the data.
+        what: Label of the progress bar.
+        sums: A function like bound.loss_sums.
+        calls: Calls of the network per picture.
     """
     diffusion, processes = job.drawing.diffusion, job.processes
     mine: list[Any] = []
@@ -154,10 +154,11 @@ def _summed(job: Job, split: Split, what: str, sums: Callable[..., Any], calls: 
 
 
 def _batches(job: Job, split: Split) -> Iterator[tuple[Callable[[slice], Model], Tensor, Tensor]]:
-    """This process's share of num_images pictures, evenly spaced in the set.
+    """Yields this process's share of num_images pictures, evenly spaced in the split.
 
     Yields:
-        The unguided model for the classes of a part of them, their numbers, and x0.
+        A function from a slice of the batch to the unguided model for its classes, the pictures'
+        indices, and x0.
     """
     data, drawing, settings = job.splits.of(split), job.drawing, job.settings
     unguided = replace(drawing, sampler=replace(drawing.sampler, guidance_scale=1.0))

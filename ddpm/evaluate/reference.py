@@ -19,19 +19,19 @@ from ddpm.evaluate.metrics import Moments, MomentSums
 from ddpm.system.files import lock, sha256, write_arrays
 from ddpm.system.signals import check
 
-# Of a reference with more pictures the features of so many, evenly spaced, are kept: 410 MB of
-# Inception's. Mean and covariance are of all.
+# A larger reference keeps the features of this many evenly spaced pictures: 410 MB with Inception.
+# Mean and covariance always cover all pictures.
 KEPT = 50_000
-AT_ONCE = 2**24  # bytes of pictures that are read together
-NEED_FEATURES = ("kd", "precision_recall")  # mean and covariance do not suffice for them
-READ = ("mu", "sigma", "arr_0")  # the arrays of a file that are looked at
-# what a damaged or strange file makes NumPy and zipfile raise
+AT_ONCE = 2**24  # bytes of pictures read at a time
+NEED_FEATURES = ("kd", "precision_recall")  # mean and covariance are not enough for these
+READ = ("mu", "sigma", "arr_0")  # the arrays that are read from a file
+# what NumPy and zipfile raise for a damaged or foreign file
 NOT_READ = (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 Pictures = tuple[int, int, int, int]  # (N, H, W, C)
 
 
 class Header(NamedTuple):
-    """What an array of a file says of itself."""
+    """The header of an array in a file."""
 
     shape: tuple[int, ...]
     columns_first: bool
@@ -42,8 +42,8 @@ class Reference(NamedTuple):
     """A network's features of the pictures that drawn images are compared with.
 
     Attributes:
-        moments: Of all pictures; None of a single one.
-        features: (min(N, KEPT), D) float32, see `kept`; None where a file has no pictures.
+        moments: Mean and covariance over all pictures; None for a single picture.
+        features: (min(N, KEPT), D) float32, see `kept`; None for a file without pictures.
     """
 
     moments: Moments | None
@@ -51,7 +51,7 @@ class Reference(NamedTuple):
 
 
 def kept(count: int) -> np.ndarray:
-    """Returns which of `count` pictures the features are kept of, evenly spaced: (n,) int64."""
+    """Returns which of `count` pictures keep their features, evenly spaced: (n,) int64."""
     size = min(count, KEPT)
     return np.arange(size) * count // size
 
@@ -59,16 +59,16 @@ def kept(count: int) -> np.ndarray:
 def of_pictures(
     blocks: Iterable[np.ndarray], count: int, extractor: Extractor, cache: Path
 ) -> Reference:
-    """Returns what a network sees in pictures, from the cache if it was computed before.
+    """Returns the reference of these pictures, from the cache if it was computed before.
 
-    Memory holds a block of the pictures, a covariance and the features that are kept. A second
-    process that wants the same waits for the first.
+    Memory holds one block of pictures, a covariance and the features that are kept. If several
+    processes need the same reference, one computes it and the others wait.
 
     Args:
-        blocks: Of the pictures, each (B, H, W, C) uint8, read when they are needed.
-        count: Of the pictures.
-        extractor: What computes the features.
-        cache: A file of these pictures and this extractor.
+        blocks: Blocks of pictures, each (B, H, W, C) uint8, read on demand.
+        count: Number of pictures.
+        extractor: Computes the features.
+        cache: The cache file of these pictures and this extractor.
     """
     cache.parent.mkdir(parents=True, exist_ok=True)
     with _alone(cache):
@@ -101,7 +101,7 @@ def _of_pictures(blocks: Iterable[np.ndarray], count: int, extractor: Extractor)
 
 @contextmanager
 def _alone(cache: Path) -> Iterator[None]:
-    """Has one process at a time make a file; those that wait can be told to stop."""
+    """Lets one process at a time write a file; those that wait still stop when told to."""
     with ExitStack() as held:
         while True:
             check()
@@ -112,7 +112,7 @@ def _alone(cache: Path) -> Iterator[None]:
 
 
 def blocks_of(images: ImageSet) -> Iterator[np.ndarray]:
-    """Yields the pictures of a set in its order: (B, H, W, C) uint8."""
+    """Yields the pictures of a set in order, in blocks (B, H, W, C) uint8."""
     size = _at_once(*images.stored.shape[1:])
     for start in range(0, len(images), size):
         yield images.stored[images.rows[start : start + size]].transpose(0, 2, 3, 1)
@@ -127,10 +127,10 @@ class ReferenceFile:
     """A file of reference statistics, as OpenAI, EDM and clean-fid publish them.
 
     Attributes:
-        path: Of the file.
-        digest: SHA-256 of its bytes, which tells it in protocols.
-        moments: Its mean and covariance; None where it has none, or none are wanted.
-        pictures: (N, H, W, C) of its pictures; None where it has none.
+        path: The file.
+        digest: SHA-256 of its bytes, which identifies it in protocols.
+        moments: Its mean and covariance; None if it has none or no metric needs them.
+        pictures: Shape (N, H, W, C) of its pictures; None if it has none.
     """
 
     path: Path
@@ -139,7 +139,7 @@ class ReferenceFile:
     pictures: Pictures | None
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Yields the pictures in their order, read block by block: (B, H, W, C) uint8.
+        """Yields the pictures in order, read block by block: (B, H, W, C) uint8.
 
         Raises:
             ValueError: If the file is damaged.
@@ -160,12 +160,12 @@ class ReferenceFile:
     def reference(self, extractor: Extractor, folder: Path, metrics: Collection[str]) -> Reference:
         """Returns what these metrics are measured against.
 
-        Mean and covariance are the file's where it has them, else those of its pictures.
+        Mean and covariance come from the file if it has them, else from its pictures.
 
         Args:
-            extractor: What computes the features of pictures.
-            folder: Where these are kept.
-            metrics: Of fd, kd and precision_recall, those that are wanted.
+            extractor: Computes the features of the pictures.
+            folder: The folder that caches the features.
+            metrics: Those of fd, kd and precision_recall to measure.
         """
         if self.moments is not None and not set(NEED_FEATURES) & set(metrics):
             return Reference(self.moments, None)
@@ -178,16 +178,17 @@ class ReferenceFile:
 def open_file(path: Path, extractor: str, metrics: Collection[str]) -> ReferenceFile:
     """Opens a file of reference statistics; its pictures stay on the disk.
 
-    It has `mu` and `sigma`, or pictures as `arr_0`, or both. What else it has is left alone (`mu_s`
-    and `sigma_s`, of OpenAI's sFID; labels).
+    It has `mu` and `sigma`, or pictures as `arr_0`, or both. Other arrays are ignored (`mu_s` and
+    `sigma_s`, of OpenAI's sFID; labels).
 
     Args:
-        path: Of the file.
-        extractor: Whose features its mean and covariance should be of.
-        metrics: What is to be measured.
+        path: The file.
+        extractor: Name of the extractor that its mean and covariance should come from.
+        metrics: The metrics to measure.
 
     Raises:
-        ValueError: If it is no such file, or none for these metrics; it says what to do.
+        ValueError: If it is not such a file or is not enough for these metrics; the message says
+            what to do.
     """
     key = f"evaluation.reference={path}"
     if not path.is_file():
@@ -206,8 +207,8 @@ def open_file(path: Path, extractor: str, metrics: Collection[str]) -> Reference
     if impossible:
         rest = ",".join(metric for metric in metrics if metric not in impossible)
         raise ValueError(
-            f"{key} has mu and sigma, which suffice for fd alone; {' and '.join(impossible)} would "
-            f"need pictures (arr_0): give evaluation.metrics=[{rest}]"
+            f"{key} has only mu and sigma, which are enough for fd; {' and '.join(impossible)} "
+            f"would need pictures (arr_0): give evaluation.metrics=[{rest}]"
         )
     moments = None
     if "fd" in metrics and "mu" in headers:
@@ -215,8 +216,9 @@ def open_file(path: Path, extractor: str, metrics: Collection[str]) -> Reference
         if length != LENGTHS[extractor]:
             others = [name for name in LENGTHS if LENGTHS[name] == length]
             raise ValueError(
-                f"{key} has mu and sigma of {length} features, and evaluation.extractor={extractor}"
-                f" has {LENGTHS[extractor]}{f': give {others[0]}' if others else ''}"
+                f"{key} has mu and sigma of {length} features, but evaluation.extractor={extractor}"
+                f" has {LENGTHS[extractor]}"
+                f"{f': give evaluation.extractor={others[0]}' if others else ''}"
             )
         moments = _moments(path, key)
     return ReferenceFile(path, sha256(path), moments, pictures)
@@ -227,20 +229,20 @@ def _refuse_pickle(path: Path, key: str) -> None:
         start = content.read(6)
     if start == b"\x93NUMPY":
         raise ValueError(
-            f"{key} is a .npy, one array: give an .npz, as numpy.savez('FILE.npz', mu=..., "
-            "sigma=...) writes it"
+            f"{key} is a .npy, one array: give an .npz, as written by numpy.savez('FILE.npz', "
+            "mu=..., sigma=...)"
         )
     if path.suffix in (".pkl", ".pickle") or start[:1] == b"\x80":
         raise ValueError(
-            f"{key} is a pickle, which can run any code when it is opened: take the .npz that is "
-            'published beside it, or make one where you trust it, by python -c "import numpy, '
+            f"{key} is a pickle, which can run any code when it is opened: use the .npz that is "
+            'published with it, or, if you trust it, convert it with python -c "import numpy, '
             "pickle; s = pickle.load(open('FILE.pkl', 'rb')); s = s.get('fid', s); "
             "numpy.savez('FILE.npz', mu=s['mu'], sigma=s['sigma'])\""
         )
 
 
 def _headers(path: Path) -> tuple[dict[str, Header], list[str]]:
-    """What the arrays of an .npz that are looked at say of themselves; and the names of all."""
+    """The headers of those arrays of an .npz that are in READ, and the names of all arrays."""
     found = {}
     with zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
@@ -261,7 +263,7 @@ def _header(file: IO[bytes]) -> Header:
 
 
 def _wrong(headers: Mapping[str, Header], names: Sequence[str]) -> str | None:
-    """What is wrong with the arrays of a file."""
+    """What is wrong with the arrays of a file, or None."""
     mean, covariance, pictures = (headers.get(name) for name in READ)
     if pictures is None and (mean is None or covariance is None):
         some = ", ".join(sorted(names)[:8]) or "nothing"
@@ -292,9 +294,9 @@ def _moments(path: Path, key: str) -> Moments:
     except NOT_READ as error:
         raise ValueError(f"{key} cannot be read as .npz ({_reason(error)})") from None
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError(f"{key} has numbers in mu or sigma that are infinite or not a number")
+        raise ValueError(f"{key} has numbers in mu or sigma that are infinite or NaN")
     if not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6 * np.abs(covariance).max()):
-        raise ValueError(f"{key} has a sigma that is not symmetric, and so no covariance")
+        raise ValueError(f"{key} has a sigma that is not symmetric and so is not a covariance")
     return Moments(torch.from_numpy(mean), torch.from_numpy(covariance), 0)
 
 

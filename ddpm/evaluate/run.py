@@ -1,4 +1,4 @@
-"""python -m ddpm.evaluate: measure a run's network, and write the figures down."""
+"""python -m ddpm.evaluate: measure a run's network and record the figures."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,15 +56,15 @@ class Settings(Section):
 def run(composed: Composed) -> list[Measurement]:
     """Measures what is not recorded yet, writes evaluation.json and pictures, prints the figures.
 
-    A metric that cannot be had here (no weights of an extractor, say) is named with the reason at
-    the end, and the others go on.
+    A metric that cannot be measured (because an extractor's weights are missing, say) does not stop
+    the others; the error at the end names the reason.
 
     Returns:
-        The measurements, whole on the main process.
+        The measurements, complete on the main process.
 
     Raises:
-        ValueError: If there is no such run or checkpoint; or, after the others, if a metric could
-            not be had.
+        ValueError: If there is no such run or checkpoint; or, after all others were measured, if a
+            metric could not be.
         Preempted: When told to stop.
     """
     settings = _settings(composed)
@@ -120,12 +120,12 @@ def _saying_what_stays(processes: PartialState) -> Iterator[None]:
         yield
     except Preempted:
         if processes.is_main_process:
-            say("what is drawn and measured so far is kept; the same command goes on")
+            say("images and figures so far are kept; run the same command again to continue")
         raise
 
 
 def lines(found: Sequence[Measurement], expected: Sequence[Metric]) -> str:
-    """Puts each measurement in a line: value, deviation, floor, id, and what the recipe expects."""
+    """Formats a line per measurement: value, deviation, floor, id; and what the recipe expects."""
     told = []
     for one in found:
         value = f"{one.value:.4f}" + _if(one.deviation, " +- {:.4f}")
@@ -154,19 +154,19 @@ def _settings(composed: Composed) -> Settings:
     if {"seed", "evaluation.seed"} <= {word.partition("=")[0] for word in composed.overrides}:
         raise ValueError(
             f"seed={settings.seed} and evaluation.seed={settings.evaluation.seed} are the same "
-            "key: give one of them"
+            "key: give only one of them"
         )
     to = settings.reference_to
     if to is not None and (not to.endswith(".npz") or Path(to).expanduser().exists()):
-        why = "is there already" if to.endswith(".npz") else "does not end with .npz"
-        raise ValueError(f"reference_to={to} {why}: give the name of a file to be made, FILE.npz")
+        why = "already exists" if to.endswith(".npz") else "does not end with .npz"
+        raise ValueError(f"reference_to={to} {why}: give the name of a new file, FILE.npz")
     evaluation = settings.evaluation.model_copy(update={"seed": settings.seed})
     check_node("sampler", settings.sampler, settings.trusted_modules)
     return settings.model_copy(update={"evaluation": evaluation})
 
 
 def _tags(folder: RunFolder, figures: Sequence[Measurement]) -> list[str]:
-    """A tag for each figure that no other figure of the run has."""
+    """A tag for each figure, unique within the run."""
     entries = results.read_measurements(folder.path / "evaluation.json")
     named = results.names((entry["metric"], entry["protocol"]) for entry in entries)
     known = {results.key(entry): name for entry, name in zip(entries, named, strict=True)}
@@ -174,14 +174,14 @@ def _tags(folder: RunFolder, figures: Sequence[Measurement]) -> list[str]:
 
 
 def _show(trained: Trained, figures: Sequence[Measurement]) -> None:
-    """In TensorBoard."""
+    """Writes the figures to TensorBoard, and to the conclusion of a run that has ended."""
     folder = trained.run
     with SummaryWriter(str(folder.path)) as board:
         for tag, one in zip(_tags(folder, figures), figures, strict=True):
             board.add_scalar(tag, one.value, trained.step)
     record = folder.record()
     if record.get("status") not in (None, "running"):
-        with lock(folder.path / ".conclusion.lock"):  # of several jobs the last one knows all
+        with lock(folder.path / ".conclusion.lock"):  # the last of several jobs sees all figures
             ended = results.read_results(folder, trained.config.model_dump(mode="json"))
             values = results.scalars(ended)
             recording.conclude(folder.path, record["status"], record.get("step", 0), values)

@@ -1,4 +1,4 @@
-"""The parts of a run's data that its figures are measured on."""
+"""The splits of a run's data that its figures are measured on."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ from ddpm.system.files import short_hash
 
 
 class Splits:
-    """The parts of a run's data, read when they are asked for."""
+    """The splits of a run's data, read on demand."""
 
     def __init__(self, trained: Trained, data: ImageSet | None) -> None:
         self.config = trained.config
@@ -26,15 +26,15 @@ class Splits:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the run's pictures, which need not be here for it."""
+        """The fingerprint of the run's pictures, read from its record if that has one."""
         known = (self._run.record().get("data") or {}).get("fingerprint")
         return known or self.of("train").fingerprint
 
     def of(self, split: Split) -> ImageSet:
-        """The pictures of a part.
+        """Returns the pictures of a split.
 
         Raises:
-            ValueError: If the data has no such part.
+            ValueError: If the data has no such split.
         """
         if split not in self._found:
             if split in ("validation", "test"):
@@ -46,17 +46,17 @@ class Splits:
             train, held_out = self._data.split(self.config.data.holdout)
             if split == "heldout" and not len(held_out):
                 raise ValueError(
-                    "nothing was held out of this run: "
-                    "train with data.holdout=0.1 to have a split heldout"
+                    "this run has no split heldout: "
+                    "train with data.holdout=0.1 to hold pictures out"
                 )
             self._found[split] = held_out if split == "heldout" else train
         return self._found[split]
 
     def reference(self, split: Split, extractor: Extractor) -> Reference:
-        """Of a part's pictures, kept by content, size of the pictures and extractor."""
+        """Returns the reference of a split, cached by content, decoding and extractor."""
         images, data = self.of(split), self.config.data
         about = [data.holdout, data.resolution, data.channels, data.crop, data.background]
-        about += [] if data.resize == "bicubic" else [data.resize]  # the files are older than it
+        about += [] if data.resize == "bicubic" else [data.resize]  # older files have no resize
         chosen = hashlib.sha256(images.digests.tobytes()).hexdigest()
         layout = ["moments", reference.KEPT]  # what the file holds
         digest = short_hash(
@@ -67,7 +67,7 @@ class Splits:
 
     @property
     def folder(self) -> Path:
-        """Where references are kept."""
+        """The folder that caches references."""
         return Path(self.config.data.cache) / "features"
 
 
@@ -75,17 +75,17 @@ def _of_source_split(config: Config, split: Split) -> Config:
     if "split" not in config.data.source:
         raise ValueError(
             f"data={config.data.name} has no {split} split; "
-            "train with data.holdout=0.1 and use heldout"
+            "train with data.holdout=0.1 and use the split heldout"
         )
     source = {**config.data.source, "split": split}
     return config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
 
 
 def _with_the_classes(run: RunFolder, config: Config, found: ImageSet, split: str) -> ImageSet:
-    """The pictures of another split; a ValueError if a network with classes cannot tell theirs."""
+    """The pictures of another split; a ValueError if a conditional network has other classes."""
     if config.training.conditional and found.classes != run.classes():
         raise ValueError(
-            f"the split {split} has {len(found.classes)} classes, and not the {len(run.classes())} "
-            "that the network was trained with: their folders or columns have to name the same"
+            f"the split {split} has {len(found.classes)} classes, not the {len(run.classes())} "
+            "that the network was trained with: its folders or columns must name the same classes"
         )
     return found
