@@ -84,6 +84,7 @@ def legend(axes: Any, made: Legend) -> None:
 
 
 def title(axes: Any, text: str) -> None:
+    """Sets a panel's title, wrapped."""
     axes.set_title(wrapped(text, 90), loc="left", fontsize="medium")
 
 

@@ -366,6 +366,7 @@ def _values(column: str, result: Result | None, steps: int) -> Row:
 
 
 def protocol_of(result: Result) -> tuple[str, str]:
+    """Returns the key that results share if they have the same metric and protocol."""
     return result.measure
 
 

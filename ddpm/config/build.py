@@ -93,6 +93,7 @@ def any_class(config: Config, num_classes: int) -> int | None:
 
 
 def diffusion(config: Config) -> GaussianDiffusion:
+    """Builds the diffusion process of the run's schedule and objective."""
     with _naming("schedule"):
         betas = instantiate(config.schedule, _convert_="all")
     with _naming("objective"):
@@ -100,11 +101,13 @@ def diffusion(config: Config) -> GaussianDiffusion:
 
 
 def optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Builds the optimizer of these parameters."""
     with _naming("optimizer"):
         return instantiate(config.optimizer, _convert_="all")(parameters)
 
 
 def lr_schedule(config: Config) -> LrSchedule:
+    """Builds the learning rate schedule."""
     with _naming("lr_schedule"):
         return instantiate(config.lr_schedule, _convert_="all")
 

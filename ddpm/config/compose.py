@@ -168,6 +168,7 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 
 def from_hydra(cfg: DictConfig, hydra_cfg: Any) -> Composed:
+    """Returns what Hydra composed, separated from Hydra's own section."""
     task_cfg = copy.deepcopy(cfg)
     OmegaConf.set_struct(task_cfg, False)
     task_cfg.pop("hydra", None)
