@@ -97,7 +97,7 @@ def option(text: str, says: str, name: str = "experiment/mine.yaml") -> Case:
     return write
 
 
-ALONE = "for the command line alone"
+ALONE = "only the command line may"
 TRUST = {
     "trust in a recipe": option(
         GLOBAL + "runtime: {trusted_modules: [stranger]}\nschedule: {_target_: stranger.betas}\n",

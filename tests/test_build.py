@@ -52,8 +52,8 @@ def test_a_network_of_ones_own_that_takes_no_classes_is_told_so_and_trains_witho
     build.check(own())
     with pytest.raises(
         ValueError,
-        match=r"^training\.conditional=true needs a network with an argument num_classes, and "
-        r"own_net\.Net has none; training\.conditional=false trains",
+        match=r"^training\.conditional=true: own_net\.Net takes no num_classes argument; "
+        r"use another model, or training\.conditional=false to train",
     ):
         build.check(own("training.conditional=true"))
 

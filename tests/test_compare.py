@@ -400,7 +400,7 @@ def test_no_run_at_all_is_one_line(typed, tmp_path):
     assert (done.code, done.out) == (1, "")
     assert (
         done.err
-        == f"error: runs={tmp_path}: no run there; give a folder that ddpm.train made, one above such, a list of them, or a quoted glob\n"
+        == f"error: runs={tmp_path}: no run there; give a folder that ddpm.train made, a folder above it, a list of these, or a quoted glob\n"
     )
 
 

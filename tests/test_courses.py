@@ -148,7 +148,7 @@ def test_a_legend_is_complete_or_says_what_it_leaves_out(template, tmp_path, mon
         for lr in (0.0001, 0.0002, 0.0003, 0.0004, 0.0005)
         for size in (8, 16)
     ]
-    assert whole.title == "band: least to most of the seeds"
+    assert whole.title == "band: lowest to highest seed"
     assert len(part.texts) == 12
     assert part.title == "50 curves, one seed each; 38 more values of lr"
 

@@ -48,7 +48,7 @@ def test_the_better_comes_first_then_runs_without_the_figure_then_failed_ones(ru
     ordered = order.by(given, f"eval/{FD}", "order_by")
     assert (names(ordered), ordered.values, ordered.ranked) == ("cabd", [7.0, 9.0, None, 1.0], 2)
     assert ordered.note == (
-        f"order_by=eval/{FD}: 2 of 4 runs are in its order; behind them 1 without it, then 1 failed"
+        f"order_by=eval/{FD}: 2 of 4 runs are sorted by it; after them 1 without it, then 1 failed"
     )
     more = runs(
         [("recall", PROTOCOL, 0.2)], [("recall", PROTOCOL, 0.6)], [("recall", PROTOCOL, 0.4)]
@@ -128,7 +128,7 @@ def test_colours_follow_only_what_differs(template, tmp_path):
     for name in ("seed", "batch_size"):
         with pytest.raises(
             ValueError,
-            match=rf"colour_by={name} is no setting, but the seed, that differs of these runs; there are optimizer.lr",
+            match=rf"colour_by={name} is not a setting, other than the seed, that differs in these runs; there are optimizer.lr",
         ):
             order.differing(given, name, "colour_by")
 
@@ -186,8 +186,8 @@ def test_top_leaves_the_first_in_the_table_and_the_files(measured, typed, tmp_pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["top=3"], "top=3 is of an order: give order_by=METRIC too"),
-        (["best=loss", "plot=true"], "best=loss prints a folder and nothing else: leave out plot="),
+        (["top=3"], "top=3 needs order_by=METRIC"),
+        (["best=loss", "plot=true"], "best=loss only prints a folder: leave out plot="),
         (["best=loss", "order_by=lr"], "leave out order_by="),
     ],
 )

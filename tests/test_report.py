@@ -251,7 +251,7 @@ def test_without_plotly_one_line_says_what_to_install(typed, tmp_path, monkeypat
     done = typed("compare", "runs=/nowhere", f"report={tmp_path / 'r.html'}")
     assert (done.code, done.err) == (
         1,
-        "error: report= draws with Plotly: pip install -e '.[report]'\n",
+        "error: report= needs Plotly: pip install -e '.[report]'\n",
     )
 
 

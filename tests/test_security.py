@@ -83,7 +83,7 @@ TARGETS = [
         "ddpm.diffusion.process.normal_kl",
     ),
 ]
-REFUSED = "is not trusted|is not the dotted name|cannot be imported"
+REFUSED = "is not trusted|is not a public dotted name|cannot be imported"
 
 
 @pytest.fixture

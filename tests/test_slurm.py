@@ -599,7 +599,7 @@ def test_srun_without_a_script_starts_a_group(asked_for, undisturbed, tmp_path, 
         timeout=200,
     )
     assert refused.returncode == 1
-    assert "no sweep inside" in refused.stderr
+    assert "a sweep cannot run inside" in refused.stderr
 
 
 class Sweep:

@@ -1,1 +1,1 @@
-"""Runs side by side: tables, plots, grids of samples from the same noise."""
+"""Compares runs: tables, plots, reports, grids of samples from the same noise."""

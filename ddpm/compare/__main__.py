@@ -1,4 +1,4 @@
-"""python -m ddpm.compare: runs side by side."""
+"""python -m ddpm.compare: compare runs."""
 
 from ddpm.config.cli import command, lazily
 
@@ -6,12 +6,12 @@ main = command(
     "compare",
     lazily("ddpm.compare.run.run"),
     (
-        "Compare runs: what differs between them and what they came to. With no runs= it lists "
-        "all there are, newest first.\n\n"
-        "METRIC is loss, a figure as eval/fid, or (but for best= and plot_of=) a setting as lr. Of "
-        "a figure it is the final value,\nwith :best the best one. Words of its column's name, "
-        "apart by colons, choose a protocol: eval/fid@50k:train:ddim50:ema.\nFigures of several "
-        "protocols are never ordered together."
+        "Compare runs: their settings and results. Without runs= it lists all runs, newest "
+        "first.\n\n"
+        "METRIC is loss, a figure such as eval/fid, or (except for best= and plot_of=) a setting "
+        "such as lr. A figure means its final value,\nor its best with :best. Add words of the "
+        "column's name with colons to choose a protocol: eval/fid@50k:train:ddim50:ema.\nFigures "
+        "of different protocols are never ranked together."
     ),
     [
         "python -m ddpm.compare",

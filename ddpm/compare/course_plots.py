@@ -1,4 +1,4 @@
-"""A measure of many runs over training in one picture, whose legend is whole."""
+"""Plots a measure of many runs over training, with a legend that is never cut off."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,28 +19,33 @@ AXES: dict[Over, str] = {
     "device_hours": "hours of training times devices",
     "flops": "floating point operations of training",
 }
-Look = dict[str, Any]  # of a curve: its colour, line and marker
+Look = dict[str, Any]  # a curve's color, line style and marker
 
 
 class Styles(NamedTuple):
-    """How curves look, and the settings that tell: the colour's first, those of the line."""
+    """The looks of curves, and the settings behind them.
+
+    Attributes:
+        looks: One look per curve.
+        keys: The setting that determines the color, then those that determine the line style.
+    """
 
     looks: list[Look]
     keys: list[str]
 
 
 def draw_courses(path: Path, panels: Sequence[Panel], over: Over, colour_by: str | None) -> None:
-    """Draws a measure over training, a panel for each protocol.
+    """Draws a measure over training, one panel per protocol.
 
-    Runs that differ in their seed alone are one curve, their mean, in a band from the least to the
-    most of them. A setting gives the colour, the others the line. A run that failed is a curve of
-    its own that ends in an x.
+    Runs that differ only in their seed share a curve, their mean, in a band from their minimum to
+    their maximum. One setting determines the color, the others the line style. Failed runs get
+    curves of their own, which end in an x.
 
     Args:
-        path: Of the PNG.
-        panels: One or more.
-        over: What they are over.
-        colour_by: The setting that the colour follows; None for the one with the most values.
+        path: The PNG to write.
+        panels: One or more panels.
+        over: Unit of the horizontal axis.
+        colour_by: The setting that determines the color; None for the one with the most values.
     """
     styles = [_styles(panel.courses, colour_by) for panel in panels]
     legends = [_legend(panel.courses, *style) for panel, style in zip(panels, styles, strict=True)]
@@ -78,7 +83,7 @@ def _draw_course(axes: Any, course: Course, look: Look) -> None:
 def _styles(courses: Sequence[Course], colour_by: str | None) -> Styles:
     keys = _apart(courses)
     by = colour_by or max(keys, key=lambda key: len(_values(courses, [key])), default=None)
-    if by is None:  # the same but for their pictures, or one alone
+    if by is None:  # no setting differs: runs on different pictures, or a single run
         colours = drawing.colours([str(number) for number in range(len(courses))])
         return Styles([{"color": colour} for colour in colours], [])
     others = [key for key in keys if key != by]
@@ -95,9 +100,9 @@ def _styles(courses: Sequence[Course], colour_by: str | None) -> Styles:
 
 
 def _legend(courses: Sequence[Course], looks: Sequence[Look], keys: Sequence[str]) -> Legend:
-    """A line a curve; of many, what colours and lines mean."""
+    """Returns one line per curve, or, for many curves, what colors and line styles mean."""
     bands = any(course.num_seeds[1] > 1 for course in courses)
-    said = ["band: least to most of the seeds"] if bands else []
+    said = ["band: lowest to highest seed"] if bands else []
     if len(courses) > MOST:
         return _meanings(courses, looks, keys, said)
     texts = [_text(course, keys) for course in courses]
@@ -130,7 +135,7 @@ def _meanings(
     if len(others) > len(STYLES):
         said.append(
             f"{len(others) - len(STYLES)} more combinations of "
-            f"{', '.join(map(_last, keys[1:]))}, whose lines look like some of these"
+            f"{', '.join(map(_last, keys[1:]))}, which reuse these line styles"
         )
     if any(course.failed for course in courses):
         said.append("x: failed")
@@ -138,13 +143,13 @@ def _meanings(
 
 
 def _apart(courses: Sequence[Course]) -> list[str]:
-    """The settings that are not the same in all courses."""
+    """Returns the settings that differ between courses."""
     keys = dict.fromkeys(key for course in courses for key in course.settings)
     return [key for key in keys if len(_values(courses, [key])) > 1]
 
 
 def _values(courses: Sequence[Course], keys: Sequence[str]) -> dict[str, list[Any]]:
-    """What the courses have of these settings, none twice."""
+    """Returns the distinct values of these settings."""
     rows = [[course.settings.get(key) for key in keys] for course in courses]
     return {as_key(row): row for row in rows}
 
@@ -189,5 +194,5 @@ def _rank(value: Any) -> tuple[bool, float, str]:
 
 
 def _spread(values: Sequence[Any]) -> list[Any]:
-    """Some values, evenly spread from the first to the last."""
+    """Returns SPREAD values, evenly spaced from the first to the last."""
     return [values[round(index)] for index in np.linspace(0, len(values) - 1, SPREAD)]

@@ -1,4 +1,4 @@
-"""How a measure went over training: a course for each run, seeds together, over any cost."""
+"""Courses of a measure over training: one per group of seeds, over steps or any cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,21 +15,21 @@ from ddpm.runs.reader import Compared
 from ddpm.runs.results import scalar_curve, window_means
 
 Over = Literal["step", "images", "hours", "device_hours", "flops"]
-SMOOTH = 0.05  # share of a run's steps that what training reports is averaged over
+SMOOTH = 0.05  # share of a run's steps to average training's reports over
 
 
 @dataclass(frozen=True)
 class Course:
-    """One measure over training, of runs that differ in their seed alone.
+    """One measure over training, of runs that differ only in their seed.
 
     Attributes:
-        settings: What is not the same in all runs compared, but the seed.
-        num_seeds: Runs that it is of: the fewest and the most at one step.
-        failed: Whether they failed. Such are never averaged with others.
-        over: (N,) step or cost, the mean of the runs.
-        mean: (N,) of the measure.
-        least: (N,) of any run.
-        most: (N,) of any run.
+        settings: The settings that differ between all compared runs, except the seed.
+        num_seeds: The fewest and the most runs at one step.
+        failed: Whether the runs failed. Failed runs are never averaged with others.
+        over: (N,) step or cost, averaged over the runs.
+        mean: (N,) mean of the measure over the runs.
+        least: (N,) minimum over the runs.
+        most: (N,) maximum over the runs.
     """
 
     settings: dict[str, Any]
@@ -43,14 +43,14 @@ class Course:
 
 @dataclass(frozen=True)
 class Panel:
-    """Courses of one measure by one protocol.
+    """The courses of one measure by one protocol.
 
     Attributes:
-        name: Of both.
-        measure: The measure alone.
-        reported: Whether training reports it, so that it is averaged; else it is measured.
-        courses: One or more, in the runs' order.
-        left_out: Folders of runs that have the measure, but not the cost.
+        name: Name of the measure and protocol.
+        measure: Name of the measure alone.
+        reported: Whether training reports it, and it is averaged; False for evaluations.
+        courses: One or more courses, in the order of the runs.
+        left_out: Folders of runs that have the measure but not the cost.
     """
 
     name: str
@@ -61,13 +61,14 @@ class Panel:
 
 
 def find(compared: Sequence[Compared], metric: str, over: Over) -> list[Panel]:
-    """Returns a panel for each protocol that METRIC names.
+    """Returns one panel per protocol that METRIC names.
 
     Args:
         compared: The runs.
-        metric: `loss` or `eval/NAME` as in ddpm.compare.order, or what training reports, such as
-            `train/grad_norm`. That and the loss are averaged over a twentieth of a run's steps.
-        over: What it is drawn over.
+        metric: `loss` or `eval/NAME` as in ddpm.compare.order, or a value that training reports,
+            such as `train/grad_norm`. Reports and the loss are averaged over a twentieth of a run's
+            steps.
+        over: Unit of the horizontal axis.
 
     Raises:
         ValueError: If there is nothing to draw.
@@ -98,8 +99,8 @@ def find(compared: Sequence[Compared], metric: str, over: Over) -> list[Panel]:
         raise ValueError(f"plot_of={metric}: no run has reported it{nearest(metric, names)}")
     if not any(panel.courses for panel in found):
         raise ValueError(
-            f"plot_over={over}: none of these runs has a costs.jsonl, which earlier versions did "
-            "not write; plot_over=step needs none"
+            f"plot_over={over}: none of these runs has a costs.jsonl (earlier versions did not "
+            "write it); use plot_over=step"
         )
     return [panel for panel in found if panel.courses]
 
@@ -133,7 +134,7 @@ def _panel(
 
 
 def _points(one: Compared, protocol: order.Protocol, tag: str) -> list[tuple[int, float]]:
-    """The (step, finite value) of a run, none twice at a step."""
+    """Returns a run's (step, finite value) pairs, one per step."""
     result = next((found for found in one.results if protocol_of(found) == protocol), None)
     if result is None:
         return []
@@ -145,7 +146,7 @@ def _points(one: Compared, protocol: order.Protocol, tag: str) -> list[tuple[int
 
 
 def _costs(one: Compared, steps: np.ndarray, over: Over) -> np.ndarray:
-    """What a run had cost at each step, between its lines linear; NaN where no line tells."""
+    """Interpolates a run's cost at each step; NaN beyond its last line of costs.jsonl."""
     if over == "step":
         return steps
     lines = read_costs(one.run.path)
@@ -164,9 +165,9 @@ def _course(
     members: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
     whole: bool,
 ) -> Course:
-    """The mean of runs at each step that one of them reports; of those that got so far.
+    """Averages runs at each step that any of them reports, over those that got that far.
 
-    `whole` leaves out steps that only some have: a mean of hours would go back there.
+    `whole` keeps only the steps that all runs cover: elsewhere the mean cost would jump back.
     """
     steps = np.unique(np.concatenate([at for at, _, _ in members]))
     first, last = max(at[0] for at, _, _ in members), min(at[-1] for at, _, _ in members)

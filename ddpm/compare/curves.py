@@ -1,4 +1,4 @@
-"""Figures over a sampler's settings: distance over steps, precision against recall over scales."""
+"""Figures over a sampler's settings: distance over steps, precision and recall over scales."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from ddpm.system.text import shown as safe
 
 OverSeeds = Literal["mean", "min_of_3"]
 DISTANCES = ("fid", "fd_", "kid", "kd_")
-# what curves of one panel may differ in; all else of their protocols is the same
+# fields of the protocol in which curves of one panel may differ
 DIFFER = ("weights", "sampler", "sampler_settings")
 
 
@@ -26,9 +26,9 @@ class Value(NamedTuple):
     """One figure over several seeds of the samples.
 
     Attributes:
-        value: Their mean, or the least of three.
-        deviation: Of a sample, beside a mean of two or more.
-        seeds: Those that it is of.
+        value: The mean over seeds, or the minimum of three.
+        deviation: Sample standard deviation; None unless value is a mean of two seeds or more.
+        seeds: The seeds.
     """
 
     value: float
@@ -37,7 +37,7 @@ class Value(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A setting of the sampler, and the figures there, one a metric."""
+    """A value of the sampler's setting, and the figures there, one per metric."""
 
     at: float
     values: list[Value]
@@ -45,17 +45,17 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Curve:
-    """Figures of one run that differ in one setting of the sampler and in their seeds alone.
+    """Figures of one run that differ only in one setting of the sampler and in their seeds.
 
     Attributes:
-        panel: Metrics and protocol that all curves of a panel have in common, in one word.
-        label: What tells it apart in its panel.
+        panel: The panel's name: the metrics and protocol that its curves share.
+        label: What distinguishes the curve within its panel.
         run: The run's folder.
-        metrics: One, or precision and recall.
-        over: The setting, num_steps or guidance_scale.
-        step: Optimizer updates of the network measured.
-        protocol: All of the protocol but that setting and the seed.
-        points: Two or more, in the setting's order.
+        metrics: One metric, or precision and recall.
+        over: The setting: num_steps or guidance_scale.
+        step: Optimizer updates of the measured network.
+        protocol: The protocol without that setting and the seed.
+        points: Two or more points, ordered by the setting.
     """
 
     panel: str
@@ -73,12 +73,12 @@ def find_curves(
 ) -> tuple[list[Curve], list[Curve]]:
     """Returns distances over sampler steps, and precision with recall over guidance scales.
 
-    The least of three is of the three lowest seeds, and only of distances; settings measured with
-    fewer seeds have no point then.
+    The minimum of three is that of the three lowest seeds, and applies only to distances. Settings
+    measured with fewer seeds then get no point.
 
     Args:
         compared: The runs.
-        over_seeds: What is made of a figure's seeds.
+        over_seeds: How to combine the seeds of a figure.
     """
     distances = sorted(
         {found.metric for one in compared for found in one.results if _is_distance(found.metric)}
@@ -135,7 +135,7 @@ def _curves(
 
 
 def _of_sampler(protocol: dict[str, Any], over: str) -> dict[str, Any]:
-    """What curves of one panel may differ in, in people's words."""
+    """Returns the fields in which curves of one panel may differ, by readable names."""
     settings = dict(protocol["sampler_settings"])
     if over != "num_steps":
         settings["num_steps"] = _setting(protocol, "num_steps")
@@ -151,7 +151,7 @@ def _titles(
     metrics: tuple[str, ...],
     panels: dict[str, list[int]],
 ) -> list[str]:
-    """Names of panels, with what else differs where two would have the same."""
+    """Returns the names of panels, told apart by further fields where two would be equal."""
     protocols = [_without_keys(found[members[0]][2], DIFFER) for members in panels.values()]
     words = [name(" and ".join(metrics), protocol) for protocol in protocols]
     more = _differing([flat(protocol) for protocol in protocols])
@@ -191,14 +191,14 @@ def _of_seeds(values: list[float], seeds: list[int], over_seeds: OverSeeds) -> V
 
 def _setting(protocol: dict[str, Any], over: str) -> float | int:
     settings = protocol["sampler_settings"]
-    if over == "num_steps":  # null where it takes all of T, which its name has
+    if over == "num_steps":  # null means all T steps; the sampler's name has the number
         function = str(settings["function"]["_target_"]).rpartition(".")[2]
         return int(protocol["sampler"].removeprefix(function))
     return float(settings.get(over, 1))
 
 
 def _without(protocol: dict[str, Any], over: str) -> dict[str, Any]:
-    """All of a protocol but the seed, and a setting of the sampler."""
+    """Returns a protocol without the seed and one setting of the sampler."""
     settings = _without_keys(protocol["sampler_settings"], (over,))
     gone = ("seed", "sampler") if over == "num_steps" else ("seed",)
     return {**_without_keys(protocol, gone), "sampler_settings": settings}
@@ -209,7 +209,7 @@ def _without_keys(mapping: dict[str, Any], keys: Sequence[str]) -> dict[str, Any
 
 
 def _differing(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each row what is not the same in all."""
+    """Returns, for each row, the entries that differ between rows."""
     keys = [
         key
         for key in dict.fromkeys(key for row in rows for key in row)
@@ -219,7 +219,7 @@ def _differing(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def how(curve: Curve, over_seeds: OverSeeds) -> str:
-    """Says what its values are of: a mean of so many seeds, or the minimum of three."""
+    """Returns how a curve combines seeds, in words: a mean of so many, or the minimum of three."""
     if over_seeds == "min_of_3" and _is_distance(curve.metrics[0]):
         return "minimum of 3 seeds"
     counts = sorted({len(value.seeds) for point in curve.points for value in point.values})
@@ -229,7 +229,7 @@ def how(curve: Curve, over_seeds: OverSeeds) -> str:
 
 
 def lines(curves: Sequence[Curve], over_seeds: OverSeeds) -> str:
-    """Puts each curve in two lines: what it is, and its values."""
+    """Returns two lines of text per curve: its name and its values."""
     shown = []
     for curve in curves:
         apart = "" if curve.label == "-" else f"; {curve.label}"
@@ -247,7 +247,7 @@ def _words(point: Point) -> str:
 
 
 def as_csv(curves: Sequence[Curve], over_seeds: OverSeeds) -> str:
-    """Writes every value with all digits and its whole protocol."""
+    """Returns the curves as CSV, every value with all digits and its whole protocol."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(

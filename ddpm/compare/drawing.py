@@ -1,4 +1,4 @@
-"""What pictures of curves share: panels below each other, whole text, legends beside them."""
+"""Shared parts of plots: stacked panels, legends beside them, text that is never cut off."""
 
 import functools
 import textwrap
@@ -10,8 +10,8 @@ import numpy as np
 
 from ddpm.system.files import whole
 
-MOST = 24  # entries of a legend
-SPREAD = 12  # of a setting with more values, which are listed
+MOST = 24  # entries of a legend, at most
+SPREAD = 12  # values that a legend lists of a setting with more than MOST
 STYLES: list[tuple[Any, str | None]] = [
     (line, marker) for marker in (None, "o", "s", "^") for line in ("-", "--", ":", "-.")
 ]
@@ -19,24 +19,24 @@ GREY = (0.5, 0.5, 0.5, 1.0)
 
 
 def require_matplotlib() -> None:
-    """Looks whether there is something to draw with.
+    """Checks that matplotlib is installed.
 
     Raises:
-        ValueError: If not.
+        ValueError: If it is not.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError("plot=true draws with matplotlib: pip install -e '.[plots]'") from error
+        raise ValueError("plot=true needs matplotlib: pip install -e '.[plots]'") from error
 
 
 class Legend:
-    """What stands beside a panel.
+    """The legend beside a panel.
 
     Args:
-        handles: What is drawn.
-        texts: Of each, plain.
-        title: Plain; empty for none.
+        handles: Artists of the entries.
+        texts: Plain text of each entry.
+        title: Plain text; empty for none.
     """
 
     def __init__(self, handles: Sequence[Any], texts: Sequence[str], title: str = "") -> None:
@@ -46,15 +46,15 @@ class Legend:
 
     @property
     def lines(self) -> int:
-        """Lines of text."""
+        """Number of lines of text."""
         return sum(text.count("\n") + 1 for text in [*self.texts, self.title])
 
 
 def panels(lines: Sequence[int]) -> tuple[Any, list[Any]]:
-    """Makes a figure with a panel below the other, each as high as its legend needs.
+    """Creates a figure of stacked panels, each as high as its legend needs.
 
     Args:
-        lines: Of text in each panel's legend.
+        lines: Number of lines in each panel's legend.
 
     Returns:
         The figure and the panels' axes.
@@ -68,7 +68,7 @@ def panels(lines: Sequence[int]) -> tuple[Any, list[Any]]:
 
 
 def legend(axes: Any, made: Legend) -> None:
-    """Puts a legend beside a panel, at the right."""
+    """Puts a legend to the right of a panel."""
     drawn = axes.legend(
         made.handles,
         made.texts,
@@ -84,11 +84,12 @@ def legend(axes: Any, made: Legend) -> None:
 
 
 def title(axes: Any, text: str) -> None:
+    """Sets a panel's title, wrapped."""
     axes.set_title(wrapped(text, 90), loc="left", fontsize="medium")
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes the picture, as large as all of its text needs."""
+    """Writes the figure as a PNG large enough for all of its text."""
     legends = [axes.get_legend() for axes in figure.axes if axes.get_legend() is not None]
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as scratch:
@@ -103,7 +104,7 @@ def save(figure: Any, path: Path) -> None:
 
 
 def scale(axes: Any, values: Sequence[np.ndarray], ratio: float) -> None:
-    """Makes the values' axis a log one: all are above 0, the most so many times the least."""
+    """Makes the y axis logarithmic if all values are positive and span at least this ratio."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     finite = np.concatenate([value[np.isfinite(value)] for value in values])
@@ -117,10 +118,10 @@ def scale(axes: Any, values: Sequence[np.ndarray], ratio: float) -> None:
 
 
 def colours(values: Sequence[Any]) -> list[Any]:
-    """Returns a colour for each value, none twice: numbers from dark to light, others apart.
+    """Returns a distinct color per value: numbers from dark to light, others far apart.
 
     Args:
-        values: All different; a number's colour is by its rank; None is grey.
+        values: All different. A number's color follows its rank; None is gray.
     """
     import matplotlib
 
@@ -148,7 +149,7 @@ def _is_number(value: Any) -> bool:
 
 
 def wrapped(text: str, width: int = 60) -> str:
-    """Returns text in lines, as matplotlib draws it: no formula, and no letter its font lacks."""
+    """Returns wrapped text for matplotlib: no math, and letters its font lacks are escaped."""
     there = _letters()
     plain = "".join(
         letter if ord(letter) in there else letter.encode("unicode_escape").decode()

@@ -1,4 +1,4 @@
-"""A grid of samples: a row for each run, a column for each noise."""
+"""A grid of samples: one row per run, one column per noise."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,23 +28,23 @@ def draw(
     device_name: Literal["auto", "cpu", "cuda", "mps"],
     trusted_modules: list[str],
 ) -> None:
-    """Draws a row of samples for each run, a column for each noise.
+    """Draws one row of samples per run, one column per noise.
 
-    Networks of the same image size start from the same noise. A run that cannot be drawn from is
-    left out, and named with the reason.
+    Networks of the same image size start from the same noise. A run that cannot draw samples is
+    left out, with a warning that says why.
 
     Args:
-        file: Of the picture.
+        file: The PNG to write.
         compared: The runs.
-        sampler: How they are drawn.
-        num_samples: Columns.
-        seed: Of the noise.
-        weights: Whose samples they are.
+        sampler: Settings of the sampler.
+        num_samples: Number of columns.
+        seed: Seed of the noise.
+        weights: Averaged weights (ema) or those as trained (raw).
         device_name: auto, cpu, cuda or mps.
-        trusted_modules: Prefixes of own code that a run may name.
+        trusted_modules: Module prefixes of the user's own code that a run may name.
 
     Raises:
-        ValueError: If none can be drawn from.
+        ValueError: If no run can draw samples.
     """
     device = devices.device(device_name)
     check_node("sampler", sampler, trusted_modules)
@@ -66,7 +66,7 @@ def draw(
             path = one.run.path
             say(f"warning: {path} has no row in the grid: {error}", to_error=True)
     if not drawn:
-        raise ValueError("grid=true: none of these runs can be drawn from")
+        raise ValueError("grid=true: none of these runs can draw samples")
     height, width = (max(images.shape[side] for images in drawn) for side in (1, 2))
     rows = [np.stack([_resized(image, height, width) for image in images]) for images in drawn]
     heads = [f"noise {index}" for index in range(num_samples)]
@@ -74,5 +74,5 @@ def draw(
 
 
 def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, C) uint8 as (height, width, 3), each pixel as it is."""
+    """Resizes (H, W, C) uint8 to (height, width, 3) by nearest neighbor."""
     return np.asarray(to_picture(image).convert("RGB").resize((width, height), resample=0))

@@ -1,8 +1,9 @@
-"""Which run: METRIC names a figure, and runs are in its order, by one protocol alone.
+"""Sorts runs by METRIC, always by figures of a single protocol.
 
-METRIC is `loss`, a figure of evaluation.json as `eval/fid`, or a setting as `lr`. Of a figure all
-words of its column's name may follow, or some, apart by colons: `eval/fid@50k:ddim50:ema`. They
-stand for the final value; with the word `best`, for the best.
+METRIC is `loss`, a figure of evaluation.json such as `eval/fid`, or a setting such as `lr`. A
+figure may be followed by some or all words of its column's name, separated by colons:
+`eval/fid@50k:ddim50:ema`. It means the final value, or the best one if the word `best` is among
+them.
 """
 
 import math
@@ -16,20 +17,20 @@ from ddpm.runs.identity import flat
 from ddpm.runs.reader import At, Compared, format_value
 from ddpm.runs.results import better
 
-Protocol = tuple[str, str]  # as protocol_of gives it
+Protocol = tuple[str, str]  # as protocol_of returns it
 
 
 class Ordered(NamedTuple):
-    """Runs in the order of a figure.
+    """Runs sorted by a figure.
 
     Attributes:
-        column: What the figure is called in the table.
-        compared: The runs: those with the figure, the better first, or the least first where
-            neither is better; those without; those that failed.
-        values: Of each run, as the table shows it; None where it has none.
-        sign: 1 where less comes first, else -1.
-        ranked: Runs with the figure that have not failed; they come first.
-        note: What there is to say of the others, in a line; None where there are none.
+        column: Name of the figure's column in the table.
+        compared: The runs: first those with the figure, better ones first (lower ones if neither
+            is better), then those without, then those that failed.
+        values: Each run's value as in the table; None if it has none.
+        sign: 1 if lower values come first, else -1.
+        ranked: Number of runs with the figure that have not failed; they come first.
+        note: One line about the other runs; None if there are none.
     """
 
     column: str
@@ -41,15 +42,15 @@ class Ordered(NamedTuple):
 
 
 def by(compared: Sequence[Compared], metric: str, key: str) -> Ordered:
-    """Puts runs in the order of METRIC.
+    """Sorts runs by METRIC.
 
     Args:
         compared: The runs.
-        metric: As this module says.
-        key: Of the command line, for errors.
+        metric: METRIC as described above.
+        key: The key of the command line, for errors.
 
     Raises:
-        ValueError: If there is no such figure, or figures of several protocols are meant.
+        ValueError: If there is no such figure, or METRIC matches figures of several protocols.
     """
     if _is_figure(metric):
         column, values, sign = _figures(compared, metric, key)
@@ -73,7 +74,7 @@ def by(compared: Sequence[Compared], metric: str, key: str) -> Ordered:
         [values[index] for index in indices],
         sign,
         ranked,
-        f"{key}={metric}: {ranked} of {len(compared)} runs are in its order; behind them "
+        f"{key}={metric}: {ranked} of {len(compared)} runs are sorted by it; after them "
         f"{', then '.join(behind)}"
         if behind
         else None,
@@ -81,7 +82,7 @@ def by(compared: Sequence[Compared], metric: str, key: str) -> Ordered:
 
 
 def by_mean(seeds: Sequence[Row], ordered: Ordered) -> list[Row]:
-    """Puts rows of means over seeds in the same order, those without the figure last."""
+    """Sorts rows of means over seeds in the same order, rows without the figure last."""
 
     def place(row: Row) -> tuple[Any, ...]:
         mean = row.get(f"{ordered.column} mean", row.get(ordered.column))
@@ -91,10 +92,10 @@ def by_mean(seeds: Sequence[Row], ordered: Ordered) -> list[Row]:
 
 
 def best(compared: Sequence[Compared], metric: str) -> Ordered:
-    """Puts runs in the order of METRIC, whose first is then the best one.
+    """Sorts runs by METRIC, the best run first.
 
     Raises:
-        ValueError: If no run is, or METRIC says not which of two runs is the better one.
+        ValueError: If no run has the figure, or neither lower nor higher values are better.
     """
     if not _is_figure(metric):
         raise ValueError(
@@ -103,19 +104,19 @@ def best(compared: Sequence[Compared], metric: str) -> Ordered:
     ordered = by(compared, metric, "best")
     if better(ordered.column.partition("@")[0].split()[0]) is None:
         raise ValueError(
-            f"best={metric}: of {ordered.column} neither less nor more is better; "
-            "order_by= sorts by it"
+            f"best={metric}: neither low nor high values of {ordered.column} are better; "
+            "order_by= can sort by it"
         )
     if not ordered.ranked:
-        raise ValueError(f"best={metric}: no run has this figure but such as failed, or it is NaN")
+        raise ValueError(f"best={metric}: only failed runs have this figure, or it is not finite")
     return ordered
 
 
 def choose(compared: Sequence[Compared], metric: str, key: str) -> dict[str, Protocol]:
-    """Returns the columns that METRIC names, one for each protocol.
+    """Returns the columns that METRIC matches, one per protocol.
 
     Raises:
-        ValueError: If there is none; it names what there is.
+        ValueError: If it matches none; the message names the figures that there are.
     """
     columns = metric_columns(compared)
     wanted = _words(metric.removeprefix("eval/"))
@@ -151,39 +152,39 @@ def choose(compared: Sequence[Compared], metric: str, key: str) -> dict[str, Pro
 
 
 def name_of(column: str, protocol: Protocol) -> str:
-    """Returns a column's name as METRIC, to be typed as it is."""
+    """Returns a column's name in the form that users type as METRIC."""
     return ("" if protocol[0] == "loss" else "eval/") + ":".join(_words(column))
 
 
 def setting(compared: Sequence[Compared], name: str, key: str) -> str:
-    """Returns the setting that a name means: its dotted key, or the last word of one alone.
+    """Returns the setting with this name, which is a dotted key or its unique last part.
 
     Raises:
-        ValueError: If there is none, or several have that last word.
+        ValueError: If there is none, or several have that last part.
     """
     keys = [setting for one in compared for setting in one.settings]
     return _named(keys, name, f"{key}={name} is not a figure (loss, eval/NAME) or a setting")
 
 
 def differing(compared: Sequence[Compared], name: str, key: str) -> str:
-    """Returns the setting that a name means, as `setting` does, of those that differ but the seed.
+    """Returns the setting with this name, as `setting` does, among those that differ except seed.
 
     Raises:
-        ValueError: If there is none, or several have that last word.
+        ValueError: If there is none, or several have that last part.
     """
     keys = [setting for one in differences(compared) for setting in one if setting != "seed"]
-    return _named(keys, name, f"{key}={name} is no setting, but the seed, that differs")
+    return _named(keys, name, f"{key}={name} is not a setting, other than the seed, that differs")
 
 
 def _named(keys: Sequence[str], name: str, otherwise: str) -> str:
     keys = list(dict.fromkeys(keys))
     found = [name] if name in keys else [key for key in keys if key.rpartition(".")[2] == name]
-    if name == "lr" and "optimizer.lr" in found:  # whatever an own schedule calls so too
+    if name == "lr" and "optimizer.lr" in found:  # a user's own schedule may have an lr, too
         return "optimizer.lr"
     if len(found) > 1:
-        raise ValueError(f"{otherwise} alone: several end so, {', '.join(found)}")
+        raise ValueError(f"{otherwise}: it could be any of {', '.join(found)}")
     if not found:
-        raise ValueError(f"{otherwise} of these runs{nearest(name, keys)}")
+        raise ValueError(f"{otherwise} in these runs{nearest(name, keys)}")
     return found[0]
 
 
@@ -194,15 +195,15 @@ def _is_figure(metric: str) -> bool:
 def _figures(
     compared: Sequence[Compared], metric: str, key: str
 ) -> tuple[str, list[float | At | None], int]:
-    """The column that is meant, each run's value in it, and 1 where less is better, else -1."""
+    """Returns METRIC's column, each run's value in it, and 1 if lower is better, else -1."""
     words = metric.split(":")
     bests = "best" in words[1:]
     found = choose(compared, ":".join(word for word in words if word != "best"), key)
     if len(found) > 1:
         names = ", ".join(name_of(*one) for one in found.items())
         raise ValueError(
-            f"{key}={metric} means figures of {len(found)} protocols, which do not compare: give "
-            f"one of {names}, or words that one alone has"
+            f"{key}={metric} matches figures of {len(found)} protocols, which do not compare: give "
+            f"one of {names}, or words that only one of them has"
         )
     ((column, protocol),) = found.items()
     values: list[float | At | None] = []
@@ -216,12 +217,12 @@ def _figures(
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name, as Hydra and shells take them: seed-0 for seed=0."""
+    """Returns the words of a name in a form safe for Hydra and shells: seed-0 for seed=0."""
     return [re.sub(r"[^\w.@+/-]+", "-", word) for word in re.split(r"[:\s]+", name.strip())]
 
 
 def _ranks(value: Any) -> bool:
-    """Whether a run has a value that can be put in an order: NaN is less than nothing."""
+    """Whether a value can be sorted: None and values that are not finite cannot."""
     number = value.value if isinstance(value, At) else value
     return number is not None and not (isinstance(number, float) and not math.isfinite(number))
 

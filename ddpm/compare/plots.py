@@ -1,4 +1,4 @@
-"""Figures over a sampler's settings in one picture: distance over steps, precision over recall."""
+"""Plots of figures over a sampler's settings: distance over steps, precision over recall."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,12 +10,12 @@ from ddpm.compare.drawing import MOST, STYLES
 
 
 def draw_steps(path: Path, curves: Sequence[Curve], over_seeds: OverSeeds) -> None:
-    """Draws distances over sampler steps, a panel for each metric and protocol.
+    """Draws distances over sampler steps, one panel per metric and protocol.
 
     Args:
-        path: Of the PNG.
-        curves: One or more.
-        over_seeds: What their values are of.
+        path: The PNG to write.
+        curves: One or more curves.
+        over_seeds: How their values combine seeds.
     """
 
     def draw(axes: Any, curve: Curve, style: dict[str, Any]) -> None:
@@ -37,11 +37,11 @@ def draw_steps(path: Path, curves: Sequence[Curve], over_seeds: OverSeeds) -> No
 
 
 def draw_scales(path: Path, curves: Sequence[Curve]) -> None:
-    """Draws precision against recall, each point with its guidance scale.
+    """Draws precision against recall, each point labeled with its guidance scale.
 
     Args:
-        path: Of the PNG.
-        curves: One or more.
+        path: The PNG to write.
+        curves: One or more curves.
     """
 
     def draw(axes: Any, curve: Curve, style: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ def _text(curve: Curve, over_seeds: OverSeeds) -> str:
 
 
 def _apart_by(values: Sequence[float], ratio: float) -> list[float]:
-    """Of ascending values those that each lie so far above the one before."""
+    """Returns those ascending values that exceed the last one kept by at least this ratio."""
     found: list[float] = []
     for value in values:
         if not found or value >= found[-1] * ratio:

@@ -1,6 +1,6 @@
-"""One HTML page of a sweep: its table, curves, settings, samples and runs; nothing is loaded.
+"""A self-contained HTML page of a sweep: its table, curves, settings, samples and runs.
 
-What was found in run folders stands in one JSON block, escaped, and gets into the page as text.
+Everything from run folders is in one escaped JSON block, and enters the page only as text.
 """
 
 import base64
@@ -28,26 +28,26 @@ from ddpm.system.text import shown
 PAGE = Path(__file__).with_name("page")
 STYLES = ("page.css",)
 SCRIPTS = ("page.js", "table.js", "charts.js", "settings.js", "samples.js", "runs.js")
-POINTS = 400_000  # of curves in a page; runs share them
-MOST_POINTS = 1000  # of a curve
-FEWEST_POINTS = 40
+POINTS = 400_000  # points of all curves in a page, shared evenly
+MOST_POINTS = 1000  # per curve
+FEWEST_POINTS = 40  # per curve
 COSTS = (
     "images",
     "seconds",
     "device_seconds",
     "flops",
-)  # of costs.jsonl, that curves can be drawn over
-DIGITS = 5  # of a curve's values; those of the table have all
+)  # keys of costs.jsonl for the horizontal axis
+DIGITS = 5  # significant digits of a curve's values; the table keeps all digits
 
 
 def check(path: Path) -> None:
-    """Looks whether a report can be made, before runs are read.
+    """Checks before runs are read that a report can be written.
 
     Args:
-        path: Of the HTML file.
+        path: The HTML file to write.
 
     Raises:
-        ValueError: If that is none, or Plotly is missing.
+        ValueError: If the path is not that of an HTML file, or Plotly is missing.
     """
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise ValueError(f"report={path}: give the page's file, such as report=sweep.html")
@@ -58,9 +58,9 @@ def write(path: Path, compared: Sequence[Compared], asked: str) -> int:
     """Writes the page of these runs.
 
     Args:
-        path: Of the HTML file.
+        path: The HTML file to write.
         compared: The runs, in the table's order.
-        asked: What was asked for, for the page's head.
+        asked: The value of runs=, for the page's header.
 
     Returns:
         The page's size in bytes.
@@ -76,7 +76,7 @@ def write(path: Path, compared: Sequence[Compared], asked: str) -> int:
         "plotly": scripts[0],
         "script": scripts[1],
     }
-    # in one pass: what stands in a part is no place for another
+    # in one pass, so that {{...}} inside a part stays as it is
     page = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _part("page.html"))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
@@ -84,10 +84,10 @@ def write(path: Path, compared: Sequence[Compared], asked: str) -> int:
 
 
 def embedded(content: Any) -> str:
-    """Returns JSON that stands in a page whatever its strings hold.
+    """Returns JSON that is safe inside an HTML page, whatever its strings hold.
 
-    No `<`, `>` or `&` is left, so that nothing in it can end the block. What is not finite becomes
-    a string, since JSON has no such number; in strings what would not be seen is an escape.
+    `<`, `>` and `&` are escaped, so nothing can end the block. Non-finite numbers, which JSON
+    lacks, become strings, and invisible characters in strings are escaped.
     """
     text = json.dumps(_plain(content), allow_nan=False, separators=(",", ":"))
     for sign in "<>&":
@@ -96,7 +96,7 @@ def embedded(content: Any) -> str:
 
 
 def contents(compared: Sequence[Compared], asked: str) -> dict[str, Any]:
-    """Returns all that the page tells; rows and numbers are those of table.csv and table.json."""
+    """Returns the page's content; rows and numbers are those of table.csv and table.json."""
     rows = tables.rows(compared)
     labels = _labels(compared)
     settings = [whole_configuration(one) for one in compared]
@@ -132,7 +132,7 @@ def contents(compared: Sequence[Compared], asked: str) -> dict[str, Any]:
 
 
 def _labels(compared: Sequence[Compared]) -> list[str]:
-    """What differs, in a line each; the folder's name where that does not tell runs apart."""
+    """Returns a label per run: what differs, or its folder's name if that is ambiguous."""
     said = [tables.label(settings) for settings in tables.differences(compared)]
     return [
         one.run.path.name
@@ -145,7 +145,7 @@ def _labels(compared: Sequence[Compared]) -> list[str]:
 
 
 def _columns(compared: Sequence[Compared], rows: Sequence[tables.Row]) -> list[dict[str, Any]]:
-    """What stands in each column of the rows: settings, state, and figures by protocol."""
+    """Describes each column of the rows: a setting, state, or a figure with its protocol."""
     settings = {key for row in tables.differences(compared) for key in row}
     figures = tables.metric_columns(compared)
     results = {protocol_of(found): found for one in compared for found in one.results}
@@ -174,7 +174,7 @@ def _figure(name: str, key: str, result: Result) -> dict[str, Any]:
 
 
 def _groups(compared: Sequence[Compared]) -> list[dict[str, Any]]:
-    """Runs that are the same but for the seed, with mean and deviation of their final values."""
+    """Returns groups of runs that differ only in their seed, with mean and deviation of figures."""
     columns = tables.metric_columns(compared)
     groups = []
     for members, row in zip(tables.seed_groups(compared), tables.over_seeds(compared), strict=True):
@@ -192,9 +192,9 @@ def _num_curves(compared: Sequence[Compared]) -> int:
 
 
 def _series(one: Compared, names: Mapping[tuple[str, str], str], count: int) -> list[Any]:
-    """Curves of one run, those of the same steps together: [[steps, {name: values}], ...].
+    """Returns the curves of one run, grouped by their steps: [[steps, {name: values}], ...].
 
-    Losses are called as their column is, so that those of other objectives are another curve.
+    Losses have their column's name, so losses of different objectives are different curves.
     """
     if not one.settings:
         return []
@@ -204,7 +204,7 @@ def _series(one: Compared, names: Mapping[tuple[str, str], str], count: int) -> 
     lines = read_lines(one.run.path / "metrics.jsonl")
     for record in [line.record for line in lines if line.record]:
         for tag, value in record.items():
-            if tag.startswith("train/"):  # figures come with their protocol from evaluation.json
+            if tag.startswith("train/"):  # figures come from evaluation.json, with their protocol
                 name = tag.removeprefix("train/")
                 name += suffix if name.startswith("loss") else ""
                 curves.setdefault(name, []).append((record["step"], value))
@@ -221,7 +221,7 @@ def _series(one: Compared, names: Mapping[tuple[str, str], str], count: int) -> 
 def _thinned(
     points: Sequence[tuple[int, float]], count: int
 ) -> tuple[tuple[int, ...], list[float]]:
-    """At most so many points: means of as many records each, at the step of the last one."""
+    """Reduces a curve to `count` points: means of equal bins, each at its last step."""
     size = math.ceil(len(points) / count)
     bins = [points[first : first + size] for first in range(0, len(points), size)]
     means = [math.fsum(value for _, value in some) / len(some) for some in bins]
@@ -233,7 +233,7 @@ def _rounded(value: float) -> float:
 
 
 def _costs(one: Compared, count: int) -> dict[str, list[float]] | None:
-    """What the run had cost at some of its steps, from costs.jsonl; None where it has none."""
+    """Returns the run's cost at some of its steps, or None if it has no costs.jsonl."""
     wanted = ("step", *COSTS)
     lines = read_costs(one.run.path)
     some = lines[:: math.ceil(len(lines) / count)] if lines else []
@@ -278,7 +278,7 @@ def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ValueError("report= draws with Plotly: pip install -e '.[report]'") from error
+        raise ValueError("report= needs Plotly: pip install -e '.[report]'") from error
     return str(get_plotlyjs()).replace("</script", "<\\/script")
 
 

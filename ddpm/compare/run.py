@@ -1,4 +1,4 @@
-"""python -m ddpm.compare: find runs, print their table, and write what is asked for."""
+"""python -m ddpm.compare: finds runs, prints their table, and writes tables, plots and reports."""
 
 import shutil
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from ddpm.system.text import say
 
 
 class Settings(Section):
-    """What to compare. See conf/compare.yaml for each key."""
+    """Settings of ddpm.compare. conf/compare.yaml explains each key."""
 
     runs: str | list[str] | None
     to: str | None
@@ -47,12 +47,15 @@ class Settings(Section):
 
 
 def run(composed: Composed) -> list[Compared]:
-    """Prints the table, writes it and the pictures into a folder, and prints where.
+    """Prints the table, writes the files asked for, and prints their paths.
 
-    With best=METRIC it prints the folder of one run and nothing else.
+    With best=METRIC it prints only the folder of one run.
+
+    Returns:
+        The runs shown, in order.
 
     Raises:
-        ValueError: If there is no run at all, a picture cannot be drawn, or runs cannot be ordered.
+        ValueError: If there is no run, a plot cannot be drawn, or runs cannot be sorted.
     """
     settings = validate(Settings, plain_config(composed))
     _check(settings)
@@ -79,7 +82,7 @@ def run(composed: Composed) -> list[Compared]:
     rows = tables.list_runs(compared) if settings.runs is None else tables.rows(compared)
     if first is not None:
         values = zip(first.values, rows, strict=True)
-        # leftmost, and said even where the best value is the final one
+        # leftmost, and shown even if the best value is the final one
         rows = [{first.column: None, **row, first.column: value} for value, row in values]
     if settings.runs is None:
         print(tables.text(rows[: settings.top], _width()))
@@ -122,24 +125,22 @@ def run(composed: Composed) -> list[Compared]:
 
 
 def _check(settings: Settings) -> None:
-    """Refuses what does not go together, before a folder is read.
+    """Rejects settings that contradict each other, before any folder is read.
 
     Raises:
-        ValueError: If something does not.
+        ValueError: If some do.
     """
     if settings.top is not None and settings.order_by is None:
-        raise ValueError(f"top={settings.top} is of an order: give order_by=METRIC too")
+        raise ValueError(f"top={settings.top} needs order_by=METRIC")
     for key in ("order_by", "to", "report", "plot", "grid"):
         if settings.best is not None and getattr(settings, key):
-            raise ValueError(
-                f"best={settings.best} prints a folder and nothing else: leave out {key}="
-            )
+            raise ValueError(f"best={settings.best} only prints a folder: leave out {key}=")
     if settings.plot:
         require_matplotlib()
 
 
 def _read(settings: Settings) -> list[Compared]:
-    """All that is known of the runs, each once; says what is left out."""
+    """Reads each run once, and prints what is left out."""
     found, empty = tables.find(settings.runs, settings.outputs)
     _say([f"{given}: no run there" for given in empty], "warning")
     compared, copies = tables.once(read_many(found, Path(settings.outputs) / "cache"))
@@ -170,7 +171,7 @@ def _asked(settings: Settings) -> str:
 
 
 def _draw_grid(file: Path, compared: Sequence[Compared], settings: Settings) -> None:
-    from ddpm.compare import grid  # not at the top: a table need not wait for torch
+    from ddpm.compare import grid  # imports torch, which a table does not need
 
     grid.draw(
         file,
@@ -191,14 +192,14 @@ def _print_rows(
     swept: Sequence[Curve],
     settings: Settings,
 ) -> None:
-    """The table, and what it does not show; figures over a sampler's settings as curves."""
-    hidden = _swept_columns(compared) if swept else set()  # a column each would be hundreds
+    """Prints the table, curves over a sampler's settings, means over seeds, and errors."""
+    hidden = _swept_columns(compared) if swept else set()  # could be hundreds of columns
     if first is not None:
         hidden -= {first.column}
     print(tables.text(_but(hidden, rows[: settings.top]), _width()))
     if swept:
         print(f"\n{curves.lines(swept, settings.over_seeds)}")
-        print("every figure of drawn images has a column in table.csv (to=DIR)")
+        print("table.csv (to=DIR) has a column for every figure of drawn images")
     seeds = tables.over_seeds(compared if first is None else tables.sort_runs(compared))
     if first is not None:
         seeds = order.by_mean(seeds, first)
@@ -211,7 +212,7 @@ def _print_rows(
 
 
 def _swept_columns(compared: Sequence[Compared]) -> set[str]:
-    """The columns of figures of drawn images."""
+    """Returns the columns of figures of drawn images."""
     drawn = {
         tables.protocol_of(result)
         for one in compared

@@ -1,4 +1,4 @@
-"""Rows of small pictures from runs' previews, the same noise in each column, of a bounded size."""
+"""Rows of small pictures from runs' previews, the same noise in each column, in bounded bytes."""
 
 import io
 import itertools
@@ -14,15 +14,15 @@ from PIL import Image
 from ddpm.runs.reader import Compared
 from ddpm.sample.images import text_of
 
-BYTES = 9_000_000  # of all pictures of a page, before base64 makes 4 of each 3
-TILES = 8  # pictures of a row
-SIDE = 128  # pixels of a picture, at most
-STEPS = 24  # of a run's previews, at most
-LOSSLESS = 32  # pixels up to which a picture is kept as it is
+BYTES = 9_000_000  # all pictures of a page, before base64 turns 3 bytes into 4
+TILES = 8  # pictures per row, at most
+SIDE = 128  # pixels of a picture's longer side, at most
+STEPS = 24  # previews per run, at most
+LOSSLESS = 32  # pictures of up to this many pixels a side are stored as PNG, others as JPEG
 
 
 class Picture(NamedTuple):
-    """A row of a run's preview after a step, as a file of this kind (png or jpeg)."""
+    """A row of pictures from a run's preview at a step, as a png or jpeg file."""
 
     step: int
     kind: str
@@ -34,11 +34,11 @@ class Strip:
     """The previews of one run.
 
     Attributes:
-        noise: What the noise is of, in words; the same in two runs, and their columns are too.
-        columns: Pictures in a row.
-        size: (width, height) of one, pixels.
-        drawn_by: What drew the last, as the picture says; empty where it does not.
-        pictures: By step.
+        noise: What determines the noise, in words; runs with the same words share their columns.
+        columns: Pictures per row.
+        size: (width, height) of a picture, in pixels.
+        drawn_by: What drew the last preview, according to its text; empty if it does not say.
+        pictures: The rows, by step.
     """
 
     noise: str
@@ -50,7 +50,7 @@ class Strip:
 
 @dataclass
 class Strips:
-    """Rows of pictures by the place of their run, and in words what was left out or shrunk."""
+    """The strip of each run, by the run's index, and sentences on what was left out or shrunk."""
 
     of_run: dict[int, Strip] = field(default_factory=dict)
     reduced: list[str] = field(default_factory=list)
@@ -59,15 +59,15 @@ class Strips:
 def strips_of(
     compared: Sequence[Compared], settings: Sequence[Mapping[str, str]], most: int = BYTES
 ) -> Strips:
-    """Cuts the previews of all runs into rows that together take at most so many bytes.
+    """Cuts rows from the previews of all runs, in at most `most` bytes.
 
-    Each run has the same share. Of a run's previews as many are kept as fit, evenly spaced and with
-    the last; where one alone does not fit, its pictures are shrunk.
+    Each run gets the same share. It keeps as many of its previews as fit, evenly spaced and
+    including the last; if not even one fits, the pictures are shrunk.
 
     Args:
         compared: The runs.
-        settings: Of each all of its configuration, as text.
-        most: Bytes of all pictures.
+        settings: Each run's whole configuration, as text.
+        most: Bytes for all pictures.
     """
     previews = {
         index: found for index, one in enumerate(compared) if (found := _previews(one.run.path))
@@ -85,7 +85,9 @@ def strips_of(
         shrunk += max(strip.size) < side
     total = sum(len(files) for files in previews.values())
     if left_out:
-        strips.reduced.append(f"{left_out} of {total} previews are left out, for the page's size")
+        strips.reduced.append(
+            f"{left_out} of {total} previews are left out to limit the page's size"
+        )
     if shrunk:
         strips.reduced.append(f"the pictures of {shrunk} runs are shrunk")
     strips.reduced += [f"the previews of {path} cannot be read" for path in unreadable]
@@ -103,12 +105,17 @@ def _previews(folder: Path) -> list[tuple[int, Path]]:
 def _fitted(
     one: Compared, files: Sequence[tuple[int, Path]], share: int, settings: Mapping[str, str]
 ) -> tuple[Strip | None, int, int]:
-    """A run's rows within its share of bytes, how many previews they are, and a picture's side."""
+    """Fits a run's rows into its share of bytes.
+
+    Returns:
+        The strip, or None if no preview can be read; the number of previews kept; and the longer
+        side of an original picture, in pixels.
+    """
     drawn = int(settings.get("runtime.num_previews", TILES))
     sides = [SIDE, SIDE // 2, SIDE // 4, SIDE // 8]
     for side, count in itertools.product(sides, (STEPS, 12, 6, 3, 2, 1)):
         if side < SIDE and count > 1:
-            continue  # fewer steps come before smaller pictures
+            continue  # drop steps before shrinking pictures
         sheets = [
             (step, cut) for step, file in _spaced(files, count) if (cut := _cut(one, file, drawn))
         ]
@@ -130,16 +137,16 @@ def _fitted(
 
 
 def _spaced(files: Sequence[tuple[int, Path]], count: int) -> list[tuple[int, Path]]:
-    """So many of them, evenly, the last one among them."""
+    """Returns at most `count` files, evenly spaced and including the last."""
     every = math.ceil(len(files) / count)
     return list(files[::-1][::every][::-1])
 
 
 def _cut(one: Compared, file: Path, drawn: int) -> list[Image.Image]:
-    """The first pictures of a preview's grid, as small as they were drawn; none if it is damaged.
+    """Cuts the first pictures out of a preview's grid; returns none if the file is damaged.
 
-    The grid is that of ddpm.sample.images.grid: pictures 2 pixels apart, each pixel magnified where
-    the sheet would be narrow. Its number of columns is found in its width.
+    ddpm.sample.images.grid puts pictures 2 pixels apart and magnifies pixels if the sheet would be
+    narrow. The number of columns follows from the sheet's width.
     """
     resolution = one.settings.get("model.resolution") or one.settings.get("data.resolution")
     height, width = resolution if isinstance(resolution, list) else (resolution, resolution)
@@ -173,7 +180,7 @@ def _tile(
 
 
 def _noise(one: Compared, tile: Image.Image) -> str:
-    """What noise begins a preview: a function of the seed and of the pictures' shape."""
+    """Describes a preview's noise, a function of the seed and the pictures' shape."""
     return f"seed {one.settings.get('seed')}, {tile.width} x {tile.height}"
 
 

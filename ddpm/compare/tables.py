@@ -1,4 +1,4 @@
-"""Runs side by side: which there are, what differs between them, and what they came to."""
+"""Finds runs, and tabulates their differences and results."""
 
 import csv
 import glob
@@ -29,20 +29,20 @@ from ddpm.runs.results import Result
 from ddpm.system.files import as_key
 from ddpm.system.text import cell
 
-Row = dict[str, Any]  # by column, in its order; None where a run has no such thing
+Row = dict[str, Any]  # column -> value, in order; None if a run has no such value
 CHOICES = ("model", "data", "schedule", "objective", "optimizer", "lr_schedule")
 
 
 def find(runs: str | Sequence[str] | None, outputs: str) -> tuple[list[RunFolder], list[str]]:
-    """Finds the runs that are meant.
+    """Finds the runs to compare.
 
     Args:
-        runs: A run's folder, one with runs anywhere below, a glob of such, or several of these, in
-            their order; None for all below `outputs`, newest first.
-        outputs: Where runs lie.
+        runs: A run's folder, a folder with runs anywhere below, a glob of these, or a list of them,
+            whose order is kept; None for all runs below `outputs`, newest first.
+        outputs: Parent folder of all runs.
 
     Returns:
-        The runs, and the paths given that hold none.
+        The runs, and the given paths without any run.
 
     Raises:
         ValueError: If there is no run at all.
@@ -64,8 +64,8 @@ def find(runs: str | Sequence[str] | None, outputs: str) -> tuple[list[RunFolder
     if not found:
         asked = f"outputs={outputs}" if runs is None else f"runs={runs}"
         raise ValueError(
-            f"{asked}: no run there; give a folder that ddpm.train made, one above such, "
-            "a list of them, or a quoted glob"
+            f"{asked}: no run there; give a folder that ddpm.train made, a folder above it, "
+            "a list of these, or a quoted glob"
         )
     folders = list(found)
     if runs is None:
@@ -74,28 +74,28 @@ def find(runs: str | Sequence[str] | None, outputs: str) -> tuple[list[RunFolder
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """The folder if it is a run's, else those of the runs anywhere below it."""
+    """Returns the folder itself if it is a run's, else all run folders below it."""
     if (folder / "config.yaml").is_file():
         return [folder] if (folder / "run.json").is_file() else []
     found = []
     for place, below, files in os.walk(folder):
         if "config.yaml" in files and "run.json" in files:
             found.append(place)
-            below[:] = set(below) - {"checkpoints", "samples", ".hydra"}  # many, and none is a run
+            below[:] = set(below) - {"checkpoints", "samples", ".hydra"}  # large, and hold no runs
     found.sort(key=lambda place: place.split(os.sep))  # noqa: PTH206
     return [Path(place) for place in found]
 
 
 def once(compared: Sequence[Compared]) -> tuple[list[Compared], list[str]]:
-    """Counts each run once: the same identity, pictures and weights are the same run.
+    """Drops copies of runs: those with the same identity, pictures and weights.
 
     Returns:
-        The runs without copies, and in a line each what was left out.
+        The runs without copies, and one line per copy left out.
     """
 
     def key(one: Compared) -> str:
         fingerprint = (one.record.get("data") or {}).get("fingerprint")
-        # an identity is canonical: as_key would only take longer
+        # identities are canonical already, so the slower as_key is not needed
         return json.dumps(
             [one.identity, fingerprint, one.weights or str(one.run.path)], sort_keys=True
         )
@@ -113,9 +113,9 @@ def once(compared: Sequence[Compared]) -> tuple[list[Compared], list[str]]:
 
 
 def list_runs(compared: Sequence[Compared]) -> list[Row]:
-    """Makes a row a run, whatever their settings: when it last wrote, and how it stands.
+    """Returns one row per run, without its settings: last update, hours and status.
 
-    Where one trains just now, its speed and expected end have columns.
+    If any run is training now, columns for speed and expected end are added.
     """
     some_train = any(one.status == "running" for one in compared)
     return [
@@ -130,7 +130,7 @@ def list_runs(compared: Sequence[Compared]) -> list[Row]:
 
 
 def _pace(one: Compared) -> Row:
-    """Of a run that trains just now its speed and when it should end; nothing of others."""
+    """Returns the speed and expected end of a run that is training now; None for other runs."""
     if one.status != "running":
         return {"images/s": None, "expected end (UTC)": None}
     found = progress(one.run, one.record)
@@ -139,10 +139,10 @@ def _pace(one: Compared) -> Row:
 
 
 def rows(compared: Sequence[Compared]) -> list[Row]:
-    """Makes a row a run.
+    """Returns one row per run.
 
-    It has what differs between them, how they stand, final and best values in a column for each
-    protocol, speed, time and folder.
+    Its columns are the settings that differ, status, final and best values per protocol, speed,
+    hours and folder.
     """
     differing = differences(compared)
     columns = metric_columns(compared)
@@ -166,9 +166,9 @@ def rows(compared: Sequence[Compared]) -> list[Row]:
 
 
 def over_seeds(compared: Sequence[Compared]) -> list[Row]:
-    """Sums up the final values of complete runs that are the same but for the seed.
+    """Summarizes the final values of complete runs that differ only in their seed.
 
-    There is a row for each group of two or more, with mean and deviation (of a sample).
+    Each group of two or more gets a row with mean and sample standard deviation.
     """
     columns = metric_columns(compared)
     differing = differences(compared)
@@ -195,13 +195,13 @@ def over_seeds(compared: Sequence[Compared]) -> list[Row]:
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Returns the standard deviation of a sample, NaN where a value is not finite."""
+    """Returns the sample standard deviation, or NaN if a value is not finite."""
     finite = all(map(math.isfinite, values))
     return statistics.stdev(values) if finite else math.nan
 
 
 def seed_groups(compared: Sequence[Compared]) -> list[list[int]]:
-    """Returns the places of complete runs that are the same but for the seed, two or more each."""
+    """Returns groups of two or more complete runs that differ only in their seed, as indices."""
     groups: dict[str, list[int]] = {}
     for index, one in enumerate(compared):
         if one.status == "complete":
@@ -210,15 +210,15 @@ def seed_groups(compared: Sequence[Compared]) -> list[list[int]]:
 
 
 def but_for_seed(one: Compared) -> str:
-    """Returns what runs have in common that differ in their seed alone, as text."""
+    """Returns a key that runs share if they differ only in their seed."""
     identity = {key: value for key, value in one.identity.items() if key != "seed"}
     return json.dumps([identity, (one.record.get("data") or {}).get("fingerprint")], sort_keys=True)
 
 
 def differences(compared: Sequence[Compared]) -> list[Row]:
-    """Returns for each run the settings that are not the same in all of them.
+    """Returns, for each run, the settings that differ between runs.
 
-    A group whose option differs is named by its option alone, where that says it all.
+    If a group's settings follow from its option, only the option is listed.
     """
     readable = [one for one in compared if one.settings]
     keys = list(dict.fromkeys(key for one in readable for key in one.settings))
@@ -247,7 +247,7 @@ def differences(compared: Sequence[Compared]) -> list[Row]:
 
 
 def _differ(values: list[Any]) -> bool:
-    """Whether not all of them are written alike."""
+    """Whether any two values are written differently."""
     first = values[0]
     if isinstance(first, str | int | None) and values.count(first) == len(values):
         return len(set(map(type, values))) > 1
@@ -255,13 +255,13 @@ def _differ(values: list[Any]) -> bool:
 
 
 def _comparable(value: Any) -> Any:
-    """What is equal for values that are written alike: True is not 1, and NaN is NaN."""
+    """Returns a key that is equal for values written alike: True is not 1, and NaN is NaN."""
     exact = value is None or isinstance(value, str | int)
     return (type(value), value) if exact else json.dumps(value, sort_keys=True)
 
 
 def sort_runs(compared: Sequence[Compared]) -> list[Compared]:
-    """Sorts the runs by what differs between them, numbers by their value."""
+    """Sorts runs by the settings that differ, numbers by value."""
 
     def place(settings: Row) -> list[tuple[bool, float, str]]:
         return [
@@ -278,7 +278,7 @@ def sort_runs(compared: Sequence[Compared]) -> list[Compared]:
 
 
 def label(settings: Row) -> str:
-    """Says what differs, in one line."""
+    """Returns the settings that differ as one line."""
     return (
         ", ".join(
             f"{key.rpartition('.')[2]} {value}"
@@ -290,9 +290,9 @@ def label(settings: Row) -> str:
 
 
 def text(table: Sequence[Row], width: int) -> str:
-    """Lays the table out for a terminal of `width` columns.
+    """Formats the table for a terminal of `width` columns.
 
-    There is a line a run, or, where that is too wide, a line a column of the table.
+    Each run gets a line; if that is too wide, the table is transposed.
     """
     shown = [{column: format_value(value) for column, value in row.items()} for row in table]
     names = list(dict.fromkeys(column for row in shown for column in row))
@@ -304,7 +304,7 @@ def text(table: Sequence[Row], width: int) -> str:
 
 
 def as_csv(table: Sequence[Row]) -> str:
-    """Writes the table with all digits; nothing where a run has no value."""
+    """Returns the table as CSV with all digits; a cell is empty if a run has no value."""
     file = io.StringIO()
     table = [
         {
@@ -326,7 +326,7 @@ def as_csv(table: Sequence[Row]) -> str:
 
 
 def as_json(compared: Sequence[Compared]) -> str:
-    """Writes all that is known of each run, every value with its whole protocol."""
+    """Returns all that is known about each run as JSON, every value with its whole protocol."""
     entries = []
     for one, settings in zip(compared, differences(compared), strict=True):
         figures = [
@@ -366,13 +366,14 @@ def _values(column: str, result: Result | None, steps: int) -> Row:
 
 
 def protocol_of(result: Result) -> tuple[str, str]:
+    """Returns the key that results share if they have the same metric and protocol."""
     return result.measure
 
 
 def metric_columns(compared: Sequence[Compared]) -> dict[str, tuple[str, str]]:
-    """A column for each metric and protocol, by a name that no other has.
+    """Returns a unique column name for each metric and protocol.
 
-    Where the words are the same, the name says what else of the protocol differs.
+    If two names would be equal, the fields of the protocol that differ are added.
     """
     found = {protocol_of(result): result for one in compared for result in one.results}
     by_name: dict[str, list[tuple[str, str]]] = {}
@@ -393,7 +394,7 @@ def metric_columns(compared: Sequence[Compared]) -> dict[str, tuple[str, str]]:
 
 
 def in_a_word(key: str, value: Any) -> str:
-    """Returns a field of a protocol and its value in one word, as a column's name has them."""
+    """Returns a field of a protocol and its value as one word of a column's name."""
     return f"{key.removesuffix('._target_').rpartition('.')[2]}={_short(value)}"
 
 

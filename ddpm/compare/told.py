@@ -1,4 +1,4 @@
-"""What a run's own files tell of it: configuration beside its recipe's, starts, data, warnings."""
+"""Details of a run from its own files: configuration against its recipe, starts, data, warnings."""
 
 import functools
 import json
@@ -16,23 +16,23 @@ from ddpm.runs.format import upgraded
 from ddpm.runs.identity import flat
 from ddpm.runs.reader import Compared
 
-WARNINGS = 20  # lines of a train.log, the last
-LOG_BYTES = 200_000  # of a train.log that are looked through, the last
+WARNINGS = 20  # last warning lines kept of a train.log
+LOG_BYTES = 200_000  # bytes at the end of a train.log that are searched
 Told = dict[str, Any]
 
 
 def told_of(
     compared: Sequence[Compared], settings: Sequence[dict[str, str]]
 ) -> tuple[dict[str, str], list[Told]]:
-    """Returns what runs tell, what is the same in all of their configurations once.
+    """Returns the details of runs, with the settings that all of them share listed once.
 
     Args:
         compared: The runs.
-        settings: Of each, as whole_configuration gives them.
+        settings: Each run's settings, as whole_configuration returns them.
 
     Returns:
-        Settings, as text, that every readable run has the same; and for each run its other
-        settings, those in which its recipe differs, its starts, data, warnings and error.
+        The settings, as text, that all readable runs share; and, for each run, its other settings,
+        those that its recipe has otherwise, and its starts, data, warnings and error.
     """
     readable = [some for some in settings if some]
     common = (
@@ -59,7 +59,7 @@ def told_of(
 
 
 def whole_configuration(one: Compared) -> dict[str, str]:
-    """Returns all of config.yaml, dotted keys and text; nothing where it cannot be read."""
+    """Returns config.yaml as dotted keys and text; empty if it cannot be read."""
     if not one.settings:
         return {}
     return _as_text(upgraded(one.run.plain(), one.record))
@@ -73,7 +73,7 @@ def _as_text(plain: dict[str, Any]) -> dict[str, str]:
 
 
 def _recipe_of(one: Compared, settings: dict[str, str]) -> dict[str, Any]:
-    """The recipe's name, and its values where the run has others (None: it has no such key)."""
+    """Returns the recipe's name and its values that the run does not share (None: no such key)."""
     choices = one.choices
     named = choices.get("experiment") not in (None, "None", "null")
     overrides = tuple(
@@ -94,7 +94,7 @@ def _recipe_of(one: Compared, settings: dict[str, str]) -> dict[str, Any]:
 
 @functools.cache
 def _composed(overrides: tuple[str, ...]) -> dict[str, str] | None:
-    """What a recipe composes to; None where it is none of ours, or needs more than its name."""
+    """Returns what a recipe composes to; None if it is not ours or needs more than its name."""
     try:
         return _as_text(training_config(compose(list(overrides))).model_dump(mode="json"))
     except (ValueError, HydraException, OmegaConfBaseException, yaml.YAMLError):
@@ -133,7 +133,7 @@ def _data(one: Compared) -> dict[str, str]:
 
 
 def _warnings(one: Compared) -> list[str]:
-    """Damaged lines, and the last warnings and errors of train.log."""
+    """Returns notes on damaged lines, and the last warnings and errors of train.log."""
     said = [f"metrics.jsonl, line {number}: damaged and left out" for number in one.damaged]
     file = one.run.path / "train.log"
     try:

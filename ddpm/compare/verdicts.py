@@ -1,4 +1,4 @@
-"""Whether a claim holds, from one number for each seed."""
+"""Tests whether a claim holds, from one number per seed."""
 
 import math
 import statistics
@@ -7,17 +7,17 @@ from typing import Literal, NamedTuple
 
 from scipy.special import stdtrit
 
-LEVEL = 0.95  # of the intervals
+LEVEL = 0.95  # confidence level of the intervals
 Verdict = Literal["holds", "does not hold here", "undecided at these seeds"]
 
 
 class Interval(NamedTuple):
-    """Of a mean, by Student's t.
+    """A confidence interval of a mean, by Student's t.
 
     Attributes:
-        mean: Of the numbers.
-        low: Lower end.
-        high: Upper end.
+        mean: The mean.
+        low: The lower end.
+        high: The upper end.
     """
 
     mean: float
@@ -26,14 +26,14 @@ class Interval(NamedTuple):
 
 
 def interval(numbers: Sequence[float], level: float = LEVEL) -> Interval:
-    """Returns the mean of independent repetitions, and its interval.
+    """Returns the mean of independent repetitions and its confidence interval.
 
     Args:
-        numbers: One for each repetition, finite.
-        level: Share of such intervals that hold the true mean, where the numbers are normal.
+        numbers: One finite number per repetition.
+        level: Confidence level; exact if the numbers are normally distributed.
 
     Raises:
-        ValueError: If there are fewer than two.
+        ValueError: If there are fewer than two numbers.
     """
     count = len(numbers)
     if count < 2:
@@ -44,10 +44,10 @@ def interval(numbers: Sequence[float], level: float = LEVEL) -> Interval:
 
 
 def verdict(numbers: Sequence[float]) -> Verdict:
-    """Says whether numbers that a claim has below 0 are, beyond what seeds move.
+    """Returns whether the mean of the numbers is below 0, as a claim says, given their spread.
 
     Args:
-        numbers: One for each seed.
+        numbers: One number per seed.
     """
     if len(numbers) < 2:
         return "undecided at these seeds"
@@ -58,10 +58,10 @@ def verdict(numbers: Sequence[float]) -> Verdict:
 
 
 def slope(over: Sequence[float], values: Sequence[float]) -> float:
-    """Returns the slope of the line of least squares of `values` against log2 of `over`.
+    """Returns the least-squares slope of `values` against log2 of `over`.
 
     Raises:
-        ValueError: If there are fewer than two places, or one is not above 0.
+        ValueError: If there are fewer than two points, or a value of `over` is not positive.
     """
     if min(over) <= 0:
         raise ValueError(f"a slope over log2 needs values above 0, got {min(over)}")

@@ -1,0 +1,1 @@
+"""Composes, checks and explains configurations, and builds what they name."""

@@ -1,6 +1,6 @@
-"""From the checked configuration to the objects that it names.
+"""Builds the objects that a checked configuration names.
 
-Building is also the last check: each object refuses what it cannot be.
+Building is also the last check: each constructor rejects values that it cannot work with.
 """
 
 import inspect
@@ -36,12 +36,12 @@ LrSchedule = Callable[[int, int, float], float]
 
 
 def network(config: Config, device: torch.device, num_classes: int) -> nn.Module:
-    """Builds the network with its first weights, which depend on the seed alone.
+    """Builds the network with its initial weights, which depend only on the seed.
 
     Args:
         config: The run's configuration.
         device: Where to build it; on "meta" it has shapes only.
-        num_classes: Classes of the data set.
+        num_classes: Number of classes in the data set.
     """
     arguments = network_arguments(config, num_classes)
     torch.manual_seed(randomness.host_key(randomness.INITIAL_WEIGHTS, config.seed))
@@ -53,20 +53,19 @@ def network(config: Config, device: torch.device, num_classes: int) -> nn.Module
             if not callable(recompute):
                 raise ValueError(
                     f"recompute={config.runtime.recompute}: {config.model['_target_']} has no "
-                    "method recompute(levels)"
+                    "recompute(levels) method"
                 )
             recompute(config.runtime.recompute)
     return to_device(built, device)
 
 
 def network_arguments(config: Config, num_classes: int) -> dict[str, int]:
-    """Returns what a network is built with besides config.model.
+    """Returns the constructor arguments that config.model does not hold.
 
-    A learned variance needs twice the channels out. Where labels are dropped, there is one class
-    more, "any".
+    A learned variance doubles the output channels. Label dropout adds one class, "any".
 
     Raises:
-        ValueError: If the network is to get classes, and its constructor takes none.
+        ValueError: If training is conditional and the constructor takes no num_classes.
     """
     arguments = {
         "out_channels": config.data.channels * (2 if diffusion(config).learns_variance else 1)
@@ -81,19 +80,20 @@ def _check_takes_classes(target: str) -> None:
     taken = inspect.signature(get_object(target)).parameters.values()
     if not any(one.name == "num_classes" or one.kind is one.VAR_KEYWORD for one in taken):
         raise ValueError(
-            f"training.conditional=true needs a network with an argument num_classes, and {target} "
-            "has none; training.conditional=false trains it without classes"
+            f"training.conditional=true: {target} takes no num_classes argument; use another "
+            "model, or training.conditional=false to train without classes"
         )
 
 
 def any_class(config: Config, num_classes: int) -> int | None:
-    """Returns the number of the class "any", None where the network has not learned one."""
+    """Returns the index of the class "any", or None if training drops no labels."""
     return (
         num_classes if config.training.conditional and config.training.label_dropout > 0 else None
     )
 
 
 def diffusion(config: Config) -> GaussianDiffusion:
+    """Builds the diffusion process of the run's schedule and objective."""
     with _naming("schedule"):
         betas = instantiate(config.schedule, _convert_="all")
     with _naming("objective"):
@@ -101,20 +101,22 @@ def diffusion(config: Config) -> GaussianDiffusion:
 
 
 def optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Builds the optimizer of these parameters."""
     with _naming("optimizer"):
         return instantiate(config.optimizer, _convert_="all")(parameters)
 
 
 def lr_schedule(config: Config) -> LrSchedule:
+    """Builds the learning rate schedule."""
     with _naming("lr_schedule"):
         return instantiate(config.lr_schedule, _convert_="all")
 
 
 def sampler_settings(node: Mapping[str, Any], process: GaussianDiffusion) -> dict[str, Any]:
-    """Returns the group `sampler` with nothing left open.
+    """Returns the settings of group `sampler` with its nulls filled in.
 
-    Where the variance is null, it becomes the process's own; where num_steps is, what the spacing
-    names, if it does.
+    A null variance becomes that of the process. A null num_steps becomes the count that the spacing
+    names, if it names one.
     """
     settings, function = dict(node), node["function"]
     if "variance" in function and function["variance"] is None:
@@ -125,16 +127,16 @@ def sampler_settings(node: Mapping[str, Any], process: GaussianDiffusion) -> dic
 
 
 def sampler(node: Mapping[str, Any], process: GaussianDiffusion) -> Sampler:
-    """Builds a sampler that fits this diffusion.
+    """Builds the sampler and checks that it fits this diffusion process.
 
     Raises:
-        ValueError: If it does not; the message names the key.
+        ValueError: If it does not fit; the message names the key.
     """
     variance = node["function"].get("variance")
     if variance in ("learned", "learned_range") and variance != process.variance:
         raise ValueError(
-            f"sampler.function.variance={variance}: the network's own is {process.variance}; use "
-            "null, fixed_small or fixed_large"
+            f"sampler.function.variance={variance}: the network was trained with "
+            f"{process.variance}; use null, fixed_small or fixed_large"
         )
     with _naming("sampler"):
         built = instantiate(sampler_settings(node, process), _convert_="all")
@@ -143,15 +145,15 @@ def sampler(node: Mapping[str, Any], process: GaussianDiffusion) -> Sampler:
 
 
 def preview_sampler(config: Config, name: str, process: GaussianDiffusion) -> dict[str, Any]:
-    """Returns the settings of what draws previews, with the guidance of the run's own sampler.
+    """Returns the settings of the preview sampler, with the guidance scale of the run's sampler.
 
     Args:
         config: The run's configuration.
         name: "run" for the run's own sampler, or an option of conf/sampler.
-        process: The run's diffusion.
+        process: The run's diffusion process.
 
     Raises:
-        ValueError: If there is none, or it does not fit the run.
+        ValueError: If there is no such option, or it does not fit the run.
     """
     own = sampler_settings(config.sampler, process)
     if name == "run":
@@ -173,17 +175,17 @@ def preview_sampler(config: Config, name: str, process: GaussianDiffusion) -> di
 def timestep_sampler(
     process: GaussianDiffusion, device: torch.device
 ) -> Uniform | LossSecondMoment:
-    """Returns how training picks timesteps for this diffusion."""
+    """Returns the timestep sampler that training uses with this diffusion process."""
     if process.timestep_sampling == "loss_second_moment":
         return LossSecondMoment(process.num_timesteps, device)
     return Uniform(process.num_timesteps)
 
 
 def source(config: Config) -> Source:
-    """Finds the pictures, and what those on this machine are by content.
+    """Finds the pictures, and lists local ones by their content.
 
     Raises:
-        ValueError: If there are none, naming the key.
+        ValueError: If there are none; the message names the key.
     """
     with _naming("data"):
         found: Source = instantiate(config.data.source, _convert_="all")
@@ -191,7 +193,7 @@ def source(config: Config) -> Source:
 
 
 def images(config: Config, found: Source, workers: int) -> ImageSet:
-    """Returns the data set at the run's resolution, decoded now or later as runtime.feed says."""
+    """Returns the data set at the run's resolution; runtime.feed says when it is decoded."""
     decoding, cache = _decoding(config.data), Path(config.data.cache)
     later = decodes_later(config.runtime.feed, found, decoding, cache)
     return image_set(found, decoding, cache, workers, config.data.max_unreadable, later)
@@ -200,18 +202,18 @@ def images(config: Config, found: Source, workers: int) -> ImageSet:
 def load_images(
     config: Config, wanted: list[int | str], data: Callable[[], ImageSet]
 ) -> torch.Tensor:
-    """Reads pictures, made ready as the run's are.
+    """Reads pictures and preprocesses them as training does.
 
     Args:
         config: The run's configuration.
-        wanted: Numbers in the run's data set, or files.
-        data: Gives that set.
+        wanted: Indices into the run's data set, or file names.
+        data: Loads the data set; called only if there is an index.
 
     Returns:
         (N, C, H, W) float32 in [-1, 1].
 
     Raises:
-        ValueError: For a number or a file that is not there.
+        ValueError: If an index is out of range or a file cannot be read.
     """
     found = []
     for name in wanted:
@@ -219,7 +221,7 @@ def load_images(
             try:
                 content = read_file(Path(name).expanduser(), MOST_BYTES)
                 found.append(_decoding(config.data)(content))
-            except Exception as error:  # any fault of a file is that file's
+            except Exception as error:  # decoders raise all sorts of errors on a damaged file
                 raise ValueError(f"pictures has {name}: {reason_of(error)}") from error
             continue
         decoded_set = data()
@@ -230,16 +232,16 @@ def load_images(
 
 
 def check(config: Config) -> None:
-    """Builds everything that needs no data, on no device.
+    """Builds everything that needs no data, using no device.
 
     Raises:
-        ValueError: For what cannot be or does not fit together; the message names the key.
+        ValueError: If a value is invalid or two do not fit together; the message names the key.
     """
     process = diffusion(config)
     if sampler(config.sampler, process).guidance_scale != 1 and any_class(config, 1) is None:
         raise ValueError(
-            f"sampler.guidance_scale={config.sampler['guidance_scale']} needs classes in training, "
-            "some of them left out (training.conditional=true training.label_dropout=0.1)"
+            f"sampler.guidance_scale={config.sampler['guidance_scale']} needs a network trained "
+            "with classes and label dropout: training.conditional=true training.label_dropout=0.1"
         )
     if config.runtime.preview_sampler != "auto":
         preview_sampler(config, config.runtime.preview_sampler, process)
@@ -271,7 +273,7 @@ def _decoding(data: Data) -> Decoding:
 
 @contextmanager
 def _naming(group: str) -> Iterator[None]:
-    """Puts the group before its objects' complaints, so that they name the key to change."""
+    """Prefixes errors with the group, so that they name the key to change."""
     try:
         yield
     except (ValueError, TypeError, InstantiationException) as error:

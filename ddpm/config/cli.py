@@ -1,4 +1,4 @@
-"""The main function that all commands share: help, jobs, errors in one line, exit codes."""
+"""The main function that all commands share: help, jobs, one-line errors, exit codes."""
 
 import contextlib
 import functools
@@ -45,9 +45,9 @@ Run = Callable[[Composed], object]
 
 
 def lazily(name: str) -> Callable[..., Any]:
-    """Returns the function of that dotted name, imported only when it is called.
+    """Returns the function with this dotted name, and imports it only when it is called.
 
-    So --help need not wait for torch.
+    This keeps --help from waiting for torch.
     """
 
     def call(*arguments: Any) -> Any:
@@ -71,23 +71,26 @@ def command(
 ) -> Callable[[], None]:
     """Returns the main function of `python -m ddpm.<name>`.
 
-    It composes the command's YAML with the command line, then runs; in a sweep, once per job.
+    The main function composes the command's YAML with the command line and calls `run`, once per
+    job in a sweep.
 
-    An error is one line on standard error, and exit code 1; Ctrl-C is one line too, and 130.
-    HYDRA_FULL_ERROR=1 brings the traceback of either. A failing job of a sweep does not stop the
-    others.
+    An error prints one line on standard error and exits with code 1; Ctrl-C does the same with
+    code 130. HYDRA_FULL_ERROR=1 shows the traceback of either. A job that fails does not stop the
+    rest of a sweep.
 
     Args:
-        name: Of the command.
-        run: What it does.
-        what: A line for --help.
+        name: The command's name.
+        run: Carries out the command.
+        what: Summary for --help.
         examples: Command lines for --help.
-        config_name: Of its file in conf/; None for the command's own name.
-        facts: What to show of a job in the table at the end of a sweep, by column.
-        check: Looks, before a sweep's first job, whether a job can run, on this machine or another.
-        heeds: Whether it stops when told, to carry on later (ddpm.system.signals); so a sweep does.
-        scored: Says what a search goes by (hydra/sweeper=optuna), of a job that is complete.
-        recipes: Whether experiment= can be given; it takes half a second to make them ready.
+        config_name: Name of the command's file in conf/; None for the command's own name.
+        facts: Returns the columns that a job adds to the table at the end of a sweep.
+        check: Raises ValueError for a job that cannot run. It is called for every job before a
+            sweep starts, and told whether the job runs on this machine.
+        heeds: Whether the command stops on a signal and can be resumed (ddpm.system.signals). A
+            sweep of it then stops, too.
+        scored: Returns the score of a complete job for a search (hydra/sweeper=optuna).
+        recipes: Whether the command takes experiment=. Registering the recipes takes half a second.
     """
     config_name = config_name or name
 
@@ -112,7 +115,7 @@ def command(
         ended, outcomes = sweep.ended, sweep.outcomes
 
         def job(cfg: DictConfig) -> sweeps.Outcome | None:
-            elsewhere = os.getpid() != process  # where the launcher has put the job
+            elsewhere = os.getpid() != process  # the launcher started a process for this job
             if elsewhere:
                 sys.argv[1:] = typed
                 slurm.join_step()
@@ -128,11 +131,11 @@ def command(
                     signals.check()
             return outcome
 
-        job.__module__ = f"ddpm.{name}"  # Hydra's job name is its last part
+        job.__module__ = f"ddpm.{name}"  # Hydra derives its job name from this
         if recipes:
             register_experiments()
         sweeps.set_defaults()
-        # have Hydra raise rather than print its own several lines
+        # make Hydra raise instead of printing its own multi-line message
         os.environ["HYDRA_FULL_ERROR"] = "1"
         start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)
         with contextlib.nullcontext() if wants_traceback else _errors_in_a_line(told, parsed):
@@ -156,7 +159,7 @@ def command(
 
 @contextlib.contextmanager
 def _table_at_the_end(sweep: launching.Sweep) -> Iterator[None]:
-    """Says how the jobs ended that there were, also where a search ends early."""
+    """Prints the table of jobs, even if a search ends early."""
     try:
         yield
     finally:
@@ -170,7 +173,7 @@ def _table_at_the_end(sweep: launching.Sweep) -> Iterator[None]:
 def _errors_in_a_line(
     told: Callable[[Exception, Sequence[str]], str], parsed: Namespace
 ) -> Iterator[None]:
-    """Exits with what was wrong; what a job raises is caught in the job and does not come here."""
+    """Turns an error into one line and an exit code; jobs catch their own errors."""
     try:
         yield
     except KeyboardInterrupt:
@@ -183,7 +186,7 @@ def _errors_in_a_line(
 
 
 def _run_alone(cfg: DictConfig, run: Run, wants_traceback: bool) -> sweeps.Outcome:
-    """The one job of a command that is no sweep: its error in a line."""
+    """Runs the only job of a command that is not a sweep, and prints its error in one line."""
     composed = from_hydra(cfg, HydraConfig.get())
     try:
         run(composed)
@@ -202,10 +205,7 @@ def _run_alone(cfg: DictConfig, run: Run, wants_traceback: bool) -> sweeps.Outco
 def _run_job(
     cfg: DictConfig, run: Run, facts: sweeps.Facts, wants_traceback: bool
 ) -> sweeps.Outcome | None:
-    """A job of a sweep: its error in a line, how it ended, and what to show of it.
-
-    None if the sweep was told to stop before.
-    """
+    """Runs one job of a sweep, and returns None if the sweep was told to stop before it."""
     composed = from_hydra(cfg, HydraConfig.get())
     if signals.noted():
         return None
@@ -230,7 +230,7 @@ def _run_job(
 
 @contextlib.contextmanager
 def _as_worker(heeds: bool) -> Iterator[None]:
-    """Has a job run in a process that a launcher started for it."""
+    """Sets up a process that a launcher started for a job: its signals and its device."""
     stays = str(HydraConfig.get().launcher.get("_target_")).endswith(".JoblibLauncher")
     held = signals.obeying if stays else signals.listening
     with held() if heeds else contextlib.nullcontext():
@@ -238,23 +238,19 @@ def _as_worker(heeds: bool) -> Iterator[None]:
             sweeps.claim_device(sweeps.visible_devices())
         yield
     if slurm.submitted_by_submitit() and signals.was_told() and slurm.queued_again():
-        # without a result, for which the submitting command waits: it has not ended
+        # leave no result: the submitting command waits for one, and this job will go on
         sys.exit(signals.CARRIES_ON)
 
 
 def _parsed(arguments: Sequence[str]) -> Namespace:
-    """The flags and overrides of a command line; exits in a line for flags that are none."""
+    """Parses flags and overrides, and exits with one line if a flag is unknown."""
 
     def refuse(message: str) -> NoReturn:
         wrong = next((word for word in arguments if re.match("-+[a-z_.]+=", word)), None)
         sys.exit(
             shown(
                 f"error: {message}"
-                + (
-                    f"; settings are given without dashes, as {wrong.lstrip('-')}"
-                    if wrong
-                    else "; see --help"
-                )
+                + (f"; settings take no dashes: {wrong.lstrip('-')}" if wrong else "; see --help")
             )
         )
 
@@ -269,13 +265,13 @@ KEY = re.compile(r"^(?P<key>\w+): (?P<value>[^#\s][^#\n]*?) *(?:# (?P<remark>.*)
 def help_text(
     conf: Path, experiments: Path, config_name: str, what: str, examples: Sequence[str]
 ) -> str:
-    """Returns the help of the command that composes conf/<config_name>.yaml.
+    """Returns the --help text of the command that composes conf/<config_name>.yaml.
 
     Args:
         conf: The folder conf/.
         experiments: The folder experiments/.
-        config_name: Of the command's file in conf/.
-        what: A line on what the command does.
+        config_name: Name of the command's file in conf/.
+        what: Summary of what the command does.
         examples: Command lines.
     """
     text = (conf / f"{config_name}.yaml").read_text(encoding="utf-8")
@@ -295,7 +291,7 @@ def help_text(
         f"  {found['key'] + '=' + found['value']:<22} {found['remark'] or ''}".rstrip()
         for found in re.finditer(KEY, text)
     ]
-    chosen = "Groups, to be chosen by group=option (* the one chosen if you say nothing), and keys:"
+    chosen = "Groups (choose with group=option; * marks the default) and the keys of sections:"
     return "\n".join(
         [
             what,
@@ -303,11 +299,11 @@ def help_text(
             *(f"  {example}" for example in examples),
             "",
             *([chosen, *groups, ""] if groups else []),
-            "Other keys, and what they are if you say nothing:",
+            "Other keys and their defaults:",
             *keys,
             "",
-            "--cfg job prints every key; -m sweeps over key=a,b; HYDRA_FULL_ERROR=1 brings "
-            "tracebacks; --hydra-help has the rest.",
+            "--cfg job prints every key; -m sweeps over key=a,b; HYDRA_FULL_ERROR=1 shows "
+            "tracebacks; --hydra-help explains Hydra's own flags.",
         ]
     )
 

@@ -1,4 +1,4 @@
-"""Where the YAML lies, and what a command line composes to."""
+"""Finds the YAML files, and composes command lines."""
 
 import copy
 import difflib
@@ -36,8 +36,8 @@ PACKAGE = Path(__file__).resolve().parent.parent
 ROOT = PACKAGE / "_bundled" if (PACKAGE / "_bundled" / "conf").is_dir() else PACKAGE.parent
 CONF = ROOT / "conf"
 EXPERIMENTS = ROOT / "experiments"
-RENAMED = {"compile": "tune"}  # keys of before
-BROKEN: dict[str, str] = {}  # files of experiments/ that cannot be options: name -> what is wrong
+RENAMED = {"compile": "tune"}  # former key -> today's
+BROKEN: dict[str, str] = {}  # unusable files of experiments/: name -> error
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Composed:
     """A composed configuration.
 
     Attributes:
-        cfg: The configuration, without Hydra's own part.
-        choices: The option chosen in each group.
-        overrides: What the command line said, as typed.
-        config_dir: The folder of the user's own options (--config-dir), if there is one.
+        cfg: The configuration without Hydra's own section.
+        choices: The chosen option of each group.
+        overrides: The overrides as typed.
+        config_dir: The folder of the user's own options (--config-dir), if any.
     """
 
     cfg: DictConfig
@@ -60,16 +60,16 @@ class Composed:
 def compose(
     overrides: Sequence[str], config_name: str = "config", config_dir: str | None = None
 ) -> Composed:
-    """Returns what a command line would compose to.
+    """Returns the configuration that a command line composes to.
 
     Args:
-        overrides: Its overrides.
-        config_name: Of the command's file in conf/.
-        config_dir: The folder of the user's own options, as --config-dir has it.
+        overrides: The command line's overrides.
+        config_name: Name of the command's file in conf/.
+        config_dir: The folder of the user's own options, as --config-dir takes it.
 
     Raises:
-        HydraException: As the command itself does.
-        ValueError: For a path as an option.
+        HydraException: If the command line does not compose.
+        ValueError: If an option is a path.
     """
     register_experiments()
     refuse_paths(overrides)
@@ -88,9 +88,9 @@ def compose(
 
 @functools.cache
 def shipped_option(group: str, name: str) -> dict[str, Any]:
-    """Returns what an option of conf/ sets of its own group; interpolations stay as they are.
+    """Returns the values that an option of conf/ sets in its own group, interpolations unresolved.
 
-    It is read here, since Hydra takes a second to compose a dozen options one by one.
+    This reads the file itself, since Hydra takes a second to compose a dozen options.
     """
     node = cast(DictConfig, OmegaConf.load(CONF / group / f"{name}.yaml"))
     plain = cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
@@ -109,10 +109,9 @@ def shipped_options(group: str) -> list[str]:
 
 @functools.cache
 def register_experiments(folder: Path = EXPERIMENTS) -> None:
-    """Makes each file of experiments/ an option of the group `experiment`.
+    """Registers each file of experiments/ as an option of group `experiment`.
 
-    The command can then be started in any folder. A file that cannot be an option is an error only
-    for whoever asks for it.
+    Commands can then start in any folder. A broken file is an error only if it is chosen.
     """
     for file in sorted(folder.glob("*.yaml")):
         try:
@@ -134,20 +133,20 @@ def register_experiments(folder: Path = EXPERIMENTS) -> None:
 
 
 def _check_recipe(node: Any) -> None:
-    """Refuses a recipe that is no table, or sets Hydra, which would call its targets unchecked."""
+    """Rejects malformed recipes, and those that set hydra, whose targets Hydra calls unchecked."""
     if not isinstance(node, DictConfig):
-        raise ValueError("it is no table of keys")
+        raise ValueError("it must be a table of keys")
     if "hydra" in node:
-        raise ValueError("it sets hydra, which is for the command line alone")
+        raise ValueError("it sets hydra, which only the command line may set")
     defaults = cast(dict[Any, Any], OmegaConf.to_container(node)).get("defaults", [])
     if not isinstance(defaults, list):
-        raise ValueError(f"defaults={defaults} is no list")
+        raise ValueError(f"defaults={defaults} must be a list")
     for entry in defaults:
         for key, option in entry.items() if isinstance(entry, dict) else [(str(entry), None)]:
             group = key.removeprefix("override ").strip("/ ")
             if "@" in key or not re.fullmatch(r"_self_=None|[\w/]+=[\w-]+", f"{group}={option}"):
                 raise ValueError(
-                    f"its defaults have {key}: {option}, which is no group with one of its options"
+                    f"its defaults have {key}: {option}, which is not a group with an option"
                 )
             if group != "_self_" and not group.startswith("hydra/") and not (CONF / group).is_dir():
                 raise ValueError(
@@ -156,9 +155,9 @@ def _check_recipe(node: Any) -> None:
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """Returns the part of a message that names the likeliest of the valid names.
+    """Returns the end of an error message that suggests the closest valid name.
 
-    It lists the valid names too if they are few.
+    It also lists the valid names if there are at most 24.
     """
     if RENAMED.get(name) in names:
         return f"; it is called {RENAMED[name]} now"
@@ -169,6 +168,7 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 
 def from_hydra(cfg: DictConfig, hydra_cfg: Any) -> Composed:
+    """Returns what Hydra composed, separated from Hydra's own section."""
     task_cfg = copy.deepcopy(cfg)
     OmegaConf.set_struct(task_cfg, False)
     task_cfg.pop("hydra", None)
@@ -194,10 +194,7 @@ def from_hydra(cfg: DictConfig, hydra_cfg: Any) -> Composed:
 
 
 def at_home(override: str) -> str:
-    """Returns key=~/path with the home folder put in.
-
-    A shell leaves the ~ alone since the key has a dot, and Hydra cannot read it.
-    """
+    """Expands the ~ of key=~/path, which the shell leaves alone and Hydra cannot parse."""
     key, equals, value = override.partition("=")
     quote = value[:1] if len(value) > 2 and value[:1] == value[-1:] and value[:1] in "'\"" else ""
     inner = value[1:-1] if quote else value
@@ -211,20 +208,20 @@ def _groups() -> list[str]:
 
 
 def refuse_paths(overrides: Sequence[str]) -> None:
-    """Refuses an option of a group that is no name.
+    """Rejects overrides that give a group anything but the name of an option.
 
-    A path could lead to any file, and two options would be mixed. Own experiments may lie in
-    sub-folders; nothing else lies there that composes alone.
+    A path could lead to any file, and a list would merge several options. Only the user's own
+    experiments may lie in subfolders.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If an override does.
     """
     groups = {**{group: CONF / group for group in _groups()}, "experiment": EXPERIMENTS}
     for override in overrides:
         key, _, option = override.lstrip("+~").partition("=")
         group = re.split("[/@:]", key)[0]
         if not key:
-            raise ValueError(f"{override}: settings are key=value")
+            raise ValueError(f"{override}: settings have the form key=value")
         if group not in groups or "." in key.partition("@")[0]:
             continue
         if not all(_names_option(value, key == "experiment") for value in _options(override)):
@@ -235,11 +232,11 @@ def refuse_paths(overrides: Sequence[str]) -> None:
 
 
 def _options(override: str) -> list[Any]:
-    """The options that an override of a group names, one or those of a sweep."""
+    """Returns the options that an override of a group names; a sweep names several."""
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException:
-        return []  # Hydra says so itself
+        return []  # Hydra reports it itself
     value = parsed.value()
     if isinstance(value, Glob):
         return [pattern.replace("[", "") for pattern in (*value.include, *value.exclude)]
@@ -249,7 +246,7 @@ def _options(override: str) -> list[Any]:
 
 
 def _names_option(value: Any, experiment: bool) -> bool:
-    """Whether a value can stand for a group: an option's name, or a table of the group's keys."""
+    """Whether a group takes this value: an option's name, or a table of the group's keys."""
     if isinstance(value, str):
         nested = experiment and re.fullmatch(r"[\w-]+(/[\w-]+)+", value)
         return bool(nested) or not re.search(r"[/\\[]|\.\.|\.ya?ml", value)
@@ -264,15 +261,15 @@ def searchpath(overrides: Sequence[str]) -> list[str]:
 
 
 def refuse_hidden(folders: Sequence[str]) -> None:
-    """Refuses a file of the user's own that bears the name of one that is built in.
+    """Rejects a file of the user's that has the name of a built-in one.
 
-    Hydra would take the built-in one and say nothing.
+    Hydra would silently use the built-in one.
 
     Args:
-        folders: Of own options, as --config-dir or hydra.searchpath have them.
+        folders: Folders of the user's own options, as --config-dir or hydra.searchpath take them.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If there is such a file.
     """
     built_in = [(file, file.relative_to(CONF)) for file in sorted(CONF.rglob("*.yaml"))]
     built_in += [(file, Path("experiment", file.name)) for file in EXPERIMENTS.glob("*.yaml")]
@@ -282,13 +279,13 @@ def refuse_hidden(folders: Sequence[str]) -> None:
             if own.is_file() and not own.samefile(file):
                 option = f"{name.parent}={name.stem}" if name.parent.name else str(name)
                 raise ValueError(
-                    f"{own} is hidden by the built-in option of that name, {option}; give it "
-                    "another name"
+                    f"{own} is hidden by the built-in option {option} of the same name; rename "
+                    "the file"
                 )
 
 
 def _look_at_file(option: Option) -> None:
-    """Looks at a file of options before it is merged into those before it."""
+    """Checks a file of options before Hydra merges it into the earlier ones."""
     if not is_shipped(option.place, option.provider, CONF):
         own = option.place.startswith("file://")
         place = option.place.removeprefix("file://") if own else "experiments"
@@ -298,7 +295,6 @@ def _look_at_file(option: Option) -> None:
 
 
 def _look_at_all(cfg: DictConfig) -> None:
-    """Looks at what was composed."""
     check_trust(cfg)
     keep_runs_folder(cfg)
 

@@ -1,6 +1,6 @@
-"""Errors in one line: what is wrong, what was given, what to type.
+"""One-line errors: what is wrong, what was given, what to type.
 
-Hydra's own lines take several, and speak of its inner names.
+Hydra's own messages take several lines and speak of its internals.
 """
 
 import re
@@ -17,9 +17,10 @@ from ddpm.system.text import shown
 
 
 def explain(error: Exception) -> str:
-    """Returns an error in one line.
+    """Returns an error as one line.
 
-    That is the message alone where it is meant for the user, with its type where it is a surprise.
+    A ValueError is meant for the user and gives its message alone; any other error gets its type in
+    front.
     """
     message = shown(" ".join(str(error).split()))
     return (
@@ -32,20 +33,20 @@ def explain(error: Exception) -> str:
 def explain_composition(
     error: Exception, words: Sequence[str], config_name: str, config_dir: str | None
 ) -> str:
-    """Returns an error of Hydra's composition in one line, with the nearest valid name.
+    """Returns a composition error of Hydra's as one line that suggests the closest valid name.
 
     Args:
-        error: What was raised.
+        error: The error.
         words: The overrides that were composed.
-        config_name: Of the command's file in conf/.
-        config_dir: The folder of the user's own options, if there is one.
+        config_name: Name of the command's file in conf/.
+        config_dir: The folder of the user's own options, if any.
     """
     if isinstance(error, OverrideParseException):
         key, equals, _ = error.override.partition("=")
-        what = f"{error.override} cannot be read" if equals else f"{key} is no setting"
+        what = f"{error.override} cannot be parsed" if equals else f"{key} is not a setting"
         return (
-            f"{what}: settings are key=value; spaces, brackets and other signs in a value need "
-            "quotes: 'key=\"value\"'"
+            f"{what}: settings have the form key=value; a value with spaces, brackets or other "
+            "special characters needs quotes: 'key=\"value\"'"
         )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _no_such_option(error.missing_cfg_file, error.options or [])
@@ -57,12 +58,12 @@ def explain_composition(
     if "does not support sweep type" in message:
         word = next((word for word in words if "interval(" in word), message)
         return (
-            f"{word}: an interval has no values to try; give them: key=1e-4,2e-4 or "
-            "'key=range(0,0.5,0.1)', or have hydra/sweeper=optuna pick some"
+            f"{word}: a grid sweep cannot try an interval; list values (key=1e-4,2e-4 or "
+            "'key=range(0,0.5,0.1)'), or let hydra/sweeper=optuna pick them"
         )
     twice = re.match(r"Multiple values for ([\w/]+)", message)
     if twice:
-        return f"{twice[1]} is chosen already; another option takes its place as {twice[1]}=..."
+        return f"{twice[1]} has an option already; replace it with {twice[1]}=..."
     in_file = re.match(r"In '(?P<file>[^']+)': Could not override '(?P<group>[^']+)'", message)
     if in_file:
         return _wrong_override(in_file["file"], in_file["group"], message)
@@ -71,7 +72,7 @@ def explain_composition(
         return message
     if "@" in unknown[1]:
         return (
-            f"{unknown[1]}: a command line has no packages (@); an option is chosen as "
+            f"{unknown[1]}: the command line takes no packages (@); choose an option with "
             f"{unknown[1].partition('@')[0]}=..."
         )
     return _no_such_key(unknown[1], words, config_name, config_dir) or message
@@ -83,14 +84,14 @@ def _no_such_option(file: str, options: Sequence[str]) -> str:
         return BROKEN[option]
     more = ""
     if group == "hydra/launcher" and "joblib" not in options:
-        more = "; pip install -e '.[sweep]' brings joblib, submitit_local and submitit_slurm"
+        more = "; pip install -e '.[sweep]' adds joblib, submitit_local and submitit_slurm"
     if group == "hydra/sweeper" and "optuna" not in options:
-        more = "; pip install -e '.[search]' brings optuna"
+        more = "; pip install -e '.[search]' adds optuna"
     return f"{group}={option}: no such option of {group}{nearest(option, options)}{more}"
 
 
 def _wrong_override(file: str, group: str, message: str) -> str:
-    """What is wrong with `override group: option` in a file of options."""
+    """Returns what is wrong with `override group: option` in a file of options."""
     if "@experiment." in group:
         return needs_package(file)
     name = group.partition("@")[0].removeprefix(f"{file.rpartition('/')[0]}/")
@@ -102,8 +103,8 @@ def _wrong_override(file: str, group: str, message: str) -> str:
 def _no_such_key(
     key: str, words: Sequence[str], config_name: str, config_dir: str | None
 ) -> str | None:
-    """That a key is none, with what there is beside it and which options have it."""
-    choices = [  # of a sweep the first job's, which does not compose
+    """Returns that there is no such key, its nearest neighbors and the options that have it."""
+    choices = [  # those of a sweep's first job
         word.partition(",")[0]
         for word in words
         if re.fullmatch(r"[\w/]+=[\w/,-]+", word) and not word.startswith(f"{key}=")
@@ -134,7 +135,7 @@ def _no_such_key(
 
 
 def _options_with(key: str, composed: Composed) -> str:
-    """The part of a message that names the options which have a key that the chosen one lacks."""
+    """Returns the end of a message that names the options which have the key."""
     group, _, inner = key.partition(".")
     having = [
         file.stem
@@ -146,7 +147,7 @@ def _options_with(key: str, composed: Composed) -> str:
     target = OmegaConf.select(composed.cfg, f"{group}._target_")
     adds = f"; ++{key}=... adds it" if takes(group, target, inner) else ""
     have = f"{', '.join(having)} {'have' if having[1:] else 'has'}"
-    return f"; {group}={have} it, {composed.choices[group]} has not{adds}"
+    return f"; {group}={have} it, {composed.choices[group]} does not{adds}"
 
 
 def _has(tree: Any, key: str) -> bool:

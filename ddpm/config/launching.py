@@ -1,4 +1,4 @@
-"""Launching the jobs of a sweep, and stopping them; each has an outcome, however it all ends."""
+"""Launches and stops the jobs of a sweep; every job gets an outcome, however the sweep ends."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,10 +18,10 @@ from ddpm.system.text import say
 
 @dataclass(frozen=True)
 class Returned:
-    """What a launcher gives back of a job, as Hydra's JobReturn.
+    """A job's result, in place of Hydra's JobReturn.
 
     Attributes:
-        return_value: How the job ended; for a search its score, None where it has none.
+        return_value: The job's outcome; for a search its score, or None if it has none.
     """
 
     return_value: Outcome | float | None
@@ -32,14 +32,14 @@ class Sweep:
     """The jobs of one command line.
 
     Attributes:
-        facts: What to show of a job, by column.
-        heeds: Whether a job heeds signals, so that one can stop the sweep.
-        wants_traceback: Whether an error is to be raised, not told in a line.
-        check: Looks at the first jobs of a search, before they start.
-        scored: Says what a search goes by; None where there is no such thing.
-        ended: How those ended that ran in this process, by their number.
-        outcomes: How all ended, in their order.
-        scores: What a search went by, by the job's number.
+        facts: Returns a job's columns of the table.
+        heeds: Whether jobs react to signals, so that a signal stops the sweep.
+        wants_traceback: Whether to raise an error instead of printing one line.
+        check: Checks the first jobs of a search before they start.
+        scored: Returns a job's score; None if the command has no score.
+        ended: Outcomes of jobs that ran in this process, by job number.
+        outcomes: Outcomes of all jobs, in job order.
+        scores: Scores of a search's complete jobs, by job number.
     """
 
     facts: Facts
@@ -60,19 +60,19 @@ class Sweep:
         jobs: Sequence[list[str]],
         first: int,
     ) -> list[Returned]:
-        """Launches jobs, and waits for them.
+        """Launches jobs and waits for them.
 
         Args:
-            sweeper: The settings of the one that asks for them.
-            launcher: Hydra's.
+            sweeper: The sweeper's settings.
+            launcher: Hydra's launcher.
             compose_job: Composes the overrides of a job.
             jobs: The overrides of each job.
-            first: The number of the first one.
+            first: The number of the first job.
 
         Raises:
-            Exception: What the launcher raises, where no job got under way.
-            ValueError: For a search that cannot be.
-            Preempted: When a search is told to stop, which nothing else would end.
+            Exception: The launcher's error, if no job started.
+            ValueError: If the search is impossible.
+            Preempted: If a search is told to stop; the sweeper would go on asking for jobs.
         """
         learns = search.learns(sweeper)
         if learns and first == 0:
@@ -100,10 +100,9 @@ class Sweep:
         jobs: Sequence[list[str]],
         first: int,
     ) -> list[Any]:
-        """Launches jobs, and waits for them.
+        """Launches jobs and waits for them.
 
-        A launcher that raises keeps what it knows to itself. So what is missing is asked of the
-        runs' folders.
+        A launcher that raises returns no outcomes. The runs' folders supply those that are missing.
         """
         if type(launcher).__name__ == "SlurmLauncher":
             return self._on_slurm(launcher, compose_job, jobs, first)
@@ -115,7 +114,7 @@ class Sweep:
             with _telling(launcher):
                 if not signals.noted():
                     for number, done in enumerate(launcher.launch(jobs, first), first):
-                        if done.return_value is not None:  # it was started
+                        if done.return_value is not None:  # the job started
                             self.ended[number] = done.return_value
         except Preempted:  # raised by a job in this process
             pass
@@ -152,13 +151,13 @@ class Sweep:
         return [Returned(one) for one in submitit_jobs.wait_for(submitted, of_folder)]
 
     def close(self) -> None:
-        """Lets go of the signals."""
+        """Releases the signals."""
         self._held.close()
 
 
 @contextmanager
 def _telling(launcher: Any) -> Iterator[None]:
-    """Tells the processes of jobs to stop when this one is told, and waits for their end."""
+    """Passes a stop signal on to the processes of jobs, and waits for them to end."""
     kind = type(launcher).__name__
     if kind == "JoblibLauncher" and _joblib_starts_processes(launcher):
         start_loky_trackers()

@@ -1,6 +1,6 @@
-"""What Hydra is told beyond its own rules, while it composes.
+"""Rules that the project adds to Hydra's composition.
 
-The unit of the duration, the words that stand for a whole sweep, and what is not for the user.
+They cover the unit of the duration, the overrides of a sweep, and keys that users may not set.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-UNITS = {"steps": "epochs", "epochs": "steps"}  # of the duration: each with the other one
-NETWORK = (  # keys that say what a file of weights is a network of
+UNITS = {"steps": "epochs", "epochs": "steps"}  # unit of the duration -> the other one
+NETWORK = (  # keys that describe the network in a file of weights
     *("experiment", "model", "data", "schedule", "objective", "training", "init_attention"),
 )
-RUNS_FOLDER = {  # as conf/hydra/run.yaml has them
+RUNS_FOLDER = {  # the values in conf/hydra/run.yaml
     "hydra.run.dir": ".",
     "hydra.sweep.dir": "${outputs}",
     "hydra.sweep.subdir": ".",
@@ -24,15 +24,15 @@ RUNS_FOLDER = {  # as conf/hydra/run.yaml has them
 
 
 def one_unit(path: str, package: str | None, config: DictConfig) -> None:
-    """Has a file that gives one unit of the duration undo the other one, said before it.
+    """Lets a file that sets one unit of the duration reset the other, set by an earlier file.
 
     Args:
-        path: The option, as experiment/cifar10.
-        package: Where its keys go; empty or None for the top.
-        config: Its content, in place.
+        path: The option, such as experiment/cifar10.
+        package: Where its keys go; empty or None for the top level.
+        config: The file's content, changed in place.
 
     Raises:
-        ValueError: For an experiment whose keys would not go to the top.
+        ValueError: If an experiment's keys would not go to the top level.
     """
     if path.startswith("experiment/") and (package or "").split(".")[0] == "experiment":
         raise ValueError(needs_package(path))
@@ -46,10 +46,10 @@ def one_unit(path: str, package: str | None, config: DictConfig) -> None:
 
 
 def needs_package(path: str) -> str:
-    """Returns what an experiment is told that forgot its first line."""
+    """Returns the error for an experiment without its first line."""
     return (
-        f"{path}.yaml: its first line must be '# @package _global_', for its keys to be those of "
-        "the run"
+        f"{path}.yaml: its first line must be '# @package _global_'; without it, its keys do not "
+        "reach the run"
     )
 
 
@@ -61,20 +61,20 @@ def given_units(training: object) -> set[str]:
 def words_to_compose(
     typed: Sequence[str], loader: ConfigLoader, sweeps: bool, config_name: str
 ) -> list[str]:
-    """Returns the overrides that Hydra composes in place of those typed.
+    """Returns the overrides that Hydra composes instead of those typed.
 
-    A sweep's settings are composed for its first job: Hydra would take the default options, which
-    need not have the keys that are set. And experiment=null is the same as no experiment. What
-    ddpm.sample from=FILE is told of the file's network is left out: a composition of its own.
+    A sweep composes the overrides of its first job: Hydra would use the default options, which need
+    not have the keys that are set. experiment=null means no experiment. ddpm.sample from=FILE
+    composes the keys that describe the file's network separately, so they are left out.
 
     Args:
-        typed: The overrides.
-        loader: Of the configuration, which knows what a glob() finds.
-        sweeps: Whether several jobs are to come of it.
-        config_name: Of the command's file in conf/.
+        typed: The overrides as typed.
+        loader: Hydra's config loader, which resolves glob().
+        sweeps: Whether this is a sweep.
+        config_name: Name of the command's file in conf/.
 
     Raises:
-        ValueError: For a sweep over nothing.
+        ValueError: If a sweep has no values.
     """
     parsed = OverridesParser.create(loader).parse_overrides(list(typed))
     if config_name == "sample" and any(one.key_or_group == "from" for one in parsed):
@@ -87,7 +87,7 @@ def words_to_compose(
 
 
 def says_network(override: Override) -> bool:
-    """Whether an override of ddpm.sample tells the network and process of a file of weights."""
+    """Whether an override of ddpm.sample describes the network or process of a file of weights."""
     key = str(override.key_or_group)
     return key.split(".")[0] in NETWORK and key != "data.path"
 
@@ -98,19 +98,19 @@ def _first_value(override: Override) -> str:
     first = next(override.sweep_string_iterator(), None)
     if first is None:
         why = (
-            f"no option of {override.key_or_group} has such a name"
+            f"no option of {override.key_or_group} matches"
             if isinstance(override.value(), Glob)
-            else "there is no number in that range"
+            else "the range is empty"
         )
-        raise ValueError(f"{override.input_line}: a sweep over nothing, {why}")
+        raise ValueError(f"{override.input_line}: nothing to sweep over: {why}")
     return f"{override.get_key_element()}={first}"
 
 
 def keep_runs_folder(cfg: DictConfig) -> None:
-    """Refuses to have Hydra name the folder of a run, which it would not be in.
+    """Rejects keys of Hydra that would name a run's folder: the run would not be in it.
 
     Raises:
-        ValueError: If that is what was typed, or set in a file.
+        ValueError: If the command line or a file sets one.
     """
     for key, ours in RUNS_FOLDER.items():
         parent, _, name = key.rpartition(".")
@@ -119,5 +119,5 @@ def keep_runs_folder(cfg: DictConfig) -> None:
         if value != ours:
             raise ValueError(
                 f"{key}={str(value).lower() if isinstance(value, bool) else value}: a run's folder "
-                "follows from its configuration; outputs=DIR says where"
+                "follows from its configuration; choose where it lies with outputs=DIR"
             )

@@ -1,8 +1,8 @@
 """The checked configuration.
 
-Every key is known, every value of its type and in its range, and every named class trusted, before
-anything is built. Groups with a `_target_` are checked against the signature of what they name; the
-settings that no constructor checks have their schema here.
+Before anything is built, every key is known, every value has its type and range, and every named
+class is trusted. Groups with a `_target_` are checked against that callable's signature; all other
+settings have their schema here.
 """
 
 import typing
@@ -34,7 +34,7 @@ from ddpm.system.names import Name, Precision
 
 
 class Data(Section):
-    """Which pictures, and how they are made ready. See conf/data/common/any.yaml for each key."""
+    """The pictures and their preprocessing. conf/data/common/any.yaml explains each key."""
 
     name: str
     source: Node
@@ -48,22 +48,22 @@ class Data(Section):
     flip: bool
     holdout: Share
     background: str
-    white: PositiveFloat | None = None  # this and the next two: runs of before have none
+    white: PositiveFloat | None = None  # older runs lack this key and the next two
     max_pixels: Count = 89_478_485
     resize: Literal["bicubic", "bilinear", "lanczos", "box", "box_bicubic"] = "bicubic"
     max_unreadable: Share
-    license: str | None = None  # runs of before have none
+    license: str | None = None  # older runs lack this key
     cache: Text
 
 
 class Place(Section):
-    """Where a run's pictures lie now, in commands that read a run; null: where they were."""
+    """Where a run's pictures lie now, for commands that read a run; null: where they were."""
 
     path: Text | None
 
 
 class Training(Section):
-    """Duration, batch, precision and averaging. See conf/config.yaml for each key."""
+    """Duration, batch, precision and averaging. conf/config.yaml explains each key."""
 
     steps: Count | None
     epochs: Count | None
@@ -78,7 +78,7 @@ class Training(Section):
 
 
 class Runtime(Section):
-    """How a run is carried out. See conf/config.yaml for each key."""
+    """How a run is carried out. conf/config.yaml explains each key."""
 
     device: Literal["auto", "cpu", "cuda", "mps"]
     device_batch: Count | Literal["auto"]
@@ -90,12 +90,12 @@ class Runtime(Section):
     sample_every: Count
     checkpoint_every: Count
     keep_checkpoints: Count
-    max_hours: Annotated[float, Field(gt=0)] | None = None  # runs of before have none
+    max_hours: Annotated[float, Field(gt=0)] | None = None  # older runs lack this key
     evaluate_every: Count | None
     num_previews: Annotated[int, Field(gt=0, le=4096)]
-    preview_sampler: Text = "auto"  # runs of before have none
+    preview_sampler: Text = "auto"  # older runs lack this key
     trusted_modules: list[str]
-    check_sweep: bool = True  # this and the next two: runs of before have none
+    check_sweep: bool = True  # older runs lack this key and the next two
     deterministic: bool = False
     profile: tuple[Count, Count] | None = None
 
@@ -105,7 +105,7 @@ Quantize = Literal["round", "truncate", "none"]
 
 
 class EvaluationSettings(Section):
-    """Which metrics, by which protocol. See conf/evaluation/default.yaml for each key."""
+    """Metrics and their protocol. conf/evaluation/default.yaml explains each key."""
 
     metrics: list[
         Literal[
@@ -127,17 +127,17 @@ class EvaluationSettings(Section):
     split: Split
     num_images: Count
     bound_split: Split
-    reference: Text | None = None  # runs of before have none
+    reference: Text | None = None  # older runs lack this key
     batch_size: Count
-    precision: Precision = "tf32"  # runs of before have none
+    precision: Precision = "tf32"  # older runs lack this key
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    quantize: Quantize = "round"  # this and the next two: runs of before have none
+    quantize: Quantize = "round"  # older runs lack this key and the next two
     inception_splits: FileCount = 10
     num_reference: Count | None = None
 
 
 class Metric(Section):
-    """A published figure, with the protocol that it was measured by."""
+    """A published figure and the protocol that it was measured by."""
 
     name: str
     value: float
@@ -146,9 +146,9 @@ class Metric(Section):
 
 
 class Expect(Section):
-    """What a recipe's run must come to; ddpm.plan checks it.
+    """Values that a recipe's run must have; ddpm.plan checks them.
 
-    Steps are optimizer updates counted from 0; `settings` are values by dotted key.
+    Steps are optimizer updates, counted from 0. `settings` maps dotted keys to values.
     """
 
     parameters: Count | None = None
@@ -161,15 +161,15 @@ class Expect(Section):
 
 
 class Recipe(Section):
-    """Where a named run comes from and what it should come to.
+    """The source of a named run, and the values that the run should have.
 
     Attributes:
         source: The paper, README or code.
-        takes: How long, on what.
-        note: What the source leaves open, of this run alone.
-        differs: What is done otherwise than in the source's code and can change a number.
-        departs: Of that, what a setting undoes: the source's values by dotted key.
-        expect: What it must come to.
+        takes: Duration and hardware.
+        note: What the source leaves open about this run.
+        differs: Differences from the source's code that can change a number.
+        departs: The source's values of settings that remove such a difference, by dotted key.
+        expect: Values that the run must have.
     """
 
     source: str
@@ -181,18 +181,18 @@ class Recipe(Section):
 
 
 class Config(Section):
-    """A training run, whole (conf/config.yaml).
+    """The whole configuration of a training run (conf/config.yaml).
 
     Attributes:
-        init_weights: Digest of what lies at init_from, found when the run is
+        init_weights: Digest of the weights at init_from, computed when the run is located
             (initial.with_initial_weights).
-        pictures: Fingerprint of what lies at data.path for data=folder, found when the run is
-            (pictures.with_pictures).
+        pictures: Fingerprint of the pictures at data.path for data=folder, computed when the run is
+            located (pictures.with_pictures).
     """
 
     resume: Text | None = None
     init_from: Text | None
-    init_attention: Literal["by_head", "whole"] = "by_head"  # runs of before have none
+    init_attention: Literal["by_head", "whole"] = "by_head"  # older runs lack this key
     init_weights: str | None = None
     pictures: str | None = None
     model: Node
@@ -210,15 +210,16 @@ class Config(Section):
     recipe: Recipe | None
 
 
-# of a run's config.yaml, not typed
+# keys of a run's config.yaml that users cannot set -> the key that they follow from
 FOLLOWING = {"init_weights": "init_from", "pictures": "data.path"}
 
 
 def training_config(composed: Composed) -> Config:
-    """Returns the configuration of a run, checked.
+    """Returns the checked configuration of a run.
 
     Raises:
-        ValueError: For what is wrong; it names the key, the value and what is allowed.
+        ValueError: If a setting is invalid; the message names the key, its value and what is
+            allowed.
     """
     plain = plain_config(composed)
     for key, source in FOLLOWING.items():
@@ -228,7 +229,7 @@ def training_config(composed: Composed) -> Config:
 
 
 def settings_and_config(schema: type[S], composed: Composed) -> tuple[S, Config]:
-    """Returns what a command adds to a run's keys, and the run's configuration, both checked.
+    """Returns a command's own settings and the run's configuration, both checked.
 
     Raises:
         ValueError: As `training_config` does.
@@ -240,14 +241,14 @@ def settings_and_config(schema: type[S], composed: Composed) -> tuple[S, Config]
 
 
 def config_of(plain: dict[str, Any], overrides: list[str]) -> Config:
-    """Returns the configuration of a run from plain values, checked.
+    """Returns the checked configuration of a run from plain values.
 
     Args:
         plain: The values.
-        overrides: Of the command line, which settle the unit of the duration.
+        overrides: The command line's overrides, which settle the unit of the duration.
 
     Raises:
-        ValueError: For what is wrong.
+        ValueError: If a setting is invalid.
     """
     _resolve_duration(plain, overrides)
     config = read_config(plain)
@@ -277,8 +278,8 @@ def config_of(plain: dict[str, Any], overrides: list[str]) -> Config:
         )
     if config.data.path is not None and "path" not in config.data.source:
         raise ValueError(
-            f"data.path={config.data.path}: data={config.data.name} has pictures of its own; yours "
-            "are data=folder data.path=..."
+            f"data.path={config.data.path}: data={config.data.name} has its own pictures; use "
+            "data=folder data.path=... for yours"
         )
     if (
         config.training.conditional
@@ -293,10 +294,10 @@ def config_of(plain: dict[str, Any], overrides: list[str]) -> Config:
 
 
 def read_config(plain: Mapping[str, Any]) -> Config:
-    """Returns a configuration from plain values, checked like one that was just composed.
+    """Returns the checked configuration of composed values, such as a run folder's config.yaml.
 
-    The values, such as a run folder's config.yaml, must be composed already. An interpolation left
-    in them would be resolved when objects are built, and could read the environment.
+    The values must not hold interpolations: building objects would resolve them, and could read the
+    environment.
     """
     _check_resolved("", plain)
     config = validate(Config, plain)
@@ -310,7 +311,7 @@ def plain_config(composed: Composed) -> dict[str, Any]:
     """Returns the composed configuration as plain values.
 
     Raises:
-        ValueError: For a value that is missing or refers to nothing.
+        ValueError: If a value is missing or an interpolation cannot be resolved.
     """
     try:
         return typing.cast(
@@ -325,14 +326,14 @@ def plain_config(composed: Composed) -> dict[str, Any]:
 def _check_resolved(key: str, value: Any) -> None:
     if isinstance(value, str) and "${" in value:
         raise ValueError(
-            f"{key}={value} is an interpolation, which a composed configuration has no more"
+            f"{key}={value} is an interpolation; a composed configuration holds plain values"
         )
     for name, inner in entries(value):
         _check_resolved(f"{key}.{name}".removeprefix("."), inner)
 
 
 def _check_shapes(config: Config) -> None:
-    """Checks that the network is made for the pictures, where its arguments tell."""
+    """Checks the network's channels and resolution, if it takes these, against the data's."""
     resolution = (
         config.data.resolution
         if isinstance(config.data.resolution, int)
@@ -349,14 +350,14 @@ def _check_shapes(config: Config) -> None:
 
 
 def _check_splits(config: Config) -> None:
-    """Checks before a run, not in the middle of it, that what it will measure is there."""
+    """Checks at the start of a run, not in the middle, that it can measure what it is to."""
     if config.runtime.evaluate_every is None:
         return
     splits = (config.evaluation.split, config.evaluation.bound_split)
     if not config.evaluation.metrics and not config.data.holdout and {*splits} <= {"train"}:
         raise ValueError(
             f"runtime.evaluate_every={config.runtime.evaluate_every} with evaluation.metrics=[] "
-            "measures nothing; with data.holdout=0.1 it has the loss on pictures held out"
+            "measures nothing; data.holdout=0.1 adds the loss on held-out pictures"
         )
     for key, split in (
         ("split", config.evaluation.split),
@@ -364,18 +365,18 @@ def _check_splits(config: Config) -> None:
     ):
         if split == "heldout" and config.data.holdout == 0:
             raise ValueError(
-                f"evaluation.{key}=heldout needs pictures that are kept from training, and "
-                "data.holdout=0.0; give data.holdout=0.1, say"
+                f"evaluation.{key}=heldout needs held-out pictures, and data.holdout=0.0; set, "
+                "say, data.holdout=0.1"
             )
         if split in ("validation", "test") and "split" not in config.data.source:
             raise ValueError(
                 f"evaluation.{key}={split}: data={config.data.name} has no {split} split; use "
-                "heldout, with data.holdout=0.1"
+                "heldout with data.holdout=0.1"
             )
 
 
 def _resolve_duration(plain: dict[str, Any], overrides: list[str]) -> None:
-    """Puts a duration of the command line in place of the recipe's, whatever its unit."""
+    """Replaces the recipe's duration with the command line's, whatever its unit."""
     given: set[str] = set()
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.key_or_group == "training":

@@ -1,7 +1,7 @@
-"""The jobs of a sweep that submitit gave to Slurm, as seen by the command that waits for them.
+"""Waits for the jobs of a sweep that submitit has submitted to Slurm.
 
-Slurm's queue says whether a job still waits or runs (accounting, sacct, is not needed), and the
-run's folder says what it came to where the job itself could not.
+Slurm's queue tells whether a job still waits or runs (no accounting, sacct, needed). If a job
+returns no result, its run's folder tells how it ended.
 """
 
 import sys
@@ -13,28 +13,28 @@ from ddpm.config.sweeps import Outcome
 from ddpm.system import slurm
 from ddpm.system.text import say
 
-LOOK = 1.0  # seconds from one look for results to the next
-ASK = 10.0  # seconds after which Slurm is asked anew
-LATE = 20.0  # seconds that a result may come after Slurm has forgotten its job
+LOOK = 1.0  # seconds between checks for results
+ASK = 10.0  # seconds between queries of Slurm's queue
+LATE = 20.0  # seconds that a result may take after its job has left the queue
 
 
 def wait_for(jobs: Sequence[Any], of_folder: Callable[[int], Outcome]) -> list[Outcome]:
-    """Waits for all jobs of a sweep, whatever becomes of one, and says how each ends.
+    """Waits for all jobs of a sweep and prints how each ends.
 
     Args:
-        jobs: submitit's.
-        of_folder: Says how the job of that number ended by what its run's folder tells.
+        jobs: submitit's jobs.
+        of_folder: Takes a job's number; returns its outcome from its run's folder.
 
     Returns:
-        How each ended, in their order.
+        The outcomes, in the order of the jobs.
 
     Raises:
-        SystemExit: With 130 at Ctrl-C; the jobs go on.
+        SystemExit: With code 130 on Ctrl-C; the jobs go on.
     """
     names = [str(job.job_id) for job in jobs]
     say(f"Slurm has {_listed(names)}; their logs are in {jobs[0].paths.folder.parent}")
     ended: dict[int, Outcome] = {}
-    gone: dict[int, float] = {}  # job -> since when Slurm does not know it
+    gone: dict[int, float] = {}  # job -> when it was first missing from the queue
     asked = time.monotonic()
     try:
         while len(ended) < len(jobs):
@@ -62,12 +62,12 @@ def wait_for(jobs: Sequence[Any], of_folder: Callable[[int], Outcome]) -> list[O
 
 
 def _returned(job: Any) -> Outcome | None:
-    """What a job has returned; None if it could not."""
+    """Returns a job's outcome, or None if it left no usable result."""
     if not job.paths.result_pickle.exists():
         return None
     try:
         returned: Outcome = job.task(0).result().return_value
-    except Exception:  # submitit's own, of whatever the job raised
+    except Exception:  # submitit wraps whatever the job raised
         return None
     return returned
 

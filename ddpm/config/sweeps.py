@@ -1,7 +1,4 @@
-"""Sweeps: how their jobs start, a device for each of several at once, and a table at the end.
-
-The table says what each job came to.
-"""
+"""Sweeps: checks before the first job, one device per job, and a table of outcomes at the end."""
 
 import os
 import tempfile
@@ -22,17 +19,17 @@ from ddpm.system import text
 from ddpm.system.files import lock
 
 _claimed: list[str] = []
-_claims = ExitStack()  # never closed: the system ends its locks with the process
-PLUGINS: dict[str, dict[str, Any]] = {  # what is not as the plugins have it
+_claims = ExitStack()  # never closed: the operating system drops its locks with the process
+PLUGINS: dict[str, dict[str, Any]] = {  # defaults that replace the plugins' own
     "launcher/joblib": {"n_jobs": "${num_devices:}"},
     "launcher/submitit_slurm": {
         "timeout_min": 1440,
         "max_num_timeout": 100,
         "signal_delay_s": 300,
     },
-    # a job that fails is told by its own line, and ends no search
+    # a failed job prints its own line and does not end the search
     "sweeper/optuna": {"n_jobs": 1, "max_failure_rate": 1.0},
-    # typed again, a search is the same
+    # repeating the command repeats the search
     **{
         f"sweeper/sampler/{name}": {"seed": "${search_seed:${hydra.sweeper.storage}}"}
         for name in ("tpe", "random", "cmaes", "nsgaii")
@@ -40,7 +37,7 @@ PLUGINS: dict[str, dict[str, Any]] = {  # what is not as the plugins have it
 }
 
 
-HERE = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")  # have jobs run on this machine
+HERE = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")  # launchers that use this machine
 Check = Callable[[Composed, bool], object]
 Facts = Callable[[Composed], dict[str, str]]
 
@@ -50,9 +47,9 @@ class Outcome:
     """How a job ended.
 
     Attributes:
-        overrides: Its key=value, as typed.
-        code: The exit code that it would have had alone.
-        facts: What to show of it, by column.
+        overrides: The job's overrides, as typed.
+        code: The exit code that it would have on its own.
+        facts: Its cells of the table, by column.
     """
 
     overrides: list[str]
@@ -61,11 +58,11 @@ class Outcome:
 
 
 class ResumedTwice(ValueError):
-    """A run that two jobs would carry on, the second where the first has left it."""
+    """Two jobs of a sweep would resume the same run, the second where the first one ends."""
 
 
 class WrongJobs(Exception):
-    """Jobs of a sweep that cannot run, a line for each."""
+    """Jobs of a sweep that cannot run, one line per job."""
 
 
 def check_jobs(
@@ -74,22 +71,22 @@ def check_jobs(
     compose_job: Callable[[list[str]], DictConfig],
     jobs: Sequence[list[str]],
 ) -> None:
-    """Looks whether each job of a sweep can run, before the first one does.
+    """Checks before the first job that every job of a sweep can run.
 
     Args:
-        check: Raises ValueError for a job that cannot; None to look whether they compose, alone.
-        explain: Puts an error into a line, given the job's overrides.
+        check: Raises ValueError for a job that cannot run; None checks only that jobs compose.
+        explain: Turns an error into one line, given the job's overrides.
         compose_job: Composes the overrides of a job.
         jobs: The overrides of each job.
 
     Raises:
-        WrongJobs: If some cannot run.
-        ValueError: If there are none.
+        WrongJobs: If some jobs cannot run.
+        ValueError: If there are no jobs.
     """
     if not jobs:
-        raise ValueError("hydra.sweeper.params: a sweep over nothing")
+        raise ValueError("hydra.sweeper.params: nothing to sweep over")
     wrong: dict[int, str] = {}
-    optional = True  # whether runtime.check_sweep=false has the others run
+    optional = True  # whether runtime.check_sweep=false would start the other jobs
     first: Exception | None = None
     resumed: dict[Path, int] = {}
     for number, words in enumerate(jobs):
@@ -112,16 +109,14 @@ def _check_job(check: Check | None, cfg: DictConfig, number: int, resumed: dict[
             run = Path(str(composed.cfg.resume)).expanduser().resolve()
             other = resumed.setdefault(run, number)
             if other != number:
-                raise ResumedTwice(
-                    f"two jobs of this sweep carry on {run}: job {other} and job {number}"
-                )
+                raise ResumedTwice(f"jobs {other} and {number} of this sweep both resume {run}")
         if check is not None and OmegaConf.select(cfg, "runtime.check_sweep"):
             check(composed, str(cfg.hydra.launcher.get("_target_")).endswith(HERE))
 
 
 @contextmanager
 def as_job(cfg: DictConfig, number: int) -> Iterator[Composed]:
-    """Gives what the job of this number is composed of, as in the job itself."""
+    """Yields the composed configuration of a job, with HydraConfig set as in the job itself."""
     before = HydraConfig.instance().cfg
     try:
         with open_dict(cfg):
@@ -133,7 +128,7 @@ def as_job(cfg: DictConfig, number: int) -> Iterator[Composed]:
 
 
 def shown(facts: Facts, composed: Composed) -> dict[str, str]:
-    """Returns the facts of a job; none where its configuration is none, and so has no run."""
+    """Returns the facts of a job, or none if its configuration is invalid and names no run."""
     try:
         return facts(composed)
     except (OSError, ValueError):
@@ -141,13 +136,13 @@ def shown(facts: Facts, composed: Composed) -> dict[str, str]:
 
 
 def left(composed: Composed, facts: Facts, code: int, lost: bool = False) -> Outcome:
-    """Returns how a job stands that nothing was heard of, as its run's folder has it.
+    """Returns the outcome of a job that reported none, from its run's folder.
 
     Args:
-        composed: Of the job.
-        facts: What to show of it.
-        code: Its exit code, unless its run is complete or has failed.
-        lost: Whether it may have been started.
+        composed: The job's configuration.
+        facts: Returns the job's columns of the table.
+        code: The exit code, unless the run is complete or has failed.
+        lost: Whether the job may have started.
     """
     known = {"status": "lost" if lost else "not started", **shown(facts, composed)}
     own = {"complete": 0, "failed": 1}
@@ -155,7 +150,7 @@ def left(composed: Composed, facts: Facts, code: int, lost: bool = False) -> Out
 
 
 def _listed(wrong: dict[int, str], jobs: Sequence[Sequence[str]], optional: bool) -> str:
-    """The wrong jobs in lines; in one where all are wrong for the same reason."""
+    """Returns one line per wrong job, or a single one if all jobs fail for the same reason."""
     if len(wrong) == len(jobs) and len(set(wrong.values())) == 1:
         return f"error: {text.shown(wrong[0])}"
     lines = [
@@ -168,13 +163,13 @@ def _listed(wrong: dict[int, str], jobs: Sequence[Sequence[str]], optional: bool
 
 
 def differing(jobs: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Returns of each job the overrides that not all have."""
+    """Returns, for each job, the overrides that not all jobs share."""
     everywhere = set.intersection(*map(set, jobs)) if jobs else set()
     return [[word for word in words if word not in everywhere] for words in jobs]
 
 
 def job_table(outcomes: Sequence[Outcome]) -> str:
-    """Returns the jobs in lines: number, what differs between them, and their facts."""
+    """Returns a table with one line per job: number, what differs, and the job's facts."""
     differ = differing([outcome.overrides for outcome in outcomes])
     rows = [
         {
@@ -189,7 +184,7 @@ def job_table(outcomes: Sequence[Outcome]) -> str:
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:
-    """Returns lines of as many cells each as text in columns."""
+    """Returns lines with equally many cells as text in aligned columns."""
     lines = [[text.shown(cell) for cell in line] for line in lines]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join(
@@ -199,31 +194,31 @@ def align(lines: Sequence[Sequence[str]]) -> str:
 
 
 def refuse_in_process_group(arguments: Sequence[str]) -> None:
-    """Refuses a sweep in one of several processes that torchrun, accelerate or srun started.
+    """Rejects a sweep inside several processes started by torchrun, accelerate or srun.
 
     Raises:
-        ValueError: If one is asked for there.
+        ValueError: If the arguments ask for a sweep in such a process.
     """
     sweeps = {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments)
     if sweeps and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            f"{min(sweeps)}: no sweep inside torchrun, accelerate launch or srun -n, whose "
-            f"{os.environ['WORLD_SIZE']} processes are one job's for good; start one of these for "
-            "each job, or a sweep without, with hydra/launcher=joblib for a device each"
+            f"{min(sweeps)}: a sweep cannot run inside torchrun, accelerate launch or srun -n: all "
+            f"{os.environ['WORLD_SIZE']} processes work on one job; launch each job by itself, or "
+            "sweep without a launcher, with hydra/launcher=joblib for one device per job"
         )
 
 
 def claim_device(devices: Sequence[str]) -> str | None:
-    """Has this process see one device that no other such process of this user sees.
+    """Claims one device for this process by setting CUDA_VISIBLE_DEVICES.
 
-    If there are too few devices, it shares one with as few processes as may be. Call it before the
-    devices are first used.
+    No other job of this user claims the same device. If there are too few devices, the least shared
+    one is shared. Call this before the devices are first used.
 
     Args:
-        devices: As CUDA_VISIBLE_DEVICES names them.
+        devices: Names of the devices, as in CUDA_VISIBLE_DEVICES.
 
     Returns:
-        The one, held until the process ends, or None if there are none.
+        The claimed device, held until the process ends, or None if there are no devices.
     """
     if _claimed or not devices:
         return os.environ["CUDA_VISIBLE_DEVICES"] if _claimed else None
@@ -231,7 +226,7 @@ def claim_device(devices: Sequence[str]) -> str | None:
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise ValueError(
-            f"{folder} is somebody else's, where this user's claims would lie: remove it"
+            f"{folder} belongs to another user, and this user's device claims go there: remove it"
         )
     slot = 0
     while True:
@@ -247,10 +242,10 @@ def claim_device(devices: Sequence[str]) -> str | None:
 
 
 def set_defaults() -> None:
-    """Sets up the launchers and searches that are installed (extras sweep and search).
+    """Sets the defaults of the installed launchers and sweepers (extras sweep and search).
 
-    Launchers run a job for each device, and queue a Slurm job again as often as its time runs out.
-    Searches are the same each time, but for those with a storage, which go on from what it has.
+    Launchers run one job per device, and requeue a Slurm job whenever its time runs out. Searches
+    are seeded and repeat exactly; a search with a storage continues from there instead.
     """
     OmegaConf.register_new_resolver(
         "num_devices", lambda: max(1, len(visible_devices())), replace=True
@@ -258,7 +253,7 @@ def set_defaults() -> None:
     OmegaConf.register_new_resolver(
         "search_seed", lambda storage: 0 if storage is None else None, replace=True
     )
-    Plugins.instance()  # which puts their options into the store
+    Plugins.instance()  # registers the plugins' options in the store
     store = ConfigStore.instance()
     for option, settings in PLUGINS.items():
         with suppress(ConfigLoadError):  # not installed
@@ -270,7 +265,7 @@ def set_defaults() -> None:
 def visible_devices() -> list[str]:
     """Returns the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them.
 
-    It starts none of them.
+    No device is initialized.
     """
     said = os.environ.get("CUDA_VISIBLE_DEVICES")
     if said is not None:

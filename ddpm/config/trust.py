@@ -1,7 +1,7 @@
-"""What the command line alone may say: whom to trust, and how Hydra is set up.
+"""What only the command line may set: whom to trust, and how Hydra is set up.
 
-Files of options and recipes come from other people. They hold values; what Hydra would call, import
-or hand to a shell is typed.
+Files of options and recipes may come from other people, so they hold values only. Whatever Hydra
+would call, import or hand to a shell must be typed.
 """
 
 import json
@@ -18,22 +18,22 @@ from ddpm.config.rules import RUNS_FOLDER
 from ddpm.system.text import say, shown
 
 TRUST = ("runtime.trusted_modules", "trusted_modules")
-PLAIN = (  # values that nothing calls; those of RUNS_FOLDER are refused with words of their own
+PLAIN = (  # values that nothing calls; keep_runs_folder rejects those of RUNS_FOLDER
     *("hydra.sweeper.direction", "hydra.sweeper.n_trials"),
     *RUNS_FOLDER,
 )
 SECTIONS = {key.split(".")[1] for key in PLAIN}
 HYDRAS = ("pkg://hydra.", "pkg://hydra_plugins.")
-_typed: list[str] = []  # the words of the command line that was composed last
-_told: set[str] = set()  # keys of which it is said that the environment has them
+_typed: list[str] = []  # overrides of the last composed command line
+_told: set[str] = set()  # keys already reported as taken from the environment
 
 
 def is_shipped(place: str, provider: str, conf: Path) -> bool:
-    """Whether a file of options is the project's or Hydra's own, neither a recipe nor the user's.
+    """Whether a file of options ships with the project or Hydra, and is no recipe.
 
     Args:
-        place: The folder that it lies in, as Hydra has it: file:///conf, pkg://hydra.conf.
-        provider: Who added that folder, as Hydra has it.
+        place: Its folder as Hydra names it, such as file:///conf or pkg://hydra.conf.
+        provider: The provider of that folder, as Hydra names it.
         conf: The project's folder of options.
     """
     if place.startswith("structured://"):  # registered by code
@@ -43,19 +43,19 @@ def is_shipped(place: str, provider: str, conf: Path) -> bool:
 
 
 def refuse_code(file: str, config: DictConfig) -> None:
-    """Refuses a file that sets what is for the command line alone.
+    """Rejects a file that sets what only the command line may set.
 
     Args:
-        file: Its name, for messages.
-        config: Its content, where it goes in the whole.
+        file: The file's name, for messages.
+        config: The file's content, at its place in the whole configuration.
 
     Raises:
-        ValueError: If it does; it says what, and what to type.
+        ValueError: If it does; the message says which key, and what to type.
     """
     plain: Any = OmegaConf.to_container(config, resolve=False)
     runtime = plain.get("runtime", {})
     if not isinstance(runtime, dict | type(None)):
-        raise ValueError(f"{file} sets runtime={shown(runtime)}, which is a table of keys")
+        raise ValueError(f"{file} sets runtime={shown(runtime)}, which must be a table of keys")
     for key in TRUST:
         value = _at(plain, key)
         if value not in (None, []):
@@ -63,16 +63,16 @@ def refuse_code(file: str, config: DictConfig) -> None:
     beyond = next(_beyond_values(plain["hydra"]), None) if "hydra" in plain else None
     if beyond is not None:
         raise ValueError(
-            f"{file} sets {beyond}, which is for the command line alone: type {beyond}=..., or "
-            "what chooses it, there"
+            f"{file} sets {beyond}, which only the command line may set: type {beyond}=..., or the "
+            "option that sets it, there"
         )
 
 
 def check_trust(cfg: DictConfig) -> None:
-    """Looks whether all trust in what was composed was typed, by whatever way it got there.
+    """Checks that all trusted modules of a composed configuration were typed.
 
     Raises:
-        ValueError: If it was not.
+        ValueError: If any came from elsewhere.
     """
     words: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
     _typed[:] = words
@@ -80,20 +80,20 @@ def check_trust(cfg: DictConfig) -> None:
         try:
             value = OmegaConf.select(cfg, key)
         except OmegaConfBaseException:
-            continue  # said where all is resolved
+            continue  # plain_config reports it
         if value and not any(re.match(rf"\+*{re.escape(key)}=", word) for word in _typed):
             raise ValueError(f"a file sets {_is_typed(key, value)}")
 
 
 def say_environment() -> None:
-    """Has each key be named in a line that a file, and no typed word, takes from the environment.
+    """Makes commands report each key that a file, not the command line, takes from the environment.
 
-    It goes into names of folders and into records, which others may read.
+    Such values go into folder names and records, which others may read.
     """
 
     def environment(*arguments: Any, _node_: Node) -> Any:
         key = str(_node_._get_full_key(None))
-        if key.startswith("hydra."):  # what was typed, as Hydra keeps it
+        if key.startswith("hydra."):  # Hydra's record of what was typed
             return oc.env(*arguments)
         typed = any(
             "oc.env" in word and f"{key}.".startswith(f"{word.lstrip('+').partition('=')[0]}.")
@@ -109,7 +109,7 @@ def say_environment() -> None:
 
 
 def _beyond_values(hydra: Any) -> Iterator[str]:
-    """The keys of a file's section for Hydra that are more than values of a sweep."""
+    """Yields the keys of a file's hydra section that are not plain values of a sweep."""
     if not isinstance(hydra, dict):
         yield "hydra"
         return
@@ -131,13 +131,13 @@ def _beyond_values(hydra: Any) -> Iterator[str]:
 
 
 def _is_typed(key: str, value: Any) -> str:
-    """The end of a message on trust that a file claims."""
+    """Returns the end of the message about trust that a file claims."""
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     words = plain if isinstance(plain, list) else [plain]
     listed = ",".join(word if isinstance(word, str) else json.dumps(word) for word in words)
     return (
-        f"{key}=[{shown(listed)}], and whom to trust is for the command line alone: type "
-        f"'{key}=[{shown(listed)}]' there if you do"
+        f"{key}=[{shown(listed)}], and only the command line may grant trust: type "
+        f"'{key}=[{shown(listed)}]' there if you trust this code"
     )
 
 

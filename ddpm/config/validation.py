@@ -1,7 +1,7 @@
-"""Checks plain values against what takes them.
+"""Checks plain values against the schema or callable that takes them.
 
-Every key must be known, every value of its type and in its range, and every named class trusted,
-before it is imported.
+Every key must be known, every value must have its type and range, and every named class must be
+trusted before it is imported.
 """
 
 import difflib
@@ -18,13 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from ddpm.config.compose import nearest
 from ddpm.system.text import is_number
 
-# what these export, and no more of ours, may be named by YAML: names that stay when files move
+# YAML may name only what these modules export: these names stay when files move
 PUBLIC = (
     *("ddpm.models", "ddpm.diffusion", "ddpm.diffusion.schedules", "ddpm.diffusion.samplers"),
     *("ddpm.data.sources", "ddpm.train.lr_schedules"),
 )
 OPTIMIZERS = "torch.optim."
-KINDS = {  # group -> the module whose exported names fit there, and those names of it that do not
+KINDS = {  # group -> the module that exports its names, and the exported names that do not fit
     "model": ("ddpm.models", ()),
     "data.source": ("ddpm.data.sources", ()),
     "schedule": ("ddpm.diffusion.schedules", ()),
@@ -37,12 +37,14 @@ KINDS = {  # group -> the module whose exported names fit there, and those names
 Node = dict[str, Any]  # {_target_: what to call, arguments...}
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
-FileCount = Annotated[int, Field(gt=0, le=1_000_000)]  # of files in a folder, or names in a list
+FileCount = Annotated[int, Field(gt=0, le=1_000_000)]  # files in a folder, or names in a list
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
+    """A strict, frozen table of settings that rejects unknown keys."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
@@ -53,7 +55,8 @@ def validate(schema: type[S], plain: Mapping[str, Any]) -> S:
     """Returns `plain` as `schema`.
 
     Raises:
-        ValueError: If it does not fit; it names the first wrong key, its value and what is allowed.
+        ValueError: If it does not fit; the message names the first wrong key, its value and what is
+            allowed.
     """
     try:
         return schema.model_validate_json(json.dumps(plain))
@@ -62,23 +65,23 @@ def validate(schema: type[S], plain: Mapping[str, Any]) -> S:
 
 
 def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
-    """Checks that a group names something trusted that fits there, with arguments that it takes.
+    """Checks that a group names a trusted callable of the right kind and arguments that it takes.
 
-    Nothing that is loaded runs code. So the only names imported are those of the group's kind that
-    its module exports, torch's optimizers in group optimizer, and those that start with a prefix of
-    `trusted`. What is found under a prefix must be defined there too: a module's own imports are
-    not its wares.
+    Loading a file must not run code. So the only names imported are those that the group's module
+    exports for it, torch's optimizers in group optimizer, and names that start with a prefix in
+    `trusted`. An object found under a prefix must also be defined there: the imports of a trusted
+    module are not trusted.
 
     Args:
         key: The group.
-        node: What it names, and the arguments.
-        trusted: Modules that the command line trusts.
+        node: The group's `_target_` and arguments.
+        trusted: Module prefixes that the command line trusts.
 
     Raises:
         ValueError: If the group does not pass.
     """
     if node.get("_target_") is None:
-        raise ValueError(f"{key}._target_ is missing: it names what to call")
+        raise ValueError(f"{key}._target_ is missing: it names the class or function to call")
     prefixes = tuple(f"{name.rstrip('.')}." for name in trusted if name.split(".")[0] != "ddpm")
     targets = dict(_targets(key, node))
     for place, target in targets.items():
@@ -99,7 +102,7 @@ def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
     fields: dict[str, Any] = {}
     for name in signature.parameters:
         nested = isinstance(arguments.get(name), Mapping) and "_target_" in arguments[name]
-        nested = nested and (foreign or f"{key}.{name}" in KINDS)  # else ours take plain values
+        nested = nested and (foreign or f"{key}.{name}" in KINDS)  # other arguments of ours: plain
         if nested:
             check_node(f"{key}.{name}", arguments[name], trusted)
         fields[name] = (Any if nested else hints.get(name, Any), None)
@@ -118,7 +121,7 @@ def check_node(key: str, node: Mapping[str, Any], trusted: list[str]) -> None:
 
 
 def _check_fits(place: str, target: Any, prefixes: tuple[str, ...]) -> None:
-    """Refuses a name that is not one of its place's, before it is imported."""
+    """Rejects a name that does not fit its place, before it is imported."""
     kind = _kind(place)
     names = _names_of(kind)
     optimizes = kind == "optimizer"
@@ -139,20 +142,20 @@ def _check_fits(place: str, target: Any, prefixes: tuple[str, ...]) -> None:
     start = f", or start with {', '.join(prefixes)}" if prefixes else ""
     raise ValueError(
         f"{key} {wrong}{f'; did you mean {close[0]}?' if close else ':'} {kind} must be {taken}"
-        f"{start} (runtime.trusted_modules adds to these, in other commands than ddpm.train "
-        "trusted_modules)"
+        f"{start} (add more with runtime.trusted_modules, or trusted_modules in commands other "
+        "than ddpm.train)"
     )
 
 
 def _kind(place: str) -> str:
-    """The group that a place is of: the place itself, or what it lies in."""
+    """Returns the group of a place: the place itself, or the one around it."""
     while place not in KINDS and "." in place:
         place = place.rpartition(".")[0]
     return place
 
 
 def _names_of(kind: str) -> list[str]:
-    """The names of ours that fit a group."""
+    """Returns the project's own names that fit a group."""
     if kind not in KINDS:
         return []
     module, others = KINDS[kind]
@@ -161,7 +164,7 @@ def _names_of(kind: str) -> list[str]:
 
 
 def takes(group: str, target: Any, name: str) -> bool:
-    """Returns whether what a group names has an argument of that name, where it fits there."""
+    """Returns whether the target fits the group and takes an argument of this name."""
     try:
         _check_fits(group, target, ())
         found = _imported("_target_", target, (OPTIMIZERS,))
@@ -172,7 +175,7 @@ def takes(group: str, target: Any, name: str) -> bool:
 
 @functools.cache
 def public_names() -> tuple[str, ...]:
-    """Returns every name of ours that YAML and loaded files may name."""
+    """Returns every name of the project's that YAML and loaded files may use."""
     return tuple(
         f"{module}.{name}" for module in PUBLIC for name in importlib.import_module(module).__all__
     )
@@ -180,7 +183,7 @@ def public_names() -> tuple[str, ...]:
 
 @functools.cache
 def own_arguments(target: str) -> Mapping[str, Any]:
-    """Returns the arguments of something public of ours: name -> default, `...` for none."""
+    """Returns the arguments of a public name of the project: name -> default, `...` for none."""
     module, _, name = target.rpartition(".")
     parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     return {
@@ -190,14 +193,14 @@ def own_arguments(target: str) -> Mapping[str, Any]:
 
 
 def entries(value: Any) -> list[tuple[Any, Any]]:
-    """Returns what is inside a table or a list, with its key or place; nothing is inside others."""
+    """Returns the (key or index, value) pairs of a table or list; none for any other value."""
     if isinstance(value, Mapping):
         return list(value.items())
     return list(enumerate(value)) if isinstance(value, list) else []
 
 
 def _targets(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """(key, value) of every `_target_` there is, however deep: Hydra would call each."""
+    """Yields (key, value) of every `_target_` at any depth: Hydra would call each."""
     for name, inner in entries(value):
         if name == "_target_":
             yield f"{key}._target_", inner
@@ -207,7 +210,7 @@ def _targets(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _imported(key: str, target: str, prefixes: tuple[str, ...]) -> Callable[..., Any]:
     module_name, _, name = target.rpartition(".")
     if not all(part.isidentifier() and not part.startswith("_") for part in target.split(".")):
-        raise ValueError(f"{key}={target} is not the dotted name of something public")
+        raise ValueError(f"{key}={target} is not a public dotted name")
     try:
         found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
@@ -216,12 +219,11 @@ def _imported(key: str, target: str, prefixes: tuple[str, ...]) -> Callable[...,
         return found
     home = getattr(found, "__module__", None)
     if target.startswith(OPTIMIZERS) and not _optimizes(found):
-        raise ValueError(f"{key}={target} does not fit there: that is no optimizer of torch.optim")
+        raise ValueError(f"{key}={target} does not fit there: it is not an optimizer")
     if not callable(found) or not f"{home}.".startswith(prefixes):
         raise ValueError(
-            f"{key}={target} is not trusted: that is "
-            f"{f'of {home}' if callable(found) else 'nothing to call'}, only passed on by "
-            f"{module_name}"
+            f"{key}={target} is not trusted: in {module_name} it is "
+            f"{f'imported from {home}' if callable(found) else 'not callable'}"
         )
     return found
 
@@ -235,11 +237,11 @@ def _optimizes(found: Any) -> bool:
 def _first(
     error: ValidationError, plain: Mapping[str, Any], schema: type[BaseModel], prefix: str = ""
 ) -> str:
-    """The first of pydantic's complaints in one line."""
+    """Returns pydantic's first complaint as one line."""
     complaint = error.errors()[0]
     path: list[str] = []
     value: Any = _with_text_keys(plain)
-    # loc also names the branch of a union: stop where the value has no such part
+    # loc also names branches of a union: stop where the value has no such part
     for part in complaint["loc"]:
         inside = (
             part in value
@@ -276,22 +278,22 @@ def _first(
 
 
 def _with_text_keys(value: Any) -> Any:
-    """Plain values as JSON has them: a key that is a number there is its text."""
+    """Returns plain values with text keys, as in JSON."""
     if isinstance(value, Mapping):
         return {str(key): _with_text_keys(inner) for key, inner in value.items()}
     return [_with_text_keys(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _of_another_type(key: str, value: Any, complaints: set[str]) -> str:
-    """The part of a message for text that looks like a number, and for a number that is text."""
+    """Returns the end of a message about text that looks like a number, or the reverse."""
     numbers = {"int_type", "float_type", "int_parsing", "float_parsing"}
     if isinstance(value, str) and complaints & numbers and is_number(value):
         return (
-            ", and is text: type it without quotes, read it from the environment with "
-            "${oc.decode:${oc.env:NAME}}"
+            ", and is text: drop the quotes, or use ${oc.decode:${oc.env:NAME}} to read it from "
+            "the environment"
         )
     if isinstance(value, int | float) and complaints == {"string_type"} and key[-1:].isalpha():
-        return f", and is none: quote it, as '{key}={json.dumps(json.dumps(value))}'"
+        return f", and is a number: quote it, as in '{key}={json.dumps(json.dumps(value))}'"
     return ""
 
 
@@ -300,7 +302,7 @@ def _looks_like_no_text(value: str) -> bool:
 
 
 def _wanted(complaint: Any) -> str:
-    """What pydantic misses, as the end of a sentence."""
+    """Returns what pydantic wants, as the end of a sentence."""
     if complaint["type"] == "missing":
         return "have more entries"
     if complaint["type"] == "too_short":

@@ -1,11 +1,11 @@
-/* Curves: a panel a measure, drawn when it is scrolled to; a few traces, however many the runs. */
+/* Curves: one panel per measure, drawn when scrolled into view, with few traces for any number of runs. */
 
-const MOST_ON_SCREEN = 40_000; // points of a panel
+const MOST_ON_SCREEN = 40_000; // points per panel
 const OVER = { step: "step (optimizer updates)", images: "images trained on", seconds: "hours of training", device_seconds: "hours of training times devices", flops: "FLOPs of training" };
 
 const names = [...new Set(RUNS.flatMap((run) => run.series.flatMap(([, values]) => Object.keys(values))))];
 const figureNames = new Set(columnsOf("figure").map((column) => column.figure));
-const isFigure = (name) => figureNames.has(name) && name.includes("@"); // has a protocol; the loss of training has none
+const isFigure = (name) => figureNames.has(name) && name.includes("@"); // has a protocol; the training loss has none
 const kindOf = (name) =>
   isFigure(name) ? (isPart(name) ? 5 : 3) : /^loss( |$)/.test(name) ? 0 : name === "grad_norm" ? 1 : /^loss_q\d/.test(name) ? 2 : 4;
 const isPart = (name) => columnsOf("figure").some((column) => column.figure === name && column.part);
@@ -13,7 +13,7 @@ const titleOf = (name) =>
   isFigure(name) ? name : name.replace(/^loss_q(\d)/, (_, quartile) => `loss, quartile ${quartile} of the timesteps${{ 0: " (least noise)", 3: " (most noise)" }[quartile] || ""}`).replace(/^grad_norm$/, "gradient norm").replace(/^lr$/, "learning rate");
 names.sort((one, other) => kindOf(one) - kindOf(other) || (kindOf(one) === 2 ? one.localeCompare(other) : 0));
 
-/* A figure with one value a run is no curve; the table and the next section have it. */
+/* A figure with one value per run is not a curve; the table and the next section show it. */
 const panels = names
   .filter((name) => !isFigure(name) || RUNS.some((run) => (seriesOf(run, name) || [[]])[0].length > 1))
   .map((name) => ({ name, kind: kindOf(name), stale: true, visible: false }));
@@ -25,7 +25,7 @@ function seriesOf(run, name) {
   return found ? [found[0], found[1][name]] : null;
 }
 
-/* Between two entries of costs.jsonl a run's cost is taken to grow evenly. */
+/* Interpolates a run's cost linearly between entries of costs.jsonl. */
 function costAt(costs, what, step) {
   const { step: steps, [what]: values } = costs;
   let low = 0;
@@ -43,7 +43,7 @@ function costAt(costs, what, step) {
 
 const isNumber = (value) => typeof value === "number";
 
-/* At each point the mean of those in the given share of the run before it, as in the table's loss. */
+/* Averages each point over the preceding share of the run, like the loss in the table. */
 function smoothed(steps, values, share) {
   if (!share) return values;
   const width = share * steps[steps.length - 1];
@@ -60,7 +60,7 @@ function smoothed(steps, values, share) {
   });
 }
 
-/* One run's curve as drawn: x, y, and the steps; null where the run has none. */
+/* One run's curve as drawn: x, y and steps; null if the run has none. */
 function curveOf(run, name, most) {
   const found = seriesOf(RUNS[run], name);
   const over = byId("over").value;
@@ -74,7 +74,7 @@ function curveOf(run, name, most) {
 }
 const scaleHours = (seconds) => (seconds === null ? null : seconds / 3600);
 
-/* Mean, lowest and highest of the seeds' curves where all of them have a value. */
+/* Mean, minimum and maximum of the seeds' curves where all of them have a value. */
 function bandOf(curves) {
   const base = curves.reduce((one, other) => (one.x.length >= other.x.length ? one : other));
   const at = (curve, x) => {
@@ -98,7 +98,7 @@ function bandOf(curves) {
   return band;
 }
 
-/* Runs of one colour share a trace, with a gap between them. */
+/* Runs of one color share a trace, with gaps between them. */
 function tracesOf(name, runs, { of, colours }) {
   const most = Math.floor(MOST_ON_SCREEN / Math.max(runs.length, 1));
   const curves = runs.map((run) => curveOf(run, name, most)).filter(Boolean);
@@ -159,9 +159,9 @@ function drawPanel(panel) {
   const log = logWanted && values.length > 0 && !values.some((value) => value <= 0);
   const missing = runs.length - curves.length;
   panel.note.textContent = [
-    curves.length === 0 ? "None of these runs has it." : missing ? `${missing} of ${many(runs.length, "run")} ${missing === 1 ? "has" : "have"} none.` : "",
-    logWanted && !log && values.length ? "Not on a log axis: some values are not above 0." : "",
-    RUNS.some((_, run) => panel.curves.has(run) && (seriesOf(RUNS[run], panel.name)[1]).some((value) => !isNumber(value))) ? "Values that are not finite are gaps." : "",
+    curves.length === 0 ? "None of these runs has this curve." : missing ? `${missing} of ${many(runs.length, "run")} ${missing === 1 ? "lacks" : "lack"} this curve.` : "",
+    logWanted && !log && values.length ? "The axis is linear, since some values are not positive." : "",
+    RUNS.some((_, run) => panel.curves.has(run) && (seriesOf(RUNS[run], panel.name)[1]).some((value) => !isNumber(value))) ? "Gaps are values that are not finite." : "",
   ].filter(Boolean).join(" ");
   panel.chart.hidden = curves.length === 0;
   if (!curves.length) return;
@@ -172,7 +172,7 @@ function drawPanel(panel) {
   Plotly.react(panel.chart, traces, layout, PLOT).then(() => listen(panel));
 }
 
-/* The run under the mouse stands out in every panel and in the table; a click picks it. */
+/* Highlights the run under the mouse in every panel and in the table; a click picks it. */
 function listen(panel) {
   if (panel.listens) return;
   panel.listens = true;
@@ -194,7 +194,7 @@ function pointAt(run) {
   for (const panel of panels) if (panel.chosen && panel.visible && panel.curves) lineOver(panel, run === null ? undefined : panel.curves.get(run));
 }
 
-/* One run's curve over the chart. It is no trace: to change one draws the whole chart anew. */
+/* Draws one run's curve over the chart, not as a trace: changing a trace redraws the whole chart. */
 function lineOver({ over, chart }, curve) {
   const layout = chart._fullLayout;
   if (!curve || !layout) {
@@ -227,9 +227,9 @@ function drawCurves() {
   const over = byId("over").value;
   const without = over === "step" ? 0 : runs.filter((run) => !RUNS[run].costs?.[over]).length;
   byId("curves-said").textContent = [
-    `${many(runs.length, "run")}: ${state.picked.size ? "those picked" : "all that the table shows"}.`,
-    without ? `${without} of them ${without === 1 ? "has" : "have"} no costs.jsonl, and no place on this axis.` : "",
-    byId("band").checked && DATA.groups.length ? "A band is the lowest to the highest seed, its line their mean." : "",
+    `${many(runs.length, "run")}: ${state.picked.size ? "those picked" : "all in the table"}.`,
+    without ? `${without} of them ${without === 1 ? "has" : "have"} no costs.jsonl and cannot be shown on this axis.` : "",
+    byId("band").checked && DATA.groups.length ? "Bands span the lowest to the highest seed; lines are means." : "",
     panels.length === 0 ? "No run has recorded a curve yet." : "",
   ].filter(Boolean).join(" ");
   const share = Number(byId("smoothing").value);

@@ -1,11 +1,11 @@
 "use strict";
-/* What the page's parts share: the data, what is picked, words and colours. Whatever comes from a
-   run folder gets into the page as text, never as HTML. */
+/* Shared by all parts of the page: data, selection, text and colors. Everything from a run folder
+   enters the page as text, never as HTML. */
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUNS = DATA.runs;
 const state = { sort: null, down: false, filters: {}, picked: new Set(), open: new Set(), together: DATA.groups.length > 0 };
-const redraws = []; // what a change of the runs shown or picked draws anew
+const redraws = []; // called when the runs shown or picked change
 
 const byId = (id) => document.getElementById(id);
 
@@ -19,7 +19,7 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
-/* As Python's %.4g, in which the tables of ddpm.compare are printed. */
+/* Like Python's %.4g, the format of ddpm.compare's tables. */
 function digits(value, count = 4) {
   if (typeof value !== "number") return value === null || value === undefined ? "–" : String(value);
   if (Number.isInteger(value)) return String(value);
@@ -32,12 +32,12 @@ function digits(value, count = 4) {
   return String(Number(value.toPrecision(count)));
 }
 
-const isAt = (value) => Array.isArray(value); // [value, step]: not of the run's last step
+const isAt = (value) => Array.isArray(value); // [value, step]: not from the run's last step
 const plain = (value) => (isAt(value) ? value[0] : value);
 const valueOf = (run, key) => plain(RUNS[run].row[key]);
 const words = (value) => (value === null || value === undefined ? "–" : typeof value === "number" ? digits(value) : String(value));
 
-/* Plotly reads a few tags in its texts. */
+/* Plotly interprets some HTML tags in its texts. */
 const asText = (text, most = 70) => {
   const short = text.length > most ? `${text.slice(0, most - 1)}…` : text;
   return short.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
@@ -45,7 +45,7 @@ const asText = (text, most = 70) => {
 
 const many = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
-/* Numbers before text, nothing last, whichever way it is sorted. */
+/* Numbers before text, missing values last, in either direction. */
 function compareValues(one, other, down) {
   const rank = (value) => (typeof value === "number" ? 0 : value === null || value === undefined ? 2 : 1);
   if (rank(one) !== rank(other)) return rank(one) - rank(other);
@@ -53,7 +53,7 @@ function compareValues(one, other, down) {
   return down ? -order : order;
 }
 
-/* Picked runs; with none picked, those that the filters leave. */
+/* Picked runs, or, if none is picked, those that pass the filters. */
 const drawn = () => (state.picked.size ? RUNS.map((_, run) => run).filter((run) => state.picked.has(run)) : shownRuns());
 const groupOf = new Map(DATA.groups.flatMap((group) => group.members.map((run) => [run, group])));
 
@@ -67,7 +67,7 @@ function changed() {
   });
 }
 
-/* Draws a part anew; what had the keyboard's focus there has it afterwards. */
+/* Redraws a part and restores the keyboard focus inside it. */
 function keepingFocus(part, draw) {
   const key = part.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
   draw();
@@ -90,10 +90,10 @@ const wantsLog = (values) => values.length > 1 && Math.min(...values) > 0 && Mat
 
 function groupLabel(group) {
   const said = SETTINGS.filter((key) => key !== "seed").map((key) => `${key.split(".").pop()} ${words(valueOf(group.members[0], key))}`);
-  return said.join(", ") || "all that is not the seed is the same";
+  return said.join(", ") || "only the seed differs";
 }
 
-/* Colours: ten for up to ten values, else one scale by rank, so that none is there twice. */
+/* Colors: ten for up to ten values, else one scale by rank, so that no color repeats. */
 const TEN = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c6bb1", "#a6761d", "#7f7f7f", "#b2b200"];
 const SCALE = [[72, 40, 120], [62, 74, 137], [49, 104, 142], [38, 130, 142], [31, 158, 137], [53, 183, 121], [109, 205, 89], [180, 200, 44], [235, 190, 40]];
 function scaled(share) {
@@ -107,7 +107,7 @@ const withAlpha = (colour, alpha) =>
     ? `rgba(${[1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16)).join(",")},${alpha})`
     : colour.replace("rgb(", "rgba(").replace(")", `,${alpha})`);
 
-/* value -> colour, in the order of values; a run keeps its colour whatever is picked. */
+/* value -> color, in the order of values; a run keeps its color whatever is picked. */
 function coloursBy(key) {
   const of = (run) => (key === "" ? RUNS[run].label : words(valueOf(run, key)));
   const values = [...new Map(RUNS.map((_, run) => [of(run), key === "" ? run : valueOf(run, key)]))]
@@ -119,7 +119,7 @@ function coloursBy(key) {
   return { of, colours };
 }
 
-/* Labels of a log axis at 1, 2, 5, 10: all nine of a decade do not fit. */
+/* Labels a log axis at 1, 2, 5, 10; all nine of a decade do not fit. */
 function logTicks(values) {
   const decades = Math.log10(Math.max(...values) / Math.min(...values));
   return decades > 0.8 && decades < 4 ? { dtick: "D2" } : {};

@@ -1,4 +1,4 @@
-/* Each run: its configuration beside the recipe's, starts, data, warnings; made when it is opened. */
+/* Each run: its configuration against its recipe's, starts, data, warnings; built when opened. */
 
 function pairs(heads, rows) {
   const body = rows.map(([name, ...cells]) => element("tr", {}, element("th", { scope: "row" }, name), ...cells.map((cell) => element("td", {}, cell))));
@@ -18,8 +18,8 @@ function configurationOf(run) {
   const of = (key) => settings[key] ?? "–";
   if (known) {
     const rows = keys.filter((key) => key in differs).map((key) => [key, of(key), differs[key] ?? "–"]);
-    part.append(rows.length ? pairs(["setting", "this run", `recipe: ${name}`], rows) : element("p", { className: "said" }, `All as its recipe says: ${name}.`));
-  } else part.append(element("p", { className: "said" }, `Its recipe (${name || "unknown"}) is none that this version can compose, so nothing stands beside it.`));
+    part.append(rows.length ? pairs(["setting", "this run", `recipe: ${name}`], rows) : element("p", { className: "said" }, `Same as its recipe: ${name}.`));
+  } else part.append(element("p", { className: "said" }, `This version cannot compose its recipe (${name || "unknown"}) for comparison.`));
   const rest = element("details", {}, element("summary", {}, `all ${Object.keys(settings).length} settings`));
   rest.addEventListener("toggle", () => {
     if (rest.open && rest.children.length === 1) rest.append(pairs(["setting", "this run"], Object.keys(settings).sort().map((key) => [key, of(key)])));
@@ -30,7 +30,7 @@ function configurationOf(run) {
 
 function startsOf(run) {
   const part = element("div", {}, element("h4", {}, run.starts.length ? many(run.starts.length, "start") : "Starts"));
-  if (!run.starts.length) part.append(element("p", { className: "said" }, "run.json tells of none."));
+  if (!run.starts.length) part.append(element("p", { className: "said" }, "run.json lists none."));
   for (const start of run.starts) {
     const rows = Object.entries(start).filter(([, value]) => value).map(([name, value]) => [name, value]);
     part.append(pairs(null, rows));
@@ -67,7 +67,7 @@ function drawEach() {
     return box;
   });
   keepingFocus(byId("each"), () => byId("each").replaceChildren(...made));
-  byId("runs-said").textContent = state.picked.size ? "Those picked." : "All that the table shows.";
+  byId("runs-said").textContent = state.picked.size ? "Picked runs." : "All runs in the table.";
 }
 
 drawEach();

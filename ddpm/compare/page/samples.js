@@ -1,4 +1,4 @@
-/* Previews: a row a run, the same noise in each column, over the steps of training. */
+/* Previews: one row per run, the same noise in each column, over the steps of training. */
 
 const MOST_STRIPS = 50;
 let stripsShown = MOST_STRIPS;
@@ -13,7 +13,7 @@ function stripOf(run, step) {
   const { samples, label, path } = RUNS[run];
   const found = latest(RUNS[run], step);
   const [width, height] = samples.size;
-  const said = found ? `step ${found[0]}` : `nothing up to step ${step}`;
+  const said = found ? `step ${found[0]}` : `no preview up to step ${step}`;
   const picture = found ? element("img", { src: found[1], alt: `${label}: ${said}`, className: width <= 64 ? "pixels" : "" }) : null;
   if (picture) picture.style.aspectRatio = `${samples.columns * width} / ${height}`;
   const words = element("div", { className: "words", title: path }, label, element("br"), element("span", { className: "at" }, said));
@@ -54,7 +54,7 @@ function drawStrips() {
   byId("samples-said").textContent = [
     having.length ? "" : "None of these runs has a preview yet.",
     having.length < runs.length && having.length ? `${runs.length - having.length} of ${many(runs.length, "run")} ${runs.length - having.length === 1 ? "has" : "have"} none.` : "",
-    having.length ? "From each run's previews, averaged weights." : "",
+    having.length ? "From each run's previews, drawn with averaged weights." : "",
     drawers.size ? `Drawn by ${[...drawers].join("; ")}.` : "",
     DATA.reduced.length ? `${DATA.reduced.join("; ")}.` : "",
   ].filter(Boolean).join(" ");

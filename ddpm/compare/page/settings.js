@@ -1,10 +1,10 @@
-/* A figure against settings: points with error bars over seeds, a heat map, parallel coordinates. */
+/* A figure by settings: points with error bars over seeds, a heat map, parallel coordinates. */
 
 const against = byId("against");
 const candidates = () => SETTINGS.filter((key) => key !== "seed").concat(SETTINGS.includes("seed") ? ["seed"] : []);
 const figureColumns = columnsOf("figure");
 
-/* Settings as places on an axis: by value where they are numbers, else one after the other. */
+/* Positions of a setting's values on an axis: by value if all are numbers, else evenly spaced. */
 function scaleOf(key, runs) {
   const values = runs.map((run) => valueOf(run, key));
   const numbers = values.filter(isNumber);
@@ -53,8 +53,8 @@ function drawPoints(figure, setting, runs) {
   const names = numeric ? [] : scaleOf(setting, runs).names.map(String);
   const categories = numeric ? {} : { categoryorder: "array", categoryarray: names, tickvals: names, ticktext: names.map((name) => asText(name)) };
   const layout = layoutOf({ xaxis: { title: { text: asText(setting) }, type: numeric ? (log ? "log" : "linear") : "category", ...ticks, ...categories }, yaxis: { title: { text: titleLines(figure) } } });
-  const open = runs.some((run) => !whole(run)) ? "Hollow points are of runs that are not complete." : "";
-  return { traces, layout, said: [groups.length ? "Bars are mean and deviation over seeds." : "", open, log ? "The setting is on a log axis." : ""] };
+  const open = runs.some((run) => !whole(run)) ? "Hollow points are incomplete runs." : "";
+  return { traces, layout, said: [groups.length ? "Bars show mean and deviation over seeds." : "", open, log ? "The setting is on a log axis." : ""] };
 }
 
 function titleLines(figure) {
@@ -80,7 +80,7 @@ function drawMap(figure, first, second, runs) {
   const averaged = cells.flat().some((mine) => mine.length > 1);
   return {
     traces: [trace], layout: layoutOf({ xaxis: axis(first, across), yaxis: axis(second, up) }),
-    said: [averaged ? `A cell is the mean of its runs (their number in brackets)${others.length ? `, whatever their ${others.join(", ")}` : ""}.` : "", figure.better ? "Brighter is better." : ""],
+    said: [averaged ? `Each cell is the mean of its runs (number of runs in parentheses)${others.length ? `, over all values of ${others.join(", ")}` : ""}.` : "", figure.better ? "Brighter is better." : ""],
   };
 }
 
@@ -113,7 +113,7 @@ function drawParallel(figure, runs) {
     xaxis: { range: [-0.15, keys.length - 0.85], showticklabels: false, zeroline: false, tickvals: keys.map((_, index) => index), gridcolor: style("--quiet"), fixedrange: true },
     yaxis: { range: [-0.06, 1.06], showticklabels: false, showgrid: false, zeroline: false, fixedrange: true },
   });
-  return { traces, layout, width: keys.length * 140, said: ["One line a run, over all settings to the figure.", scales.some(({ log }) => log) ? "Wide ranges are on a log axis." : ""] };
+  return { traces, layout, width: keys.length * 140, said: ["One line per run, across all settings to the figure.", scales.some(({ log }) => log) ? "Wide ranges have a log axis." : ""] };
 }
 
 function drawAgainst() {
@@ -128,14 +128,14 @@ function drawAgainst() {
   against.hidden = true;
   let said = [];
   if (!figure) said = ["No run has a figure yet."];
-  else if (!keys.length) said = ["Nothing differs between these runs: there is no setting to hold the figure against."];
+  else if (!keys.length) said = ["No setting differs between these runs."];
   else if (!runs.length) said = ["None of these runs has this figure."];
-  else if (view === "map" && keys.length < 2) said = ["Only one setting differs: there is no second one for a map."];
+  else if (view === "map" && keys.length < 2) said = ["Only one setting differs; a heat map needs two."];
   else {
     against.hidden = false;
     const made = view === "parallel" ? drawParallel(figure, runs) : view === "map" ? drawMap(figure, first, second, runs) : drawPoints(figure, first, runs);
     against.style.minWidth = made.width ? `${made.width}px` : "";
-    said = [...made.said, missing ? `${missing} of ${many(drawn().length, "run")} ${missing === 1 ? "has" : "have"} no such figure.` : ""];
+    said = [...made.said, missing ? `${missing} of ${many(drawn().length, "run")} ${missing === 1 ? "lacks" : "lack"} this figure.` : ""];
     Plotly.react(against, made.traces, made.layout, PLOT).then(() => {
       if (againstListens) return;
       againstListens = true;
@@ -159,7 +159,7 @@ function setUpAgainst() {
   for (const id of ["figure", "view", "first", "second"]) byId(id).addEventListener("input", drawAgainst);
 }
 
-/* Drawn when it is scrolled to, as the curves are. */
+/* Drawn when scrolled into view, like the curves. */
 let againstVisible = false;
 const drawAgainstIfSeen = () => { if (againstVisible) drawAgainst(); };
 setUpAgainst();

@@ -1,6 +1,6 @@
-/* The table: sorted by any column, filtered by value, rows to pick; seeds as rows that unfold. */
+/* The table: sortable by any column, filtered by value, with rows to pick and seeds to unfold. */
 
-const SHOWN_FIGURES = 8; // protocols that have a column from the first
+const SHOWN_FIGURES = 8; // protocols with a visible column at the start
 const hidden = new Set();
 const figures = [...new Map(columnsOf("figure").map((column) => [column.figure, column])).values()];
 figures.filter((column) => !column.part).slice(SHOWN_FIGURES).concat(figures.filter((column) => column.part)).forEach((column) => hidden.add(column.figure));
@@ -27,7 +27,7 @@ function shownRuns() {
     filters.every(([key, filter]) => passes(key === "label" ? `${RUNS[run].label} ${RUNS[run].path}` : valueOf(run, key), filter)));
 }
 
-/* What the table shows, in its order: single runs, and groups of seeds with their members. */
+/* The table's entries, in order: single runs, and groups of seeds with their members. */
 function entries(runs) {
   const kept = new Set(runs);
   const made = [];
@@ -87,7 +87,7 @@ function groupRow({ group, members }, columns) {
   });
   fold.dataset.key = `fold ${DATA.groups.indexOf(group)}`;
   const picked = members.filter((run) => state.picked.has(run)).length;
-  const box = element("input", { type: "checkbox", checked: picked === members.length, "aria-label": "pick all its seeds" });
+  const box = element("input", { type: "checkbox", checked: picked === members.length, "aria-label": "pick all seeds of this group" });
   box.indeterminate = picked > 0 && picked < members.length;
   box.dataset.key = `pick group ${DATA.groups.indexOf(group)}`;
   box.addEventListener("change", () => pick(members, box.checked));
@@ -98,7 +98,7 @@ function groupRow({ group, members }, columns) {
   made.dataset.group = DATA.groups.indexOf(group);
   for (const column of columns) {
     const mean = column.of === "final" ? group.figures[column.key] : undefined;
-    const values = new Set(members.map((run) => words(valueOf(run, column.key)))); // what they have in common stands in their row
+    const values = new Set(members.map((run) => words(valueOf(run, column.key)))); // the group's row shows only values that all members share
     if (mean) {
       const [value, deviation, runs] = mean;
       const cell = element("td", { className: "number", title: `${value} ± ${deviation}` }, element("span", { className: "mean" }, digits(value)), " ", element("span", { className: "deviation" }, `± ${digits(deviation, 2)}${runs ? ` (${runs} runs)` : ""}`));
@@ -109,7 +109,7 @@ function groupRow({ group, members }, columns) {
   return made;
 }
 
-/* The best value of each column of figures, among the runs shown. */
+/* The best value in each column of figures among the runs shown. */
 function bestOf(columns, runs) {
   const found = {};
   for (const column of columns.filter((column) => column.better)) {
@@ -163,7 +163,7 @@ function filterOf(key, name) {
   return element("th", {}, input);
 }
 
-/* Long names may break after these signs. */
+/* Lets long names break after these characters. */
 const breakable = (text) => text.split(/(?<=[:@ ])/).flatMap((part) => [part, element("wbr")]);
 
 function drawHead() {
