@@ -31,7 +31,7 @@ def largest_fitting(
     accelerator, optimizer = state.accelerator, state.optimizer
     share = -(-batches.size(0) // accelerator.num_processes)
     share = min(share, at_most or share)
-    if accelerator.device.type != "cuda":  # elsewhere no error tells that memory has run out
+    if accelerator.device.type != "cuda":  # elsewhere running out of memory raises no error
         return share
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -70,8 +70,8 @@ def halve_until_it_fits(
             torch.cuda.empty_cache()
         if size == 1:
             raise ValueError(
-                "one image does not fit in the device's memory: choose a smaller model, or "
-                "runtime.recompute=[0] to keep fewer activations"
+                "runtime.device_batch=auto: one image does not fit in the device's memory; choose "
+                "a smaller model, or runtime.recompute=[0] to keep fewer activations"
             )
         size = -(-size // 2)
 

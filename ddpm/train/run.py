@@ -182,7 +182,7 @@ def _saying_where(folder: RunFolder) -> Iterator[None]:
             if record.get("step"):
                 state = (
                     f"is saved at step {record['step']} of {record['num_steps']}; "
-                    "the same command resumes it there"
+                    "the same command resumes from there"
                 )
             say(f"run {folder.path} {state}")
         raise

@@ -164,8 +164,8 @@ def _in_bounds(write: Callable[[], None], folder: RunFolder) -> None:
             since = now
         if since is not None and now - since > LIMIT:
             raise DiskHangs(
-                f"{folder.checkpoints}: the disk has not taken the checkpoint in {waited:.0f} s; "
-                "earlier checkpoints stay"
+                f"{folder.checkpoints}: the disk has not finished the checkpoint in "
+                f"{waited:.0f} s; earlier checkpoints are kept"
             )
         log.warning("still writing the checkpoint, %.0f s so far", waited)
     if failed:

@@ -118,7 +118,10 @@ def check_agreement(begun: Start) -> None:
     mine = f"{begun.folder.path} (pictures {begun.config.pictures})"
     found = sorted(set(gather([mine], find_processes(begun.config.runtime.device))))
     if len(found) > 1:
-        raise ValueError(f"the processes find different runs: {', '.join(found)}")
+        raise ValueError(
+            f"the processes find different runs: {', '.join(found)}; give all the same command and "
+            "pictures"
+        )
 
 
 def load_resumed(composed: Composed) -> Start:
