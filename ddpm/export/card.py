@@ -75,7 +75,8 @@ def _network(trained: Trained) -> str:
     classes = f", {len(subject.classes)} classes" if subject.classes else ""
     return (
         f"A denoising diffusion network ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)) for "
-        f"{'grey' if channels == 1 else 'colour'} pictures of {height}x{width} pixels{classes}: "
+        f"{'grayscale' if channels == 1 else 'color'} pictures of {height}x{width} "
+        f"pixels{classes}: "
         f"{count:,} parameters, {process.num_timesteps} timesteps, prediction {process.prediction},"
         f" variance {process.variance}. It is {KINDS[trained.kind]} after step {trained.step:,}."
     )

@@ -79,11 +79,13 @@ def _numbers(one: Tried) -> str:
 def _compared(one: Tried) -> str:
     claim = one.claim
     if claim.less is not None and claim.than is not None:
-        return f"{claim.of}: {_side(claim.less)} less {_side(claim.than)}"
+        return f"{claim.of}: {_side(claim.less)} minus {_side(claim.than)}"
     key = claim.falls_with or claim.rises_with or ""
     sign = "" if claim.falls_with else "minus "
     what = (
-        claim.of if claim.best is None else f"log2 of the {_last(claim.best)} of least {claim.of}"
+        claim.of
+        if claim.best is None
+        else f"log2 of the {_last(claim.best)} with the least {claim.of}"
     )
     return f"{sign}slope of {what} over log2 {_last(key)}"
 
@@ -137,7 +139,7 @@ def _part(one: dict[str, Any]) -> str:
             f"{study.title}. {study.question}\n",
             f"```bash\npython -m ddpm.study {one['study']}\n```\n",
             f"{seeds} seeds, {runs} runs; {one['minutes']:.0f} minutes on"
-            f"  {one['device']}, commit {one['commit']}.\n",
+            f" {one['device']}, commit {one['commit']}.\n",
             _table(["claim", "source", "here", "verdict"], rows),
             f"![The figures of each setting and seed]({one['study']}.png)\n",
             _table(*_means(study, cells)),

@@ -85,7 +85,7 @@ def run(composed: Composed) -> None:
 def _show(study: Study, seeds: Sequence[int], settings: Settings) -> None:
     for line in study.train:
         say(_typed(_train(line, seeds, settings)))
-    print("and for each seed, with its runs:")
+    print("then for each seed, with its runs:")
     for line in study.evaluate:
         say(_typed(_evaluate(line, ["DIR", "..."], 0, settings.study.jobs)))
 
@@ -109,7 +109,7 @@ def _training(study: Study, seeds: Sequence[int], settings: Settings) -> Iterato
 
 
 def _measuring(study: Study, runs: Sequence[StudyRun], jobs: int | None) -> Iterator[list[str]]:
-    """The command lines that measure complete runs; samples have their run's seed."""
+    """The command lines that measure complete runs without figures, by each run's seed."""
     for line in study.evaluate:
         for seed in dict.fromkeys(one.seed for one in runs):
             left = [
