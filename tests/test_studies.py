@@ -183,7 +183,7 @@ def test_what_a_line_measures_is_found_and_nothing_else(typed, run_folder, tmp_p
             {"claims": [{**TOY["claims"][0], "less": {"training.steps": 5}}]},
             "no run or measurement",
         ),
-        ({"claims": [{**TOY["claims"][0], "falls_with": "training.steps"}]}, "one of them"),
+        ({"claims": [{**TOY["claims"][0], "falls_with": "training.steps"}]}, "exactly one of"),
         ({"claims": [{**TOY["claims"][1], "rises_with": "seed"}]}, "fewer than two values"),
         ({"seeds": 2}, "seeds"),
         ({"colour": "red"}, "colour"),

@@ -240,7 +240,7 @@ def work(repeats=100_000, seconds=0.1, device="cuda", **changes):
     [
         ("auto", work(device="cpu"), "nothing is gained on cpu"),
         ("auto", work(device="mps"), "nothing is gained on mps"),
-        ("auto", work(deterministic=True), "not the same each time"),
+        ("auto", work(deterministic=True), "can differ each time"),
         ("auto", work(repeats=500), "500 repeats are too few"),
         ("auto", work(seconds=0.01), "about 17 minutes are too short to pay for trials"),
         (False, work(), "tune=false"),

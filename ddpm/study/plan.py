@@ -136,7 +136,7 @@ def _check(claim: Claim, study: Study) -> None:
     ]
     if sum(ways) != 1 or (claim.less is None) != (claim.than is None):
         raise ValueError(
-            f"claim {claim.says!r}: give either less and than, or falls_with, or rises_with"
+            f"claim {claim.says!r}: give exactly one of less and than, falls_with, rises_with"
         )
     cells = [
         {**run.settings, **measured.settings}
