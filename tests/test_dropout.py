@@ -258,7 +258,7 @@ def test_a_run_of_an_earlier_version_says_that_its_masks_were_others(tmp_path):
     for steps in (3, 4):
         train(compose([f"resume={begun.path}", f"training.steps={steps}"]))
         (note,) = begun.record()["data"]["notes"]
-        assert note.startswith("an earlier version made the steps to 2, with other dropout masks")
+        assert note.startswith("an earlier version made the steps up to 2 with other dropout masks")
     config = training_config(composed)
     assert notes_on_dropout(config, begun, 10) == [note]
     config.model["dropout"] = 0.0
@@ -301,5 +301,5 @@ def test_a_network_of_ones_own_that_takes_no_keys_trains_and_is_told(
     notes = trained.record()["data"]["notes"]
     assert len(notes) == told
     for note in notes:
-        assert note.startswith("owndropout.Net has dropout whose masks depend on how a batch is")
+        assert note.startswith("owndropout.Net has dropout masks that depend on how a batch is")
         assert "\n" not in note

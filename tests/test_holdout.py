@@ -63,8 +63,8 @@ def test_a_class_that_is_held_out_whole_is_named(tiny, tmp_path, pictures):
     share = math.nextafter(min(digests) + 1 / 256, 1)
     settings = [*tiny, "data=folder", f"data.path={folder}", "training.steps=1"]
     run = ddpm.run([*settings, f"data.holdout={share}", f"outputs={tmp_path / 'outputs'}"])
-    assert [note for note in run.record()["data"]["notes"] if "held out whole" in note] == [
-        f"class rare is held out whole: training never sees it (data.holdout={share})"
+    assert [note for note in run.record()["data"]["notes"] if "held out entirely" in note] == [
+        f"class rare is held out entirely: training never sees it (data.holdout={share})"
     ]
 
 

@@ -339,7 +339,7 @@ def test_a_folder_from_everywhere_trains_and_one_line_says_what_was_not_used(tmp
         "depth.tif (samples of floating point, and no white declared: give data.white); "
         "map.png (too large: 2000x2000 pixels, needs data.max_pixels=4000000); "
         "moved.png (a broken link)",
-        "half of the pictures are mirrored in training; data.flip=false does without",
+        "half of the pictures are mirrored in training; data.flip=false turns this off",
     ]
 
 

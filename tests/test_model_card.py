@@ -79,7 +79,7 @@ def test_figures_stand_with_their_protocols_and_only_those_of_this_network(run, 
 
 
 def test_a_network_without_figures_says_so(run, tmp_path):
-    assert "None was measured of this network." in card(run, tmp_path).text
+    assert "Nothing was measured of this network." in card(run, tmp_path).text
 
 
 EVIL = "a: b\n---\nlicense: x\n```\n<script> | `x` # *[y](z)*"

@@ -89,7 +89,7 @@ def test_it_is_carried_on_and_its_history_goes_on(old):
 @pytest.mark.parametrize("status", ["preempted", "running", "failed"])
 def test_the_same_configuration_typed_today_names_an_unfinished_one(old, tmp_path, status):
     RunFolder(old).update(status=status)
-    with pytest.raises(ValueError, match=f"trained by an earlier version: resume={old} carries"):
+    with pytest.raises(ValueError, match=f"trained by an earlier version: resume={old} continues"):
         train(compose([*AGAIN, f"outputs={tmp_path / 'outputs'}"]))
     assert len(list((tmp_path / "outputs").glob("*/*"))) == 1
 

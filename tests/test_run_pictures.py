@@ -123,7 +123,7 @@ def test_beside_a_complete_run_others_are_a_new_run_that_says_so(plain, words, t
     other = run(words(place))
     assert other.path != complete.path
     assert (
-        f"a new run beside {complete.path}, which has other pictures of the same place"
+        f"a new run beside {complete.path}, which had other pictures at the same path"
         in (other.record()["data"]["notes"])
     )
     assert complete.record()["status"] == "complete"

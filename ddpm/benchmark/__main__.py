@@ -1,6 +1,6 @@
 """python -m ddpm.benchmark: how fast this machine trains and samples.
 
-It also says how near that is to what the machine can do.
+It also reports how close that is to the machine's peak.
 """
 
 from ddpm.config.cli import command, lazily
@@ -9,8 +9,8 @@ main = command(
     "benchmark",
     lazily("ddpm.benchmark.run.run"),
     (
-        "Time a run's training step and sampler step: images/s, share of the machine's matrix "
-        "product, memory, waits."
+        "Time a run's training step and sampler step: images/s, share of the machine's peak in "
+        "matrix products, memory, waits."
     ),
     [
         "python -m ddpm.benchmark",

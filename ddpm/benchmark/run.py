@@ -32,7 +32,7 @@ from ddpm.train.tuning import way_of
 
 
 class Settings(Section):
-    """What ddpm.benchmark adds to a run's keys. See conf/benchmark.yaml for each."""
+    """The keys that ddpm.benchmark adds to a run's. See conf/benchmark.yaml for each."""
 
     rounds: Count
     seconds: PositiveFloat
@@ -42,13 +42,13 @@ class Settings(Section):
 
 
 def run(composed: Composed) -> dict[str, Any]:
-    """Times it, prints it, and writes it to the JSON file `to`.
+    """Times a run's steps, prints the results and writes them to the JSON file `to`, if given.
 
     Returns:
-        What was measured, as in that file.
+        The results, as in that file.
 
     Raises:
-        ValueError: For a key that cannot be.
+        ValueError: If a key is invalid.
     """
     settings, config = settings_and_config(Settings, composed)
     build.check(config)
@@ -83,7 +83,7 @@ def _time_training(
     gflop: float,
     peak: float,
 ) -> dict[str, Any]:
-    """The entries of the report on training, printed too."""
+    """Times training; prints and returns its entries in the report."""
     batch, found = images_at_once(config), {}
     images, decoding = _images(config, settings, batch)
     if decoding is not None:
@@ -96,7 +96,7 @@ def _time_training(
         step.run(1)
     classes, steps = config.data.num_classes or 1, number_of_steps(config) or 0
     choice = way_of(config, None, accelerator, step.batches, classes, steps)
-    _show("carried out", f"{choice.way} ({choice.why})")
+    _show("way", f"{choice.way} ({choice.why})")
     with ways.carried_out(choice.way):
         if choice.way != ways.default(accelerator.device) or choice.device_batch:
             accelerator.free_memory()
@@ -122,15 +122,15 @@ def _time_training(
     _show(
         "",
         (
-            f"the first step took {first:.2f} s, and was done {from_start:.1f} s after the process "
-            "was started"
+            f"the first step took {first:.2f} s; {from_start:.1f} s passed from the start of the "
+            "process to the end of its first step"
         ),
     )
     _show(
         "",
         (
-            f"{waiting:.2%} of the time waiting for data, {waits.count} waits for the device in a "
-            f"step, {(memory or 0) / 1e9:.2f} GB at most"
+            f"{waiting:.2%} of the time waiting for data, {waits.count} waits for the device per "
+            f"step, {(memory or 0) / 1e9:.2f} GB at the peak"
         ),
     )
     return {**found, "training": training}
@@ -143,12 +143,12 @@ def _time_sampling(
     gflop: float,
     peak: float,
 ) -> dict[str, Any]:
-    """The entry of the report on sampling, printed too."""
+    """Times sampling; prints and returns its entry in the report."""
     batch = settings.sample_batch
     step, tune = SamplerStep(config, device, batch), config.runtime.tune
     timesteps, count = len(step.drawing.timesteps), config.evaluation.num_samples
     if tune in ways.WAYS and ways.WAYS[str(tune)].compiled == "blocks":
-        tune = False  # for training alone
+        tune = False  # blocks are compiled only for training
     cache = Path(config.data.cache)
     with tuned(
         step.drawing, step.subject, step.classes, batch, count, PartialState(), tune, cache
@@ -164,20 +164,20 @@ def _time_sampling(
         "share_of_peak": round(speed["median"] * calls * gflop / peak, 3),
         "first_step_s": round(first, 2),
     }
-    _show("sampling", f"{_words(sampling)}, a step of {timesteps}")
+    _show("sampling", f"{_words(sampling)}, one step of {timesteps}")
     return {"sampling": sampling}
 
 
 def time_rounds(
     run: Callable[[int], None], images: int, settings: Settings, at_most: int | None = None
 ) -> tuple[dict[str, float], float]:
-    """Images/s of some work over the rounds, and the seconds that all rounds took.
+    """Times work in rounds; returns its images/s, and the seconds that all rounds took.
 
     Args:
-        run: Does the work so many times.
-        images: Of one time.
-        settings: How many rounds, and how long they may take.
-        at_most: How often it can be done at once.
+        run: Does the work as many times as it is told.
+        images: Images per time.
+        settings: The number of rounds, and the seconds for all of them.
+        at_most: The most times per round; None for no limit.
     """
     count = max(1, int(settings.seconds / settings.rounds / _seconds(run)))
     count = min(count, at_most or count)
@@ -194,7 +194,7 @@ def time_rounds(
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What was measured on: device, cores, versions."""
+    """Returns what was measured on: device, threads, versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     threads = {"threads": f"{torch.get_num_threads()} threads"} if device.type == "cpu" else {}
     return {
@@ -208,7 +208,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name as Linux tells it, with the instructions that torch uses."""
+    """The processor's name according to Linux, and the instruction set that torch uses."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -217,7 +217,7 @@ def _processor() -> str:
 
 
 def _images(config: Config, settings: Settings, batch: int) -> tuple[np.ndarray, float | None]:
-    """The images to train on, and the seconds that decoding them took, if they are the run's."""
+    """The images to train on, and the seconds to decode them; None if they are random."""
     if settings.images == "random":
         return random_images(config, batch), None
     began = time.perf_counter()
@@ -237,7 +237,7 @@ def _words(measured: dict[str, Any]) -> str:
     return (
         f"{speed['median']:,.4g} images/s ({speed['lowest']:,.4g} to {speed['highest']:,.4g} in "
         f"{speed['rounds']} rounds), batch {measured['batch']}, "
-        f"{measured['gflop_per_image']:,.4g} GFLOP an image, "
+        f"{measured['gflop_per_image']:,.4g} GFLOP per image, "
         f"{measured['share_of_peak']:.0%} of the peak"
     )
 

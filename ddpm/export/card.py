@@ -1,4 +1,4 @@
-"""The model card: what a reader of the hub finds beside the weights (README.md)."""
+"""The model card: the README.md that the hub shows beside the weights."""
 
 import shlex
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from ddpm.system.files import as_key
 from ddpm.system.text import shown, unmarked
 
 KINDS = {"ema": "the moving average of the weights", "raw": "the weights as trained"}
-ELSEWHERE = ("runtime.", "outputs", "data.cache")  # keys of a command that change nothing computed
+ELSEWHERE = ("runtime.", "outputs", "data.cache")  # keys that do not affect what is computed
 PIPELINE = """\
 from diffusers import DDPMPipeline
 
@@ -27,11 +27,11 @@ LOOP = """\
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-folder = "."  # this one, or its name on the hub
+folder = "."  # this folder, or its name on the hub
 unet = UNet2DModel.from_pretrained(folder, subfolder="unet")
 scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
 scheduler.set_timesteps({steps})
-classes = torch.tensor([0, 1])  # numbers of classes.json
+classes = torch.tensor([0, 1])  # indices into classes.json
 x = torch.randn(2, *{shape})
 with torch.inference_mode():
     for t in scheduler.timesteps:
@@ -43,8 +43,8 @@ def model_card(trained: Trained, license: str | None) -> str:
     """Returns the card of a run's network: YAML for the hub, then Markdown for people.
 
     Args:
-        trained: The network, and the run that it is of.
-        license: Of the weights, in the hub's words; None leaves it unsaid.
+        trained: The network and its run.
+        license: License of the weights, as the hub names it; None for not stated.
     """
     config, subject = trained.config, trained.subject
     kind = "class-conditional" if subject.classes else "unconditional"
@@ -75,7 +75,8 @@ def _network(trained: Trained) -> str:
     classes = f", {len(subject.classes)} classes" if subject.classes else ""
     return (
         f"A denoising diffusion network ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)) for "
-        f"{'grey' if channels == 1 else 'colour'} pictures of {height}x{width} pixels{classes}: "
+        f"{'grayscale' if channels == 1 else 'color'} pictures of {height}x{width} "
+        f"pixels{classes}: "
         f"{count:,} parameters, {process.num_timesteps} timesteps, prediction {process.prediction},"
         f" variance {process.variance}. It is {KINDS[trained.kind]} after step {trained.step:,}."
     )
@@ -91,7 +92,7 @@ def _training(trained: Trained) -> str:
         lines.append(f"Recipe {_code(recipe)}: {_text(config.recipe.source)}.{note}")
     if config.init_from is not None:
         name = _code(Path(config.init_from).name)
-        lines.append(f"It began with the weights of {name} (digest {config.init_weights}).")
+        lines.append(f"Training started from the weights of {name} (digest {config.init_weights}).")
     commands = [
         _command(start["command"])
         for number, start in enumerate(starts)
@@ -100,30 +101,30 @@ def _training(trained: Trained) -> str:
     if commands:
         lines.append("```bash\n" + "\n".join(commands) + "\n```")
     if starts:
-        git, device = starts[-1].get("git") or {}, starts[-1].get("device", "a device unknown")
+        git, device = starts[-1].get("git") or {}, starts[-1].get("device", "an unknown device")
         commit = f", commit {git['commit'][:7]} of ddpm" if git.get("commit") else ""
         training = config.training
         lines.append(
-            f"{trained.step:,} updates of {training.batch_size} pictures, {training.precision}, "
-            f"seed {config.seed}, on {_text(device)}{commit}."
+            f"{trained.step:,} updates of {training.batch_size} pictures each, "
+            f"{training.precision}, seed {config.seed}, on {_text(device)}{commit}."
         )
     return "\n\n".join(lines)
 
 
 def _command(words: list[str]) -> str:
-    """A start's command without what only one's own machine knows."""
+    """A start's command, without what means nothing on another machine."""
     kept = []
     for word in words:
         key, equals, value = word.rpartition("=")
         if not key.lstrip("+").startswith(ELSEWHERE):
-            place = value.startswith(("/", "~", "."))  # on one's own disk
+            place = value.startswith(("/", "~", "."))  # a path on the user's disk
             kept.append(f"{key}{equals}{Path(value).name}" if place else word)
-    # one line, and none that ends the block that it stands in
+    # one line that cannot end the code block around it
     return shown(" ".join(shlex.join(kept).split())).replace("```", "'''")
 
 
 def _figures(trained: Trained) -> str:
-    """What was measured of this very network, those of one protocol together."""
+    """What was measured of this very network, grouped by protocol."""
     network = trained.subject.identity()
     found = [
         entry
@@ -131,7 +132,7 @@ def _figures(trained: Trained) -> str:
         if not entry["metric"].startswith(PARTS) and _is_of(entry, trained, network)
     ]
     if not found:
-        return "None was measured of this network."
+        return "Nothing was measured of this network."
     parts = []
     for _, same in groupby(found, key=lambda entry: as_key(entry["protocol"])):
         entries = list(same)
@@ -145,7 +146,7 @@ def _figures(trained: Trained) -> str:
 def _is_of(entry: Mapping[str, Any], trained: Trained, network: str) -> bool:
     if entry.get("network") is not None:
         return entry["network"] == network
-    protocol = entry["protocol"]  # of an earlier version
+    protocol = entry["protocol"]  # written by an earlier version
     return (protocol.get("step"), protocol.get("weights")) == (trained.step, trained.kind)
 
 
@@ -159,11 +160,11 @@ def _value(entry: Mapping[str, Any]) -> str:
 
 
 def _data(run: RunFolder, config: Config) -> str:
-    """Which pictures, and under which licence, as far as the data option knows."""
+    """The pictures and their license, as far as the data option knows."""
     data, record = config.data, run.record().get("data") or {}
     repo = data.source.get("repo")
     page = f"https://huggingface.co/datasets/{repo}" if repo else None
-    known = data.license or ("unknown here; see the page of the data set" if page else "unknown")
+    known = data.license or ("unknown here; see the data set's page" if page else "unknown")
     return "\n".join(
         [
             f"- data set: {_code(data.name)}" + (f", <{_text(page)}>" if page else ""),
@@ -185,7 +186,7 @@ def _sampling(subject: Subject) -> str:
 
 
 def _text(words: str) -> str:
-    """Words of others, that are to mean nothing in Markdown."""
+    """Other people's words, escaped so that they mean nothing in Markdown."""
     return unmarked(words)
 
 

@@ -29,10 +29,10 @@ class Settings(Section):
 
 
 def run(composed: Composed) -> Path:
-    """Writes the folder, and prints where it is.
+    """Writes the folder and prints its path.
 
     Raises:
-        ValueError: If there is no such run or checkpoint, or diffusers cannot express it.
+        ValueError: If there is no such run or checkpoint, or diffusers cannot express the network.
     """
     for key, wanted in (("run", "a folder that ddpm.train made"), ("to", "the folder to write")):
         if OmegaConf.is_missing(composed.cfg, key):
@@ -48,8 +48,8 @@ def run(composed: Composed) -> Path:
     )
     if subject.classes is not None:
         say(
-            "the network has classes, and DDPMPipeline gives it none when called: use its unet "
-            "with class_labels=, the numbers in classes.json"
+            "the network needs classes, but DDPMPipeline passes none: call its unet with "
+            "class_labels=, the indices into classes.json"
         )
     say(f"exported {folder}")
     return folder

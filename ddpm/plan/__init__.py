@@ -1,1 +1,1 @@
-"""What a run will be: sizes without training, speed from a few real steps."""
+"""Planning a run: its sizes without training, its speed from a few real steps."""

@@ -1,4 +1,4 @@
-"""python -m ddpm.plan: what a run will be, before anything is downloaded or trained."""
+"""python -m ddpm.plan: what a run needs, before anything is downloaded or trained."""
 
 from ddpm.config.cli import command, lazily
 
@@ -6,8 +6,8 @@ main = command(
     "plan",
     lazily("ddpm.plan.run.run"),
     (
-        "Say what a run will be before anything is downloaded or trained, and check what its "
-        "recipe expects."
+        "Print what a run needs and how long it takes, before anything is downloaded or trained, "
+        "and check what its recipe expects."
     ),
     [
         "python -m ddpm.plan experiment=cifar10",

@@ -1,4 +1,4 @@
-"""python -m ddpm.plan: what a run will be, its speed from a few real steps, its recipe checked."""
+"""python -m ddpm.plan: a run's sizes, its speed from a few real steps, and its recipe checked."""
 
 import json
 import time
@@ -36,7 +36,7 @@ GIGA = 1e9
 
 
 class Settings(Section):
-    """What ddpm.plan adds to a run's keys. See conf/plan.yaml for each."""
+    """The keys that ddpm.plan adds to a run's. See conf/plan.yaml for each."""
 
     probe: Annotated[float, Field(ge=0)]
     speed: PositiveFloat | None
@@ -45,7 +45,7 @@ class Settings(Section):
 
 
 class Verdict(NamedTuple):
-    """One expectation of a recipe; `passed` is None if it takes training to know."""
+    """One expectation of a recipe; `passed` is None if only training can tell."""
 
     what: str
     expected: str
@@ -54,12 +54,12 @@ class Verdict(NamedTuple):
 
 
 class Departure(NamedTuple):
-    """A setting that the recipe has otherwise than its source, and what the run has.
+    """A setting in which a recipe departs from its source.
 
     Attributes:
-        key: Dotted.
+        key: The dotted key.
         published: The source's value.
-        found: The run's.
+        found: The run's value.
     """
 
     key: str
@@ -71,22 +71,22 @@ def run(composed: Composed) -> list[Verdict]:
     """Prints the plan of a run.
 
     Returns:
-        What became of the recipe's expectations.
+        One verdict per expectation of the recipe.
 
     Raises:
-        ValueError: If one of them does not hold; it names the first.
+        ValueError: If an expectation fails; the error names the first.
     """
     settings, config = settings_and_config(Settings, composed)
     config = with_initial_weights(config)
     build.check(config)
-    name = config.runtime.device  # need not be here
+    name = config.runtime.device  # need not be on this machine
     planned = device_named(name) if name == "auto" else torch.device(name)
     needs, num_steps = sizes(config, planned), number_of_steps(config)
     _show("run", _folder(config))
     _show_sizes(config, needs, num_steps)
     speed = settings.speed
     if speed is not None:
-        _show("speed", f"{speed:.4g} images/s of one device, as given")
+        _show("speed", f"{speed:.4g} images/s per device, as given")
     elif settings.probe > 0:
         speed, device = probe(config, settings.probe)
         flops = speed * 3 * needs.forward_flops / GIGA
@@ -98,8 +98,8 @@ def run(composed: Composed) -> list[Verdict]:
         if any(devices > 1 for devices in settings.devices):
             _show(
                 "",
-                f"assumed: {settings.bandwidth:g} GB/s between devices, float32 gradients sent "
-                "behind the backward pass, each device as fast with its share of the batch",
+                f"assuming {settings.bandwidth:g} GB/s between devices, float32 gradients sent "
+                "during the backward pass, and no device slowed by its smaller share of the batch",
             )
     if config.recipe is None:
         return []
@@ -109,7 +109,7 @@ def run(composed: Composed) -> list[Verdict]:
 
 
 def _folder(config: Config) -> str:
-    """The run's folder; pictures of one's own have to be there to name it."""
+    """The run's folder; a user's own pictures must be there, since they decide its name."""
     path = config.data.path
     if config.data.name == "folder" and not (path and Path(path).expanduser().exists()):
         return f"known once the pictures are there (data.path={path})"
@@ -122,30 +122,32 @@ def _show(what: str, words: str) -> None:
 
 
 def _show_sizes(config: Config, needs: Sizes, num_steps: int | None) -> None:
-    """Network, data, batch, duration, disk and memory, a line each."""
+    """Prints network, data, batch, duration, disk and memory, one line each."""
     training, data = config.training, config.data
     forward, weights = needs.forward_flops / GIGA, 4 * needs.parameters / GIGA  # float32
     _show(
         "network",
-        f"{needs.parameters:,} parameters, {forward:.1f} GFLOP an image forward, about 3 times "
+        f"{needs.parameters:,} parameters, {forward:.1f} GFLOP per image forward, about 3 times "
         "that to train",
     )
     attention = [
         f"{height}x{width} in {count} blocks" for (height, width), count in needs.attention.items()
     ]
     _show("attention", ", ".join(attention) or "none")
-    images = "number of images unknown until they are read"
+    images = "number of images unknown until read"
     if data.num_images:
         images = f"{data.num_images:,} images as published"
     of_epoch = steps_per_epoch(config)
-    _show("data", f"{data.name}, {images}" + (f", {of_epoch:,} steps an epoch" if of_epoch else ""))
+    _show(
+        "data", f"{data.name}, {images}" + (f", {of_epoch:,} steps per epoch" if of_epoch else "")
+    )
     at_once = images_at_once(config)
-    _show("batch", f"{training.batch_size} images an update, {at_once} at once on one device")
+    _show("batch", f"{training.batch_size} images per update, {at_once} at once per device")
     if num_steps:
         _show("duration", f"{num_steps:,} steps, {num_steps * training.batch_size:,} images")
     _show(
         "disk",
-        f"{4 * weights:.2f} GB a checkpoint (weights, average, Adam's two moments), "
+        f"{4 * weights:.2f} GB per checkpoint (weights, average, Adam's two moments), "
         f"{config.runtime.keep_checkpoints} kept",
     )
     _show("previews", cost(config, num_steps, previews_of(config, num_steps)))
@@ -153,13 +155,13 @@ def _show_sizes(config: Config, needs: Sizes, num_steps: int | None) -> None:
     _show(
         "memory",
         f"about {5 * weights + at_once * activations:.1f} GB in float32: weights, gradients, Adam "
-        f"and average {5 * weights:.2f} GB, activations {activations:.3f} GB an image; on a "
-        "GPU cuDNN takes up to 2 GB more to work in",
+        f"and average {5 * weights:.2f} GB, activations {activations:.3f} GB per image; on "
+        "a GPU, cuDNN takes up to 2 GB more as its workspace",
     )
 
 
 def _show_recipe(recipe: Recipe, verdicts: list[Verdict], others: list[Departure]) -> None:
-    """Its source and notes, and a line an expectation; a ValueError if one fails."""
+    """Prints a recipe and one line per expectation; raises ValueError if one fails."""
     _show("recipe", recipe.source + (f"; takes {recipe.takes}" if recipe.takes else ""))
     for what, words in (("note", recipe.note), ("differs", recipe.differs)):
         if words:
@@ -175,7 +177,7 @@ def _show_recipe(recipe: Recipe, verdicts: list[Verdict], others: list[Departure
     if failed:
         first = failed[0]
         raise ValueError(
-            f"recipe.expect.{first.what} expects {first.expected}, and the run has {first.found} "
+            f"recipe.expect.{first.what} expects {first.expected}, but the run has {first.found} "
             f"({len(failed)} of {len(verdicts)} fail)"
         )
 
@@ -185,7 +187,7 @@ def _in_words(one: Departure) -> str:
         return f"{one.key}={one.found}"
     return (
         f"{one.key}: published {one.published}, the run has {one.found} "
-        f"({one.key}={one.published} is as published)"
+        f"({one.key}={one.published} for the published one)"
     )
 
 
@@ -197,7 +199,7 @@ def _time(
     num_steps: int | None,
     bandwidth: float,
 ) -> str:
-    """How long the run takes on so many devices, in words."""
+    """The run's speed and duration on a number of devices, in words."""
     batch = config.training.batch_size
     if devices > batch:
         return f"more than the {batch} images of a batch"
@@ -215,9 +217,9 @@ def _time(
 def expectations(
     config: Config, expect: Expect, needs: Sizes, num_steps: int | None
 ) -> list[Verdict]:
-    """Checks each expectation of a recipe against what its configuration comes to.
+    """Checks each expectation of a recipe against the configuration.
 
-    Published figures take a trained network, and so have no verdict.
+    Published metrics have no verdict, since they need a trained network.
     """
     verdicts: list[Verdict] = []
 
@@ -248,7 +250,7 @@ def expectations(
         if 0 <= t < len(alphas_cumprod):
             close(what, value, float(alphas_cumprod[t]))
         else:
-            none = f"no such timestep of {len(alphas_cumprod)}"
+            none = f"no such timestep among {len(alphas_cumprod)}"
             verdicts.append(Verdict(what, f"{value:.8g}", none, False))
     for metric in expect.metrics:
         published = f"{metric.value} +- {metric.tolerance} ({metric.protocol})"
@@ -257,7 +259,7 @@ def expectations(
 
 
 def departures(config: Config, recipe: Recipe) -> list[Departure]:
-    """Compares what a recipe has otherwise than its source with what the run has."""
+    """Returns the settings in which a recipe departs from its source, with the run's values."""
     settings = flat(config.model_dump(mode="json"))
     return [
         Departure(key, _typed(value), _shown(settings, key))
@@ -270,15 +272,17 @@ def _shown(settings: dict[str, Any], key: str) -> str:
 
 
 def _typed(value: Any) -> str:
-    """As it is typed on a command line."""
+    """A value as typed on a command line."""
     return value if isinstance(value, str) else json.dumps(by_value(value))
 
 
 def probe(config: Config, seconds: float) -> tuple[float, str]:
-    """Times the run's own training step on random images, in about that many seconds.
+    """Times the run's own training step on random images, for about `seconds`.
+
+    On a CPU it takes at most 8 images at once.
 
     Returns:
-        Images/s, and the device in words. On a CPU at most 8 images at once.
+        Images/s, and the device in words.
     """
     runtime, precision = config.runtime, config.training.precision
     with accelerator_for(runtime.device, precision, runtime.deterministic) as accelerator:
@@ -286,7 +290,7 @@ def probe(config: Config, seconds: float) -> tuple[float, str]:
         batch = min(images_at_once(config), 8 if device.type == "cpu" else 1 << 30)
         step = TrainingStep(config, accelerator, random_images(config, batch), batch)
         began = time.perf_counter()
-        step.run(1)  # warms up, and is not counted
+        step.run(1)  # warm-up, not counted
         start, count = time.perf_counter(), 0
         while count < 2 or (time.perf_counter() - began < seconds and count < 100):
             step.run(1)

@@ -1,6 +1,6 @@
-"""What a run needs, without running it, and what several devices are worth.
+"""What a run needs, without running it: parameters, FLOPs, activations and steps.
 
-Its needs are parameters, FLOPs, activations and steps.
+It also estimates how fast several devices would be.
 """
 
 from collections import Counter
@@ -20,11 +20,11 @@ from ddpm.models.layers import AttentionBlock, takes_dropout_keys
 from ddpm.system.internals import storage_id
 from ddpm.train.costs import forward_flops
 
-# so many gradients of the widest activation does a backward pass hold besides what is kept for it:
-# of what goes in, of what comes out, and a copy in another layout. On an H100, TF32, without it the
-# peak of unet128 at batch 48 is 16% over what is said here, with it 6%
+# A backward pass holds this many gradients of the widest activation besides what was saved for it:
+# those of a layer's input and output, and a copy in another memory layout. On an H100 with TF32,
+# the peak of unet128 at batch 48 is 6% over the estimate with them, and 16% over it without.
 GRADIENTS_HELD = 3
-# of a training step: the backward pass has twice the products of the forward one
+# of a training step's time: the backward pass has twice the forward pass's products
 BACKWARD_SHARE = 2 / 3
 
 
@@ -32,10 +32,11 @@ class Sizes(NamedTuple):
     """What a network needs.
 
     Attributes:
-        parameters: Their count.
-        forward_flops: Of one image; a multiplication and an addition count as 2.
-        activation_bytes: Float32 activations of one image at most at once, in a training step.
-        attention: (height, width) -> number of attention blocks that see it.
+        parameters: Number of parameters.
+        forward_flops: FLOPs of one image's forward pass; a multiplication and an addition count
+            as 2.
+        activation_bytes: Peak float32 activations of one image in a training step.
+        attention: (height, width) -> number of attention blocks at this resolution.
     """
 
     parameters: int
@@ -45,7 +46,7 @@ class Sizes(NamedTuple):
 
 
 def sizes(config: Config, device: torch.device) -> Sizes:
-    """Finds what a run's network needs on a device, without memory or arithmetic."""
+    """Returns what a run's network needs on a device, found on the meta device."""
     with fast.as_on(device):
         return _sizes(config, device)
 
@@ -61,7 +62,7 @@ def _sizes(config: Config, device: torch.device) -> Sizes:
         given = {"classes": t} if config.training.conditional else {}
         network(x, t, **given, **({"dropout_keys": t} if takes_dropout_keys(network) else {}))
 
-    # what is made of the weights alone is not an image's
+    # the difference of two images and one: what depends on weights alone cancels out
     own = {storage_id(parameter.untyped_storage()) for parameter in network.parameters()}
     one, two = (_activation_bytes(partial(call, count), own) for count in (1, 2))
     attention: Counter[tuple[int, int]] = Counter()
@@ -81,8 +82,9 @@ def _sizes(config: Config, device: torch.device) -> Sizes:
 
 
 def _activation_bytes(forward: Callable[[], None], own: set[int]) -> int:
-    """What a forward pass keeps for the backward pass, besides the weights, and this adds."""
-    kept: dict[int, torch.UntypedStorage] = {}  # kept, no other gets its address
+    """Bytes that a forward pass saves for the backward pass, and that the latter adds."""
+    # holding a storage keeps others from getting its address
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -96,7 +98,7 @@ def _activation_bytes(forward: Callable[[], None], own: set[int]) -> int:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Has attention keep what it does on a device; on meta it keeps its matrices of N x N too."""
+    """Makes attention save what it would on a device; on meta it saves N x N matrices, too."""
 
     def __torch_function__(
         self,
@@ -111,7 +113,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what the fused kernels of attention do."""
+    """Saves what fused attention kernels save."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -130,9 +132,9 @@ def images_at_once(config: Config) -> int:
 
 
 def steps_per_epoch(config: Config) -> int | None:
-    """Returns the updates of one pass over the published number of images.
+    """Returns the updates per epoch, by the published number of images less those held out.
 
-    What is about held out is taken off. None if that number is not known.
+    None if that number is unknown.
     """
     batch = config.training.batch_size
     if config.data.num_images is None:
@@ -144,7 +146,7 @@ def steps_per_epoch(config: Config) -> int | None:
 def number_of_steps(config: Config) -> int | None:
     """Returns the updates of the whole run, by the published number of images.
 
-    None if that number is needed and not known.
+    None if that number is needed but unknown.
     """
     if config.training.steps is not None:
         return config.training.steps
@@ -158,16 +160,16 @@ def expected_speed(
     """Estimates the images/s of devices that share a global batch, from the images/s of one.
 
     A ring all-reduce sends 2 (n - 1) / n of the gradients from each of n devices, and the backward
-    pass hides what fits into its own time. This assumes that a device is as fast with its share of
-    the batch as with what `speed` was measured with, that all are equally fast, and no latency. It
-    is an upper bound where shares are small.
+    pass hides what fits into its own time. The estimate assumes that a device is as fast with its
+    share of the batch as when `speed` was measured, that all devices are equally fast, and that
+    there is no latency. If shares are small it is an upper bound.
 
     Args:
         speed: Images/s of one device.
-        devices: How many.
+        devices: Number of devices.
         batch_size: The global batch.
-        gradient_bytes: Of all gradients.
-        bandwidth: Bytes/s that a device sends while all do.
+        gradient_bytes: Bytes of all gradients.
+        bandwidth: Bytes/s that each device sends while all do.
     """
     computing = batch_size / devices / speed
     exchanging = 2 * (devices - 1) / devices * gradient_bytes / bandwidth

@@ -1,7 +1,4 @@
-"""The pieces of work that are timed.
-
-ddpm.benchmark, ddpm.plan and the comparison with other projects use them.
-"""
+"""What ddpm.benchmark times beside the training step: a sampler step, and waits for the device."""
 
 from typing import Any
 
@@ -16,11 +13,11 @@ from ddpm.system.devices import wait_for
 
 
 class SamplerStep:
-    """The sampler of a run on its network, from the noisiest timestep on, and all around it.
+    """A run's own sampler, from the noisiest timestep on, with all the work around the network.
 
     Args:
-        config: Of the run.
-        device: Where it draws.
+        config: The run's configuration.
+        device: The device to draw on.
         batch: Images at once.
     """
 
@@ -39,7 +36,7 @@ class SamplerStep:
         self.classes = subject.classes_in_turn(batch)
 
     def run(self, count: int) -> None:
-        """Walks so many steps, and waits for the last."""
+        """Makes `count` sampler steps and waits for the last."""
         timesteps = self.drawing.timesteps[:count]
         self.drawing.walk(self._noise, timesteps, self._step_noise, self.classes)
         wait_for(self.drawing.device)
@@ -48,7 +45,7 @@ class SamplerStep:
 class HostWaits(TorchDispatchMode):
     """Counts, in `count`, the operations that make the host wait for the device.
 
-    These are a number read, or a tensor copied to the host's memory.
+    They read a number, or copy a tensor to the host's memory.
     """
 
     READS = (

@@ -1,1 +1,1 @@
-"""Studies: claims of the papers, tried small, with seeds."""
+"""Studies: claims of the papers, tested at a small scale over several seeds."""

@@ -1,4 +1,4 @@
-"""python -m ddpm.study: try a claim of a paper, and say whether it holds here."""
+"""python -m ddpm.study: test a paper's claims, and say whether they hold here."""
 
 import re
 import sys
@@ -9,8 +9,9 @@ _main = command(
     "study",
     lazily("ddpm.study.run.run"),
     (
-        "Try a paper's claim small, with seeds: trains and measures what experiments/studies/NAME "
-        "lists, and says whether the claim holds here. Typed again, carry on."
+        "Test a paper's claims at a small scale: train and measure what "
+        "experiments/studies/NAME.yaml lists, over several seeds, and say which claims hold here. "
+        "Run it again to resume."
     ),
     [
         "python -m ddpm.study",
@@ -22,7 +23,7 @@ _main = command(
 
 
 def main() -> None:
-    """Takes a bare word, or a path to a YAML file, for the study's name."""
+    """Runs the command; a bare word, or a path to a YAML file, is the study's name."""
     sys.argv[1:] = [
         f"study.name={word}" if re.fullmatch(r"[A-Za-z]\w*|[^=]+\.yaml", word) else word
         for word in sys.argv[1:]

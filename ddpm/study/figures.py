@@ -1,4 +1,4 @@
-"""What the runs of a study came to: one number for each setting, seed and measure."""
+"""The results of a study's runs: one number per setting, seed and measure."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from ddpm.study import plan
 from ddpm.study.plan import Claim, Job, Settings, Study, matches
 from ddpm.system.files import as_key
 
-MEASURES = "evaluation."  # begins what says how a run is measured
+MEASURES = "evaluation."  # prefix of the keys that say how a run is measured
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class StudyRun:
 
     Attributes:
         job: Its settings.
-        seed: Its seed, which its samples have too.
+        seed: Its seed, which its samples share.
         run: Its folder.
     """
 
@@ -42,12 +42,12 @@ class Cell:
     """One run, measured in one way.
 
     Attributes:
-        settings: Those of the run and of the measurement, as typed, but the seed.
-        seed: The run's.
-        run: Its folder, as text.
-        status: How it stands.
-        values: What it came to, by measure.
-        floors: What no network beats, where the measure has such a floor.
+        settings: Settings of the run and of the measurement, as typed, without the seed.
+        seed: The run's seed.
+        run: The run's folder, as text.
+        status: The run's status.
+        values: Measure -> value.
+        floors: Measure -> the value that no network beats, where there is one.
     """
 
     settings: Settings
@@ -60,13 +60,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Tried:
-    """A claim, and what the runs say of it.
+    """A claim, and what the runs say about it.
 
     Attributes:
         claim: The claim.
-        numbers: One for each seed, below 0 where it bears the claim out.
-        missing: In a line each, what could not be counted, and why.
-        verdict: What follows.
+        numbers: Seed -> its number, which is below 0 if it supports the claim.
+        missing: What could not be counted and why, one line each.
+        verdict: The verdict on the claim.
     """
 
     claim: Claim
@@ -76,12 +76,12 @@ class Tried:
 
 
 def cells(study: Study, one: StudyRun) -> list[Cell]:
-    """Returns a run of a study, once for each way in which it was measured."""
+    """Returns the cells of a run, one per way in which it is measured."""
     of_run = _of_training(one.run, [claim.of for claim in study.claims])
     path, status = str(one.run.path), one.run.status()
     found: dict[str, Cell] = {}
     for way in plan.jobs(study.evaluate) or [Job([], {})]:
-        # what evaluation. says is what is measured, and no setting of it
+        # evaluation.* says what is measured, and is no setting of the result
         said = {key: value for key, value in way.settings.items() if not key.startswith(MEASURES)}
         settings = {**one.job.settings, **said}
         fresh = Cell(settings, one.seed, path, status, dict(of_run))
@@ -94,14 +94,14 @@ def cells(study: Study, one: StudyRun) -> list[Cell]:
 
 
 def is_measured(one: StudyRun, way: Job) -> bool:
-    """Whether a run has the figures of all metrics that a call of ddpm.evaluate measures."""
+    """Whether a run has figures for all metrics that a call of ddpm.evaluate measures."""
     metrics = _asked(tuple(way.words)).cfg.evaluation.metrics
     found = [entry["metric"] for entry in _measured(one, way)]
     return all(any(name.startswith(NAMES[metric]) for name in found) for metric in metrics)
 
 
 def _of_training(run: RunFolder, measures: Sequence[str]) -> dict[str, float]:
-    """Returns the means of scalars over the second half of a run's steps, those of `train/`."""
+    """The mean of each `train/` scalar over the second half of a run's steps."""
     found = {}
     for tag in measures:
         if tag.startswith("train/"):
@@ -116,7 +116,7 @@ def _measured(one: StudyRun, way: Job) -> list[dict[str, Any]]:
     """The entries of a run's evaluation.json that a call of ddpm.evaluate makes.
 
     Raises:
-        ValueError: If two are of the same measure.
+        ValueError: If two have the same measure.
     """
     entries = read_measurements(one.run.path / "evaluation.json")
     if not entries:
@@ -136,13 +136,15 @@ def _measured(one: StudyRun, way: Job) -> list[dict[str, Any]]:
     ]
     names = [entry["metric"] for entry in found]
     if len(set(names)) < len(names):
-        raise ValueError(f"{one.run.path} has several figures of one measure by {way.words}")
+        raise ValueError(
+            f"{one.run.path}: evaluation.json has several figures of one measure by {way.words}"
+        )
     return found
 
 
 @functools.cache
 def _asked(words: tuple[str, ...]) -> Composed:
-    """A call of ddpm.evaluate, whatever the run and the seed."""
+    """A call of ddpm.evaluate, without its run and seed."""
     return compose(["run=DIR", *words], "evaluate")
 
 
@@ -152,18 +154,18 @@ def _process(words: tuple[str, ...]) -> GaussianDiffusion:
 
 
 def _is_of(protocol: dict[str, Any], evaluation: Any) -> bool:
-    """Whether a figure is of as many images as asked, and of that part of the data."""
+    """Whether a figure has as many images as asked for, and the right part of the data."""
     if "sampler" in protocol:
         count, split = evaluation.num_samples, evaluation.split
         return protocol["count"] == count and protocol.get("split", split) == split
-    # of a smaller part it is all there are
+    # a part with fewer images is measured whole
     return (
         protocol["count"] <= evaluation.num_images and protocol["split"] == evaluation.bound_split
     )
 
 
 def _protocol(one: StudyRun, asked: Composed) -> dict[str, Any]:
-    """The fields of a protocol that a call decides, where the protocol has them."""
+    """The fields of a protocol that a call decides, if the protocol has them."""
     cfg, process = asked.cfg, _process(tuple(one.job.words))
     return {
         "step": cfg.step or one.run.record().get("step"),
@@ -177,7 +179,7 @@ def _protocol(one: StudyRun, asked: Composed) -> dict[str, Any]:
 
 
 def tried(claim: Claim, cells: Sequence[Cell]) -> Tried:
-    """Returns what the runs say of a claim."""
+    """Returns what the runs say about a claim."""
     about = [cell for cell in cells if matches(cell.settings, claim.where) and _counts(claim, cell)]
     numbers: dict[int, float] = {}
     missing = [] if any(claim.of in cell.values for cell in about) else [f"no run has {claim.of}"]
@@ -195,7 +197,7 @@ def tried(claim: Claim, cells: Sequence[Cell]) -> Tried:
 
 
 def _counts(claim: Claim, cell: Cell) -> bool:
-    """Whether a cell belongs to what a claim compares."""
+    """Whether a claim compares this cell."""
     if claim.less is not None and claim.than is not None:
         return matches(cell.settings, claim.less) or matches(cell.settings, claim.than)
     key = claim.falls_with or claim.rises_with
@@ -203,7 +205,7 @@ def _counts(claim: Claim, cell: Cell) -> bool:
 
 
 def _number(claim: Claim, cells: Sequence[Cell]) -> float | None:
-    """The number of one seed; None where a side of the claim has no run."""
+    """One seed's number; None if a side of the claim has no run."""
     if claim.less is not None and claim.than is not None:
         return _difference(claim, cells)
     key = claim.falls_with or claim.rises_with
@@ -227,7 +229,7 @@ def _of_place(claim: Claim, cells: Sequence[Cell]) -> float:
 
 
 def _difference(claim: Claim, cells: Sequence[Cell]) -> float | None:
-    """The mean difference over the settings that both sides have."""
+    """The mean difference over the settings that both sides have in common."""
     assert claim.less is not None
     assert claim.than is not None
     decided = {*claim.less, *claim.than}
@@ -249,12 +251,12 @@ def _difference(claim: Claim, cells: Sequence[Cell]) -> float | None:
 
 
 def varied(cells: Sequence[Cell]) -> list[str]:
-    """Returns the settings that are not the same in all cells."""
+    """Returns the keys of the settings that differ between cells."""
     keys = dict.fromkeys(key for cell in cells for key in cell.settings)
     return [key for key in keys if len({cell.settings.get(key) for cell in cells}) > 1]
 
 
 def in_words(settings: Mapping[str, str], keys: Sequence[str] | None = None) -> str:
-    """Returns settings in a line, keys by their last word."""
+    """Returns settings as one line, each key by its last word."""
     shown = settings if keys is None else {key: settings[key] for key in keys if key in settings}
     return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in shown.items())

@@ -1,4 +1,4 @@
-"""What came of studies: their figures as JSON and as a picture, and the page of all of them."""
+"""The results of studies: figures as JSON and as a picture, and one page for all studies."""
 
 import json
 import statistics
@@ -17,32 +17,32 @@ from ddpm.system.files import as_key
 INTRO = """\
 # Studies
 
-Claims of the papers, tried small: a network of minutes, real pictures, several seeds. Each was \
-run by the command above its table, which trains, measures and computes the verdict; typed again \
-it carries on, and `study.seeds=N` adds seeds. All of this page is written by that command.
+Claims of the papers, tested at a small scale: networks trained for minutes, real pictures, \
+several seeds. The command above each table trains, measures, computes the verdicts and writes \
+this whole page. Run again, it resumes; `study.seeds=N` adds seeds.
 
-- *holds*: the whole 95% interval (Student's t, one number for each seed) lies on the claim's \
-side; *does not hold here*: it lies on the other; *undecided at these seeds*: it holds zero.
-- Each number is of one seed: its runs have that seed, and so have their samples. A difference is \
-of two runs of one seed; a slope is of the measure over log2 of the setting.
-- The intervals are each claim's own: of twenty claims without any effect one would come out as \
-decided.
-- Settings are the command line's. What the network and the pictures are like, the files beside \
-this page say; the figures are in the JSON, each with the folder of its run.
+- *holds*: the whole 95% interval (Student's t, one number per seed) lies on the claim's side; \
+*does not hold here*: it lies on the other side; *undecided at these seeds*: it contains zero.
+- Each number comes from one seed, which its runs and their samples share. A difference is \
+between two runs of one seed; a slope is of the measure over log2 of the setting.
+- The intervals are not corrected for the number of claims: of twenty claims without any effect, \
+one would come out as decided.
+- Settings are as typed on the command line. The JSON files beside this page have the full study \
+and all figures, each with the folder of its run.
 """
 
 
 def as_json(
     name: str, study: Study, cells: Sequence[Cell], tried: Sequence[Tried], about: dict[str, Any]
 ) -> str:
-    """Writes all that was found, whole.
+    """Returns the complete results of a study as JSON.
 
     Args:
-        name: Of the study.
-        study: Its file.
-        cells: What each run came to.
-        tried: What follows for each claim.
-        about: Where and how long: minutes, device, versions, commit.
+        name: The study's name.
+        study: The content of its file.
+        cells: The results of its runs.
+        tried: The results of its claims.
+        about: How long and where it ran: minutes, device, commit.
     """
     claims = []
     for one in tried:
@@ -60,7 +60,7 @@ def as_json(
 
 
 def text(tried: Sequence[Tried]) -> str:
-    """Puts each claim, its numbers and its verdict in lines."""
+    """Returns each claim with its numbers and its verdict, as lines of text."""
     lines = []
     for one in tried:
         lines += [one.claim.says, f"  {_numbers(one)}: {one.verdict}"]
@@ -79,11 +79,13 @@ def _numbers(one: Tried) -> str:
 def _compared(one: Tried) -> str:
     claim = one.claim
     if claim.less is not None and claim.than is not None:
-        return f"{claim.of}: {_side(claim.less)} less {_side(claim.than)}"
+        return f"{claim.of}: {_side(claim.less)} minus {_side(claim.than)}"
     key = claim.falls_with or claim.rises_with or ""
     sign = "" if claim.falls_with else "minus "
     what = (
-        claim.of if claim.best is None else f"log2 of the {_last(claim.best)} of least {claim.of}"
+        claim.of
+        if claim.best is None
+        else f"log2 of the {_last(claim.best)} with the least {claim.of}"
     )
     return f"{sign}slope of {what} over log2 {_last(key)}"
 
@@ -97,7 +99,7 @@ def _last(key: str) -> str:
 
 
 def page(folder: Path) -> str:
-    """Returns the page of all studies whose figures lie in a folder, in Markdown."""
+    """Returns the page of all studies that have figures in a folder, in Markdown."""
     parts = [INTRO]
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
     parts.append(_table(["study", "claim", "verdict"], _overview(found)))
@@ -137,7 +139,7 @@ def _part(one: dict[str, Any]) -> str:
             f"{study.title}. {study.question}\n",
             f"```bash\npython -m ddpm.study {one['study']}\n```\n",
             f"{seeds} seeds, {runs} runs; {one['minutes']:.0f} minutes on"
-            f"  {one['device']}, commit {one['commit']}.\n",
+            f" {one['device']}, commit {one['commit']}.\n",
             _table(["claim", "source", "here", "verdict"], rows),
             f"![The figures of each setting and seed]({one['study']}.png)\n",
             _table(*_means(study, cells)),
@@ -147,7 +149,7 @@ def _part(one: dict[str, Any]) -> str:
 
 
 def _means(study: Study, cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
-    """Mean and deviation over seeds, a row for each setting."""
+    """Mean and deviation over seeds, one row per setting."""
     keys, measures = varied(cells), list(dict.fromkeys(claim.of for claim in study.claims))
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -164,7 +166,7 @@ def _means(study: Study, cells: Sequence[Cell]) -> tuple[list[str], list[list[st
 
 
 def _floors(cells: Sequence[Cell]) -> str:
-    """What no network beats: a half of the data against the other; of `named`, real pictures."""
+    """What no network beats: one half of the data against the other, or real pictures alone."""
     floors: dict[str, list[float]] = {}
     for cell in cells:
         for measure, floor in cell.floors.items():
@@ -187,9 +189,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw(path: Path, study: Study, cells: Sequence[Cell]) -> None:
-    """Draws a panel for each measure: each seed a point, and the mean of each setting.
+    """Draws one panel per measure, with a point per seed and the mean of each setting.
 
-    A measure that a claim has rise or fall with a setting is drawn over it.
+    If a claim has a measure rise or fall with a setting, that setting is the panel's x-axis.
     """
     over: dict[str, str | None] = {}
     for claim in study.claims:
@@ -217,7 +219,7 @@ def _array(cells: Sequence[Cell], measure: str) -> Any:
 
 
 def _points(axes: Any, measure: str, cells: Sequence[Cell]) -> None:
-    """A place on the axis for each setting."""
+    """Draws each setting at its own place on the x-axis."""
     groups = _groups(cells, varied(cells))
     for place, members in enumerate(groups.values()):
         values = _array(members, measure)
@@ -230,10 +232,10 @@ def _points(axes: Any, measure: str, cells: Sequence[Cell]) -> None:
 
 
 def _lines(axes: Any, measure: str, key: str, cells: Sequence[Cell], mark: bool) -> None:
-    """A line over a setting for each of the others.
+    """Draws one line over `key` per combination of the other settings.
 
-    `mark` rings what is best of a line, and what is not told from it: means within the larger of
-    the two deviations over seeds.
+    `mark` rings the best point of a line and those that cannot be told from it: their means differ
+    by no more than the larger of the two deviations over seeds.
     """
     groups = _groups(cells, [name for name in varied(cells) if name != key])
     handles = []

@@ -1,4 +1,4 @@
-"""What a study is: its file, and the runs and measurements that its lines stand for."""
+"""A study's file, and the runs and measurements that its lines stand for."""
 
 import itertools
 import re
@@ -16,35 +16,35 @@ from ddpm.config.validation import Section, Text, validate
 from ddpm.system.plain import Unreadable, read_yaml
 
 STUDIES = EXPERIMENTS / "studies"
-MOST_BYTES = 200_000  # of a file
-# trust is the command line's alone; the rest is the study's own
+MOST_BYTES = 200_000  # that a study's file may have
+# only the command line may grant trust; the study itself sets the rest
 SAID_ELSEWHERE = re.compile(
     r"hydra\b|(.*\.)?trusted_modules$|(outputs|resume|seed|run|runs|device)$"
 )
 Value = str | int | float | bool | None
-Choice = dict[str, Value]  # settings as the lines have them: {objective: epsilon}
+Choice = dict[str, Value]  # settings as a study's lines give them: {objective: epsilon}
 Settings = dict[str, str]  # the same of one run or measurement, as typed
 
 
 class Claim(Section):
-    """A sentence of a paper, and the numbers that would bear it out.
+    """A claim of a paper, and the numbers that would support it.
 
-    For each seed there is one number, below 0 where the claim is borne out: the measure of `less`
-    minus that of `than`, or the slope of the measure over log2 of a setting (`falls_with`; with
-    `rises_with` its negative). Where a side has several settings, the mean over those that both
-    have in common counts.
+    Each seed gives one number, below 0 if it supports the claim: the measure of `less` minus that
+    of `than`, or the slope of the measure over log2 of a setting (`falls_with`; its negative for
+    `rises_with`). If a side has several settings, the mean over those that both sides have in
+    common counts.
 
     Attributes:
-        says: The claim.
-        source: Where it is made.
-        of: The measure, as evaluation.json or metrics.jsonl call it (`fd_digits`,
+        says: The claim, as a sentence.
+        source: Where the claim is made.
+        of: The measure, as evaluation.json or metrics.jsonl names it (`fd_digits`,
             `train/grad_norm`: the mean over the second half of training).
-        where: The settings that all of it is about.
+        where: The settings to which the whole claim is restricted.
         less: The settings that should have less of the measure.
-        than: The settings that they are compared with.
+        than: The settings to compare them with.
         falls_with: The setting with which the measure should fall.
-        rises_with: The setting with which it should rise.
-        best: In place of the measure, log2 of the value of this setting that has the least of it.
+        rises_with: The setting with which the measure should rise.
+        best: Replaces the measure by log2 of the value of this setting with the least of it.
     """
 
     says: Text
@@ -62,13 +62,14 @@ class Study(Section):
     """A file of experiments/studies/.
 
     Attributes:
-        title: Of its part of the page.
-        question: What is asked, in a sentence or two.
-        method: How the measure was chosen, and what it can see.
-        seeds: How many runs there are of each setting.
-        train: Lines of ddpm.train -m, but for the seeds.
-        evaluate: Lines of ddpm.evaluate -m, but for the runs and the seed, which is the run's.
-        claims: What is tried.
+        title: The title of its part of the page.
+        question: The question, in a sentence or two.
+        method: How the measure was chosen, and what it can detect.
+        seeds: Number of runs per setting.
+        train: Command lines of ddpm.train -m, without seeds.
+        evaluate: Command lines of ddpm.evaluate -m, without runs and without the seed, which is
+            the run's.
+        claims: The claims to test.
     """
 
     title: Text
@@ -86,7 +87,7 @@ class Job:
 
     Attributes:
         words: Its overrides.
-        settings: The same by key.
+        settings: The overrides as key -> value.
     """
 
     words: list[str]
@@ -102,10 +103,10 @@ def load(name: str) -> Study:
     """Returns a study.
 
     Args:
-        name: Of a file of experiments/studies/, or the path of one's own, PATH.yaml.
+        name: Name of a file in experiments/studies/, or path to another one, PATH.yaml.
 
     Raises:
-        ValueError: If there is none of that name, or its file says what cannot be.
+        ValueError: If there is no such study, or its file is invalid.
     """
     own = name.endswith(".yaml")
     file = Path(name).expanduser() if own else STUDIES / f"{name}.yaml"
@@ -116,7 +117,7 @@ def load(name: str) -> Study:
     try:
         plain = read_yaml(file, MOST_BYTES)
         if not isinstance(plain, dict):
-            raise ValueError("it is no table of keys")
+            raise ValueError("the file must hold keys and values")
         study = validate(Study, plain)
         for claim in study.claims:
             _check(claim, study)
@@ -135,7 +136,7 @@ def _check(claim: Claim, study: Study) -> None:
     ]
     if sum(ways) != 1 or (claim.less is None) != (claim.than is None):
         raise ValueError(
-            f"claim {claim.says!r}: give less and than, or falls_with, or rises_with, one of them"
+            f"claim {claim.says!r}: give exactly one of less and than, falls_with, rises_with"
         )
     cells = [
         {**run.settings, **measured.settings}
@@ -154,10 +155,10 @@ def _check(claim: Claim, study: Study) -> None:
 
 
 def jobs(lines: Sequence[Sequence[str]]) -> list[Job]:
-    """Returns the jobs that lines with commas stand for, as -m makes them.
+    """Returns the jobs that lines with commas stand for, as -m expands them.
 
     Raises:
-        ValueError: For what is no override.
+        ValueError: If a line has something that is no override, or that a study may not set.
     """
     return [job for line in lines for job in _jobs(line)]
 
@@ -177,14 +178,14 @@ def _jobs(line: Sequence[str]) -> Iterator[Job]:
     for given in line:
         key = given.partition("=")[0]
         if not re.fullmatch(r"[a-z]\w*(\.\w+)*", key) or SAID_ELSEWHERE.match(key):
-            raise ValueError(f"{given}: a study's line does not set that")
+            raise ValueError(f"{given}: a study's line may not set this key")
     for chosen in itertools.product(*values):
         pairs = zip(keys, chosen, strict=True)
         yield Job([f"{key}={value}" for key, value in pairs], dict(zip(keys, chosen, strict=True)))
 
 
 def matches(settings: Settings, choice: Mapping[str, Any]) -> bool:
-    """Whether settings are those of a choice, as far as it says any; null: the line says none."""
+    """Whether settings agree with a choice on all its keys; null means that the key is not set."""
     return all(
         settings.get(key) == (None if value is None else word(value))
         for key, value in choice.items()
@@ -192,7 +193,7 @@ def matches(settings: Settings, choice: Mapping[str, Any]) -> bool:
 
 
 def word(value: Value) -> str:
-    """Returns a value as a command line has it."""
+    """Returns a value as typed on a command line."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

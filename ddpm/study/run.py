@@ -1,4 +1,4 @@
-"""python -m ddpm.study NAME: run a study's command lines, and say what came of its claims."""
+"""python -m ddpm.study NAME: run a study's command lines and judge its claims."""
 
 import json
 import shlex
@@ -27,7 +27,7 @@ from ddpm.train.which import which_run
 
 
 class Which(Section):
-    """See conf/study.yaml for each key."""
+    """The keys of `study`. See conf/study.yaml for each."""
 
     name: Text | None
     seeds: Annotated[int, Field(ge=2)] | None
@@ -37,18 +37,18 @@ class Which(Section):
 
 
 class Settings(Section):
-    """See conf/study.yaml for each key."""
+    """The keys of ddpm.study. See conf/study.yaml for each."""
 
     study: Which
     outputs: Text
 
 
 def run(composed: Composed) -> None:
-    """Trains and measures what is missing of a study, and prints and writes what came of it.
+    """Trains and measures what a study still lacks, then prints and writes its results.
 
     Raises:
-        ValueError: If there is no such study, or it has a line that cannot be.
-        Preempted: When told to stop; the same command carries on.
+        ValueError: If there is no such study, or one of its lines is invalid.
+        Preempted: If told to stop; the same command resumes.
     """
     settings = validate(Settings, plain_config(composed))
     which, outputs = settings.study, settings.outputs
@@ -85,7 +85,7 @@ def run(composed: Composed) -> None:
 def _show(study: Study, seeds: Sequence[int], settings: Settings) -> None:
     for line in study.train:
         say(_typed(_train(line, seeds, settings)))
-    print("and for each seed, with its runs:")
+    print("then for each seed, with its runs:")
     for line in study.evaluate:
         say(_typed(_evaluate(line, ["DIR", "..."], 0, settings.study.jobs)))
 
@@ -100,7 +100,7 @@ def _runs(study: Study, seeds: Sequence[int], outputs: str) -> list[StudyRun]:
 
 
 def _training(study: Study, seeds: Sequence[int], settings: Settings) -> Iterator[list[str]]:
-    """The lines that train what is not complete, with the seeds that they lack."""
+    """The command lines that train incomplete runs, each with the seeds that it lacks."""
     for line in study.train:
         of_line = _runs(study.model_copy(update={"train": [line]}), seeds, settings.outputs)
         left = sorted({one.seed for one in of_line if one.run.status() != "complete"})
@@ -109,7 +109,7 @@ def _training(study: Study, seeds: Sequence[int], settings: Settings) -> Iterato
 
 
 def _measuring(study: Study, runs: Sequence[StudyRun], jobs: int | None) -> Iterator[list[str]]:
-    """The lines that measure what is complete and not measured; samples have their run's seed."""
+    """The command lines that measure complete runs without figures, by each run's seed."""
     for line in study.evaluate:
         for seed in dict.fromkeys(one.seed for one in runs):
             left = [
@@ -144,12 +144,12 @@ def _typed(line: Sequence[str]) -> str:
 
 
 def _do(line: Sequence[str], spent: Path) -> None:
-    """Runs a command line, and notes how long it took, also where it is cut off.
+    """Runs a command line and records how long it took, also if it is cut off.
 
-    Jobs of it that fail are told by the command, and by the page.
+    The command and the page report jobs that fail.
 
     Raises:
-        Preempted: When told to stop.
+        Preempted: If told to stop.
     """
     print(flush=True)
     say(_typed(line))
@@ -164,7 +164,7 @@ def _do(line: Sequence[str], spent: Path) -> None:
 
 
 def _about(spent: Path, runs: Sequence[RunFolder]) -> dict[str, Any]:
-    """Where, with which commit and for how long a study ran, over all its starts."""
+    """Where, at which commit and for how long a study ran, over all its starts."""
     lines = spent.read_text(encoding="utf-8").splitlines() if spent.is_file() else []
     starts = [start for one in runs for start in starts_of(one.record())]
     commits = {str((start.get("git") or {}).get("commit"))[:7] for start in starts}

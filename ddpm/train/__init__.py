@@ -1,1 +1,1 @@
-"""Training: the loop, the state that it changes, and one start of a run around them."""
+"""Training: the loop, the state it updates, and the code around them that starts a run."""

@@ -1,11 +1,11 @@
-"""python -m ddpm.train: train a run, carry it on where it stopped, or say that it is complete."""
+"""python -m ddpm.train: train a run, resume it where it stopped, or report it complete."""
 
 from ddpm.config.cli import command, lazily
 
 main = command(
     "train",
     lazily("ddpm.train.run.run"),
-    "Train a denoising diffusion model; typed again, carry the same run on.",
+    "Train a denoising diffusion model. Run the same command again to resume.",
     [
         "python -m ddpm.train model=unet128 data=butterflies",
         "python -m ddpm.train -m optimizer.lr=1e-4,2e-4,4e-4",

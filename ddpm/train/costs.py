@@ -1,4 +1,4 @@
-"""What a run costs: pictures, operations, and time by the kind of work that it went into."""
+"""What a run costs: images, operations, and time by kind of work."""
 
 import logging
 import time
@@ -19,16 +19,16 @@ from ddpm.system.peak import peak_memory, quick_peak
 
 log = logging.getLogger("ddpm")
 
-Kind = Literal["checkpoint", "preview", "evaluation"]  # of work between updates
-PASSES_OF_TRAINING = 3  # forward ones, in operations: the backward pass has twice the products
-INTERVALS = 10  # between reports, that the time of an update is taken from
+Kind = Literal["checkpoint", "preview", "evaluation"]  # work between updates
+PASSES_OF_TRAINING = 3  # in forward passes: the backward pass has twice the products
+INTERVALS = 10  # latest ones between reports, over which an update's time is averaged
 
 
 def forward_flops(config: Config, device: torch.device) -> int:
-    """Counts the operations of one image's pass forward, without memory or arithmetic.
+    """Counts the operations of one image's forward pass.
 
-    A multiplication and an addition count as 2. Of what several ways compute, that of the device
-    is counted.
+    It runs on the meta device, so nothing is allocated or computed. A multiplication and an
+    addition count as 2. Where the network has code for several devices, that for `device` counts.
     """
     meta = torch.device("meta")
     with fast.as_on(device):
@@ -43,19 +43,20 @@ def forward_flops(config: Config, device: torch.device) -> int:
 
 
 class Spent:
-    """Pictures and time of a run, over all its starts.
+    """Counts the images and the time of a run, over all its starts.
 
-    Time is of three kinds: that of updates, that of the work between them (`doing`), and what is
-    left. All processes keep it alike; what waits for data is the own process's.
+    Time is of three kinds: updates, the work between them (`doing`), and the rest. All processes
+    count alike, but the time spent waiting for data is each process's own.
 
     Args:
-        batches: The run's.
+        batches: The run's batches.
         step: Optimizer updates done before this start.
-        record: The content of run.json, whose `timed` is what `timed` gave at the last checkpoint.
-        devices: That train in this start.
+        record: The content of run.json. Its `timed` is what `timed` returned at the last
+            checkpoint.
+        devices: Number of devices that train in this start.
 
     Attributes:
-        seconds_each: What work of a kind took when it was last done.
+        seconds_each: Kind of work -> seconds that it took last time.
     """
 
     def __init__(
@@ -70,24 +71,25 @@ class Spent:
         self._in_steps = before.get("seconds_in_steps", 0.0)
         self._waiting = before.get("seconds_waiting", 0.0)
         self._timed_images = before.get("images", 0)
-        saved_at = record.get("step", step)  # of `before`: a damaged checkpoint is passed over
+        # of `before`; later than `step` if a damaged checkpoint was skipped
+        saved_at = record.get("step", step)
         trained = before.get("images_trained", batches.images_before(saved_at))
         self._images = trained - batches.images_before(saved_at) + batches.images_before(step)
         self.seconds_each: dict[str, float] = dict(before.get("seconds_each", {}))
         if "seconds_to_save" in before:
             self.seconds_each["checkpoint"] = before["seconds_to_save"]
         self._intervals: deque[tuple[int, float]] = deque(maxlen=INTERVALS)
-        self._is_first = True  # of this start's intervals, the one that is there
+        self._is_first = True  # whether this start had no interval but its first
         self._step = step
         self._reported = self._images, self._in_steps
         self.go_on()
 
     def pause(self, step: int) -> None:
-        """Notes that the updates to `step` are done, and what follows is none."""
+        """Notes that the updates up to `step` are done and that other work follows."""
         seconds = time.perf_counter() - self._since
         images = self._batches.images_before(step) - self._batches.images_before(self._step)
         if self._is_first and self._intervals:
-            self._intervals.clear()  # it has what is done once
+            self._intervals.clear()  # it includes one-time work, such as compiling
             self._is_first = False
         self._intervals.append((step - self._step, seconds))
         self._in_steps += seconds
@@ -102,25 +104,25 @@ class Spent:
 
     @contextmanager
     def doing(self, kind: Kind) -> Iterator[None]:
-        """Times work of a kind between updates."""
+        """Times one kind of work between updates."""
         began = time.perf_counter()
         yield
         self.seconds_each[kind] = time.perf_counter() - began
 
     def seconds_of_update(self, step: int) -> float:
-        """Returns what an update took lately, after `step` of them."""
+        """Returns the recent seconds per update, after `step` updates."""
         if self._intervals:
             return sum(taken for _, taken in self._intervals) / sum(n for n, _ in self._intervals)
         return (time.perf_counter() - self._since) / max(step - self._step, 1)
 
     def since_last(self) -> tuple[int, float]:
-        """Returns pictures, and seconds in updates, since the last call; to the last `pause`."""
+        """Returns the images and seconds in updates from the last call to the last `pause`."""
         images, seconds = self._reported
         self._reported = self._images, self._in_steps
         return self._images - images, self._in_steps - seconds
 
     def costs(self) -> dict[str, float]:
-        """Returns pictures and seconds so far; those of updates to the last `pause`."""
+        """Returns images and seconds so far; those of updates up to the last `pause`."""
         now = time.perf_counter() - self._started
         return {
             "images": self._images,
@@ -131,7 +133,7 @@ class Spent:
         }
 
     def timed(self) -> dict[str, Any]:
-        """Returns what run.json keeps: `costs`, of which `images` are those that were timed."""
+        """Returns what run.json keeps: `costs`, with `images` only those that were timed."""
         return {
             **self.costs(),
             "images": self._timed_images,
@@ -141,33 +143,33 @@ class Spent:
 
 
 def costs_of(config: Config, spent: Spent, device: torch.device, num_processes: int) -> "Costs":
-    """Returns what counts a run's costs; it measures what the device can do.
+    """Measures the device's peak speed and returns the run's costs.
 
-    A network that does not compute without memory, as one of the user's may, has no operations.
+    FLOPs stay unknown for a network that does not run on the meta device, as a user's may not.
 
     Args:
         config: The run's configuration.
-        spent: Pictures and time.
-        device: Of this process.
-        num_processes: That train, each on such a device.
+        spent: The run's images and time.
+        device: This process's device.
+        num_processes: Number of processes that train, each on such a device.
     """
     flops, peak = None, quick_peak(device, config.training.precision)
     try:
         flops = PASSES_OF_TRAINING * forward_flops(config, device)
     except Exception as error:
         reason = " ".join(str(error).split())
-        log.warning("FLOPs are not counted, for which the network runs on meta: %.200s", reason)
+        log.warning("FLOPs are not counted: the network fails on the meta device: %.200s", reason)
     return Costs(spent, flops, None if peak is None else peak * num_processes, device)
 
 
 class Costs:
-    """The lines of costs.jsonl.
+    """Makes the lines of costs.jsonl.
 
     Args:
-        spent: Pictures and time.
-        flops_of_image: Operations that an image's training takes; None if not known.
-        peak: FLOP/s that all devices reach at most; None if not known.
-        device: Whose memory is looked at.
+        spent: The run's images and time.
+        flops_of_image: FLOPs to train on one image; None if unknown.
+        peak: Peak FLOP/s of all devices together; None if unknown.
+        device: The device to read the peak memory of.
     """
 
     def __init__(
@@ -181,11 +183,11 @@ class Costs:
         self._device = device
 
     def line(self, images: int, seconds: float) -> dict[str, float | None]:
-        """Returns what has been spent so far.
+        """Returns what the run has cost so far.
 
         Args:
-            images: Since the line before.
-            seconds: In updates since then.
+            images: Images since the last line.
+            seconds: Seconds in updates since the last line.
         """
         costs = self._spent.costs()
         flops = share = None

@@ -1,4 +1,4 @@
-"""How many images a device takes at once: runtime.device_batch=auto tries, and halves to fit."""
+"""runtime.device_batch=auto: finds how many images fit a device at once."""
 
 from collections.abc import Callable
 
@@ -19,11 +19,11 @@ def largest_fitting(
     seed: int,
     at_most: int | None = None,
 ) -> int:
-    """The most images that every device can take at once, `at_most` if given. All processes agree.
+    """Returns how many images every device takes at once; all processes return the same.
 
-    On a GPU its share of the global batch, halved until forward and backward fit, with room for
-    what Adam will hold. The state is left as it was: gradients are dropped, and
-    randomness has no state.
+    It starts from a device's share of the global batch, or from `at_most` if that is less. On a
+    GPU it halves this until the forward and backward passes fit, with room for Adam's moments.
+    The state stays as it was: gradients are dropped, and random numbers are functions of keys.
 
     Raises:
         ValueError: If not even one image fits.
@@ -31,7 +31,7 @@ def largest_fitting(
     accelerator, optimizer = state.accelerator, state.optimizer
     share = -(-batches.size(0) // accelerator.num_processes)
     share = min(share, at_most or share)
-    if accelerator.device.type != "cuda":  # elsewhere memory does not run out with an error
+    if accelerator.device.type != "cuda":  # elsewhere running out of memory raises no error
         return share
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -50,10 +50,10 @@ def largest_fitting(
 def halve_until_it_fits(
     size: int, attempt: Callable[[int], None], all_agree: Callable[[bool], bool]
 ) -> int:
-    """The first of size, size/2, size/4, ... (rounded up) that runs out of memory nowhere.
+    """Returns the first of size, size/2, size/4, ... (rounded up) that fits on all processes.
 
     Raises:
-        ValueError: If one image is too many.
+        ValueError: If not even one image fits.
         Preempted: If told to stop meanwhile.
     """
     while True:
@@ -70,8 +70,8 @@ def halve_until_it_fits(
             torch.cuda.empty_cache()
         if size == 1:
             raise ValueError(
-                "one image does not fit the device's memory: choose a smaller model, or "
-                "runtime.recompute=[0] to store less"
+                "runtime.device_batch=auto: one image does not fit in the device's memory; choose "
+                "a smaller model, or runtime.recompute=[0] to keep fewer activations"
             )
         size = -(-size // 2)
 

@@ -25,19 +25,19 @@ def updates(
     device_batch: int | None,
     grad_clip: float | None,
 ) -> Iterator[int]:
-    """Makes one optimizer update at a time, from state.step to num_steps.
+    """Makes the optimizer updates from state.step to num_steps, one per iteration.
 
-    Nothing in an update waits for the device. What is done between two updates is whoever
-    iterates's business; all processes must do it alike.
+    Nothing in an update waits for the device. Between two updates the caller may do anything, as
+    long as all processes do the same.
 
     Args:
-        state: What is trained; changed in place.
+        state: The training state, which is changed in place.
         diffusion: The process whose loss is minimized.
         batches: The images of each update.
-        lr_at: Update, counted from 0 -> its learning rate.
-        seed: Of timesteps, noise and dropout.
-        num_steps: Updates of the whole run.
-        device_batch: Images that a device takes at once; None for all of its share.
+        lr_at: Maps an update, counted from 0, to its learning rate.
+        seed: Seed of timesteps, noise and dropout.
+        num_steps: Steps of the whole run.
+        device_batch: Images that a device takes at once; None for its whole share.
         grad_clip: Largest global gradient norm; None for none.
 
     Yields:
@@ -45,11 +45,11 @@ def updates(
 
     Raises:
         NotFinite: See Meter.add_norm.
-        Preempted: If told to stop in the first update, whose part is lost.
+        Preempted: If told to stop during the first update, which is lost.
     """
     first = state.step
     for step in range(first, num_steps):
-        # the first may compile for minutes, and if it is given up nothing is lost
+        # the first update may compile for minutes, and nothing is lost by giving it up
         alone = step == first and state.accelerator.num_processes == 1
         with at_once() if alone else nullcontext():
             _update(state, diffusion, batches, lr_at(step), seed, step, device_batch, grad_clip)
@@ -69,7 +69,7 @@ def _update(
     device_batch: int | None,
     grad_clip: float | None,
 ) -> None:
-    """Update number `step`, counted from 0."""
+    """Makes update number `step`, counted from 0."""
     accelerator, optimizer = state.accelerator, state.optimizer
     parameters: list[Tensor] = []
     for group in optimizer.param_groups:
@@ -98,7 +98,7 @@ def _update(
 def _spans(
     accelerator: Accelerator, batches: Batches, step: int, device_batch: int | None
 ) -> list[tuple[int, int]]:
-    """The positions of a step's batch that this process takes, piece by piece."""
+    """The positions (start, stop) of a step's batch that this process takes, one per piece."""
     size, count = batches.size(step), accelerator.num_processes
     return micro_batches(size, count, accelerator.process_index, device_batch)
 
@@ -112,7 +112,7 @@ def backward(
     start: int,
     stop: int,
 ) -> tuple[Tensor, Tensor]:
-    """Adds to the gradients what the images at positions start to stop of a step's batch give.
+    """Accumulates the gradients of the images at positions start to stop of a step's batch.
 
     Returns:
         Their timesteps, (B,) int64, and losses, (B,).
@@ -127,7 +127,7 @@ def backward(
     t, weights = state.timesteps.draw(keys(randomness.TRAIN_TIMESTEP))
     noise = randomness.normal(keys(randomness.TRAIN_NOISE), tuple(x0.shape[1:]))
     noise = noise.contiguous(memory_format=memory_format(noise.device))
-    # for what a network of one's own draws; ours take their masks from keys
+    # for what a user's network draws; ours take their masks from keys
     torch.manual_seed(randomness.host_key(randomness.TRAIN_DROPOUT, seed, step, start))
     given = {} if classes is None else {"classes": classes}
     if state.uses_dropout_keys:
@@ -145,14 +145,14 @@ def backward(
 
 
 def is_due(step: int, every: int | None, last: int) -> bool:
-    """Whether what is done every so many steps is due: at multiples, and at the last step."""
+    """Whether work is due at a step: at multiples of `every`, and at the last step."""
     return every is not None and (step % every == 0 or step == last)
 
 
 def of_all_processes(
     accelerator: Accelerator, t: Tensor, losses: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Timesteps and losses of a whole global batch of that size, in the order of its positions."""
+    """Gathers the timesteps and losses of a global batch of `size` images, by position."""
     count = accelerator.num_processes
     if count == 1:
         return t, losses
@@ -169,15 +169,18 @@ def of_all_processes(
 def micro_batches(
     size: int, num_processes: int, process: int, device_batch: int | None
 ) -> list[tuple[int, int]]:
-    """The positions (start, stop) of a global batch that one process takes.
+    """Returns the positions (start, stop) of a global batch that one process takes.
 
-    They come in pieces of at most device_batch.
+    A piece has at most device_batch images.
 
     Raises:
         ValueError: If there are more processes than images.
     """
     if size < num_processes:
-        raise ValueError(f"a batch of {size} images cannot be shared by {num_processes} processes")
+        raise ValueError(
+            f"a batch of {size} images cannot be split over {num_processes} processes: start fewer "
+            "processes, or raise training.batch_size"
+        )
     first, end = (size * index // num_processes for index in (process, process + 1))
     piece = device_batch or end - first
     return [(start, min(start + piece, end)) for start in range(first, end, piece)]

@@ -1,6 +1,6 @@
 """Learning rate schedules.
 
-They are pure functions of the optimizer update, so that a resume needs nothing but its number.
+Each is a pure function of the update's number, so a resumed run needs no other state.
 """
 
 import math
@@ -34,7 +34,7 @@ class Constant:
 class Cosine:
     """A linear warm-up, then cosine annealing (Loshchilov & Hutter 2017, Eq. 5).
 
-    It goes from lr at the first update after the warm-up towards final_lr after the last.
+    It falls from lr at the first update after the warm-up to final_lr after the last.
 
     Attributes:
         warmup_steps: Updates of the warm-up.

@@ -1,7 +1,4 @@
-"""What training reports, kept on the device.
-
-These are means of loss and gradient norm since the last report.
-"""
+"""Means of loss and gradient norm since the last report, kept on the device."""
 
 import math
 from typing import Any
@@ -37,8 +34,8 @@ class NotFinite(FloatingPointError):
 class Meter:
     """Means of loss (overall and by timestep quartile) and gradient norm since the last report.
 
-    It also notices the first update whose gradient is not finite. With a gradient scaler (fp16)
-    that is no failure: the scaler skips such an update by itself.
+    It also detects the first update with a gradient that is not finite. With a gradient scaler
+    (fp16) that is no failure: the scaler skips such an update.
     """
 
     def __init__(self, num_timesteps: int, accelerator: Accelerator) -> None:
@@ -52,21 +49,21 @@ class Meter:
         self._failed_norm = torch.zeros((), device=device)
 
     def add_losses(self, losses: Tensor, t: Tensor) -> None:
-        """Counts the losses (B,) of images at their timesteps t, (B,) int64."""
+        """Adds the losses (B,) of images at timesteps t, (B,) int64."""
         quartile = t * NUM_QUARTILES // self._num_timesteps
-        # a product and no scatter, whose sums have no fixed order on a GPU
+        # a product, because a scatter sums in no fixed order on a GPU
         share = (quartile[:, None] == torch.arange(NUM_QUARTILES, device=t.device)).float()
         self._sums[:NUM_QUARTILES] += losses.float() @ share
         self._sums[NUM_QUARTILES:-2] += share.sum(dim=0)
 
     def add_norm(self, update: int, norm: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Counts the norm () of an update's gradient before clipping; once before optimizer.step().
+        """Adds an update's gradient norm () before clipping; call it before optimizer.step().
 
-        From the first norm that is not finite on, no update changes the weights any more.
+        Once a norm is not finite, no update changes the weights any more.
 
         Raises:
-            NotFinite: At once, for an optimizer that cannot be told on the device to change
-                nothing (fused=true can); else `means` raises it.
+            NotFinite: At once if the optimizer cannot skip an update on the device (fused=true
+                can). Otherwise `means` raises it.
         """
         self._last_update = update
         if self._accelerator.scaler is not None:
@@ -81,10 +78,10 @@ class Meter:
         self._sums[-1] += 1
 
     def means(self) -> dict[str, float]:
-        """The means over all processes since the last report. Waits for the device.
+        """Returns the means over all processes since the last report. Waits for the device.
 
         Raises:
-            NotFinite: If one of them, or a gradient since, was not finite.
+            NotFinite: If a mean or a gradient was not finite.
         """
         *parts, norm, updates = self._gathered().sum(dim=0).tolist()
         loss, count = parts[:NUM_QUARTILES], parts[NUM_QUARTILES:]
@@ -102,17 +99,17 @@ class Meter:
         return means
 
     def reset(self) -> None:
-        """Starts anew."""
+        """Sets all sums to zero."""
         self._sums.zero_()
 
     def state_dict(self) -> Tensor:
-        """What is still to be reported, a row for each process, on the CPU. All must call this."""
+        """Returns the sums, one row per process, on the CPU. All processes must call it."""
         return self._gathered().cpu()
 
     def load_state_dict(self, sums: Tensor) -> None:
-        """Carries on from a checkpoint's sums.
+        """Restores a checkpoint's sums.
 
-        Each process takes its own row; the leading one takes all if there are more or fewer now.
+        Each process takes its own row. If their number has changed, the main process takes all.
         """
         self.reset()
         if len(sums) == self._accelerator.num_processes:

@@ -1,4 +1,4 @@
-"""What a run says of how far it is: its records, its progress bar, and lines in the log."""
+"""How a run reports its progress: in its records, its progress bar and its log."""
 
 import logging
 import math
@@ -23,14 +23,14 @@ from ddpm.train.saving import BYTES, DISK_SPEED
 
 log = logging.getLogger("ddpm")
 
-FIRST_LINES = 3  # reports of a start that the log has all of
-LINE_EVERY = 60.0  # seconds from then on between two lines of the log, at least
+FIRST_LINES = 3  # the log has every one of this many first reports of a start
+LINE_EVERY = 60.0  # least seconds between the log's later lines
 
 
 def bar(steps: Iterator[int], done: int, num_steps: int, watched: bool) -> "tqdm[int]":
-    """Puts the steps under a progress bar, where somebody watches.
+    """Wraps the steps in a progress bar, which shows if `watched`, on a terminal.
 
-    It has no time left of tqdm's own, which knows of updates alone.
+    It leaves out tqdm's time left, which counts nothing but updates.
     """
     return tqdm(
         steps,
@@ -44,18 +44,18 @@ def bar(steps: Iterator[int], done: int, num_steps: int, watched: bool) -> "tqdm
 
 @dataclass
 class Progress:
-    """How far a run is, and when it will be done; of the process that leads.
+    """Reports how far a run is and when it will end. Only the main process has one.
 
     Attributes:
-        folder: The run's.
-        config: Its configuration.
-        num_steps: Of the whole run.
-        recorder: Where values go.
-        bar: Of the terminal.
-        spent: What the run's time went into.
-        costs: What it has cost.
-        guesses: Of work between updates that was never done yet: as how many updates it takes, or,
-            for "checkpoint", the seconds.
+        folder: The run's folder.
+        config: The run's configuration.
+        num_steps: Steps of the whole run.
+        recorder: Takes the reported values.
+        bar: The terminal's progress bar.
+        spent: The run's images and time.
+        costs: Makes the lines of costs.jsonl.
+        guesses: Kind of work -> estimated cost of work that was never done yet: in updates, or in
+            seconds for "checkpoint".
     """
 
     folder: RunFolder
@@ -66,14 +66,15 @@ class Progress:
     spent: Spent
     costs: Costs
     guesses: Mapping[str, float]
-    _shown: str = ""  # of the last report, in the bar
+    _shown: str = ""  # the last report, as the bar has it
     _lines: int = 0
     _said: float = field(default_factory=time.monotonic)
 
     def report(self, step: int, values: dict[str, float]) -> None:
         """Records the values of a step and the costs so far, and shows how far the run is.
 
-        metrics.jsonl and TensorBoard have each report, the log the first ones, and one a minute.
+        metrics.jsonl and TensorBoard get every report; the log gets the first ones and then one
+        per minute.
         """
         images, seconds = self.spent.since_last()
         speed = images / seconds if seconds else 0.0
@@ -97,9 +98,9 @@ class Progress:
             )
 
     def remind(self, step: int) -> None:
-        """Has the bar, and the log where reports come seldom, say how far the run is.
+        """Shows how far the run is between reports: in the bar, and once per minute in the log.
 
-        No device waits for it.
+        It does not wait for the device.
         """
         if not self.bar.disable:
             self.bar.set_postfix_str(self._shown + self._left(step)[1], refresh=False)
@@ -117,7 +118,7 @@ class Progress:
         self.folder.update(expected_end=ends.isoformat(timespec="seconds"))
 
     def _left(self, step: int) -> tuple[float, str]:
-        """Seconds left after an update, before what is due then; and in words."""
+        """Seconds left after update `step`, before the work due then; and the same in words."""
         of_update, known = self.spent.seconds_of_update(step), self.spent.seconds_each
         guessed = {
             kind: guess * (1 if kind == "checkpoint" else of_update)
@@ -130,7 +131,7 @@ class Progress:
 
 
 def work_due(step: int, num_steps: int, runtime: Runtime) -> dict[Kind, int]:
-    """Returns how often each kind of work is still due, after an update and before its own."""
+    """Returns how often each kind of work is still due, that of `step` included."""
     saved, measured = runtime.checkpoint_every, runtime.evaluate_every
     return {
         "checkpoint": times_due(step, num_steps, saved, measured),
@@ -146,28 +147,29 @@ def seconds_left(
     due: Mapping[Kind, int],
     seconds_each: Mapping[str, float],
 ) -> float:
-    """Returns the seconds that a run still takes: its updates, and the work between them.
+    """Returns the seconds that a run's updates and the work between them still take.
 
     Args:
         step: Updates done.
-        num_steps: Of the whole run.
-        of_update: Seconds that one takes.
-        due: How often each kind of work is.
-        seconds_each: What it takes.
+        num_steps: Steps of the whole run.
+        of_update: Seconds per update.
+        due: Kind of work -> how often it is due.
+        seconds_each: Kind of work -> seconds that it takes.
     """
     between = sum(count * seconds_each[kind] for kind, count in due.items())
     return (num_steps - step) * of_update + between
 
 
 def guesses_of(config: Config, previews: Previews, network: nn.Module) -> dict[str, float]:
-    """Returns about what work between updates takes that was never done yet.
+    """Estimates what each kind of work between updates costs, for as long as none was done.
 
-    That of previews and evaluations is counted in updates, by their passes forward.
+    A checkpoint is estimated in seconds; previews and evaluations in updates, by their forward
+    passes.
 
     Args:
         config: The run's configuration.
-        previews: How they are drawn.
-        network: The run's.
+        previews: How previews are drawn.
+        network: The run's network.
     """
     parameters = sum(parameter.numel() for parameter in network.parameters())
     process, evaluation = build.diffusion(config), config.evaluation
@@ -189,22 +191,22 @@ def guesses_of(config: Config, previews: Previews, network: nn.Module) -> dict[s
 
 
 def times_due(first: int, last: int, *intervals: int | None) -> int:
-    """Returns at how many of the steps from first to last something is due.
+    """Returns at how many of the steps from first to last some work is due.
 
-    That is at the multiples of any of the intervals, and at the last step; never if all are None.
+    It is due at multiples of any of the intervals and at the last step; never if all are None.
     """
     given = [every for every in intervals if every is not None]
     if not given or first > last:
         return 0
     counted = sum((last - 1) // every - (first - 1) // every for every in given)
-    if len(given) == 2:  # what is due by both counts once
+    if len(given) == 2:  # steps due by both count once
         both = math.lcm(*given)
         counted -= (last - 1) // both - (first - 1) // both
     return counted + 1
 
 
 def in_words(left: float, now: datetime) -> str:
-    """Returns seconds left as "1:02:30 left, ends 14:32", and the day where it is another."""
+    """Returns seconds left as "1:02:30 left, ends 14:32", and the date if that is not today."""
     seconds = round(left)
     ends = now + timedelta(seconds=seconds)
     minutes, clock = seconds // 60, f"{seconds % 60:02d}"

@@ -33,17 +33,17 @@ log = logging.getLogger("ddpm")
 
 
 def run(composed: Composed) -> RunFolder:
-    """Trains the run of a command line, from its newest checkpoint or its start, to the end.
+    """Trains the run of a command line to the end, from its newest checkpoint if it has one.
 
-    A run that is complete is left as it is.
+    A complete run is left as it is.
 
     Returns:
-        Its folder.
+        The run's folder.
 
     Raises:
-        ValueError: Where the configuration cannot be, or data or device are not what it needs.
+        ValueError: If the configuration is invalid, or the data or device does not suit it.
         NotFinite: If a loss or gradient is not finite.
-        Preempted: When told to stop, after a checkpoint.
+        Preempted: If told to stop; what was trained is saved first.
     """
     began = time.time()
     begun = which.which_run(composed)
@@ -78,7 +78,7 @@ def run(composed: Composed) -> RunFolder:
 
 
 def _train(begun: which.Start, composed: Composed, accelerator: Accelerator) -> int:
-    """From the pictures to the last step, whose number is returned."""
+    """Loads the data and takes all steps; returns their number."""
     config, folder, changes = begun.config, begun.folder, begun.changes
     with _saying_where(folder):
         data, source = start.load_data(config, begun.source, accelerator)
@@ -132,7 +132,7 @@ def _train(begun: which.Start, composed: Composed, accelerator: Accelerator) -> 
 
 
 def facts(composed: Composed) -> dict[str, str]:
-    """What the table at the end of a sweep shows of a run, by column."""
+    """Returns a run's row of the table at the end of a sweep: column -> text."""
     folder = which.which_run(composed).folder
     if not folder.record():
         return reader.summary(reader.not_started(folder))
@@ -140,13 +140,13 @@ def facts(composed: Composed) -> dict[str, str]:
 
 
 def score(composed: Composed) -> search.Score:
-    """What a search goes by, of a run that is complete.
+    """Returns the score by which a search ranks a complete run.
 
-    That is the figure that its best checkpoint is kept by, where some are measured in training,
-    else the loss over its last tenth.
+    If the run evaluates while it trains, this is the metric of its best checkpoint; otherwise it
+    is the loss over its last tenth.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If the run recorded no loss.
     """
     folder = which.which_run(composed).folder
     best = folder.record().get("best")
@@ -156,13 +156,13 @@ def score(composed: Composed) -> search.Score:
         return search.Score(best["id"], best["value"], "maximize" if more else "minimize")
     found = results.read_results(folder, folder.plain())
     if not found or found[0].metric != "loss":
-        raise ValueError(f"{folder.path}: no loss is recorded to search by")
+        raise ValueError(f"{folder.path} recorded no loss for the search to rank it by")
     return search.Score("loss", found[0].final[0], "minimize")
 
 
 @contextmanager
 def _leaving_together() -> Iterator[None]:
-    """Has no process leave, when told to stop, while the one that saves still does."""
+    """Keeps every process, when told to stop, until the main process has saved."""
     try:
         yield
     except Preempted:
@@ -172,17 +172,17 @@ def _leaving_together() -> Iterator[None]:
 
 @contextmanager
 def _saying_where(folder: RunFolder) -> Iterator[None]:
-    """Tells how far a run is that stops."""
+    """Prints how far a run got when it stops."""
     try:
         yield
     except (Preempted, KeyboardInterrupt):
         if PartialState().is_main_process:
             record = folder.record()
-            state = "has saved nothing yet; the same command begins it"
+            state = "has saved nothing yet; the same command starts it again"
             if record.get("step"):
                 state = (
                     f"is saved at step {record['step']} of {record['num_steps']}; "
-                    "the same command carries on from there"
+                    "the same command resumes from there"
                 )
             say(f"run {folder.path} {state}")
         raise
@@ -190,7 +190,7 @@ def _saying_where(folder: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def _conclusion(folder: RunFolder, config: Config, batches: Batches) -> Iterator[None]:
-    """Writes down how the run ended, also for TensorBoard, however it ends."""
+    """Records how the run ends, in run.json and for TensorBoard."""
 
     def conclude(status: recording.Status, error: str | None) -> None:
         folder.update(status=status, error=error, expected_end=None)
@@ -209,7 +209,7 @@ def _conclusion(folder: RunFolder, config: Config, batches: Batches) -> Iterator
     except DiskHangs:
         raise
     except PeerLost as lost:
-        # read as cut off, once this process is gone too
+        # reads as cut off once this process is gone, too
         conclude("running", str(lost))
         raise
     except BaseException as error:
@@ -221,18 +221,18 @@ def _conclusion(folder: RunFolder, config: Config, batches: Batches) -> Iterator
 
 
 def _save_batch(folder: RunFolder, batches: Batches, error: NotFinite) -> None:
-    """Keeps the global batch of the update that failed: the images' numbers and pixels."""
+    """Saves the global batch of the update that failed: the images' indices and pixels."""
     update, size = error.update, batches.size(error.update)
     indices = batches.indices(update, 0, size).cpu()
     kept = {"images": batches.images(update, 0, size).cpu(), "indices": indices, "update": update}
     with files.whole(folder.path / f"trouble_step_{update + 1:08d}.pt") as scratch:
         torch.save(kept, scratch)
-    log.error("step %d: images %s of the data set", update + 1, indices.tolist())
+    log.error("step %d failed on the images %s of the data set", update + 1, indices.tolist())
 
 
 @contextmanager
 def _log_file(folder: RunFolder) -> Iterator[None]:
-    """Has what the package logs in train.log; on the terminal too where no bar shows it."""
+    """Sends the package's log to train.log and the terminal; only warnings beside a bar."""
     logger = logging.getLogger("ddpm")
     logger.setLevel(logging.INFO)
     guard_logs()

@@ -1,4 +1,4 @@
-"""Writing a run's checkpoints: how long it takes, and what is done on a full or slow disk."""
+"""Saving a run's checkpoints, also on a full or slow disk."""
 
 import logging
 import shutil
@@ -17,26 +17,27 @@ from ddpm.train.state import TrainingState
 
 log = logging.getLogger("ddpm")
 
-BYTES = 16  # a parameter in a checkpoint: its weight, average and Adam's two moments, float32
-DISK_SPEED = 50e6  # bytes per second that a disk is trusted with before it was measured
-SLOW = 10.0  # seconds after which it is said that a checkpoint is still being written, then each
-LIMIT = 900.0  # seconds after which a run that is to stop waits no more
+BYTES = 16  # per parameter in a checkpoint: weight, average and Adam's two moments, float32
+DISK_SPEED = 50e6  # bytes per second, assumed until a checkpoint was timed
+SLOW = 10.0  # seconds between warnings that a checkpoint is still being written
+LIMIT = 900.0  # seconds that a run told to stop waits for the disk
 
 
 class DiskHangs(ValueError):
-    """A disk that takes nothing, so nothing more is written to it."""
+    """The disk hangs, so nothing more may be written to it."""
 
 
 @dataclass
 class Saver:
-    """Saves a run, once a step at most. All processes must call it alike.
+    """Saves a run, at most once per step. All processes must call it alike.
 
     Attributes:
-        folder: The run's.
-        config: Its configuration.
-        state: What is saved.
-        recorder: Of the process that leads and writes; None on the others.
-        spent: What the run's time went into.
+        folder: The run's folder.
+        config: The run's configuration.
+        state: The training state to save.
+        recorder: The main process's recorder; None on the others.
+        spent: The run's images and time.
+        saved: The step of the last checkpoint written; None before the first.
     """
 
     folder: RunFolder
@@ -47,11 +48,11 @@ class Saver:
     saved: int | None = None
 
     def save(self) -> None:
-        """Writes a checkpoint of the present step, if there is none.
+        """Writes a checkpoint of the current step, unless it was the last to be saved.
 
         Raises:
             ValueError: If it cannot be written.
-            DiskHangs: If the disk does not take it.
+            DiskHangs: If the disk hangs while the run is to stop.
         """
         if self.saved == self.state.step:
             return
@@ -84,12 +85,12 @@ class Saver:
 
 
 def expect(folder: RunFolder, keep: int, parameters: int) -> None:
-    """Says before the first step what a checkpoint needs that is not there: room, or time.
+    """Warns before the first step if checkpoints lack disk space or time.
 
     Args:
-        folder: Of the run.
-        keep: Checkpoints that are kept.
-        parameters: Of the network.
+        folder: The run's folder.
+        keep: Number of checkpoints to keep.
+        parameters: Number of parameters of the network.
     """
     look_at_disk(folder, keep, parameters)
     measured = _measured_seconds(folder)
@@ -101,20 +102,20 @@ def expect(folder: RunFolder, keep: int, parameters: int) -> None:
 
 
 def _measured_seconds(folder: RunFolder) -> float | None:
-    """What the run's last checkpoint took to write; None before the first."""
+    """Seconds that the run's last checkpoint took to write; None before the first."""
     return (folder.record().get("timed") or {}).get("seconds_to_save")
 
 
 def warn_of_torchrun(seconds: float) -> None:
-    """Warns where torchrun would kill a run that is told to stop before it is saved.
+    """Warns if torchrun would kill a run before it has saved, when told to stop.
 
     Args:
-        seconds: That a checkpoint takes.
+        seconds: How long a checkpoint takes to write.
     """
     granted = torchrun.seconds_to_stop()
     if granted is not None and seconds + signals.MARGIN > granted:
         log.warning(
-            "a checkpoint takes %.0f s, and torchrun ends its processes %.0f s after a signal: "
+            "a checkpoint takes %.0f s, but torchrun kills its processes %.0f s after a signal: "
             "start it with --shutdown-timeout %d (torch 2.12 and later), or without torchrun, "
             "as experiments/slurm/train.sh does",
             seconds,
@@ -124,15 +125,15 @@ def warn_of_torchrun(seconds: float) -> None:
 
 
 def look_at_disk(folder: RunFolder, keep: int, parameters: int) -> None:
-    """Warns where the checkpoints that are kept will not fit the disk, before the first step."""
+    """Warns if the checkpoints to keep will not fit on the disk."""
     size, free = BYTES * parameters, shutil.disk_usage(folder.path).free
     there = len(checkpoint.all_in(folder.checkpoints))
-    wanted = max(keep + 1 - there, 1) * size  # a new one is whole before an old one goes
+    wanted = max(keep + 1 - there, 1) * size  # a new one is complete before an old one is deleted
     if wanted > free:
         log.warning(
-            "the disk of %s has %.1f GB free, and %d checkpoints of %.1f GB are to be kept there "
-            "(runtime.keep_checkpoints), with room for one more while it is written: give less, "
-            "or another outputs=",
+            "the disk of %s has %.1f GB free, too little for %d checkpoints of %.1f GB "
+            "(runtime.keep_checkpoints) and one more while it is written: keep fewer, or choose "
+            "another outputs=",
             folder.path,
             free / 1e9,
             keep,
@@ -141,7 +142,7 @@ def look_at_disk(folder: RunFolder, keep: int, parameters: int) -> None:
 
 
 def _in_bounds(write: Callable[[], None], folder: RunFolder) -> None:
-    """Writes, says so where it takes long, and for a run that is to stop does not wait for ever."""
+    """Runs `write`, warns while it takes long, and gives up if the run is to stop."""
     failed: list[BaseException] = []
 
     def call() -> None:
@@ -151,7 +152,7 @@ def _in_bounds(write: Callable[[], None], folder: RunFolder) -> None:
             failed.append(error)
 
     writing, started = threading.Thread(target=call, daemon=True), time.monotonic()
-    since: float | None = None  # when it was first seen that the run is to stop
+    since: float | None = None  # when the request to stop was first seen
     writing.start()
     while True:
         writing.join(SLOW)
@@ -163,8 +164,8 @@ def _in_bounds(write: Callable[[], None], folder: RunFolder) -> None:
             since = now
         if since is not None and now - since > LIMIT:
             raise DiskHangs(
-                f"{folder.checkpoints}: the disk has not taken the checkpoint in {waited:.0f} s; "
-                "those before it stay"
+                f"{folder.checkpoints}: the disk has not finished the checkpoint in "
+                f"{waited:.0f} s; earlier checkpoints are kept"
             )
         log.warning("still writing the checkpoint, %.0f s so far", waited)
     if failed:

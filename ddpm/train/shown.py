@@ -1,6 +1,6 @@
-"""What a run shows of itself after a step: previews and measures, each once.
+"""Previews and evaluations after a step, each made once.
 
-They are no part of its state. Those that a stop or a kill cut off are made up for.
+They are no part of the training state. A resumed run makes those that a stop or kill cut off.
 """
 
 import logging
@@ -28,15 +28,15 @@ log = logging.getLogger("ddpm")
 
 @dataclass(frozen=True)
 class Shown:
-    """Previews and measures of one step. All processes must call the same.
+    """Makes the previews and the evaluation of one step. All processes must call it alike.
 
     Attributes:
-        trained: The network after the step, which has its averaged weights now.
-        data: The run's pictures.
-        num_steps: Of the whole run.
-        device: Where this process works.
+        trained: The network after the step, with its averaged weights in place.
+        data: The run's images.
+        num_steps: Steps of the whole run.
+        device: This process's device.
         previews: How previews are drawn.
-        recorder: Of the process that leads; None on the others.
+        recorder: The main process's recorder; None on the others.
     """
 
     trained: Trained
@@ -47,11 +47,11 @@ class Shown:
     recorder: Recorder | None
 
     def make_up_for(self) -> None:
-        """Does what is due at this step and not there yet."""
+        """Makes what is due at this step and missing."""
         step, runtime = self.trained.step, self.trained.config.runtime
         previewed = self._preview_file().is_file()
         evaluated = self.recorder is not None and self.recorder.has("eval/")
-        # what the leading process sees counts
+        # what the main process sees counts
         previewed, evaluated = gather([(previewed, evaluated)], PartialState())[0]
         if not previewed and is_due(step, runtime.sample_every, self.num_steps):
             self.preview()
@@ -72,10 +72,10 @@ class Shown:
                     self.recorder.picture(self.trained.step, "samples", sheet)
                 self.recorder.flush()
                 said = self.previews.text(self.trained.config, self.trained.step)
-                save_png(self._preview_file(), sheet, said)  # last: it says that all is there
+                save_png(self._preview_file(), sheet, said)  # last: it marks the preview complete
 
     def evaluate(self) -> None:
-        """Measures what evaluation.metrics asks for, and the loss on pictures held out.
+        """Measures evaluation.metrics and the loss on held-out images.
 
         All processes share the work.
 
@@ -118,7 +118,7 @@ class Shown:
         classes = subject.classes_in_turn(count)
         log.info("step %d  drawing %d previews by %s", step, count, self.previews.words)
         if classes and subject.classes:
-            log.info("step %d  in turn %s", step, class_words(classes, subject.classes))
+            log.info("step %d  in turn: %s", step, class_words(classes, subject.classes))
         drawn = []
         for first in range(0, count, size):
             indices = range(first, min(first + size, count))
@@ -126,14 +126,14 @@ class Shown:
         return grid(np.concatenate([to_uint8(images) for images in drawn]))
 
     def _write_down(self, recorder: Recorder, found: list[results.Measurement]) -> None:
-        """Says what was measured; the best checkpoint is that of the best first of them."""
+        """Records the measurements; the first of them decides which checkpoint is the best."""
         run, step, config = self.trained.run, self.trained.step, self.trained.config
         first, best = found[0], run.record().get("best") or {}
         better = results.better(first.metric) or min
         if not best or better(first.value, best["value"]) != best["value"]:
             run.update(best={"id": first.id, "value": first.value, "step": step})
             checkpoint.drop_old(run.checkpoints, config.runtime.keep_checkpoints, step)
-        # last: it says that all is there
+        # last: these records mark the evaluation complete
         named = results.tags(found)
         recorder.scalars(step, {f"eval/{name}": value for name, value in named.items()})
         recorder.flush()

@@ -1,4 +1,4 @@
-"""Starting a run: its data, and the state that it goes on from."""
+"""Starting a run: its data, and the state to start or resume from."""
 
 import math
 
@@ -32,19 +32,19 @@ from ddpm.weights.initial import initial_weights
 def load_data(
     config: Config, source: Source | None, accelerator: Accelerator
 ) -> tuple[ImageSet, Source]:
-    """The run's pictures, made ready by the leading process first, and where they are from.
+    """Returns the run's images, which the main process prepares first, and their source.
 
     Args:
         config: The run's configuration.
-        source: Where the pictures lie, if that is known.
-        accelerator: Of the run.
+        source: The source of the images, if already known.
+        accelerator: The run's accelerator.
 
     Raises:
-        ValueError: As `build.images` does, or if the processes do not find the same pictures.
+        ValueError: As `build.images` does, or if the processes find different images.
         Preempted: If told to stop meanwhile.
     """
     loaded: list[tuple[ImageSet, Source]] = []
-    for leads in (True, False):  # the others find what the first has made ready
+    for leads in (True, False):  # the others find what the main process has prepared
         with together():
             if accelerator.is_main_process == leads:
                 with at_once():
@@ -55,33 +55,34 @@ def load_data(
     fingerprints = gather([data.fingerprint], PartialState())
     if len(set(fingerprints)) > 1:
         raise ValueError(
-            f"the processes find different pictures: {', '.join(sorted(set(fingerprints)))}"
+            "the processes find different pictures (fingerprints "
+            f"{', '.join(sorted(set(fingerprints)))}): all must read the same files"
         )
     return data, found
 
 
 def check_data(data: ImageSet, source: Source, config: Config, run: RunFolder) -> None:
-    """Refuses to carry a run on with other pictures, and labels that are not what was said.
+    """Checks the data's labels, and that a resumed run has the same images as before.
 
     Raises:
-        ValueError: If so.
+        ValueError: If the labels or the images do not fit the run.
     """
     expected = config.data.num_classes
     if config.training.conditional and len(data.classes) != (expected or max(len(data.classes), 1)):
         raise ValueError(
-            f"training.conditional=true needs {expected or 'some'} classes (data.num_classes), and "
+            f"training.conditional=true needs {expected or 'some'} classes (data.num_classes), but "
             f"the data has {len(data.classes)}"
         )
     if config.training.conditional and data.labels is not None and (data.labels < 0).any():
         raise ValueError(
-            "training.conditional=true needs a class for each picture, and "
+            "training.conditional=true needs a class for each picture, but "
             f"{(data.labels < 0).sum()} of {len(data)} have none ({'; '.join(data.notes)})"
         )
     pictures.check(run, data.fingerprint, source)
 
 
 def batches_of(data: ImageSet, config: Config, device: torch.device) -> TimedBatches:
-    """The training batches of what is not held out."""
+    """Returns the training batches, without the held-out images."""
     training = config.training
     trained_on, _ = data.split(config.data.holdout)
     on_device = goes_on_device(config.runtime.feed, data, device)
@@ -102,10 +103,12 @@ def batches_of(data: ImageSet, config: Config, device: torch.device) -> TimedBat
 
 
 def notes_on(data: ImageSet, config: Config) -> list[str]:
-    """What a user should know of the data and this run, a line each."""
+    """Returns what a user should know about this run's data, one line each."""
     notes = []
     if config.data.flip and config.data.name == "folder":
-        notes.append("half of the pictures are mirrored in training; data.flip=false does without")
+        notes.append(
+            "half of the pictures are mirrored in training; data.flip=false turns this off"
+        )
     if config.data.holdout > 0 and data.labels is not None:
         trained_on, held_out = data.split(config.data.holdout)
         seen, kept = (
@@ -115,19 +118,19 @@ def notes_on(data: ImageSet, config: Config) -> list[str]:
         )
         for number in sorted(kept - seen):
             notes.append(
-                f"class {data.classes[number]} is held out whole: training never sees it "
+                f"class {data.classes[number]} is held out entirely: training never sees it "
                 f"(data.holdout={config.data.holdout})"
             )
     return notes
 
 
 def notes_on_dropout(config: Config, run: RunFolder, num_classes: int) -> list[str]:
-    """In a line, what a user should know of this run's dropout, if anything.
+    """Returns what a user should know about this run's dropout: one line, or none.
 
     Args:
         config: The run's configuration.
-        run: Its folder, before this start is written down.
-        num_classes: Classes of the data.
+        run: The run's folder, before this start is recorded.
+        num_classes: Number of classes of the data.
     """
     target = config.model["_target_"]
     before = steps_of_before(run.record(), DROPOUT_BY_PLACE)
@@ -138,22 +141,22 @@ def notes_on_dropout(config: Config, run: RunFolder, num_classes: int) -> list[s
         return []
     if not takes_dropout_keys(network):
         return [
-            f"{target} has dropout whose masks depend on how a batch is cut up (number of devices, "
-            "runtime.device_batch); a forward that takes dropout_keys, as that of "
-            "ddpm.models.UNet, makes them a function of the image's place in the batch"
+            f"{target} has dropout masks that depend on how a batch is split (number of devices, "
+            "runtime.device_batch); a forward() that takes dropout_keys, as in ddpm.models.UNet, "
+            "makes them depend on nothing but the image's place in the batch"
         ]
     if before:
         return [
-            f"an earlier version made the steps to {before}, with other dropout masks: this run's "
-            "numbers are not those of the same configuration begun anew"
+            f"an earlier version made the steps up to {before} with other dropout masks: a new run "
+            "of this configuration would give other numbers"
         ]
     return []
 
 
 def jump_of_rate(config: Config, run: RunFolder, num_steps: int) -> list[str]:
-    """In a line, where the learning rate goes when other settings are carried on with.
+    """Returns one line if the learning rate jumps because settings have changed, else none.
 
-    It is for a run that still has the settings of before.
+    The run's folder must still hold the earlier settings.
     """
     record = run.record()
     step = record.get("step", 0)
@@ -171,7 +174,7 @@ def jump_of_rate(config: Config, run: RunFolder, num_steps: int) -> list[str]:
 
 
 def how_fed(data: ImageSet, batches: Batches) -> str:
-    """In words, how the pictures come to the device."""
+    """Returns in words how the images reach the device."""
     if isinstance(data.stored, Packed):
         return "decoded as they are needed"
     return "whole on the device" if batches.on_device else "from the decoded file"
@@ -180,11 +183,11 @@ def how_fed(data: ImageSet, batches: Batches) -> str:
 def prepare(
     config: Config, accelerator: Accelerator, diffusion: GaussianDiffusion, network: nn.Module
 ) -> TrainingState:
-    """The state at step 0 of a network as it is, in training mode."""
+    """Puts a network in training mode and returns its training state at step 0."""
     optimizer = build.optimizer(config, list(network.parameters()))
     with keep_forward(network):
         model, optimizer = accelerator.prepare(network.train(), optimizer)
-    # last: among several processes on a CPU Accelerate puts the weights into other memory
+    # last: with several processes on a CPU, Accelerate moves the weights to other memory
     ema = EMA(network, config.training.ema_decay, config.training.ema_warmup)
     timesteps = build.timestep_sampler(diffusion, accelerator.device)
     meter = Meter(diffusion.num_timesteps, accelerator)
@@ -199,15 +202,15 @@ def state_of(
     num_classes: int,
     way: str,
 ) -> TrainingState:
-    """The state of the run's newest whole checkpoint, or that of its start.
+    """Returns the state of the run's newest intact checkpoint, or its initial state.
 
     Args:
-        config: The run's.
-        run: Its folder.
-        accelerator: Of its processes.
-        diffusion: Its process.
-        num_classes: Of its data.
-        way: How the network is carried out, of ddpm.system.ways.
+        config: The run's configuration.
+        run: The run's folder.
+        accelerator: The run's accelerator.
+        diffusion: The run's diffusion process.
+        num_classes: Number of classes of the data.
+        way: The way in which the network runs, by its name in ddpm.system.ways.
 
     Raises:
         ValueError: If all checkpoints are damaged, or init_from does not fit.

@@ -1,4 +1,4 @@
-"""All that training changes: what is saved in a checkpoint and restored from one."""
+"""Everything that training changes, to be saved in a checkpoint and restored from one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +18,13 @@ from ddpm.train.meter import Meter
 class EMA:
     """The exponential moving average of a network's weights (Ho et al. 2020, App. B).
 
-    Float32 averages of a module's parameters, by name; its persistent buffers are copied as they
-    are.
+    It averages a module's parameters in float32 and copies its persistent buffers.
 
     Args:
-        module: The network; its present weights are the first average.
+        module: The network; its current weights are the first average.
         decay: The share kept at each update, in [0, 1).
-        warmup: Keep no more than (1 + n) / (10 + n) at update n, so that a short run's average does
-            not remember its first weights (TensorFlow's num_updates; the paper's runs do without).
+        warmup: Cap the decay at (1 + n) / (10 + n) at update n, so that a short run's average
+            forgets its initial weights (TensorFlow's num_updates; the paper's runs do without).
 
     Raises:
         ValueError: If decay is outside [0, 1).
@@ -46,12 +45,12 @@ class EMA:
         self._to = [self._averages[name] for name in averaged]
 
     def decay_at(self, update: int) -> float:
-        """The share kept by update number `update`, counted from 0."""
+        """Returns the share that update number `update`, counted from 0, keeps."""
         return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the averages towards the module's present weights, once an optimizer update."""
+        """Moves the averages towards the current weights, once per optimizer update."""
         sources = [tensor.float() for tensor in self._from]
         torch._foreach_lerp_(self._to, sources, 1 - self.decay_at(self.num_updates))
         for name in self._copied:
@@ -59,12 +58,12 @@ class EMA:
         self.num_updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by the module's own names, so that a bare module loads them."""
+        """Returns the averages under the module's names, so that a bare module loads them."""
         return self._averages
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], num_updates: int) -> None:
-        """Takes over averages and their count of updates.
+        """Restores averages and their number of updates.
 
         Raises:
             KeyError: If a name is missing.
@@ -76,16 +75,16 @@ class EMA:
 
 @dataclass
 class TrainingState:
-    """What an update changes.
+    """Everything that an update changes.
 
     Attributes:
-        accelerator: Accelerate's; it owns the gradient scaler, if there is one (fp16).
-        network: The bare network, whose names the checkpoints have.
+        accelerator: The run's accelerator; it owns the gradient scaler, if any (fp16).
+        network: The bare network; checkpoints have its names.
         model: The network as Accelerate prepared it: (x_t, t[, classes][, dropout_keys]) -> output.
-        ema: Its average.
-        optimizer: As Accelerate prepared it.
-        timesteps: How timesteps are drawn; one that learns has a state.
-        meter: What is still to be reported.
+        ema: The moving average of its weights.
+        optimizer: The optimizer as Accelerate prepared it.
+        timesteps: Draws timesteps; a sampler that learns has a state.
+        meter: Sums that are still to be reported.
         step: Optimizer updates done.
     """
 
@@ -100,12 +99,12 @@ class TrainingState:
 
     @cached_property
     def uses_dropout_keys(self) -> bool:
-        """Whether the network drops something, by keys."""
+        """Whether the network has dropout that draws its masks from keys."""
         return drops(self.network) and takes_dropout_keys(self.network)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Has the network compute with its averaged weights; none of its own is copied or lost."""
+        """Swaps in the averaged weights; the network's own come back uncopied."""
         averages = self.ema.state_dict()
         live = self.network.state_dict(keep_vars=True)
         own = {name: tensor.data for name, tensor in live.items()}
@@ -118,7 +117,7 @@ class TrainingState:
                 tensor.data = own[name]
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values. All processes must call this."""
+        """Returns tensors and plain values. All processes must call it."""
         scaler = self.accelerator.scaler
         return {
             "step": self.step,
@@ -132,10 +131,10 @@ class TrainingState:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Puts everything back as it was after the saved step.
+        """Restores everything as it was after the saved step.
 
-        Settings stay those of now: torch's optimizers save theirs too, and would bring the old
-        ones back. A part that there was not then, such as a gradient scaler, begins anew.
+        Settings stay the current ones: torch's optimizers save theirs, too, and would restore the
+        old ones. A part that the checkpoint lacks, such as a gradient scaler, starts fresh.
         """
         scaler = self.accelerator.scaler
         self.step = saved["step"]

@@ -1,4 +1,4 @@
-"""A run's updates, and what is done between them: reports, checkpoints, previews, measures."""
+"""A run's updates and the work between them: reports, checkpoints, previews, evaluations."""
 
 import logging
 import shlex
@@ -43,10 +43,10 @@ def take_steps(
     num_steps: int,
     data: ImageSet,
 ) -> None:
-    """The updates of a run, and what is done between them, in the order in which it is done.
+    """Makes a run's updates and does the work between them, in order.
 
     Raises:
-        Preempted: When told to stop, after a checkpoint.
+        Preempted: If told to stop, after saving a checkpoint.
     """
     classes = data.classes
     training, runtime, leads = config.training, config.runtime, accelerator.is_main_process
@@ -106,14 +106,14 @@ def take_steps(
 
             tidy(bool(logs or saves or previews))  # while a GPU still computes
             if logs or saves or previews:
-                means = state.meter.means()  # raises NotFinite: nothing is saved unseen
+                means = state.meter.means()  # raises NotFinite before anything is saved
                 spent.pause(step)
             if logs:
                 state.meter.reset()
             if teller is not None and logs:
                 teller.report(step, {**means, "train/lr": lr_at(step - 1)})
             elif teller is not None:
-                teller.remind(step)  # where reports come seldom
+                teller.remind(step)
             if saves:
                 with spent.doing("checkpoint"):
                     saver.save()
@@ -144,10 +144,10 @@ def take_steps(
 def _recorder(
     config: Config, folder: RunFolder, state: TrainingState, batches: Batches, num_steps: int
 ) -> Recorder:
-    """Opens the run's records, and says what is about to be done."""
+    """Opens the run's records and announces what is about to be done."""
     parameters = sum(parameter.numel() for parameter in state.network.parameters())
     log.info(
-        "%s parameters, %d images, %d steps an epoch, steps %d to %d on %s",
+        "%s parameters, %d images, %d steps per epoch, steps %d to %d on %s",
         f"{parameters:,}",
         batches.num_images,
         batches.steps_per_epoch,
@@ -158,7 +158,7 @@ def _recorder(
     warmup_steps = config.lr_schedule.get("warmup_steps", 0)
     if warmup_steps >= num_steps:
         log.warning(
-            "the learning rate is still warming up at the end: lr_schedule.warmup_steps=%d",
+            "lr_schedule.warmup_steps=%d: the learning rate is still warming up at the end",
             warmup_steps,
         )
     if state.step:
@@ -174,7 +174,7 @@ def _recorder(
 
 
 def _say_previews(folder: RunFolder, config: Config, num_steps: int, chosen: Previews) -> None:
-    """Says what draws the previews and what that costs, and if another sampler did before."""
+    """Logs what draws the previews, what they cost, and whether another sampler did before."""
     costly = chosen.share is not None and chosen.share > MOST
     log.log(
         logging.WARNING if costly else logging.INFO, "previews: %s", cost(config, num_steps, chosen)
@@ -186,11 +186,11 @@ def _say_previews(folder: RunFolder, config: Config, num_steps: int, chosen: Pre
 
 @contextmanager
 def _naming_device_batch(device_batch: int) -> Iterator[None]:
-    """Has the device's complaint of too little memory name the key to change."""
+    """Makes an out-of-memory error name the key to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"runtime.device_batch={device_batch} does not fit the device's memory: give "
+            f"runtime.device_batch={device_batch} does not fit in the device's memory: give "
             f"{max(device_batch // 2, 1)}, or auto"
         ) from error

@@ -1,4 +1,4 @@
-"""A run's training step by itself: to be timed, and tried in other ways."""
+"""A run's training step on its own, for timing and for trying other ways to run it."""
 
 from itertools import islice
 
@@ -21,13 +21,15 @@ class TrainingStep:
     """A run's own training step: the updates of ddpm.train, with nothing between them.
 
     Args:
-        config: Of the run.
-        accelerator: Accelerate's.
+        config: The run's configuration.
+        accelerator: The accelerator to train on.
         images: (N, C, H, W) uint8 to train on, N at least batch.
-        batch: Images an update.
-        way: How the network is carried out (ddpm.system.ways); None: as its device has it.
-        device_batch: Images that a device takes at once; None: as the run says, else all.
-        num_classes: Of the data; None: as the run expects.
+        batch: Images per update.
+        way: The way in which the network runs, by its name in ddpm.system.ways; None for the
+            device's default.
+        device_batch: Images that a device takes at once; None for runtime.device_batch, or for the
+            whole batch if that is auto.
+        num_classes: Number of classes of the data; None for data.num_classes.
     """
 
     def __init__(
@@ -71,20 +73,20 @@ class TrainingStep:
         )
 
     def run(self, count: int) -> None:
-        """Makes so many updates, and waits for the last."""
+        """Makes `count` updates and waits for the last."""
         for _ in islice(self._updates, count):
             pass
         wait_for(self.device)
 
     def gradients(self, step: int, device_batch: int) -> dict[str, Tensor]:
-        """Returns what an update number `step` would be made of, and makes none.
+        """Returns the gradients and losses of update number `step`, without making it.
 
         Args:
-            step: From 0; another one has other images, timesteps and noise.
+            step: The update, counted from 0; each has its own images, timesteps and noise.
             device_batch: Images at once.
 
         Returns:
-            By parameter its gradient, and the losses of the images, (B,), as "the loss".
+            Parameter name -> its gradient, and "the loss" -> the losses of the images, (B,).
         """
         accelerator, losses = self.state.accelerator, []
         scaler, accelerator.scaler = accelerator.scaler, None
@@ -105,7 +107,7 @@ class TrainingStep:
 
 
 def random_images(config: Config, count: int) -> np.ndarray:
-    """Makes random pictures of the run's shape: (count, C, H, W) uint8."""
+    """Returns random images of the run's shape: (count, C, H, W) uint8."""
     return np.random.default_rng(0).integers(
         0, 256, (count, config.data.channels, *build.image_size(config.data)), dtype=np.uint8
     )

@@ -15,27 +15,29 @@ from ddpm.system import files
 
 log = logging.getLogger("ddpm")
 
-MANY = 20  # steps, of which a trace is large and slow to open
+MANY = 20  # steps above which a trace is large and slow to open
 
 
 def traced(
     steps: Iterator[int], done: int, span: tuple[int, int] | None, folder: Path
 ) -> Generator[int, None, None]:
-    """Passes updates on, and writes down what some of them, and what is done after each, ran.
+    """Passes updates through, and traces some of them with the work after each.
 
     Args:
         steps: Yields the number of updates done, after each.
-        done: How many were before.
-        span: The first and the last of those to be traced; None for none. Of those that an earlier
-            start has done there is nothing.
-        folder: Of the run; the trace goes to profile/ there, for Chrome's format.
+        done: Updates done before the first.
+        span: The first and last update to trace; None for none. Those that an earlier start made
+            are missing from the trace.
+        folder: The run's folder; the trace goes to its profile/, in Chrome's format.
 
     Yields:
-        What `steps` does.
+        What `steps` yields.
     """
     first, last = span or (0, -1)
     if span is not None and done >= last:
-        log.warning("runtime.profile=[%d,%d]: step %d is past it, nothing is traced", *span, done)
+        log.warning(
+            "runtime.profile=[%d,%d]: nothing is traced, since step %d is already done", *span, done
+        )
     if span is not None and last - first >= MANY:
         log.warning("runtime.profile=[%d,%d]: more than %d steps make a large file", *span, MANY)
     profiler: profile | None = None
@@ -53,7 +55,7 @@ def traced(
                 return
             step = found
             yield step
-    finally:  # also where the run stops before the last
+    finally:  # also if the run stops before the last
         if profiler is not None:
             _write(profiler, max(first, done + 1), step, folder)
 

@@ -1,4 +1,4 @@
-"""A trial of a way to train: one process that checks it beside the plain one, and times it."""
+"""A trial of a way to train, in one process: checks it against the plain way and times it."""
 
 import statistics
 import time
@@ -19,19 +19,20 @@ from ddpm.train.timed import TrainingStep, random_images
 from ddpm.tune.search import FEW, Found
 from ddpm.tune.timing import fill, rounds
 
-CHECKS = 3  # updates compared before it is timed: graphs are recorded in the second
+CHECKS = 3  # updates compared before timing: graphs are recorded in the second
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is tried.
+    """What a trial tries.
 
     Attributes:
-        config: Of the run.
-        num_classes: Of its data.
-        batch: Images of an update that one process takes.
-        device_batch: Of these at once. On a GPU they are halved until they fit.
-        way: How, of ddpm.system.ways.
+        config: The run's configuration.
+        num_classes: Number of classes of the data.
+        batch: Images per update that one process takes.
+        device_batch: Images at once; with runtime.device_batch=auto they are halved until they
+            fit the GPU.
+        way: Name of the way, of ddpm.system.ways.
     """
 
     config: Config
@@ -42,13 +43,13 @@ class Task:
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Returns the plain form of what is found."""
+    """Runs a trial and returns its `Found` in plain form."""
     size = task.device_batch
     while True:
         try:
             return _of_size(task, size).plain()
         except torch.OutOfMemoryError:
-            graphs = ways.WAYS[task.way].graphs  # take each batch whole
+            graphs = ways.WAYS[task.way].graphs  # which take each batch whole
             if size == 1 or graphs or task.config.runtime.device_batch != "auto":
                 raise
         torch.cuda.empty_cache()  # outside the except block, where the error still holds tensors
@@ -96,11 +97,11 @@ def _worse(one: Difference, other: Difference) -> Difference:
 
 
 def _compared(tried: TrainingStep, plain: TrainingStep, number: int, config: Config) -> Difference:
-    """Compares the gradients of an update, and its losses."""
+    """Compares the gradients and losses of an update."""
     size, device = plain.device_batch or 1, plain.device
     with ways.carried_out(ways.default(device)):
         wanted = again = plain.gradients(number, size)
-        # masks from torch's own generator differ where a batch is cut
+        # masks from torch's own generator depend on how a batch is split
         if not drops(plain.network) or takes_dropout_keys(plain.network):
             again = plain.gradients(number, -(-size // 2))
     found = tried.gradients(number, size)
@@ -110,9 +111,9 @@ def _compared(tried: TrainingStep, plain: TrainingStep, number: int, config: Con
 
 
 def _forward(step: TrainingStep, config: Config) -> list[list[float]]:
-    """Seconds of the first call and of each call after it, as previews make them: plain, tried.
+    """Seconds of the first network call and of later ones, as previews make them: plain, tried.
 
-    Empty if what is compiled for previews computes something else.
+    Empty if the code compiled for previews computes something else.
     """
     network, device, batches = step.network, step.device, step.batches
     precision = config.training.precision

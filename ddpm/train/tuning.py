@@ -1,4 +1,4 @@
-"""runtime.tune: the way in which a run trains, decided before it does."""
+"""runtime.tune: chooses the way in which a run trains, before it starts."""
 
 import functools
 import logging
@@ -51,15 +51,15 @@ def way_of(
     """Returns the way in which a run trains from here on; the same on all processes.
 
     Args:
-        config: The run's.
-        folder: Its folder; None where nothing is to be kept.
-        accelerator: Of its processes.
-        batches: Its batches.
-        num_classes: Of its data.
-        num_steps: Of the whole run.
+        config: The run's configuration.
+        folder: The run's folder; None if nothing is to be kept.
+        accelerator: The run's accelerator.
+        batches: The run's batches.
+        num_classes: Number of classes of the data.
+        num_steps: Steps of the whole run.
 
     Raises:
-        ValueError: If this device does not have the way asked for.
+        ValueError: If the way asked for is not available here.
         Preempted: If told to stop meanwhile.
     """
     runtime, device = config.runtime, accelerator.device
@@ -94,7 +94,7 @@ def way_of(
     if isinstance(runtime.tune, str) and runtime.tune != "auto":
         check(config, accelerator, size < share, repeats)
     before = record.get("tuned")
-    # of what each process sees and measures that of the leading one counts
+    # what the main process sees and measures counts
     choice = gather([without_trials(runtime.tune, work, before)], PartialState())[0]
     if choice is None:
         budget = gather([budget_of(runtime.tune, work)], PartialState())[0]
@@ -105,60 +105,61 @@ def way_of(
             choice = _tried(task, work, budget, before)
     if folder is not None and accelerator.is_main_process:
         folder.update(tuned=choice.plain())
-        log.info("carried out: %s (%s)", choice.way, choice.why)
+        log.info("the network runs as %s (%s)", choice.way, choice.why)
     return choice
 
 
 def check(config: Config, accelerator: Accelerator, in_pieces: bool, repeats: bool) -> None:
-    """Refuses a way asked for by name that cannot be had here.
+    """Checks that the way asked for by name is available here.
 
     Args:
-        config: The run's.
-        accelerator: Of its processes.
-        in_pieces: Whether a process takes its part of a batch in pieces.
-        repeats: Whether the network has blocks.
+        config: The run's configuration.
+        accelerator: The run's accelerator.
+        in_pieces: Whether a process takes its share of a batch in pieces.
+        repeats: Whether the network has blocks that repeat.
 
     Raises:
-        ValueError: If it cannot.
+        ValueError: If it is not.
     """
     name, runtime = str(config.runtime.tune), config.runtime
     ways.check(name, accelerator.device, runtime.deterministic)
     if ways.WAYS[name].compiled == "blocks" and not repeats:
         raise ValueError(
-            f"runtime.tune={name}: {config.model['_target_']} has no part that occurs twice; "
-            "tune=compiled compiles it whole"
+            f"runtime.tune={name}: {config.model['_target_']} has no block that repeats; "
+            "runtime.tune=compiled compiles it whole"
         )
     if ways.WAYS[name].graphs and (in_pieces or accelerator.num_processes > 1):
         raise ValueError(
-            f"runtime.tune={name}: CUDA graphs take each batch whole, in one process; here are "
-            f"{accelerator.num_processes} with runtime.device_batch={runtime.device_batch}"
+            f"runtime.tune={name}: CUDA graphs take each batch whole, in a single process, but the "
+            f"run has runtime.device_batch={runtime.device_batch} in "
+            f"{accelerator.num_processes} process(es)"
         )
 
 
 def check_fits(choice: Choice, device_batch: int, batches: Batches, num_processes: int) -> None:
-    """Refuses CUDA graphs where a batch turns out not to fit the device's memory whole.
+    """Checks that a whole batch fits in the device's memory where CUDA graphs need that.
 
     Raises:
-        ValueError: If so.
+        ValueError: If it does not.
     """
     share = -(-batches.size(0) // num_processes)
     if ways.WAYS[choice.way].graphs and device_batch < share:
         raise ValueError(
-            f"runtime.tune={choice.way}: CUDA graphs take each batch whole, and of {share} images "
-            f"{device_batch} fit the device's memory; tune=compiled does without graphs"
+            f"runtime.tune={choice.way}: CUDA graphs take each batch whole, but only "
+            f"{device_batch} of {share} images fit in memory; runtime.tune=compiled uses no graphs"
         )
 
 
 def draws_as_it_is(choice: Choice, config: Config, num_steps: int) -> bool:
-    """Whether previews and measures use the network as it is, compiled or not.
+    """Whether previews and evaluations run the network uncompiled.
 
-    They do where code for them would take longer to make than it saves, and beside CUDA graphs,
-    which know the weights of training alone.
+    They do if compiling for them would take longer than it saves, and beside CUDA graphs, which
+    know only the weights that are trained.
 
     Args:
         choice: The way in which the run trains.
-        config: The run's.
-        num_steps: Of the whole run.
+        config: The run's configuration.
+        num_steps: Steps of the whole run.
     """
     way, trial = ways.WAYS[choice.way], choice.trial
     if way.graphs or way.compiled == "no":
@@ -172,7 +173,7 @@ def draws_as_it_is(choice: Choice, config: Config, num_steps: int) -> bool:
 
 
 def _calls(config: Config, num_steps: int) -> float:
-    """Calls of the network, of a training batch each, that a run's previews and measures make."""
+    """Calls of the network that a run's previews and evaluations make, in training batches."""
     runtime, process = config.runtime, build.diffusion(config)
     previews = build.sampler(previews_of(config, num_steps).settings, process).calls(process)
     drawn = times(num_steps, runtime.sample_every) * runtime.num_previews * previews
@@ -183,7 +184,7 @@ def _calls(config: Config, num_steps: int) -> float:
 
 
 def _tried(first: Task, work: Work, budget: Budget, before: dict[str, Any] | None) -> Choice:
-    """What trials show; the leading process makes them, for all."""
+    """Makes the choice by trials, which the main process runs for all."""
     chosen: list[Choice] = []
     with together():
         if PartialState().is_main_process:
@@ -201,7 +202,7 @@ def _tried(first: Task, work: Work, budget: Budget, before: dict[str, Any] | Non
 
 
 def _seconds(config: Config, accelerator: Accelerator, batches: Batches, num_classes: int) -> float:
-    """Seconds of an update's passes in the device's own way; all processes make them together."""
+    """Seconds of an update's passes in the device's default way; all processes make them."""
     diffusion = build.diffusion(config)
     network = build.network(config, accelerator.device, num_classes)
     state = prepare(config, accelerator, diffusion, network)

@@ -23,8 +23,8 @@ from ddpm.system.devices import device
 from ddpm.system.processes import find_processes, gather
 from ddpm.weights.initial import assumptions, initial_weights, with_initial_weights
 
-Changes = dict[str, list[Any]]  # what is computed otherwise than before: key -> [before, now]
-# What resume= may change, since it says how a run goes on; all else says what its weights are.
+Changes = dict[str, list[Any]]  # of what the run computes: key -> [before, now]
+# What resume= may change: how training goes on. All other keys decide what the weights are.
 GOES_ON = (
     *("optimizer.", "lr_schedule.", "training.", "seed"),
     *("objective.loss", "objective.vlb_weight", "objective.min_snr_gamma"),
@@ -35,15 +35,15 @@ STAYS = ("training.conditional", "optimizer._target_", "lr_schedule._target_")
 
 @dataclass(frozen=True)
 class Start:
-    """What a command line means.
+    """The run that a command line means.
 
     Attributes:
-        config: The run's configuration, with the fingerprints of what it is made from.
-        folder: The run's.
-        identity: What the run began as.
-        changes: What resume= changes of what is computed.
-        source: The pictures, where they had to be looked at to know which run is meant.
-        notes: What a user should know, a line each.
+        config: The run's configuration, with fingerprints of its pictures and initial weights.
+        folder: The run's folder.
+        identity: The identity that the run began with.
+        changes: The settings that resume= changes, of those that affect what is computed.
+        source: The source of the pictures, if they were read to find the run.
+        notes: What a user should know, one line each.
     """
 
     config: Config
@@ -55,13 +55,13 @@ class Start:
 
 
 def which_run(composed: Composed) -> Start:
-    """The run that a command line means.
+    """Returns the run that a command line means.
 
-    What can be refused before pictures are read is refused first.
+    Whatever can be refused without reading pictures is refused first.
 
     Raises:
-        ValueError: For a configuration that cannot be, a resume= that would make another run, or
-            a run beside it that another start should not be mistaken for.
+        ValueError: If the configuration is invalid, if resume= would make another run, or if an
+            unfinished run of an earlier version, or with other pictures, may be meant instead.
     """
     if composed.cfg.resume is not None:
         return load_resumed(composed)
@@ -79,23 +79,23 @@ def which_run(composed: Composed) -> Start:
             run = before
             notes = [
                 f"{before.path} was trained by an earlier version; resume={before.path} "
-                "training.steps=MORE carries it on"
+                "training.steps=MORE continues it"
             ]
         elif before is not None:
             raise ValueError(
-                f"run {before.path} is this configuration, trained by an earlier version: "
-                f"resume={before.path} carries it on, another outputs= starts anew"
+                f"run {before.path} has this configuration, but was trained by an earlier "
+                f"version: resume={before.path} continues it, another outputs= starts a new run"
             )
         other = finding.with_other_pictures(config)
         if before is None and other is not None and config.pictures is not None:
             if other.status() != "complete":
                 pictures.check(other, config.pictures, source)
-            notes = [f"a new run beside {other.path}, which has other pictures of the same place"]
+            notes = [f"a new run beside {other.path}, which had other pictures at the same path"]
     return Start(config, run, identity(config), source=source, notes=notes)
 
 
 def _without_its_pictures(config: Config) -> Start | None:
-    """The complete run that was trained on what lay at data.path, where that is gone."""
+    """The complete run that was trained on the pictures of data.path, if these are gone."""
     path = config.data.path
     if config.data.name != "folder" or path is None or Path(path).expanduser().exists():
         return None
@@ -108,7 +108,7 @@ def _without_its_pictures(config: Config) -> Start | None:
 
 
 def check_agreement(begun: Start) -> None:
-    """Looks whether all processes mean the same run, of the same pictures, before one starts it.
+    """Checks that all processes mean the same run with the same pictures, before one starts it.
 
     Raises:
         ValueError: If they do not.
@@ -118,14 +118,17 @@ def check_agreement(begun: Start) -> None:
     mine = f"{begun.folder.path} (pictures {begun.config.pictures})"
     found = sorted(set(gather([mine], find_processes(begun.config.runtime.device))))
     if len(found) > 1:
-        raise ValueError(f"the processes find different runs: {', '.join(found)}")
+        raise ValueError(
+            f"the processes find different runs: {', '.join(found)}; give all the same command and "
+            "pictures"
+        )
 
 
 def load_resumed(composed: Composed) -> Start:
-    """The run at resume=DIR with the values of the command line.
+    """Returns the run at resume=DIR, with the values of the command line.
 
     Raises:
-        ValueError: If there is no such run, or for what would make it another run or train no step.
+        ValueError: If there is no such run, or the values make it another run or train no step.
     """
     path = Path(str(composed.cfg.resume)).expanduser()
     instead = f"a new run can start from its weights: init_from={path}"
@@ -133,7 +136,9 @@ def load_resumed(composed: Composed) -> Start:
     given = [override for override in overrides if override.key_or_group != "resume"]
     for override in given:
         if override.key_or_group in composed.choices or override.is_delete():
-            raise ValueError(f"{override.input_line}: resume= changes single values; {instead}")
+            raise ValueError(
+                f"{override.input_line}: resume= can only change single values; {instead}"
+            )
     run = RunFolder(path)
     before = run.config(list(composed.cfg.runtime.trusted_modules), key="resume")
     plain = OmegaConf.create(before.model_dump(mode="json"))
@@ -158,12 +163,12 @@ def load_resumed(composed: Composed) -> Start:
     for key in keys:
         if not key.startswith(GOES_ON) or key in STAYS:
             raise ValueError(
-                f"{key}={new.get(key)}: resume= changes how a run goes on, not what its weights "
-                f"are, which says {key}={old.get(key)}; {instead}"
+                f"{key}={new.get(key)}: resume= can change how a run goes on, but not what its "
+                f"weights are, and the run has {key}={old.get(key)}; {instead}"
             )
     if keys and _shapes(before) != _shapes(config):
         raise ValueError(
-            f"{', '.join(keys)}: resume= keeps the network, and this would be another; {instead}"
+            f"{', '.join(keys)}: resume= cannot change the network, and this would; {instead}"
         )
     _check_duration(config, run, keys, instead)
     found = None
@@ -176,7 +181,7 @@ def load_resumed(composed: Composed) -> Start:
 
 
 def check_history(begun: Start, resumes: bool) -> None:
-    """Refuses to go on by its configuration with a run that resume= has changed since.
+    """Checks that a run started by its configuration was not changed by resume= since.
 
     Raises:
         ValueError: If it was.
@@ -186,13 +191,13 @@ def check_history(begun: Start, resumes: bool) -> None:
         return
     if begun.identity != identity(run.config(begun.config.runtime.trusted_modules)):
         raise ValueError(
-            f"run {run.path} was carried on with other settings (run.json, starts): go on with "
-            f"resume={run.path}, or start anew with another outputs="
+            f"run {run.path} was resumed with other settings (see starts in run.json): continue "
+            f"it with resume={run.path}, or start a new run with another outputs="
         )
 
 
 def check_initial_weights(config: Config) -> None:
-    """Looks whether what lies at init_from fits, where that is known before the data is read.
+    """Checks that the weights of init_from fit, if that is known before the data is read.
 
     Raises:
         ValueError: If it does not.
@@ -206,39 +211,39 @@ def check_initial_weights(config: Config) -> None:
 
 
 def _shapes(config: Config) -> dict[str, Size]:
-    """Of the network's weights."""
+    """Name -> shape of the network's weights."""
     network = build.network(config, torch.device("meta"), config.data.num_classes or 1)
     return {name: weight.shape for name, weight in network.state_dict().items()}
 
 
 def _check_duration(config: Config, run: RunFolder, changed: list[str], instead: str) -> None:
-    """Refuses a duration that is shorter than what the run has done, or changes without a step."""
+    """Refuses a duration shorter than what the run has done, and changes that train no step."""
     record = run.record()
     training, done = config.training, record.get("step", 0)
     steps = training.steps or (training.epochs or 0) * record.get("steps_per_epoch", 0)
     unit = "epochs" if training.steps is None else "steps"
     if 0 < steps < done:
         raise ValueError(
-            f"training.{unit}={getattr(training, unit)} is less than what {run.path} has done "
-            f"already, {done} steps"
+            f"training.{unit}={getattr(training, unit)} is less than the {done} steps "
+            f"that {run.path} has already done"
         )
     if changed and steps == done > 0:
         raise ValueError(
-            f"{', '.join(changed)}: {run.path} is complete at {done} steps, and would train none: "
-            f"give more training.{unit}=; {instead}"
+            f"{', '.join(changed)}: {run.path} is complete at {done} steps, so this would train "
+            f"nothing: give more training.{unit}=; {instead}"
         )
 
 
 def check_job(composed: Composed, here: bool) -> None:
-    """Looks, before a sweep trains its first job, whether this one could start.
+    """Checks, before a sweep trains its first job, that this one can start.
 
     Args:
         composed: The job.
-        here: Whether it would run on this machine; then the device, the pictures and first weights
-            are looked for.
+        here: Whether it would run on this machine. If so, the device, pictures and initial weights
+            are checked, too.
 
     Raises:
-        ValueError: If it could not.
+        ValueError: If it cannot.
     """
     if not here and composed.cfg.resume is None:
         build.check(training_config(composed))

@@ -1,1 +1,1 @@
-"""Tuning: which way of doing the same work is fastest here, measured and checked."""
+"""Tuning: measures which way of doing the same work is fastest here, and checks it."""

@@ -1,4 +1,4 @@
-"""The decision: whether to tune, what is remembered, and what comes of it."""
+"""The decision: whether to tune, which trials are remembered, and which way is chosen."""
 
 import json
 import logging
@@ -18,24 +18,25 @@ log = logging.getLogger("ddpm")
 
 Tune = bool | str  # "auto", or a name of ddpm.system.ways
 
-AUTO = ("cuda",)  # devices on which auto tunes; a CPU's and Apple's stay as they are, bits included
-SHARE = 0.02  # of the time that the work will take, that auto may spend
-SHORTEST = 60.0  # seconds to spend below which it does not begin: code alone takes that long
-ENOUGH = 1000  # repeats below which it does not even measure
-EACH = 900.0  # seconds for a trial that was asked for, beside 200 pieces of work
+AUTO = ("cuda",)  # devices that auto tunes; on others the default way stays, bits included
+SHARE = 0.02  # of the work's time that auto may spend
+SHORTEST = 60.0  # least seconds to spend on trials: generating code alone takes that long
+ENOUGH = 1000  # least repeats for which it measures at all
+EACH = 900.0  # seconds for a trial under tune=true, beside 200 repeats of the work
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a network is carried out.
+    """The way in which a network runs, and why.
 
     Attributes:
-        way: Its name, of ddpm.system.ways.
-        why: In words.
-        device_batch: Images at once; None where that was not tried.
-        facts: What it holds for: device, versions, network, batch. Empty where nothing was tried.
-        found: The trials.
-        seconds: That the trials took.
+        way: Name of the way, of ddpm.system.ways.
+        why: The reason, in words.
+        device_batch: Images at once; None if that was not tried.
+        facts: What the choice holds for: device, versions, network, batch. Empty if nothing was
+            tried.
+        found: The trials' results.
+        seconds: Seconds that the trials took.
     """
 
     way: str
@@ -46,6 +47,7 @@ class Choice:
     seconds: float = 0.0
 
     def plain(self) -> dict[str, Any]:
+        """Returns the choice as run.json keeps it."""
         return {
             "way": self.way,
             "why": self.why,
@@ -57,7 +59,7 @@ class Choice:
 
     @property
     def trial(self) -> Found | None:
-        """The trial of what was chosen."""
+        """The trial of the chosen way; None if it was not tried."""
         for one in self.found:
             if (one.way, one.device_batch) == (self.way, self.device_batch):
                 return one
@@ -66,18 +68,18 @@ class Choice:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done, in whichever way.
+    """The work for which a way is chosen.
 
     Attributes:
-        device: Where.
-        deterministic: Whether the same bits are asked for.
-        repeats: How often.
-        facts: All that a measured time holds for.
-        names: The ways that can be tried, the device's own first.
-        device_batch: Images at once to begin with; None where that is not asked.
+        device: The device that does it.
+        deterministic: Whether it must give the same bits each time.
+        repeats: How often it is done.
+        facts: Everything that a measured time depends on.
+        names: The ways that can be tried, the device's default first.
+        device_batch: Images at once to begin with; None if that is not to be chosen.
         may_split: Whether fewer images at once may be tried.
-        seconds: Measures one piece of it, here; for auto alone.
-        cache: Where what was found is remembered.
+        seconds: Measures the seconds of one repeat.
+        cache: The folder in which trials are remembered.
     """
 
     device: torch.device
@@ -92,12 +94,12 @@ class Work:
 
 
 def without_trials(tune: Tune, work: Work, before: Mapping[str, Any] | None) -> Choice | None:
-    """Returns the choice where nothing has to be tried for it, None where something has.
+    """Returns the choice if it takes no trials, else None.
 
     Args:
         tune: runtime.tune, or a command's tune.
-        work: What is to be done.
-        before: The plain form of the choice that the same run had last; None for none.
+        work: The work for which a way is chosen.
+        before: The run's last choice in plain form; None for none.
     """
     own = work.names[0]
     if isinstance(tune, str) and tune != "auto":
@@ -107,36 +109,36 @@ def without_trials(tune: Tune, work: Work, before: Mapping[str, Any] | None) -> 
     if tune == "auto" and work.device.type not in AUTO:
         return Choice(own, f"tune=auto: nothing is gained on {work.device.type}")
     if tune == "auto" and work.deterministic:
-        return Choice(own, "tune=auto: a choice by time is not the same each time (deterministic)")
+        return Choice(own, "tune=auto: a choice by timing can differ each time (deterministic)")
     if before is not None and before.get("facts") == work.facts:
         found = [Found(**one) for one in before["found"]]
         return Choice(before["way"], "as before", before["device_batch"], work.facts, found)
     if tune == "auto" and work.repeats < ENOUGH:
-        return Choice(own, f"tune=auto: {work.repeats} times are too few to earn it")
+        return Choice(own, f"tune=auto: {work.repeats} repeats are too few to pay for trials")
     return None
 
 
 def budget_of(tune: Tune, work: Work) -> Budget | Choice:
-    """Returns the time for trials, or the choice to do without them. All processes must call it."""
+    """Returns the budget for trials, or the choice without any. All processes must call it."""
     each = work.seconds()
     if tune is True:
         longest = EACH + 200 * each
         return Budget(10 * longest, longest)
     planned = each * work.repeats
     if SHARE * planned < SHORTEST:
-        why = f"tune=auto: about {planned / 60:,.0f} minutes are too short to earn it"
+        why = f"tune=auto: about {planned / 60:,.0f} minutes are too short to pay for trials"
         return Choice(work.names[0], why)
     return Budget(SHARE * planned, SHARE * planned)
 
 
 def by_trials(work: Work, budget: Budget, try_way: Try, say: Callable[[str], None]) -> Choice:
-    """Returns what the trials, or those of before, have shown to be fastest.
+    """Returns the choice that trials, new and remembered, show to be the fastest.
 
     Args:
-        work: What is to be done.
-        budget: The time for it.
+        work: The work for which a way is chosen.
+        budget: The time for trials.
         try_way: See `search`.
-        say: Takes a line for the user, at the beginning and at the end.
+        say: Prints a line for the user, before and after the trials.
     """
     say(f"tuning: {', '.join(work.names)}, for {budget.total / 60:,.0f} minutes at most")
     file = work.cache / "tune" / f"{short_hash(dict(work.facts))}.json"
@@ -162,7 +164,7 @@ def by_trials(work: Work, budget: Budget, try_way: Try, say: Callable[[str], Non
     why = (
         f"the fastest of {len(found)}"
         if best is not found[0]
-        else f"of {len(found)} none is worth it"
+        else f"none of {len(found)} is worth a change"
     )
     for line in table(found):
         log.info("tuning: %s", line)
@@ -171,7 +173,7 @@ def by_trials(work: Work, budget: Budget, try_way: Try, say: Callable[[str], Non
 
 
 def facts_of_device(device: torch.device) -> dict[str, Any]:
-    """Returns what decides how fast a device is: the card or the threads, and the versions."""
+    """Returns what a device's speed depends on: the card or the threads, and the versions."""
     facts: dict[str, Any] = {"device": device.type, "torch": torch.__version__}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
@@ -186,13 +188,13 @@ def facts_of_device(device: torch.device) -> dict[str, Any]:
 
 
 def changed(before: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """Returns in words what a choice of before held for, and does not any more."""
+    """Returns in words which facts have changed since an earlier choice."""
     keys = [key for key in facts if facts[key] != before.get(key)]
-    return ", ".join(f"{key} {before.get(key)} is {facts[key]} now" for key in keys)
+    return ", ".join(f"{key} was {before.get(key)} and is {facts[key]} now" for key in keys)
 
 
 def _remembered(file: Path, facts: Mapping[str, Any]) -> list[Found]:
-    """What was found on this device before. A file that cannot be read is as none."""
+    """The earlier trials on this device; none if the file cannot be read."""
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
         return [Found(**one) for one in said["found"]] if said["facts"] == facts else []
@@ -201,9 +203,9 @@ def _remembered(file: Path, facts: Mapping[str, Any]) -> list[Found]:
 
 
 def _remember(file: Path, facts: Mapping[str, Any], found: Found) -> None:
-    """Adds to what is remembered, but for what more time may change.
+    """Remembers a trial, unless it only ran out of time.
 
-    What another process finds meanwhile may be lost.
+    A trial that another process remembers meanwhile may be lost.
     """
     if (found.why or "").startswith(LATE):
         return

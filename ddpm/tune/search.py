@@ -1,4 +1,4 @@
-"""The search: ways tried one after the other, and the one with which all work is done soonest."""
+"""The search: tries ways one after another, and finds the one that ends all work soonest."""
 
 import statistics
 import time
@@ -9,7 +9,7 @@ from typing import Any
 from ddpm.system.trials import Failed
 from ddpm.system.ways import SEARCH, WAYS
 
-FEW = 8.0  # times the rounding of the plain way that results of another may be off
+FEW = 8.0  # multiples of the plain way's rounding by which another way's results may be off
 LEAST = 0.03  # share of the time that a way must save to be worth a change
 
 
@@ -18,16 +18,17 @@ class Found:
     """What a trial of a way has found.
 
     Attributes:
-        way: Its name, of ddpm.system.ways.
-        device_batch: Images at once; None where that is not asked.
-        seconds: Of one piece of work (an update, a call of the network), one per round.
-        first: Seconds of the first one, in which code is made.
-        differs: How far its results are from the plain way's, in times the plain way's rounding.
-        of: Which result is farthest.
-        forward: For an update's way, (first, each) seconds of the network alone as previews call
-            it, once plain and once in this way; empty if it can not draw.
-        why: Why the way is out; None if it may be chosen.
-        asked: The device_batch asked for, of which fewer may have fit.
+        way: Name of the way, of ddpm.system.ways.
+        device_batch: Images at once; None if that is not to be chosen.
+        seconds: Seconds per repeat of the work (an update, a network call), one per round.
+        first: Seconds of the first repeat, which generates code.
+        differs: How far its results are from the plain way's, in multiples of the plain way's
+            rounding.
+        of: Name of the result that is farthest off.
+        forward: For a way to train, (first, later) seconds of a network call as previews make it,
+            plain and in this way; empty if the way cannot draw.
+        why: Why the way is ruled out; None if it may be chosen.
+        asked: The device_batch asked for; fewer images may have fit.
     """
 
     way: str
@@ -42,9 +43,11 @@ class Found:
 
     @property
     def median(self) -> float:
+        """Median seconds per repeat."""
         return statistics.median(self.seconds)
 
     def plain(self) -> dict[str, Any]:
+        """Returns the result as plain values."""
         return asdict(self)
 
 
@@ -53,8 +56,9 @@ class Budget:
     """The seconds that tuning may take, and those that it has taken.
 
     Attributes:
-        total: For all trials.
-        each: For one of them.
+        total: Seconds for all trials.
+        each: Most seconds for one trial.
+        began: When tuning began, by time.monotonic.
     """
 
     total: float
@@ -63,6 +67,7 @@ class Budget:
 
     @property
     def spent(self) -> float:
+        """Seconds since tuning began."""
         return time.monotonic() - self.began
 
     def for_one(self) -> float | None:
@@ -85,24 +90,24 @@ def search(
     known: Sequence[Found],
     keep: Callable[[Found], None],
 ) -> list[Found]:
-    """Tries ways, each with what was best of those before.
+    """Tries ways, each building on the best so far.
 
-    First the plain ways; then what cuDNN's search adds to the fastest of them; then smaller and
-    smaller device batches, while they are faster.
+    First come all the ways by themselves, then the fastest with cuDNN's search added, then smaller
+    and smaller device batches for as long as they are faster.
 
     Args:
-        try_way: Tries a way with so many images at once for at most so many seconds.
-        names: The ways, the device's own first.
+        try_way: Tries a way, given its name, the images at once and the most seconds to take.
+        names: The ways, the device's default first.
         device_batch: Images at once to begin with.
-        may_split: Whether fewer of them may be tried.
-        may_search: Whether cuDNN's search may be.
+        may_split: Whether fewer images at once may be tried.
+        may_search: Whether cuDNN's search may be tried.
         repeats: How often the work is done in the end.
-        budget: Of time.
-        known: What was found before; it is not tried again.
-        keep: Is given what is found, as soon as it is.
+        budget: The time for trials.
+        known: Earlier results, which are not tried again.
+        keep: Called with each result as soon as it is there.
 
     Returns:
-        What was found, the device's own way first; known or new.
+        The results, known and new, the device's default way first.
     """
     found: dict[tuple[str, int | None], Found] = {}
     before = {(one.way, one.asked): one for one in known}
@@ -142,7 +147,7 @@ def search(
 
 
 def checked(one: Found) -> Found:
-    """Throws out what does not compute the same."""
+    """Rules out a way that does not compute the same."""
     if one.why is not None or one.differs <= FEW:
         return one
     how = f"{one.differs:.3g} times as far off as rounding is"
@@ -150,11 +155,11 @@ def checked(one: Found) -> Found:
 
 
 def fastest(found: Sequence[Found], repeats: int) -> Found:
-    """Returns that with which all work is done soonest, the first where another saves little.
+    """Returns the way that ends all work soonest, or the first if another saves too little.
 
     Args:
-        found: The device's own way first.
-        repeats: How often the work is done; making the code is part of it.
+        found: The results, the device's default way first.
+        repeats: How often the work is done. The time to generate code counts, too.
     """
     own, *others = found
 
@@ -166,7 +171,7 @@ def fastest(found: Sequence[Found], repeats: int) -> Found:
 
 
 def table(found: Sequence[Found]) -> list[str]:
-    """Returns a line per way: its time, and how far it is off, or why it is out."""
+    """Returns one line per way: its time and how far it is off, or why it is ruled out."""
     lines, own = [], found[0]
     for one in found:
         at_once = "" if one.device_batch is None else f"{one.device_batch} at once"

@@ -1,4 +1,4 @@
-"""What trials of both kinds need: a network with nothing at zero, and times in rounds."""
+"""What trials of training and of sampling need: a network without zeros, and timing."""
 
 import time
 from collections.abc import Callable
@@ -10,7 +10,7 @@ ROUNDS, SECONDS = 5, 2.0
 
 
 def fill(network: nn.Module) -> None:
-    """Fills what begins at zero, in which the gradients of all before it would vanish."""
+    """Fills parameters that start at zero, since the gradients before them would vanish."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -19,7 +19,7 @@ def fill(network: nn.Module) -> None:
 
 
 def rounds(work: Callable[[], object]) -> list[float]:
-    """Times a piece of work, in rounds, after two times that are not counted."""
+    """Returns seconds per call of `work`, one value per round, after two calls to warm up."""
     work()
     began = time.perf_counter()
     work()
