@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,18 +18,22 @@ from ddpm.system.files import as_key
 INTRO = """\
 # Studies
 
-Claims of the papers, tested at a small scale: networks trained for minutes, real pictures, \
-several seeds. The command above each table trains, measures, computes the verdicts and writes \
-this whole page. Run again, it resumes; `study.seeds=N` adds seeds.
+```bash
+python -m ddpm.study
+```
 
-- *holds*: the whole 95% interval (Student's t, one number per seed) lies on the claim's side; \
-*does not hold here*: it lies on the other side; *undecided at these seeds*: it contains zero.
-- Each number comes from one seed, which its runs and their samples share. A difference is \
-between two runs of one seed; a slope is of the measure over log2 of the setting.
-- The intervals are not corrected for the number of claims: of twenty claims without any effect, \
-one would come out as decided.
-- Settings are as typed on the command line. The JSON files beside this page have the full study \
-and all figures, each with the folder of its run.
+lists claims of the papers that are tested here at a small scale: networks trained for minutes, real
+pictures, several seeds. The command above each table trains, measures, computes the verdicts and
+writes this whole page. Run again, it resumes; `study.seeds=N` adds seeds.
+
+- *holds*: the whole 95% interval (Student's t, one number per seed) lies on the claim's side;
+  *does not hold here*: it lies on the other side; *undecided at these seeds*: it contains zero.
+- Each number comes from one seed, which its runs and their samples share. A difference is between
+  two runs of one seed; a slope is of the measure over log2 of the setting.
+- The intervals are not corrected for the number of claims: of twenty claims without any effect, one
+  would come out as decided.
+- Settings are as typed on the command line. The JSON files beside this page have the full study and
+  all figures, each with the folder of its run.
 """
 
 
@@ -107,6 +112,11 @@ def page(folder: Path) -> str:
     return "\n".join(parts)
 
 
+def _wrapped(words: str) -> str:
+    lines = textwrap.wrap(words, 100, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines) + "\n"
+
+
 def _overview(found: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [
         [f"[{one['study']}](#{one['study']})", claim["claim"]["says"], f"*{claim['verdict']}*"]
@@ -131,38 +141,58 @@ def _part(one: dict[str, Any]) -> str:
         for claim in tried
     ]
     missing = sorted({words for claim in tried for words in claim.missing})
-    left_out = f"Not counted: {'; '.join(missing)}.\n" if missing else ""
+    left_out = f"Not counted: {'; '.join(missing)}. " if missing else ""
     seeds, runs = (len({getattr(cell, name) for cell in cells}) for name in ("seed", "run"))
     return "\n".join(
         [
             f"## {one['study']}",
-            f"{study.title}. {study.question}\n",
+            _wrapped(f"{study.title}. {study.question}"),
             f"```bash\npython -m ddpm.study {one['study']}\n```\n",
-            f"{seeds} seeds, {runs} runs; {one['minutes']:.0f} minutes on"
-            f" {one['device']}, commit {one['commit']}.\n",
+            _wrapped(
+                f"{seeds} seeds, {runs} runs; {one['minutes']:.0f} minutes on {one['device']}, "
+                f"commit {one['commit']}."
+            ),
             _table(["claim", "source", "here", "verdict"], rows),
             f"![The figures of each setting and seed]({one['study']}.png)\n",
             _table(*_means(study, cells)),
-            f"{left_out}{_floors(cells)}{study.method.strip()}\n",
+            _wrapped(f"{left_out}{_floors(cells)}{study.method}"),
         ]
     )
 
 
 def _means(study: Study, cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
-    """Mean and deviation over seeds, one row per setting."""
+    """Mean and deviation over seeds, one row per setting.
+
+    What was measured without a sampler stands in the row of the one sampler that there is.
+    """
     keys, measures = varied(cells), list(dict.fromkeys(claim.of for claim in study.claims))
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(as_key([cell.settings.get(key) for key in keys]), []).append(cell)
-    rows = []
+    rows: list[dict[str, str]] = []
     for members in groups.values():
-        row = [members[0].settings.get(key, "") for key in keys]
-        for measure in measures:
-            values = [cell.values[measure] for cell in members if measure in cell.values]
-            row.append(_mean(values, len(members)))
-        if any(row[len(keys) :]):
-            rows.append(row)
-    return [*map(_last, keys), *measures], rows
+        values = {name: [c.values[name] for c in members if name in c.values] for name in measures}
+        row = {key: members[0].settings[key] for key in keys if key in members[0].settings}
+        rows.append(row | {n: _mean(some, len(members)) for n, some in values.items() if some})
+    rows = _joined([row for row in rows if row.keys() & set(measures)], measures)
+    shown = [key for key in keys if len({row.get(key) for row in rows}) > 1]
+    table = [[row.get(name, "") for name in [*shown, *measures]] for row in rows]
+    return [*map(_last, shown), *measures], table
+
+
+def _joined(rows: list[dict[str, str]], measures: Sequence[str]) -> list[dict[str, str]]:
+    """The rows, where one whose settings are among those of a single other row is in that one."""
+
+    def settings(row: dict[str, str]) -> set[tuple[str, str]]:
+        return {item for item in row.items() if item[0] not in measures}
+
+    whole = [dict(row) for row in rows]
+    for row in rows:
+        others = [one for one in whole if settings(row) < settings(one)]
+        if len(others) == 1 and not row.keys() & others[0].keys() & set(measures):
+            others[0].update(row)
+            whole.remove(row)
+    return whole
 
 
 def _floors(cells: Sequence[Cell]) -> str:
