@@ -97,7 +97,7 @@ def test_folders_that_bear_the_names_of_splits_are_splits_and_no_classes(tmp_pat
     train = sources.folder(str(tmp_path))
     assert train.classes == ["a", "b"]
     assert read(train) == [(0, 0), (1, 1)]
-    assert "train is used" in train.notes[0]
+    assert "are splits, not classes; using train" in train.notes[0]
     assert read(sources.folder(str(tmp_path), "test")) == [(2, 0)]
     both = sources.hub("some/set", "train+validation", path=str(tmp_path))
     assert sorted(read(both)) == [(0, 0), (1, 1), (3, 0)]
