@@ -160,7 +160,7 @@ def test_flags_may_stand_anywhere(composes, own):
             ["-m", "schedule=cosine,sigmoid", "schedule.beta_end=0.02"],
             r"schedule\.beta_end: no such key in schedule; .*max_beta.*; schedule=linear, .* have it",
         ),
-        (["-m", "optimizer.lr=interval(1e-5,1e-3)"], r"interval\(1e-5,1e-3\): .*give them"),
+        (["-m", "optimizer.lr=interval(1e-5,1e-3)"], r"interval\(1e-5,1e-3\): .*list values"),
         (["+experiment=emoji32"], r"experiment has an option already; .* experiment="),
         (["model@foo=small32"], r"model@foo: .*no packages.* model="),
         (["seed=${oc.env:NO_SUCH,7}"], r'seed="7" .*integer, and is text.*oc\.decode:\$\{oc\.env'),
