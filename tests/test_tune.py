@@ -141,7 +141,7 @@ def test_a_run_that_is_tuned_trains_as_one_that_is_not_and_keeps_its_choice(
         (folder.path / "run.json").write_text(json.dumps(record))
         again = train(compose(["training.steps=6", *words[1:]])).record()["tuned"]
         assert again["facts"] == tuned["facts"]
-        assert f"tuning again: torch 1.0 is {torch.__version__} now" in caplog.text
+        assert f"tuning again: torch was 1.0 and is {torch.__version__} now" in caplog.text
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-5)
     assert len(set(losses["true"])) == 4
 
