@@ -8,10 +8,10 @@
 # One task per GPU; the tasks find each other by Slurm's variables. All arguments go to ddpm.train.
 #
 # A run knows when its job ends and stops in time by its own clock; the signal above is for clusters
-# that do not tell. When stopped, preempted with a GraceTime, or told to stop by
+# that do not say. Out of time, preempted with a GraceTime, or stopped by
 # `scancel --signal=USR1 JOB`, the run saves and exits with 75 ("start me again"). This script then
 # requeues the job, and the run resumes. Preempted without a GraceTime, the run saves within
-# KillWait, and Slurm itself requeues the job. A preemption that cancels (PreemptMode=CANCEL) without
+# KillWait, and Slurm itself requeues the job. Preemption that cancels (PreemptMode=CANCEL) without
 # a GraceTime does not requeue it: submit it again, and the run resumes. `scancel JOB` ends the job
 # for good; the run still saves. Any other exit code is passed on, so failures are FAILED.
 
