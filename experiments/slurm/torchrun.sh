@@ -4,16 +4,17 @@
 #
 #   sbatch experiments/slurm/torchrun.sh experiment=lsun_bedroom256 outputs=/a/folder/that/all/nodes/see
 #
-# As train.sh, which needs no torchrun, for who wants torchrun: one on each node, and it starts a
-# process for each GPU (PER_NODE=2 sbatch ...: two). All words go to ddpm.train.
+# Like train.sh, but through torchrun, which train.sh does not need. Each node runs one torchrun,
+# which starts one process per GPU (PER_NODE=2 sbatch ... starts two). All arguments go to
+# ddpm.train.
 #
-# torchrun would end its processes 30 s after a signal, whatever Slurm grants, so it is made deaf
-# and they alone hear. It makes 1 of every exit code: what they exited with stands in the file that
-# it leaves for its own parent. What cannot be had: that it prints no traceback after our line.
+# torchrun kills its processes 30 s after a signal, whatever Slurm grants, so it ignores the signals
+# here and only the processes handle them. It turns every exit code into 1; the original code is in
+# the error file that it writes for its parent. Its traceback after our last line is unavoidable.
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export HEAD="$head:$((10000 + SLURM_JOB_ID % 20000))" PER_NODE=${PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 # seconds for the others once one has ended
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 # seconds that the other processes get once one has exited
 
 on_each_node() {
     trap '' TERM INT USR1

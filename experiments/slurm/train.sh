@@ -5,15 +5,15 @@
 #   sbatch experiments/slurm/train.sh experiment=cifar10 outputs=/a/folder/that/all/nodes/see
 #   sbatch --nodes=4 experiments/slurm/train.sh experiment=lsun_bedroom256 outputs=...
 #
-# A task for each GPU; the tasks find each other by what Slurm tells them. All words go to ddpm.train.
+# One task per GPU; the tasks find each other by Slurm's variables. All arguments go to ddpm.train.
 #
-# A run knows when its job ends, and stops in time by its own clock; the signal above is for the
-# cluster that does not say. Stopped, it saves and exits with 75, "start me again", also when it is
-# preempted with a GraceTime, or by `scancel --signal=USR1 JOB`: the job is queued again, and carries
-# on. Preempted without a GraceTime it saves within KillWait, and Slurm itself queues it again. A
-# preemption that cancels (PreemptMode=CANCEL) without a GraceTime cannot be answered: type sbatch
-# again, and the run carries on. `scancel JOB` ends the job for good; the run saves all the same.
-# Any other exit code is the job's own: what fails is FAILED.
+# A run knows when its job ends and stops in time by its own clock; the signal above is for clusters
+# that do not say. Out of time, preempted with a GraceTime, or stopped by
+# `scancel --signal=USR1 JOB`, the run saves and exits with 75 ("start me again"). This script then
+# requeues the job, and the run resumes. Preempted without a GraceTime, the run saves within
+# KillWait, and Slurm itself requeues the job. Preemption that cancels (PreemptMode=CANCEL) without
+# a GraceTime does not requeue it: submit it again, and the run resumes. `scancel JOB` ends the job
+# for good; the run still saves. Any other exit code is passed on, so failures are FAILED.
 
 srun python -m ddpm.train "$@"
 code=$?
