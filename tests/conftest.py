@@ -168,7 +168,7 @@ def train(typed: Callable[..., Done]) -> Callable[..., Done]:
 
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny run of 6 steps, trained in this process. Read or copy it only."""
+    """The folder of a tiny run of 6 steps, trained in this process. Only read or copy it."""
     return run([*TINY, f"outputs={tmp_path_factory.mktemp('outputs')}"]).path
 
 

@@ -4,11 +4,11 @@
     python tests/small_twins.py NAME ...    rewrites those of the named recipes
 
 A twin is its recipe with a small network at 8 pixels, four generated pictures per update, three
-classes, and float64 instead of the recipe's precision, so that a machine's rounding does
-not show. It keeps the recipe's noise schedule, objective, timesteps, dropout, flips, classes,
-clipping, learning rate, optimizer and averaging. Its twenty updates stand for steps spread over the
-whole run, dense at first, and take the learning rate and the EMA decay of those steps. The network
-of the original README comes in one size, too large for this, so a small U-Net replaces it.
+classes, and float64 instead of the recipe's precision, so that a machine's rounding does not show.
+It keeps the recipe's noise schedule, objective, timesteps, dropout, flips, classes, clipping,
+learning rate, optimizer and averaging. Its twenty updates stand for steps spread over the whole
+run, dense at first, and take the learning rate and the EMA decay of those steps. The network of the
+original README comes in one size, too large for this, so a small U-Net replaces it.
 """
 
 import math

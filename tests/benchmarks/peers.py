@@ -589,7 +589,7 @@ def forward_flops(network: nn.Module, config: Config) -> int:
 
 
 def peak_memory(contender: str, name: str) -> int:
-    """Returns the peak of bytes that three training steps of one contender add to a process.
+    """Returns the most bytes that three training steps of one contender add to a process.
 
     That is the resident peak less what the imports take.
     """
