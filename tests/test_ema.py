@@ -35,7 +35,7 @@ def test_with_constant_decay_the_average_is_torchs_own():
 
 
 def test_warm_up_forgets_the_first_weights_as_one_over_n_plus_9_choose_9():
-    """After weights jump from 0 to 1, the 0 keeps the product of (1 + k) / (10 + k) as its share."""
+    """After weights jump from 0 to 1, the 0 keeps a share: the product of (1 + k) / (10 + k)."""
     module = nn.Linear(1, 1)
     nn.init.zeros_(module.weight)
     ema = EMA(module, decay=0.9999, warmup=True)

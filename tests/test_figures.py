@@ -16,7 +16,7 @@ SHAPE = (3, 4, 4)
 
 
 class Mean(nn.Module):
-    """Predicts x0 as the scaled neighboring pixel, so that different noise gives different images."""
+    """Predicts x0 as a scaled neighboring pixel, so different noise gives different images."""
 
     def __init__(self):
         super().__init__()
