@@ -1,11 +1,13 @@
-"""What the tests share: tiny runs, small folders of pictures, and commands in a process of their own. Nothing here needs a network."""
+"""Shared fixtures: tiny runs, small picture folders and commands in their own process.
+
+Nothing here needs the internet.
+"""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # tiny tensors: one thread is as fast, and several processes do not fight over the cores
-)
+# For tiny tensors one thread is as fast, and several processes do not fight over the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import contextlib
 import functools
@@ -61,7 +63,10 @@ class Done(NamedTuple):
 
     @property
     def run(self) -> Path:
-        """The run folder, as the first line of ours printed it; under torchrun some versions of gloo speak first."""
+        """The run's folder, read from the first "run " line.
+
+        Under torchrun, some versions of gloo print lines of their own before it.
+        """
         return Path(
             next(line for line in self.out.splitlines() if line.startswith("run ")).removeprefix(
                 "run "
@@ -70,11 +75,11 @@ class Done(NamedTuple):
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: tests of stopping and of lost processes mostly wait."""
+    """One more than the cores, since tests of stopping and lost processes mostly wait."""
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else 2
 
 
-# files that take long, the longest first: begun last, one of them would keep a process alone
+# Slow files, slowest first: started last, one of them would keep a single process busy at the end.
 LONG = (
     *("test_torture", "test_tune", "test_processes", "test_readme", "test_sweep", "test_stopping"),
     "test_studies",
@@ -84,15 +89,15 @@ LONG = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Has several processes take the files in the order in which they are collected."""
+    """Hands the files to the worker processes in the order of collection."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts long files first.
+    """Puts slow files first, and skips tests marked gpu where there is no CUDA device.
 
-    Whatever else -m asks for, what needs a CUDA device is skipped where there is none.
+    The skip holds whatever -m selects.
     """
     place = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
@@ -104,13 +109,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny() -> list[str]:
-    """Settings of a run that takes a second."""
+    """Settings of a run that takes one second."""
     return TINY
 
 
 @pytest.fixture(scope="session")
 def ddpm() -> Callable[..., Done]:
-    """Run `python -m ddpm.<name> <overrides>`, in one process or several that work together."""
+    """Runs `python -m ddpm.<name> <overrides>` in one process or in several that cooperate."""
 
     def call(name: str, *overrides: str, processes: int = 1, **environment: str) -> Done:
         if processes == 1:
@@ -125,7 +130,7 @@ def ddpm() -> Callable[..., Done]:
 
 @pytest.fixture(scope="session")
 def typed() -> Callable[..., Done]:
-    """Run `python -m ddpm.<name> <overrides>` in this very process, which saves the imports."""
+    """Runs `python -m ddpm.<name> <overrides>` in this process, which saves the imports."""
 
     def call(name: str, *overrides: str) -> Done:
         out, err = io.StringIO(), io.StringIO()
@@ -141,9 +146,8 @@ def typed() -> Callable[..., Done]:
                 importlib.import_module(f"ddpm.{name}.__main__").main()
             except SystemExit as stopped:
                 code = stopped.code
-        if isinstance(
-            code, str
-        ):  # what the interpreter prints when it ends with it, and then exit code 1
+        # the interpreter prints a string passed to sys.exit, and exits with 1
+        if isinstance(code, str):
             return Done(1, out.getvalue(), f"{err.getvalue()}{code}\n")
         return Done(code or 0, out.getvalue(), err.getvalue())
 
@@ -152,7 +156,7 @@ def typed() -> Callable[..., Done]:
 
 @pytest.fixture(scope="session")
 def train(typed: Callable[..., Done]) -> Callable[..., Done]:
-    """Train a tiny network below a folder; it must end well."""
+    """Trains a tiny network; its run lies below a given folder, and it must succeed."""
 
     def call(outputs: Path, *overrides: str) -> Done:
         done = typed("train", *TINY, f"outputs={outputs}", *overrides)
@@ -164,7 +168,7 @@ def train(typed: Callable[..., Done]) -> Callable[..., Done]:
 
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny run of 6 steps, trained in this process. Only to be read, or copied."""
+    """The folder of a tiny run of 6 steps, trained in this process. Only read or copy it."""
     return run([*TINY, f"outputs={tmp_path_factory.mktemp('outputs')}"]).path
 
 
@@ -172,7 +176,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refusal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """What a command refuses a command line with: one line on standard error, and exit code 1."""
+    """Returns the one line on standard error with which a command exits with code 1."""
 
     def call(main: Callable[[], None], *overrides: str) -> str:
         monkeypatch.setattr(sys, "argv", ["ddpm", *overrides])
@@ -180,9 +184,8 @@ def refusal(
         with pytest.raises(SystemExit) as stopped:
             main()
         printed = capsys.readouterr().err
-        if isinstance(
-            stopped.value.code, str
-        ):  # what the interpreter prints when it ends with it, and then exit code 1
+        # the interpreter prints a string passed to sys.exit, and exits with 1
+        if isinstance(stopped.value.code, str):
             printed += stopped.value.code + "\n"
         else:
             assert stopped.value.code == 1
@@ -195,7 +198,7 @@ def refusal(
 
 @pytest.fixture
 def complaint(refusal: Callable[..., str]) -> Callable[..., str]:
-    """What a command line of ddpm.train is refused with, before data is read."""
+    """Returns the error that ddpm.train prints for a command line, before any data is read."""
 
     def check(composed: Composed) -> None:
         build.check(training_config(composed))
@@ -205,7 +208,7 @@ def complaint(refusal: Callable[..., str]) -> Callable[..., str]:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Iterator[Callable[[str], str]]:
-    """Make a recipe of a text, for this test alone; the override that asks for it."""
+    """Registers a YAML text as a recipe for one test. Returns the override that selects it."""
 
     def make(text: str) -> str:
         (tmp_path / "recipes").mkdir()
@@ -219,7 +222,7 @@ def recipe(tmp_path: Path) -> Iterator[Callable[[str], str]]:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Callable[..., Path]:
-    """Write PNG files of random pixels, 12 wide and 10 high, into a folder of tmp_path."""
+    """Writes PNG files of 12x10 random pixels into a folder below tmp_path."""
 
     def make(folder: str, names: list[str]) -> Path:
         for seed, name in enumerate(names):
@@ -235,7 +238,7 @@ def pictures(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Small networks and matrices are slower on two threads, much so beside other work."""
+    """Small networks are slower on two threads, and much slower on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -244,18 +247,16 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> RunFolder:
-    """A finished run of a small network with random weights. Only to be read."""
-    from weight_folders import (
-        SMALL,
-        finished,
-    )  # not for the tests that do without diffusers, whose import takes seconds
+    """A finished run of a small network with random weights. Read-only."""
+    # imported here, because importing diffusers takes seconds and most tests do without it
+    from weight_folders import SMALL, finished
 
     return finished(tmp_path_factory.mktemp("small"), *SMALL)
 
 
 @pytest.fixture(scope="session")
 def small_exported(small, tmp_path_factory) -> Path:
-    """Its export. Only to be read."""
+    """The export of `small`. Read-only."""
     from weight_folders import exported
 
     return exported(small, tmp_path_factory.mktemp("small"))

@@ -1,4 +1,7 @@
-"""The digits, which the runs of a process decode once; their own cache would take each a third of a second."""
+"""The digits, decoded once per process.
+
+A cache of its own would cost each run a third of a second.
+"""
 
 import tempfile
 

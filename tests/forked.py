@@ -1,7 +1,7 @@
-"""Commands in processes of their own, forked from one that has imported torch already.
+"""Runs commands in their own processes, forked from one that has already imported torch.
 
-That saves each of them the imports, most of what a tiny run takes; all else is as where they are
-typed.
+This saves each command the imports, which take most of a tiny run's time. Everything else is as if
+it had been typed in a shell.
 """
 
 import atexit
@@ -25,11 +25,11 @@ CONTEXT.set_forkserver_preload(["warm"])
 
 @dataclass
 class Command:
-    """A command that runs, or has run.
+    """A command that is running or has ended.
 
     Attributes:
-        process: Its process.
-        files: Where its standard output and error go.
+        process: The command's process.
+        files: The files that take standard output and standard error.
     """
 
     process: multiprocessing.Process
@@ -42,7 +42,7 @@ class Command:
 
     @property
     def out(self) -> str:
-        """What it has printed so far."""
+        """The standard output so far."""
         return self.files[0].read_text()
 
     @property
@@ -51,7 +51,7 @@ class Command:
 
     @property
     def begun(self) -> bool:
-        """Whether it is so far that signals reach it."""
+        """Whether the command has started, so that signals reach it."""
         return self.files[0].with_name("begun").exists()
 
     @property
@@ -59,12 +59,12 @@ class Command:
         return self.process.is_alive()
 
     def send(self, number: int) -> None:
-        """Sends a signal, if it still runs."""
+        """Sends a signal if the command is still running."""
         if self.runs:
             os.kill(self.pid, number)
 
     def wait(self, seconds: float = 120) -> int:
-        """Waits for its end, and returns its exit code, negative for a signal that killed it."""
+        """Waits for the exit code, which is negative if a signal killed the command."""
         self.process.join(seconds)
         if self.process.is_alive():
             self.process.kill()
@@ -77,10 +77,10 @@ def command(name: str, *overrides: str, before: str | None = None, **environment
     """Starts `python -m ddpm.<name> <overrides>`.
 
     Args:
-        name: Of the command.
-        overrides: Of the command line.
-        before: A function of a test module, as module:function, that is called before.
-        environment: Variables that are set besides.
+        name: The command, such as train.
+        overrides: The words of the command line.
+        before: A function of a test module to call first, as module:function.
+        environment: Additional environment variables.
     """
     folder = Path(tempfile.mkdtemp(prefix="ddpm-test-"))
     files = folder / "out", folder / "err"
@@ -89,7 +89,7 @@ def command(name: str, *overrides: str, before: str | None = None, **environment
     arguments = (name, overrides, environment, [str(file) for file in files], before)
     process = CONTEXT.Process(target=_child, args=arguments)
     with pytest.MonkeyPatch.context() as patch:
-        # where the process that is forked from looks for `warm`
+        # the fork server imports `warm` from here
         patch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=os.pathsep)
         forkserver.ensure_running()
     process.start()
@@ -97,7 +97,7 @@ def command(name: str, *overrides: str, before: str | None = None, **environment
 
 
 def group(name: str, *overrides: str, processes: int, **environment: str) -> list[Command]:
-    """Starts a command in several processes that work together, as a launcher would."""
+    """Starts a command in several cooperating processes, as a launcher would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -115,7 +115,7 @@ def group(name: str, *overrides: str, processes: int, **environment: str) -> lis
 
 
 def signalled_after_five_images() -> None:
-    """Sends the process SIGNAL in the middle of a batch of images; for `before`."""
+    """Sends the process $SIGNAL in the middle of a batch of images. Used as `before`."""
     from ddpm.sample import folder
 
     really, count = folder.save_image, iter(range(1000))
@@ -154,12 +154,12 @@ def _child(
         importlib.import_module(f"ddpm.{name}.__main__").main()
     except SystemExit as stopped:
         code = stopped.code
-    except KeyboardInterrupt:  # before the command holds the signals
+    except KeyboardInterrupt:  # the command does not handle signals yet
         code = 130
     except BaseException:
         traceback.print_exc()
         code = 1
-    if isinstance(code, str):  # what the interpreter prints when it ends with it
+    if isinstance(code, str):  # as the interpreter does with a string passed to sys.exit
         print(code, file=sys.stderr)
         code = 1
     atexit._run_exitfuncs()

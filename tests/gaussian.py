@@ -1,17 +1,17 @@
-"""Gaussian data, whose best denoiser, probability-flow ODE and samples are known in closed form."""
+"""Gaussian data: the best denoiser, probability-flow ODE and samples have closed forms."""
 
 import torch
 
 from ddpm.diffusion.process import Denoised
 
-# One-colour pictures of 32x32 whose brightness has the deviation 0.5: along the direction of their
-# colour the data's variance is 1024 * 0.25, along any other none.
+# Uniform 32x32 pictures. Their brightness has standard deviation 0.5, so the data has variance
+# 1024 * 0.25 along the all-ones direction and 0 along any other.
 ONE_COLOUR = 32 * 32 * 0.5**2
 ONE = torch.ones(1, 1, 1, 1, dtype=torch.float64)
 
 
 def denoiser(abar, variance):
-    """E[x0 | x_t] for x0 ~ N(0, variance): linear in x_t."""
+    """Returns the denoiser E[x0 | x_t] for x0 ~ N(0, variance), which is linear in x_t."""
 
     def denoise(x, t):
         a = abar[t].reshape(-1, 1, 1, 1)
@@ -26,10 +26,10 @@ def no_noise(t):
 
 
 def spread_kept(sampler, abar, timesteps):
-    """The standard deviation of what a sampler draws, as a share of the data's (one colour).
+    """Returns the standard deviation of a sampler's images over that of the data (ONE_COLOUR).
 
-    It is linear: the images are its answers to the noise that it starts from (chain 0) and to that
-    of each step (a chain each), which are independent.
+    The sampler is linear, so each chain propagates one independent noise: chain 0 the starting
+    noise, and one chain per step that step's noise. Their variances add up.
     """
     steps = {t: index + 1 for index, t in enumerate(timesteps)}
     answers = torch.zeros(len(steps) + 1, 1, 1, 1, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What others may leave where ddpm reads or writes: each function writes it into a folder and says what is typed then.
+"""Hostile inputs: each function writes one into a folder and returns the command line to type.
 
 Nothing here is harmful: code that runs leaves a trace, and links lead to a folder of canaries.
 """
@@ -24,10 +24,10 @@ CALLBACK = "{callbacks: {mine: {_target_: stranger.Callback}}}"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a hostile input is written.
+    """The folders that a hostile input is written to.
 
     Attributes:
-        tmp: A folder of this test.
+        tmp: The test's temporary folder.
         run: A copy of a finished run.
         canary: A folder that nothing may change.
     """
@@ -37,7 +37,7 @@ class Place:
     canary: Path
 
     def own(self, name: str, text: str) -> list[str]:
-        """A file of one's own options, and the words that name their folder."""
+        """Writes a file of user options. Returns the words that name its folder."""
         file = self.tmp / "my" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
@@ -47,7 +47,7 @@ class Place:
         return [*self.own("experiment/mine.yaml", GLOBAL + text), "experiment=mine"]
 
     def pictures(self, *names: str) -> Path:
-        """A folder of pictures; each is another grey."""
+        """Writes pictures into a folder, each of a different gray."""
         from PIL import Image
 
         for number, name in enumerate(names or ("1.png",)):
@@ -57,7 +57,7 @@ class Place:
         return self.tmp / "set"
 
     def linked(self, name: str) -> Path:
-        """A link in the run's folder to a canary: a folder where the name is a folder's."""
+        """Replaces a file or folder of the run by a link to a canary of the same kind."""
         link = self.run / name
         if link.is_dir():
             link.rename(self.tmp / "moved")
@@ -68,7 +68,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Typed:
-    """A command line; `says` is in the one line that it ends with, None where it works."""
+    """A command line.
+
+    Attributes:
+        words: The words to type.
+        says: A pattern in the one line that the command ends with; None if the command works.
+        command: The command, such as train.
+    """
 
     words: list[str]
     says: str | None
@@ -79,7 +85,7 @@ Case = Callable[[Place], Typed]
 
 
 def sparse(path: Path, size: int = 3 * 10**9, start: bytes = b"") -> Path:
-    """A file that takes no room on the disk, and much where it is read whole."""
+    """Writes a file that takes no disk space, but much memory if it is read whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(start)
@@ -88,7 +94,7 @@ def sparse(path: Path, size: int = 3 * 10**9, start: bytes = b"") -> Path:
 
 
 def option(text: str, says: str, name: str = "experiment/mine.yaml") -> Case:
-    """A file of options that sets what is typed, or cannot be read."""
+    """An option file that sets a key it may not set, or that cannot be read."""
 
     def write(place: Place) -> Typed:
         group, _, stem = name.removesuffix(".yaml").rpartition("/")
@@ -148,7 +154,7 @@ TRUST = {
 
 
 def target(group: str, name: str, *more: str) -> Case:
-    """A name in a place that it does not fit."""
+    """A _target_ that does not fit its place."""
 
     def write(place: Place) -> Typed:
         words = [*more, f"{group}._target_={name}"]
@@ -190,7 +196,7 @@ TARGETS["a hub in a run's folder"] = tampered
 
 
 def link(name: str, command: str = "train") -> Case:
-    """A link in a run's folder, where a command would write."""
+    """A link in a run's folder at a path that the command writes to."""
 
     def write(place: Place) -> Typed:
         made = place.linked(name)
@@ -239,7 +245,7 @@ def sparse_option(place: Place) -> Typed:
 
 
 def settings(text: str) -> Case:
-    """A run's config.yaml."""
+    """A run with this text as its config.yaml."""
 
     def write(place: Place) -> Typed:
         (place.run / "config.yaml").write_text(text)
@@ -254,7 +260,7 @@ def sparse_settings(place: Place) -> Typed:
 
 
 def among_pictures(make: Callable[[Path], None], says: str) -> Case:
-    """A picture that is none, alone, so that it is named."""
+    """A folder with one file that is not a picture, so that the error names it."""
 
     def write(place: Place) -> Typed:
         (place.tmp / "set").mkdir()
@@ -280,7 +286,7 @@ def pipe_as_set(place: Place) -> Typed:
 
 
 def parquet_of(says: str, **columns: object) -> Case:
-    """A parquet file with metadata of datasets that are not as they should be."""
+    """A parquet file with broken columns or broken metadata of the datasets library."""
 
     def write(place: Place) -> Typed:
         about = columns.pop("about", None) if "about" in columns else None
@@ -330,7 +336,7 @@ def ill_named(place: Place) -> Typed:
 
 
 def exported(changed: dict[str, object]) -> Case:
-    """A folder of diffusers with other settings."""
+    """A diffusers folder with changed settings."""
 
     def write(place: Place) -> Typed:
         folder = place.tmp / "folder"
@@ -371,7 +377,7 @@ def sparse_reference(place: Place) -> Typed:
 
 
 def huge_reference(place: Place) -> Typed:
-    """A header that claims an array of a terabyte."""
+    """A reference file with a header that claims a terabyte array."""
     header = {"descr": "<f8", "fortran_order": False, "shape": (2**37,)}
     file = place.tmp / "reference.npz"
     with zipfile.ZipFile(file, "w") as archive, archive.open("mu.npy", "w") as array:
@@ -431,7 +437,7 @@ ENDS = {
 
 
 def ill_named_picture(name: str | bytes, says: str) -> Case:
-    """A file of a name that would act on a terminal, as the only picture, and damaged."""
+    """A damaged file, the only picture, with a name that a terminal would act on."""
 
     def write(place: Place) -> Typed:
         folder = place.tmp / "set"

@@ -1,4 +1,4 @@
-"""A network that computes something else, hangs or dies where its weights lie in the other layout, and functions that do so."""
+"""A network that errs, hangs or dies in the other memory layout, and functions that do the same."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class OnePercent(torch.autograd.Function):
-    """The same value, and a gradient that is off by one in a hundred."""
+    """The identity, with a gradient that is 1% too large."""
 
     @staticmethod
     def forward(ctx, x):

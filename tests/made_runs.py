@@ -1,4 +1,4 @@
-"""Runs that nothing trained: the files of one that was, with other settings and figures."""
+"""Untrained runs: the files of a trained one, with other settings and figures."""
 
 import json
 from dataclasses import replace
@@ -18,16 +18,16 @@ PROTOCOL = {
 
 
 def made(template, folder, status="complete", losses=(), costs=None, figures=(), **settings):
-    """A run beside those of `template`, as `reader.read` gives it.
+    """Returns a run like `template`, in the form that `reader.read` returns.
 
     Args:
-        template: A run that was read; its loss's protocol is taken.
-        folder: Of the new one; its metrics.jsonl and costs.jsonl are written.
-        status: How it stands.
+        template: A run from `reader.read`, which lends the protocol of its loss.
+        folder: The new run's folder, which gets a metrics.jsonl and a costs.jsonl.
+        status: The new run's status.
         losses: (step, loss) of each report.
-        costs: Seconds at each of these steps; None for a run of before.
+        costs: Seconds at each of these steps; None for a run from before costs were recorded.
         figures: (metric, protocol, value) or (metric, protocol, {step: value}).
-        settings: What differs, by the last word of its key: lr, batch_size, seed, name.
+        settings: Changed settings by the last word of their key: lr, batch_size, seed, name.
     """
     folder.mkdir(parents=True)
     lines = [json.dumps({"step": step, "train/loss": loss}) for step, loss in losses]

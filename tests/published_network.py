@@ -1,7 +1,7 @@
-"""A network in the layout of improved-diffusion and guided-diffusion, for the tests of their files.
+"""A network in the layout of improved-diffusion and guided-diffusion, to test reading their files.
 
-It is written from the structure of the two codebases: three lists of blocks in the order of a
-forward pass, and layers by their place in a Sequential.
+It follows the structure of the two codebases: three lists of blocks in the order of a forward pass,
+and layers named by their place in a Sequential.
 """
 
 import math
@@ -52,9 +52,9 @@ class Attention(nn.Module):
 
     def forward(self, x, time):
         rows = self.qkv(self.norm(x).flatten(2))  # (B, 3C, N)
-        if self.whole:  # all Q, all K, all V; each by head
+        if self.whole:  # rows hold all of Q, then K, then V, each split by head
             q, k, v = (part.unflatten(1, (self.heads, -1)) for part in rows.chunk(3, dim=1))
-        else:  # head by head, each its Q, K and V
+        else:  # rows hold Q, K and V of one head after another
             q, k, v = rows.unflatten(1, (self.heads, -1)).chunk(3, dim=2)
         scores = torch.einsum("bhct,bhcs->bhts", q, k) / math.sqrt(q.shape[2])
         mixed = torch.einsum("bhts,bhcs->bhct", scores.softmax(dim=-1), v)
@@ -85,7 +85,7 @@ class First(nn.Conv2d):
 
 
 class Network(nn.Module):
-    """Two or more levels; attention on those of `factors`, how often the picture is halved there."""
+    """A U-Net of two or more levels, with attention at the downsampling factors in `factors`."""
 
     def __init__(
         self,

@@ -1,15 +1,14 @@
-"""What twenty updates of each recipe's small twin come to, and the files that remember it.
+"""Twenty updates of each recipe's small twin, and the golden files that record them.
 
-    python tests/small_twins.py             writes tests/golden/*.txt anew
-    python tests/small_twins.py NAME ...    writes those of some recipes
+    python tests/small_twins.py             rewrites tests/golden/*.txt
+    python tests/small_twins.py NAME ...    rewrites those of the named recipes
 
-A twin is its recipe with a small network at 8 pixels, four generated pictures an update, three
-classes, and float64 in place of the recipe's precision, so that no machine's rounding shows. It
-keeps what the recipe says of noise, objective, timesteps, dropout, flips, classes, clipping,
-learning rate, optimizer and averaging. Its twenty updates stand for places spread over the whole
-run, close together at first, and have the learning rate and the average's share of those places.
-The network of the original README comes in one size, too large for this: a small U-Net takes its
-place.
+A twin is its recipe with a small network at 8 pixels, four generated pictures per update, three
+classes, and float64 instead of the recipe's precision, so that a machine's rounding does not show.
+It keeps the recipe's noise schedule, objective, timesteps, dropout, flips, classes, clipping,
+learning rate, optimizer and averaging. Its twenty updates stand for steps spread over the whole
+run, dense at first, and take the learning rate and the EMA decay of those steps. The network of the
+original README comes in one size, too large for this, so a small U-Net replaces it.
 """
 
 import math
@@ -48,7 +47,7 @@ COLUMNS = ("loss", "gradient", "weights", "average")
 
 
 class Float64:
-    """A run's batches, in float64."""
+    """A run's batches in float64."""
 
     def __init__(self, batches: Batches) -> None:
         self.size, self.classes, self.send = batches.size, batches.classes, batches.send
@@ -59,7 +58,7 @@ class Float64:
 
 
 def twin(*overrides: str) -> Config:
-    """The configuration of overrides, such as experiment=cifar10, made small."""
+    """Returns the configuration of overrides such as experiment=cifar10, made small."""
     config = training_config(compose(list(overrides)))
     model = config.model
     if model["_target_"] != "ddpm.models.UNet":
@@ -78,8 +77,8 @@ def curve(config: Config) -> list[tuple[float, ...]]:
     """Trains a twin.
 
     Returns:
-        A row an update: the mean loss, the gradient's norm before clipping, how far the weights
-        have moved, and the norm of their average, which starts at zero here.
+        One row per update: the mean loss, the gradient's norm before clipping, the distance that
+        the weights have moved, and the norm of their average, which starts at zero here.
     """
     steps = config.training.steps
     assert steps is not None
@@ -91,7 +90,7 @@ def curve(config: Config) -> list[tuple[float, ...]]:
     state.ema.load_state_dict({name: 0 * average for name, average in averages.items()}, 0)
     first = [weight.detach().clone() for weight in network.parameters()]
     learned = state.timesteps.state_dict()
-    if learned:  # from ten losses of each timestep, more than twenty updates bring
+    if learned:  # importance sampling needs ten losses per timestep, too many for a twin
         losses = 1 / (1 + torch.arange(diffusion.num_timesteps))
         filled = {"losses": losses[:, None], "seen": torch.tensor(10)}
         state.timesteps.load_state_dict(filled)
@@ -117,7 +116,7 @@ def norm(tensors: Iterable[Tensor]) -> float:
 
 
 def pictures(channels: int) -> ImageSet:
-    """Generated ones, of three classes."""
+    """Returns generated pictures of three classes."""
     numbers = np.random.default_rng(0)
     pixels = numbers.integers(0, 256, (PICTURES, channels, SIDE, SIDE), dtype=np.uint8)
     rows = np.arange(PICTURES)
@@ -127,13 +126,13 @@ def pictures(channels: int) -> ImageSet:
 
 
 def header(name: str, config: Config) -> str:
-    """The first line of a recipe's file, with what its twin may not show."""
+    """Returns the first line of a recipe's file, with settings that the twin may not show."""
     clip, precision = config.training.grad_clip, config.training.precision
     return f"{name}: grad_clip={clip}, float64 in place of precision={precision}"
 
 
 def differences(name: str, config: Config) -> list[str]:
-    """Returns where a twin comes to something else than its recipe's file says, a line each.
+    """Returns one line per difference between a twin and its recipe's golden file.
 
     Raises:
         ValueError: If the recipe has no file.

@@ -1,4 +1,4 @@
-"""Folders of runs that nobody trained, written file by file after one that was: hundreds in a second."""
+"""Folders of untrained runs, modeled on a trained one. Hundreds take one second."""
 
 import json
 import math
@@ -28,15 +28,15 @@ def write_run(
     """Writes a run's folder.
 
     Args:
-        template: A run whose other settings it has.
-        folder: Where.
-        changes: Dotted settings that are its own.
-        level: Of its loss.
-        figures: An FID of one protocol by step.
-        previews: Pictures a preview, by step.
-        costs: Whether it has a costs.jsonl.
-        record: Entries of run.json that are its own.
-        num_records: Lines of metrics.jsonl, ten steps apart.
+        template: A run that lends all settings but `changes`.
+        folder: The new run's folder.
+        changes: The new run's own settings, by dotted key.
+        level: A factor on the loss.
+        figures: FIDs of one protocol, by step.
+        previews: The number of pictures per preview, by step.
+        costs: Whether to write a costs.jsonl.
+        record: The new run's own entries in run.json.
+        num_records: The number of lines in metrics.jsonl, ten steps apart.
     """
     config = template.plain()
     for key, value in changes.items():

@@ -1,4 +1,4 @@
-"""Pictures come to a GPU a step ahead, each once, and are those of the plain way, bit for bit."""
+"""Pictures are copied to a GPU one step ahead, once each, and arrive bit for bit unchanged."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class HostCopies:
-    """What Copies does, on the host, where nothing runs beside anything."""
+    """Stands in for Copies on the host, where nothing is asynchronous."""
 
     def room(self, shape):
         return torch.empty(shape, dtype=torch.uint8)
@@ -31,7 +31,7 @@ class HostCopies:
 
 
 class Watched(Batches):
-    """Batches that note what is asked of them."""
+    """Batches that record the calls they get."""
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **named)
@@ -53,7 +53,7 @@ def batches(kind=Batches, device=CPU, **named):
 
 
 def trained(fed, first, last, device_batch, device="cpu"):
-    """Train a tiny network on them; its losses are summed up in the meter's state."""
+    """Trains a tiny network on batches. Returns the states of the meter and of the network."""
     overrides = [
         *("data=digits", "model.base_channels=8", "model.norm_groups=4", "training.precision=fp32"),
         *("model.channel_multipliers=[1,2]", "model.attention_resolutions=[]"),
@@ -73,11 +73,8 @@ def trained(fed, first, last, device_batch, device="cpu"):
 def test_each_piece_is_sent_once_in_the_step_before_and_none_after_the_last():
     fed = batches(Watched)
     trained(fed, 3, 6, 2)
-    pieces = {
-        3: [(0, 2), (2, 4), (4, 5)],
-        4: [(0, 1)],
-        5: [(0, 2), (2, 4), (4, 5)],
-    }  # the epoch's last has one
+    # batch 4, the last of the epoch, has one image
+    pieces = {3: [(0, 2), (2, 4), (4, 5)], 4: [(0, 1)], 5: [(0, 2), (2, 4), (4, 5)]}
     expected = []
     for step, spans in pieces.items():
         expected += [("take", step, *span) for span in spans]
@@ -100,7 +97,8 @@ def test_nothing_that_was_sent_for_another_step_or_cut_is_taken():
     for sent, asked in (
         ((1, 0, 5), (1, 0, 3)),
         ((2, 0, 3), (4, 0, 1)),
-        ((5, 0, 5), (0, 0, 5)),  # as when a search over device_batch, or a look back, comes between
+        # as when a device_batch search, or a read of an earlier step, comes between
+        ((5, 0, 5), (0, 0, 5)),
         ((1, 0, 2), (5, 0, 5)),
     ):
         ahead.send(*sent)
@@ -132,7 +130,7 @@ def test_pictures_copied_beside_the_step_are_those_that_lie_on_the_device(device
         spans = [(0, copied.size(step))]
         for span in spans:
             busy = torch.randn(2048, 2048, device=device)
-            for _ in range(20):  # so that copies and what reads them are far apart
+            for _ in range(20):  # keeps the copies and their readers far apart
                 busy = busy @ busy / 64
             assert torch.equal(copied.images(step, *span), lying.images(step, *span))
             assert torch.equal(copied.classes(step, *span), lying.classes(step, *span))
@@ -149,7 +147,7 @@ def test_pictures_copied_beside_the_step_are_those_that_lie_on_the_device(device
 def test_no_step_that_pictures_are_copied_beside_waits_for_the_host(device_batch):
     device = torch.device("cuda")
     fed = batches(device=device, copies=copies_to(device))
-    trained(fed, 0, 3, device_batch, "cuda")  # what is made at the first call
+    trained(fed, 0, 3, device_batch, "cuda")  # what the first call allocates
     for step in range(3, 9):
         for span in [(0, 1)] if fed.size(step) == 1 else [(0, 3), (3, 5)]:
             torch.cuda.set_sync_debug_mode("error")

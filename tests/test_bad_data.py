@@ -1,4 +1,7 @@
-"""Pictures and caches that are not as they should be: left out and named, or one clear error; never a wrong picture in silence."""
+"""Broken pictures and caches are left out and named, or cause one clear error.
+
+They never yield a wrong picture silently.
+"""
 
 import io
 import logging
@@ -21,9 +24,8 @@ from ddpm.data import sources
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import image_set
 
-COLOUR = Decoding(
-    10, 12, 3, "center", "white"
-)  # the size of the pictures that are made: nothing is resized
+# the size of the generated pictures, so nothing is resized
+COLOUR = Decoding(10, 12, 3, "center", "white")
 
 
 def encoded(image: Image.Image, form: str, **options) -> bytes:
@@ -126,12 +128,10 @@ def test_a_picture_of_one_line_fills_the_whole(shape):
 
 
 def test_a_photo_in_printing_colours_becomes_screen_colours():
-    """As Photoshop writes it: JPEG, its inks inverted."""
+    """A CMYK JPEG with inverted inks, as Photoshop writes it."""
     cmyk = np.zeros((10, 12, 4), dtype=np.uint8)
-    cmyk[:, :6], cmyk[:, 6:] = (
-        (255, 0, 0, 0),
-        (0, 255, 255, 0),
-    )  # full cyan, full magenta and yellow
+    # full cyan, then full magenta and yellow
+    cmyk[:, :6], cmyk[:, 6:] = (255, 0, 0, 0), (0, 255, 255, 0)
     found = COLOUR(encoded(Image.fromarray(cmyk, "CMYK"), "JPEG", quality=95)).astype(int)
     assert np.abs(found[:, 5, 2] - [0, 255, 255]).max() <= 8
     assert np.abs(found[:, 5, 9] - [255, 0, 0]).max() <= 8
@@ -304,7 +304,7 @@ def test_a_cache_that_is_not_what_was_written_is_made_again(tmp_path, pictures, 
 
 
 def in_child(what) -> int:
-    """Do something in a child process: its process number."""
+    """Runs a function in a child process. Returns its process id."""
     child = os.fork()
     if child:
         return child
@@ -317,7 +317,7 @@ def in_child(what) -> int:
 
 
 class Recording(Decoding):
-    """Notes each picture that it decodes in a file, and takes a while."""
+    """A slow decoding that records each picture in a file."""
 
     trace = ""
     die_at = 0
@@ -366,7 +366,7 @@ def test_of_two_processes_that_want_one_cache_one_makes_it(tmp_path, pictures):
 
 
 def test_a_cache_that_finds_no_room_is_refused_by_its_key(tmp_path, pictures, capfd):
-    """Before anything is decoded: a file system that is full would end the process in the middle of it."""
+    """The error comes before decoding, since a full file system would kill the process midway."""
     folder = pictures("set", ["1.png", "2.png"])
 
     def limited():

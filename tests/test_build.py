@@ -26,7 +26,7 @@ def test_the_first_weights_are_a_function_of_the_seed_alone():
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """Words for a network of one's own that takes no classes."""
+    """The words that select a user's network that takes no classes."""
     (tmp_path / "own_net.py").write_text(
         "import torch\n\n\nclass Net(torch.nn.Module):\n"
         "    def __init__(self, resolution: int, in_channels: int, out_channels: int):\n"

@@ -7,9 +7,8 @@ import torch
 
 from ddpm.runs import checkpoint
 
-WEIGHTS = {
-    "layer.weight": torch.arange(6.0).reshape(2, 3).t()
-}  # not contiguous, as channels_last weights are not
+# not contiguous, like channels_last weights
+WEIGHTS = {"layer.weight": torch.arange(6.0).reshape(2, 3).t()}
 STATE = {
     "ema_updates": 7,
     "optimizer": {
@@ -136,7 +135,7 @@ def test_a_step_without_a_checkpoint_is_refused_with_those_there_are(tmp_path):
 def test_where_there_is_no_room_the_one_before_stays_and_the_error_names_the_folder(tmp_path):
     save(tmp_path, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # no file may grow past this
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # the largest file allowed, in bytes
     try:
         with pytest.raises(ValueError, match=r"step_00000002 cannot be written"):
             save(tmp_path, 2)

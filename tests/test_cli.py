@@ -1,4 +1,4 @@
-"""The commands as users type them, in processes of their own."""
+"""The commands as users type them, in their own processes."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, train):
-    """How a run of 6 steps ended, with intervals that 6 is no multiple of."""
+    """The outcome of a run of 6 steps, with intervals that do not divide 6."""
     return train(
         tmp_path_factory.mktemp("outputs"),
         "runtime.checkpoint_every=4",
@@ -132,7 +132,7 @@ def test_an_image_is_the_same_whatever_it_is_drawn_with(finished, typed, tmp_pat
 
 @pytest.fixture(scope="module")
 def draw(tmp_path_factory, train, typed):
-    """Draw 4 images from a run with classes that moved far in its 6 steps."""
+    """Draws 4 images from a class-conditional run that moved far in its 6 steps."""
     settings = [
         "training.conditional=true",
         "optimizer.lr=0.01",

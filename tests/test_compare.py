@@ -1,4 +1,7 @@
-"""ddpm.compare on runs of every kind: what differs, what they came to by which protocol, and pictures; right tables, never a traceback."""
+"""ddpm.compare on all kinds of runs: differing settings, results by protocol, and pictures.
+
+Tables are right, and nothing ends in a traceback.
+"""
 
 import csv
 import json
@@ -29,7 +32,10 @@ PROTOCOL = {
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory, typed, tiny):
-    """Two seeds, a shorter run, and one that failed; the seeds measured twice by one protocol, the first also by another."""
+    """Two seeds, a shorter run, and a failed run.
+
+    Both seeds are evaluated twice by one protocol, the first one also by another.
+    """
     outputs = tmp_path_factory.mktemp("outputs")
     settings = [*tiny, f"outputs={outputs}", "runtime.log_every=2"]
     assert typed("train", "-m", *settings, "seed=0,1").code == 0
@@ -82,7 +88,7 @@ def compared(outputs):
 
 
 def swept(num_steps, seed, value, scale=1.0, metric="fid", **more):
-    """A figure of a sweep over sampler steps, guidance scales and seeds."""
+    """Returns one figure of a sweep over sampler steps, guidance scales and seeds."""
     settings = {
         "function": {"_target_": "ddpm.diffusion.samplers.ddim"},
         "num_steps": num_steps,
@@ -99,7 +105,7 @@ def curves_of(folder, figures, over_seeds="mean"):
 
 @pytest.fixture
 def measured(outputs, tmp_path):
-    """A run without figures, to be given some."""
+    """A run without figures, for tests that add some."""
     copy = shutil.copytree(path(outputs, 0, 6), tmp_path / "run")
     (copy / "evaluation.json").unlink()
     return copy
@@ -133,7 +139,7 @@ def test_precision_and_recall_of_the_same_samples_are_a_point(measured):
         for metric, value in zip(("precision", "recall"), both, strict=True)
         for seed in (0, 1)
     ]
-    lone = swept(10, 2, 0.9, 1.0, "precision")  # whose recall was not measured
+    lone = swept(10, 2, 0.9, 1.0, "precision")  # has no recall
     steps, (curve,) = curves_of(measured, [*figures, lone])
     assert steps == []
     assert [(point.at, *(round(one.value, 9) for one in point.values)) for point in curve.points] == [
@@ -177,7 +183,7 @@ def test_a_sweeps_curves_are_printed_written_and_drawn(measured, typed, tmp_path
     assert {row["of"] for row in written} == {"mean of 2 seeds"}
     assert json.loads(written[0]["protocol"])["extractor"] == "efficientnet_lite0"
     (table,) = csv.DictReader((tmp_path / "table.csv").open())
-    assert sum(column.startswith("fid@") for column in table) == 8  # a column each, as ever
+    assert sum(column.startswith("fid@") for column in table) == 8  # one column each, as before
     for name in ("steps.png", "scales.png"):
         assert Image.open(tmp_path / name).size[0] > 500
 
@@ -215,12 +221,8 @@ def test_a_protocol_has_a_column_of_its_own_and_a_run_that_was_not_measured_has_
         [None, None],
         [None, None],
     ]
-    assert [row[f"{first} best"] for row in table] == [
-        None,
-        At(7.0, 4),
-        None,
-        None,
-    ]  # None: the final one is the best
+    # None where the final value is the best
+    assert [row[f"{first} best"] for row in table] == [None, At(7.0, 4), None, None]
 
 
 def test_a_loss_of_another_objective_is_not_in_the_same_column(compared):
@@ -305,15 +307,15 @@ def test_the_command_writes_the_table_in_whole_digits_and_the_pictures(outputs, 
         [0.5, 6],
         5,
     )
-    assert "gradient norm" in done.out  # why the failed one failed
+    assert "gradient norm" in done.out  # why the failed run failed
     assert done.err.count("has no row in the grid") == 1
     assert Image.open(tmp_path / "loss.png").size[0] > 500
 
 
 def test_the_grid_has_the_same_noise_in_each_column_and_a_row_a_run(outputs, typed, tmp_path):
-    """The same weights give the very images; another seed's network others."""
+    """Equal weights draw equal images; the network of another seed draws others."""
     copy = RunFolder(shutil.copytree(path(outputs, 0, 6), tmp_path / "copy"))
-    copy.update(data={**copy.record()["data"], "fingerprint": "another"})  # no mere copy, then
+    copy.update(data={**copy.record()["data"], "fingerprint": "another"})  # no longer a mere copy
     runs = f"[{path(outputs, 0, 6)},{tmp_path / 'copy'},{path(outputs, 1, 6)}]"
     done = typed(
         "compare",
@@ -423,7 +425,7 @@ def test_a_copy_of_a_run_counts_once_and_is_named(outputs, typed, tmp_path):
             in done.err
         )
     alone = typed("compare", f"runs=[{outputs}]")
-    assert done.out == alone.out  # also mean and deviation over seeds
+    assert done.out == alone.out  # mean and deviation over seeds included
     assert "0 1" in done.out
 
 

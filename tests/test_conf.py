@@ -1,4 +1,4 @@
-"""The options of conf/, and the runs that the README and the first paper name."""
+"""The options in conf/, and the runs that the README and the first paper name."""
 
 import numpy as np
 import pytest

@@ -93,7 +93,7 @@ def test_a_group_on_the_command_line_wins_over_the_experiments():
 @pytest.mark.parametrize(
     ("given", "expected"), [("training.steps=10", (10, None)), ("training.epochs=2", (None, 2))]
 )
-@pytest.mark.parametrize("data", ["butterflies", "digits"])  # published in epochs, in steps
+@pytest.mark.parametrize("data", ["butterflies", "digits"])  # published in epochs and in steps
 def test_a_duration_on_the_command_line_takes_the_place_of_the_recipes(data, given, expected):
     training = composed(f"data={data}", given).training
     assert (training.steps, training.epochs) == expected

@@ -1,4 +1,4 @@
-"""What a run says of its costs and of its end, and the traces that it writes."""
+"""A run's costs, its expected end, and the profiler traces that it writes."""
 
 import gzip
 import json
@@ -32,7 +32,7 @@ def settings(tiny):
 
 @pytest.fixture(scope="module")
 def whole(settings, tmp_path_factory):
-    """A run of 6 steps. Only to be read, or copied."""
+    """A run of 6 steps. Only read or copy it."""
     return run([*settings, f"outputs={tmp_path_factory.mktemp('outputs')}"])
 
 
@@ -58,7 +58,7 @@ def test_costs_survive_a_resume_and_count_no_step_twice(whole, settings, tmp_pat
     shutil.rmtree(folder / "checkpoints" / "step_00000006")
     cut = RunFolder(folder)
     timed = {**cut.record()["timed"], "seconds": 1000.0, "seconds_in_steps": 900.0}
-    timed |= {"device_seconds": 4000.0}  # on four, before
+    timed |= {"device_seconds": 4000.0}  # as if on four devices before the cut
     timed |= {"seconds_waiting": 50.0, "images": 32, "images_trained": 32}
     cut.update(status="running", step=4, timed=timed)
     before = lines(folder)
@@ -154,4 +154,4 @@ def test_a_run_says_when_it_ends_while_it_runs_and_not_after(settings, tmp_path,
     reports = (done.path / "metrics.jsonl").read_text().splitlines()
     logged = [line for line in (done.path / "train.log").read_text().splitlines() if "loss" in line]
     assert len(reports) == 12
-    assert 1 <= len(logged) < 12  # a line a minute, once the first ones are there
+    assert 1 <= len(logged) < 12  # after the first lines, one line per minute

@@ -1,4 +1,7 @@
-"""Pictures of many runs over training: seeds are one curve, costs are axes, and nothing is cut off or warned of."""
+"""Charts of many runs over training.
+
+Seeds share one curve, costs can be the axis, and nothing is cut off or triggers a warning.
+"""
 
 import warnings
 
@@ -52,7 +55,7 @@ def test_other_settings_and_other_pictures_are_other_courses(template, tmp_path)
 
 
 def test_a_figure_is_drawn_over_what_its_step_had_cost(template, tmp_path):
-    """Between two reports the cost is linear; a step past the last has none."""
+    """Cost is linear between two reports; a step past the last report has none."""
     figures = [(FD, PROTOCOL, {1: 9.0, 3: 7.0, 4: 5.0, 9: 4.0})]
     run = made(template, tmp_path / "a", "complete", [(2, 1.0), (4, 1.0)], [3600, 14400], figures)
     before = made(template, tmp_path / "b", "complete", [(2, 1.0)], None, figures, seed=1)
@@ -84,7 +87,7 @@ def test_what_training_reports_is_drawn_by_its_name(template, tmp_path):
 
 
 def many(template, folder):
-    """50 runs: five learning rates, two batches, five seeds."""
+    """Returns 50 runs: five learning rates, two batch sizes, five seeds."""
     return [
         made(template, folder / f"{lr}-{size}-{seed}", losses=[(2, 1.0 + lr + seed), (4, 0.1 + lr), (6, 0.05)], lr=lr, batch_size=size, seed=seed)
         for lr in (1e-4, 2e-4, 3e-4, 4e-4, 5e-4)
@@ -120,7 +123,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_picture_is_whole_and_nothing_warns(case, template, tmp_path, capfd, caplog):
-    """Text that the edge cuts would leave ink on it."""
+    """Text that is cut off would leave ink at the picture's edge."""
     panels = courses.find(CASES[case](template, tmp_path), "loss", "step")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -134,11 +137,10 @@ def test_the_picture_is_whole_and_nothing_warns(case, template, tmp_path, capfd,
 
 
 def test_a_legend_is_complete_or_says_what_it_leaves_out(template, tmp_path, monkeypatch):
-    """12 values of 50, and the other 38 counted; of five rates and two batches a line each."""
+    """All 10 combinations have a line; of 50 values, 12 have one and the other 38 are counted."""
     made_legends = []
-    monkeypatch.setattr(
-        drawing, "legend", lambda axes, legend: made_legends.append(legend)
-    )  # what is drawn, as text
+    # keeps the legend's texts instead of drawing them
+    monkeypatch.setattr(drawing, "legend", lambda axes, legend: made_legends.append(legend))
     for case in ("many", "all differ"):
         panels = courses.find(CASES[case](template, tmp_path / case), "loss", "step")
         draw_courses(tmp_path / "loss.png", panels, "step", None)

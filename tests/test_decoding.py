@@ -9,9 +9,8 @@ from ddpm.data import sources
 from ddpm.data.decoding import Decoding
 from ddpm.data.image_set import image_set
 
-COLOUR = Decoding(
-    10, 12, 3, "center", "white"
-)  # the size of the pictures that are made: nothing is resized
+# the size of the generated pictures, so nothing is resized
+COLOUR = Decoding(10, 12, 3, "center", "white")
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -83,13 +82,13 @@ def test_printing_colours_become_screen_colours():
 def test_a_picture_is_turned_as_its_camera_noted():
     image = pixels(12, 10, 3)
     exif = Image.Exif()
-    exif[0x0112] = 6  # its first row is the right-hand side
+    exif[0x0112] = 6  # the first row is the right-hand side
     found = COLOUR(encoded(Image.fromarray(image), exif=exif))
     assert np.array_equal(found.transpose(1, 2, 0), np.rot90(image, k=-1))
 
 
 def test_a_crop_keeps_the_shape_and_none_the_whole_picture():
-    """A 4:1 picture of four squares of grey, at one square's size."""
+    """A 4:1 picture of four gray squares is decoded at the size of one square."""
     levels = np.repeat(np.array([0, 100, 200, 60], dtype=np.uint8), 8)
     content = encoded(Image.fromarray(np.broadcast_to(levels, (8, 32)).copy()))
     middle = Decoding(8, 8, 1, "center", "white")(content)[0, 4]
@@ -99,7 +98,7 @@ def test_a_crop_keeps_the_shape_and_none_the_whole_picture():
 
 
 def test_shrinking_averages_what_it_leaves_out():
-    """Stripes a pixel wide come out grey: the filter is antialiased."""
+    """Stripes one pixel wide turn gray, since the filter is antialiased."""
     stripes = np.tile(np.array([0, 255], dtype=np.uint8), (64, 32))
     found = Decoding(16, 16, 1, "none", "white")(encoded(Image.fromarray(stripes)))
     assert np.abs(found[0, 2:-2, 2:-2] - 127.5).max() < 20
@@ -150,14 +149,14 @@ def test_nothing_but_unreadable_files_stops_the_run(tmp_path):
 
 
 def test_a_picture_of_too_many_pixels_is_left_out(tmp_path, pictures):
-    """Pillow warns from 89 million pixels on: a small file that would fill the memory."""
+    """Pillow warns from 89 million pixels on, where a small file would fill the memory."""
     folder = pictures("set", ["1.png", "2.png"])
     Image.new("1", (10_000, 9_000)).save(folder / "bomb.png")
     assert decode(folder, tmp_path / "cache").unreadable == ["bomb.png"]
 
 
 def test_pictures_are_decoded_once(tmp_path, pictures):
-    """The same files elsewhere come from the cache."""
+    """The same files in another folder come from the cache."""
     folder = pictures("set", ["1.png", "2.png"])
     first = decode(folder, tmp_path / "cache")
     written = (first.folder / "images.npy").stat()

@@ -1,4 +1,4 @@
-"""Fitting the device's memory never changes what is computed."""
+"""Fitting into a device's memory never changes results."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ MODELS = {
 
 
 def kept_and_gradients(*overrides):
-    """(bytes that a forward pass keeps for the backward one, the gradients)."""
+    """Returns (bytes that the forward pass keeps for the backward pass, gradients)."""
     config = training_config(compose(["data=digits", *overrides]))
     network = build.network(config, torch.device("cpu"), 10).train()
     kept = {}

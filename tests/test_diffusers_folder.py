@@ -1,4 +1,4 @@
-"""Weights in: folders that diffusers wrote, read as they are or refused with the reason, and images from them."""
+"""Import: folders that diffusers wrote are read, and draw images, or are refused with a reason."""
 
 import json
 import pickle
@@ -24,8 +24,8 @@ from ddpm.sample.run import settings_of
 from ddpm.weights import folders
 from ddpm.weights.unet_settings import unseen
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # networks as small as these are slower on two
-GOOGLE = {  # google/ddpm-cifar10-32, but a quarter as wide
+pytestmark = pytest.mark.usefixtures("one_thread")  # networks this small are slower on two threads
+GOOGLE = {  # google/ddpm-cifar10-32 at a quarter of its width
     **{
         "act_fn": "silu",
         "attention_head_dim": None,
@@ -84,7 +84,10 @@ def assert_schedule_is_read(
 
 
 def google(folder: Path, variance: str | None = None, **changed: object) -> Path:
-    """A folder that diffusers saved, flat as google/ddpm-cifar10-32 is, with random weights. Its scheduler is left as it is without a variance."""
+    """Returns a flat folder that diffusers saved, like google/ddpm-cifar10-32, with random weights.
+
+    Without a variance, no scheduler is written.
+    """
     torch.manual_seed(0)
     randomized(UNet2DModel(**{**GOOGLE, **changed})).save_pretrained(folder)
     if variance is not None:
@@ -104,7 +107,10 @@ def ours(folder: Path) -> UNet:
 
 
 def rename(weights: dict[str, Tensor], convolutions: bool) -> dict[str, Tensor]:
-    """The names that attention had in diffusers before 0.12; in a pytorch checkpoint its layers were 1x1 convolutions."""
+    """Renames attention weights as in diffusers before 0.12.
+
+    With `convolutions`, the layers become 1x1 convolutions, as in PyTorch checkpoints of that time.
+    """
     renamed = {}
     for name, tensor in weights.items():
         parts = re.fullmatch(r"(.*\.attentions\.\d+\.)(to_q|to_k|to_v|to_out\.0)(\..*)", name)
@@ -128,7 +134,7 @@ def test_the_layout_of_googles_weights_is_read(tmp_path, form):
     network, file = theirs(folder), folder / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     if form != "now":
-        file.unlink()  # the network's own weights may lie in it still
+        file.unlink()  # the network may still be mapped from this file: never overwrite it
     if form.startswith("old"):
         save_file(rename(weights, "convolutions" in form), file)
     elif form == "bin":
@@ -181,9 +187,8 @@ def test_the_layout_of_googles_weights_is_read(tmp_path, form):
     ids=lambda changed: next(iter(changed)),
 )
 def test_other_networks_that_diffusers_saved_are_read(tmp_path, changed):
-    if (
-        "resnet" in changed.values()
-    ):  # only then does the last level on the way up have something to resample with
+    # only then does the last level on the way up have a block that can resample
+    if "resnet" in changed.values():
         changed["up_block_types"] = (
             "ResnetUpsampleBlock2D",
             "ResnetUpsampleBlock2D",
@@ -195,7 +200,7 @@ def test_other_networks_that_diffusers_saved_are_read(tmp_path, changed):
 
 
 def test_the_published_network_is_unet32(tmp_path):
-    """128 channels wide, it is the paper's, dropout apart, which is a matter of training."""
+    """At 128 channels it is the paper's network, except dropout, which belongs to training."""
     folder = google(tmp_path, "fixed_large")
     edit(folder / "config.json", block_out_channels=[128, 256, 256, 256])
     model = folders.find(str(folder), "from").model
@@ -335,7 +340,7 @@ def test_weights_that_are_not_of_the_config_beside_them_are_refused(tmp_path):
 
 
 class Payload:
-    """Leaves a trace when it is unpickled."""
+    """Leaves a trace when unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace

@@ -1,4 +1,7 @@
-"""Forward process, posterior, predictions, variances and losses, against the papers' equations and closed forms in float64."""
+"""Forward process, posterior, predictions, variances and losses in float64.
+
+They are tested against the papers' equations and against closed forms.
+"""
 
 import math
 
@@ -31,7 +34,10 @@ def pictures(batch=2, seed=0):
 
 
 def gaussian_model(process, std=DATA_STD):
-    """The best network for data ~ N(0, std^2), every element by itself: E[x0 | x_t] is linear in x_t."""
+    """Returns the best network for data with independent elements ~ N(0, std^2).
+
+    E[x0 | x_t] is linear in x_t.
+    """
 
     def model(x_t, t):
         abar = process.alphas_cumprod[t].reshape(-1, 1, 1, 1)
@@ -128,7 +134,7 @@ def test_variances_have_the_golden_values(variance, output, t, expected):
 @pytest.mark.parametrize("t", [0, 100, 500, 999])
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v", "mean"])
 def test_squared_error_on_gaussian_data_has_its_closed_form(prediction, t):
-    """The best network's error is the posterior variance of what it predicts; averaged over many draws of Gaussian data."""
+    """Over many draws, the best network's error is the posterior variance of its target."""
     process = diffusion(prediction)
     generator = torch.Generator().manual_seed(t)
     x0 = DATA_STD * torch.randn(64, 1, 64, 64, generator=generator, dtype=torch.float64)
@@ -143,16 +149,15 @@ def test_squared_error_on_gaussian_data_has_its_closed_form(prediction, t):
         "mean": before * (LINEAR[t].item() / (1 - abar)) ** 2,
     }[prediction]
     measured = process.losses(gaussian_model(process), x0, at(t, 64), noise).mean().item()
-    assert measured == pytest.approx(
-        of_x0 * x0_error, rel=0.01
-    )  # 262,144 draws: a relative spread of 0.3%
+    # 262,144 draws have a relative spread of 0.3%
+    assert measured == pytest.approx(of_x0 * x0_error, rel=0.01)
 
 
 @pytest.mark.parametrize(("variance", "t", "weight"), [
     ("fixed_small", 1, 0.599672), ("fixed_large", 1, 0.272692), ("fixed_small", 100, 0.0101784), ("fixed_large", 100, 0.00999623), ("fixed_large", 999, 0.0102045),
 ])  # fmt: skip
 def test_bound_weighs_the_noise_error_as_equation_12(variance, t, weight):
-    """Two networks whose noise differs by a known amount: the bound's terms differ by Eq. 12's weight times the difference of squares."""
+    """A noise error adds its square, times the weight in Eq. 12, to the bound's terms."""
     process, (x0, noise) = (
         diffusion(variance=variance, loss="bound", vlb_weight=1 / 1000),
         pictures(1),
@@ -163,7 +168,7 @@ def test_bound_weighs_the_noise_error_as_equation_12(variance, t, weight):
 
 
 def test_a_perfect_network_leaves_only_the_gap_of_the_fixed_variance():
-    """Reference floor: 0 under fixed_small, 0.486419 bits/dim under fixed_large (0.175125 of it at t = 1)."""
+    """The floor is 0 for fixed_small and 0.486419 bits/dim for fixed_large (0.175125 at t = 1)."""
     x0, noise = pictures(1)
     for variance, total, first in (("fixed_small", 0.0, 0.0), ("fixed_large", 0.486419, 0.175125)):
         process = diffusion(variance=variance)
@@ -236,7 +241,7 @@ def test_hybrid_trains_the_mean_by_squared_error_and_the_variance_by_the_bound()
 
 
 def test_a_variance_learned_on_gaussian_data_converges_to_the_true_one():
-    """The reverse step of the best network has variance posterior + (coefficient of x0)^2 * Var[x0 | x_t]."""
+    """The best reverse step has variance posterior + (coefficient of x0)^2 * Var[x0 | x_t]."""
     t = 200
     process = diffusion(variance="learned", loss="bound")
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,7 @@
-"""What others wrote can neither run, nor overwrite, nor stop, nor fool: a table of hostile inputs, each of which ends in one line that names it."""
+"""Hostile input cannot run code, overwrite files, hang a command or pass for valid input.
+
+Each row of the table ends in one line that names the input.
+"""
 
 import contextlib
 import hashlib
@@ -15,7 +18,7 @@ import pytest
 
 from ddpm.config.schema import training_config
 
-SECONDS = 30  # at most for each; it takes one where nothing else runs
+SECONDS = 30  # allowed per command; an idle machine needs one
 MEMORY = 600_000  # kB that a process may grow by
 
 
@@ -35,7 +38,7 @@ def place(run_folder, tmp_path, monkeypatch):
 
 
 def digest(folder) -> dict[str, tuple]:
-    """Of all below: kind, permissions, time of change, content."""
+    """Returns kind, permissions, modification time and content of everything below a folder."""
     return {
         str(path): (
             stat.filemode(path.lstat().st_mode),
@@ -48,7 +51,7 @@ def digest(folder) -> dict[str, tuple]:
 
 @contextlib.contextmanager
 def ends():
-    """Has what is inside end: it is interrupted after SECONDS."""
+    """Interrupts its body after SECONDS."""
 
     def late(*_):
         raise AssertionError(f"still running after {SECONDS} s")
@@ -119,7 +122,7 @@ def test_scratch_that_is_a_link_goes_and_what_it_leads_to_stays(place):
 
 @pytest.fixture
 def composes(typed, monkeypatch):
-    """Compose and check a command line of ddpm.train and no more; what was composed."""
+    """Composes and checks a command line of ddpm.train. Returns the configurations."""
     found = []
     monkeypatch.setattr("ddpm.train.run.run", lambda cfg: found.append(training_config(cfg)))
     monkeypatch.setattr("ddpm.train.run.facts", lambda cfg: {})

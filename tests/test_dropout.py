@@ -1,6 +1,6 @@
-"""A dropout mask is a function of the seed, the step, the image's place in the batch and the layer.
+"""A dropout mask depends on the seed, the step, the image's place in the batch and the layer alone.
 
-So the batch may be cut up in any way, on any number of devices.
+So a batch may be split in any way, across any number of devices.
 """
 
 import json
@@ -68,7 +68,7 @@ def test_a_mask_is_16_bits_an_element_of_a_splitmix64_stream(shape):
     for element, (y, x, c) in enumerate(np.ndindex(height, width, channels)):
         word = splitmix(start + gamma * (2 * 2**40 + element // 4 + 1))
         draw = word >> 16 * (element % 4) & 0xFFFF
-        expected[c, y, x] = (draw + 2**15) % 2**16 >= round(0.3 * 2**16)  # as signed 16 bits
+        expected[c, y, x] = (draw + 2**15) % 2**16 >= round(0.3 * 2**16)  # as signed int16
     assert torch.equal(mask(STEP, [11], 0.3, 2, shape)[0], expected)
 
 
@@ -88,7 +88,7 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(p, layout):
 
 
 def correlation(one, other):
-    """In standard deviations of what independent masks have."""
+    """Returns the correlation in standard deviations of that of independent masks."""
     one, other = one.double() - 0.5, other.double() - 0.5
     return float((one * other).mean() / 0.25 * one.numel() ** 0.5)
 
@@ -125,7 +125,7 @@ def test_each_layer_of_a_network_has_masks_of_its_own():
         if isinstance(module, Dropout):
             module.register_forward_hook(lambda *call: seen.append(call[2] != 0))
     network(x, t, dropout_keys=keys(0, [0, 1, 2]))
-    assert len(seen) == 5  # one down, two in the middle, two up
+    assert len(seen) == 5  # one on the way down, two in the middle, two on the way up
     for number, one in enumerate(seen):
         for other in seen[:number]:
             assert abs(correlation(one, other)) < 4.5
@@ -159,7 +159,7 @@ def test_images_networks_compute_by_keys_are_the_same_alone_and_by_functional_ca
         given = (x[None], t[None]), {"dropout_keys": key[None]}
         return functional_call(network, weights, *given).square().mean()
 
-    with pytest.warns(UserWarning, match="performance drop"):  # of torch's, on a CPU
+    with pytest.warns(UserWarning, match="performance drop"):  # torch warns on a CPU
         each = vmap(grad(loss), in_dims=(None, 0, 0, 0))(weights, x, t, drawn)
     for name, parameter in weights.items():
         torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-5)
@@ -167,7 +167,7 @@ def test_images_networks_compute_by_keys_are_the_same_alone_and_by_functional_ca
 
 def test_a_network_takes_what_it_took_and_one_key_an_image():
     network, x, t = network_and_inputs()
-    assert network(x, t).shape == x.shape  # in training, by torch's own generator
+    assert network(x, t).shape == x.shape  # in training, from torch's generator
     evaluated = network.eval()(x, t)
     assert torch.equal(network(x, t, dropout_keys=keys(0, [0, 1, 2])), evaluated)
     with pytest.raises(ValueError, match=r"dropout_keys must be \(3,\), one per image; got \(2,\)"):
@@ -175,7 +175,7 @@ def test_a_network_takes_what_it_took_and_one_key_an_image():
 
 
 class Typed(Batches):
-    """Batches in another floating-point type."""
+    """Batches of another dtype."""
 
     dtype = torch.float64
 
@@ -184,7 +184,7 @@ class Typed(Batches):
 
 
 def loss_and_gradient(dtype, device_batch):
-    """Of a batch of 13, cut up among the processes there are, and then in pieces."""
+    """Returns both for a batch of 13, split across processes and then into device batches."""
     config = training_config(compose(UNET))
     with accelerator_for("cpu", "fp32") as accelerator:
         network, *_ = network_and_inputs()
@@ -253,7 +253,7 @@ def test_a_run_of_an_earlier_version_says_that_its_masks_were_others(tmp_path):
     begun = train(composed)
     record = json.loads((begun.path / "run.json").read_text())
     assert record["data"]["notes"] == []
-    del record["starts"][0]["computation"]  # as earlier versions wrote it
+    del record["starts"][0]["computation"]  # as in records of earlier versions
     (begun.path / "run.json").write_text(json.dumps(record))
     for steps in (3, 4):
         train(compose([f"resume={begun.path}", f"training.steps={steps}"]))

@@ -9,7 +9,7 @@ from ddpm.train.state import EMA
 
 
 def changing(seed: int = 0) -> tuple[nn.Module, torch.Generator]:
-    """A module with floating and integer buffers, and the generator its weights are changed with."""
+    """Returns a module with float and integer buffers, and a generator to change its weights."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.Generator().manual_seed(seed)
 
@@ -25,7 +25,7 @@ def test_with_constant_decay_the_average_is_torchs_own():
     module, generator = changing()
     ema = EMA(module, decay=0.9, warmup=False)
     theirs = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    theirs.update_parameters(module)  # its first call only copies
+    theirs.update_parameters(module)  # the first call only copies
     for _ in range(10):
         change(module, generator)
         ema.update()
@@ -35,7 +35,7 @@ def test_with_constant_decay_the_average_is_torchs_own():
 
 
 def test_warm_up_forgets_the_first_weights_as_one_over_n_plus_9_choose_9():
-    """Weights that jump from 0 to 1 and stay: what is left of the 0 is the product of (1 + k) / (10 + k)."""
+    """After weights jump from 0 to 1, the 0 keeps a share: the product of (1 + k) / (10 + k)."""
     module = nn.Linear(1, 1)
     nn.init.zeros_(module.weight)
     ema = EMA(module, decay=0.9999, warmup=True)

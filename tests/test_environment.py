@@ -1,4 +1,7 @@
-"""A run's numbers follow from its configuration: environment variables that would change them have no say, or are refused."""
+"""A run's numbers follow from its configuration alone.
+
+Environment variables that would change them have no effect or are refused.
+"""
 
 import json
 import os
@@ -11,7 +14,7 @@ from ddpm.system import devices
 from ddpm.system.environment import REFUSED
 from ddpm.system.processes import accelerator_for, find_processes
 
-# a value of each that changes numbers, of those that are no switches
+# for each variable that is not a switch, a value that changes numbers
 CHANGES = {
     "ONEDNN_DEFAULT_FPMATH_MODE": "BF16",
     "DNNL_DEFAULT_FPMATH_MODE": "any",
@@ -31,7 +34,7 @@ HARMLESS = [
     ("TORCHINDUCTOR_FREEZING", "0"),
     ("ACCELERATE_USE_FSDP", "false"),
     ("ACCELERATE_FP8_BACKEND", "NO"),
-    # what accelerate launch sets, speed and rounding
+    # accelerate launch sets these for speed and rounding
     ("ACCELERATE_MIXED_PRECISION", "bf16"),
     ("ACCELERATE_DYNAMO_BACKEND", "NO"),
     ("ACCELERATE_DYNAMO_USE_DYNAMIC", "False"),
@@ -98,11 +101,11 @@ def test_what_accelerate_reads_does_not_change_a_run(
 
 
 def test_torch_takes_no_order_to_use_tf32_from_the_environment():
-    """The variable sets a flag of torch when it is imported."""
+    """The variable sets a flag when torch is imported."""
     code = (
         "from ddpm.system import devices; import torch; flag = torch.backends.cuda.matmul; "
         "print(flag.allow_tf32); devices.device('cpu'); print(flag.allow_tf32); "
-        "flag.allow_tf32 = True; devices.device('cpu'); print(flag.allow_tf32)"  # a run's own stays
+        "flag.allow_tf32 = True; devices.device('cpu'); print(flag.allow_tf32)"  # a run's own
     )
     environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
     words = [sys.executable, "-c", code]

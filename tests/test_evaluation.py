@@ -1,4 +1,7 @@
-"""Figures with their protocol: kept once each, measured the same however the work is cut up, and refused in one line where they cannot be had."""
+"""Figures with their protocol: each is kept once and is the same however the work is split.
+
+A figure that cannot be measured is refused in one line.
+"""
 
 import contextlib
 import hashlib
@@ -115,7 +118,7 @@ def test_figures_that_several_write_at_once_are_all_kept(tmp_path):
 
 @contextlib.contextmanager
 def forwards():
-    """Gives a list that grows with each call of a network."""
+    """A list that records every call of a network."""
     calls = []
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, inputs: calls.append(type(module).__name__)
@@ -145,7 +148,7 @@ def test_a_sweep_typed_again_calls_no_network_and_one_with_more_measures_only_th
     assert {(one["seed"], one["sampler"]) for one in protocols} == {
         (seed, sampler) for seed in (0, 1) for sampler in ("ddim2", "ddim3")
     }
-    # the losses know no sampler: measured once for both
+    # losses do not depend on the sampler, so both share one measurement
     assert sum(entry["metric"].startswith("loss_") for entry in found) == 10 * 2
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if ".lock" not in file.name}
     assert sweep(*two, "evaluation.metrics=[colour,losses]") == ([], found)
@@ -188,7 +191,7 @@ def test_one_seed_under_two_names_is_refused(typed, run_folder):
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """Settings that train on 60 small pictures: their features cost little."""
+    """Settings that train on 60 small pictures, so that features are cheap."""
     folder = tmp_path_factory.mktemp("pictures")
     for seed in range(60):
         Image.fromarray(
@@ -252,9 +255,8 @@ def test_figures_do_not_depend_on_batches_or_processes_and_are_kept(ddpm, run):
     assert first["bits_per_dim_rate@6:heldout:ema:step6"] + first[
         "bits_per_dim_distortion@6:heldout:ema:step6"
     ] == pytest.approx(first["bits_per_dim@6:heldout:ema:step6"])
-    board = EventAccumulator(
-        str(run)
-    ).Reload()  # beside the curves of training, under a name that tells the protocol
+    # beside the training curves, in a tag that names the protocol
+    board = EventAccumulator(str(run)).Reload()
     tag = "eval/kd_efficientnet_lite0@12:heldout:efficientnet_lite0:ddim2:ema"
     assert board.Scalars(f"{tag}_final")[0].value == pytest.approx(board.Scalars(tag)[0].value)
     two = ddpm(

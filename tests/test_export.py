@@ -1,4 +1,4 @@
-"""Weights out: folders that diffusers loads, and that are read back as they were."""
+"""Export: diffusers loads the written folders, and reading them back changes nothing."""
 
 import logging
 import re
@@ -27,7 +27,7 @@ from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.export.run import run as export
 from ddpm.weights import folders
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # networks as small as these are slower on two
+pytestmark = pytest.mark.usefixtures("one_thread")  # networks this small are slower on two threads
 NARROW = ["model.base_channels=32", "model.norm_groups=8"]
 
 
@@ -114,7 +114,7 @@ def test_the_pipeline_loads_without_a_complaint_and_draws(tmp_path, caplog, sett
 
 
 def written(folder: Path, *settings: str) -> tuple[Path, GaussianDiffusion, dict[str, Tensor]]:
-    """A folder for a small network with random weights and that diffusion."""
+    """Writes a folder of a small random network. Returns folder, diffusion and weights."""
     config = training_config(compose([*SMALL, *settings]))
     diffusion, network = (
         build.diffusion(config),

@@ -1,4 +1,4 @@
-"""A network is the same function with the forms that are faster on a CPU and with the plain ones."""
+"""The forms that are faster on a CPU compute the same function as the plain ones."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_a_network_and_its_gradients_are_the_same_in_plain_forms(device, setting
     config = training_config(compose([*SMALL, *settings]))
     network = build.network(config, CPU, 10).double()
     with torch.no_grad():
-        for number, weight in enumerate(network.parameters()):  # the last ones start at zero
+        for number, weight in enumerate(network.parameters()):  # the last layers start at zero
             weight += 0.05 * randn(number + 1, *weight.shape)[-1]
     quick = loss_and_gradients(network)
     with fast.as_on(device):
@@ -76,9 +76,9 @@ def test_a_network_and_its_gradients_are_the_same_in_plain_forms(device, setting
 
 
 def test_a_plan_counts_the_products_that_a_device_makes():
-    """16 products an input pixel for a transposed convolution, 36 for the plain one."""
+    """Per input pixel, a transposed convolution takes 16 products and the plain form 36."""
     config = training_config(compose(SMALL))
-    upsampling = 2 * (8 * 8) * (16 * 16)  # both additions and multiplications; pixels, channels
+    upsampling = 2 * (8 * 8) * (16 * 16)  # multiply and add; pixels; channels
     here, there = (sizes(config, device).forward_flops for device in (CPU, CUDA))
     assert there - here == (36 - 16) * upsampling
 

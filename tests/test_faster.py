@@ -1,4 +1,4 @@
-"""What makes it faster never changes what is computed."""
+"""Optimizations never change results."""
 
 from functools import partial
 
@@ -51,7 +51,10 @@ def test_the_layout_of_weights_and_images_changes_nothing_but_rounding():
 
 
 class LayoutCopies(TorchDispatchMode):
-    """Operations that read images of a batch of `batch` in one layout and wrote them in the other, in `found`."""
+    """Records operations that read images in one memory layout and write them in the other.
+
+    A tensor counts as images if it has `batch` entries. The names are kept in `found`.
+    """
 
     def __init__(self, batch):
         super().__init__()
@@ -118,7 +121,8 @@ def test_a_compiled_network_computes_the_same_and_its_weights_keep_their_names()
         for _ in range(2)
     )
     ways.put(compiled, "compiled")
-    for keys in (torch.tensor([5, -6]), torch.tensor([7, 2**62])):  # no constants of the code
+    # compiled code must not treat keys as constants
+    for keys in (torch.tensor([5, -6]), torch.tensor([7, 2**62])):
         loss, gradients = loss_and_gradients(compiled, x, t, dropout_keys=keys)
         expected_loss, expected = loss_and_gradients(plain, x, t, dropout_keys=keys)
         torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def package(monkeypatch):
-    """A torch-fidelity that can be imported; what it does is never asked of it."""
+    """A torch-fidelity that can be imported but is never called."""
     monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
     module = ModuleType("torch_fidelity.feature_extractor_inceptionv3")
     module.FeatureExtractorInceptionV3 = nn.Module
@@ -41,7 +41,7 @@ def random_images(count: int, channels: int, height: int = 16, width: int = 16) 
 
 
 def pictures(source, count: int) -> np.ndarray:
-    """The first pictures of a data set, 32 pixels wide, in colour: (count, 32, 32, 3)."""
+    """Returns a data set's first pictures as RGB (count, 32, 32, 3)."""
     decoding = Decoding(32, 32, 3, "none", "white")
     items = (
         item
@@ -86,7 +86,7 @@ def test_features_do_not_depend_on_the_batch_and_grey_is_a_colour():
 
 @pytest.mark.slow
 def test_distances_grow_as_pictures_differ_more():
-    """Two halves of the emoji, then the second half with light noise, blurred, exchanged for digits, and for noise alone."""
+    """Half of the emoji against the other half, intact, noisy or blurred, then digits and noise."""
     emoji, digits = pictures(sources.emoji(), 50), pictures(sources.digits(), 25)
     generator = np.random.default_rng(0)
     real, half = np.split(emoji[generator.permutation(50)], 2)
@@ -106,7 +106,7 @@ def test_distances_grow_as_pictures_differ_more():
     assert kernel == sorted(kernel)
     assert precision[0] > max(precision[1:])
     assert recall[0] > max(recall[1:])
-    assert recall[3:] == (0, 0)  # no emoji lies among digits or noise
+    assert recall[3:] == (0, 0)  # no emoji is near digits or noise
     assert nearest(reference[:5], reference)[1].tolist() == [0, 1, 2, 3, 4]
 
 
@@ -153,7 +153,7 @@ def test_missing_weights_are_refused_with_the_ways_to_get_them(monkeypatch, tmp_
 @pytest.mark.usefixtures("package")
 def test_weights_that_cannot_be_fetched_are_refused_with_the_address(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))  # no folder can be made below it
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))  # a file cannot hold a folder
     with pytest.raises(
         ValueError,
         match=r"https://.*6726825d\.pth cannot be downloaded.*evaluation\.weights_path=FILE",
@@ -166,7 +166,7 @@ def test_weights_that_cannot_be_fetched_are_refused_with_the_address(monkeypatch
 def test_a_file_that_is_not_the_fids_network_is_refused_unread(tmp_path):
     with pytest.raises(ValueError, match="evaluation.weights_path=.*nowhere.pth is not a file"):
         features.inception(str(tmp_path / "nowhere.pth"), True, CPU)
-    torch.save(nn.Linear(1, 1), tmp_path / "other.pth")  # needs code to load
+    torch.save(nn.Linear(1, 1), tmp_path / "other.pth")  # loading it would run code
     with pytest.raises(ValueError, match=r"other\.pth is not the network that FID uses") as refused:
         features.inception(str(tmp_path / "other.pth"), False, CPU)
     assert hashlib.sha256((tmp_path / "other.pth").read_bytes()).hexdigest()[:8] in one_line(
@@ -176,7 +176,7 @@ def test_a_file_that_is_not_the_fids_network_is_refused_unread(tmp_path):
 
 @pytest.mark.slow
 def test_inception_sees_2048_features_and_1008_classes(monkeypatch, tmp_path):
-    """With weights of its shape, drawn at random; what it sees is torch-fidelity's own output."""
+    """With random weights, the features equal the output of torch-fidelity itself."""
     package = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 
     class Untrained(package.FeatureExtractorInceptionV3):

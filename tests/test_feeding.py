@@ -1,4 +1,4 @@
-"""Three ways to feed the device, one data set."""
+"""Three ways to feed the device give the same data."""
 
 import shutil
 from types import SimpleNamespace
@@ -57,7 +57,7 @@ def test_all_ways_give_the_same_batches(folder, tmp_path):
         )
 
     ways = [fed(file, False), fed(file, True), fed(later, False)]
-    for step in range(7):  # over the end of an epoch, whose last batch is short
+    for step in range(7):  # past the end of an epoch with a short last batch
         size = ways[0].size(step)
         for start, stop in ((0, size // 2), (size // 2, size)):
             first, *others = (way.images(step, start, stop) for way in ways)
@@ -76,7 +76,7 @@ def test_what_was_decoded_ahead_is_dropped_where_another_step_is_asked_for(folde
 def test_a_picture_that_does_not_decode_is_left_out_however_it_is_fed(folder, tmp_path):
     cut = folder / "a" / "0.png"
     Image.effect_noise((64, 64), 50).save(cut)
-    cut.write_bytes(cut.read_bytes()[:300])  # the header is whole
+    cut.write_bytes(cut.read_bytes()[:300])  # the header stays intact
     file, later = (
         ready(folder, tmp_path / "cache", decode_later) for decode_later in (False, True)
     )
@@ -110,7 +110,7 @@ def test_by_itself_a_set_is_decoded_where_that_takes_half_of_the_disk_at_most(
     assert decodes_later("decode", source, DECODING, cache)
     assert not decodes_later("file", source, DECODING, cache)
     image_set(source, DECODING, cache, 1, 0.0)
-    assert not decodes_later("auto", source, DECODING, cache)  # it is there
+    assert not decodes_later("auto", source, DECODING, cache)  # the cache is there now
     shutil.rmtree(cache)
 
 

@@ -1,4 +1,4 @@
-"""The papers' figures and moving pictures, of a network that needs no training."""
+"""The papers' figures and animations, for a network that needs no training."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ SHAPE = (3, 4, 4)
 
 
 class Mean(nn.Module):
-    """Says that x0 is a scaled neighbour of what it sees: enough for different noise to give different images."""
+    """Predicts x0 as a scaled neighboring pixel, so different noise gives different images."""
 
     def __init__(self):
         super().__init__()
@@ -42,9 +42,8 @@ def pair():
 def test_progressive_shows_20_frames_of_which_the_last_is_the_sample(drawing):
     figure = figures.progressive(drawing, 3, None)
     assert figure.arrays["x0_hat"].shape == (3, 20, *SHAPE)
-    assert figure.arrays["timesteps"].tolist() == list(
-        range(190, -1, -10)
-    )  # of each window of ten steps the last
+    # the last step of each window of ten
+    assert figure.arrays["timesteps"].tolist() == list(range(190, -1, -10))
     np.testing.assert_array_equal(figure.arrays["x0_hat"][:, -1], drawing.images(range(3)).numpy())
 
 
@@ -54,7 +53,7 @@ def test_samples_that_share_a_latent_part_where_they_should(drawing):
     assert figure.arrays["samples"].shape == (4, 3, *SHAPE)
     np.testing.assert_array_equal(figure.arrays["x_t"][0], drawing.latents([0]).numpy()[0])
     spread = figure.arrays["samples"].std(axis=1).mean(axis=(1, 2, 3))
-    assert spread[-1] < spread[0]  # the later they part, the more alike they are
+    assert spread[-1] < spread[0]  # images that part later are more alike
     assert (spread > 0).all()
 
 
@@ -63,7 +62,7 @@ def test_interpolation_ends_at_the_two_reconstructions(drawing, pair):
     assert both.shape == (11, *SHAPE)
     for end, source in ((0, pair[:1]), (-1, pair[1:])):
         alone = figures.interpolate(drawing, torch.cat([source, source]), None, 100)
-        noise_of = {0: 0, -1: 1}[end]  # each source keeps its own noise
+        noise_of = {0: 0, -1: 1}[end]  # each source keeps its noise
         expected = alone.arrays["decoded"][0 if noise_of == 0 else -1]
         np.testing.assert_allclose(both[end], expected, atol=1e-6)
     assert np.abs(both[0] - both[-1]).max() > 0.05

@@ -1,4 +1,4 @@
-"""Python collects garbage between steps only where it is told to, and as before when a run is over."""
+"""Between steps, garbage is collected only on request; after a run, as usual."""
 
 import gc
 
@@ -11,7 +11,7 @@ from ddpm.system.signals import Preempted
 
 @pytest.fixture
 def collections():
-    """The generation of each collection since."""
+    """The generations of all collections since the start of the test."""
     seen = []
 
     def note(phase, info):
@@ -32,7 +32,7 @@ def make_garbage():
 def test_between_two_calls_that_are_due_nothing_is_collected(collections):
     with garbage_kept() as tidy:
         make_garbage()
-        assert collections  # as always, before the first call
+        assert collections  # as usual, before the first call
         tidy(False)
         del collections[:]
         make_garbage()

@@ -1,6 +1,6 @@
-"""No change alters a recipe unseen: what its small twin comes to stands in tests/golden/.
+"""No change alters a recipe unnoticed: tests/golden/ records the results of its small twin.
 
-Where a change is meant to, `python tests/small_twins.py` writes the files anew, and the difference
+If a change is meant to alter one, `python tests/small_twins.py` rewrites the files, and their diff
 is part of the change.
 """
 

@@ -1,6 +1,9 @@
-"""The same numbers on a GPU as on a CPU, and what only a GPU can show. `python -m pytest -m gpu`; the halves for a CPU always run.
+"""A GPU computes the same numbers as a CPU, and some properties show only on a GPU.
 
-Tolerances are relative errors in norm against float64 on a CPU: float32 sums of some thousand terms, 10 bits of mantissa (TF32, fp16) and 7 (bf16).
+`python -m pytest -m gpu` runs the tests that need a GPU. The CPU halves of tests always run.
+
+Tolerances are relative errors in norm against float64 on a CPU. They reflect float32 sums of some
+thousand terms, 10 bits of mantissa (TF32, fp16) and 7 bits (bf16).
 """
 
 import gc
@@ -44,7 +47,7 @@ BIG = ["data=cifar10", "model=unet32", "runtime.device=cuda"]
 
 
 def twin(model):
-    """A small network with all the choices of a model option."""
+    """Returns the configuration of a small network that keeps a model option's choices."""
     published = training_config(compose([f"model={model}", "data=cifar10"])).model
     settings = [f"model={model}", "data=cifar10", "training.conditional=true"]
     if "channel_multipliers" not in published:
@@ -62,7 +65,7 @@ def network_of(config, device, dtype=torch.float32):
     net = build.network(config, CPU, 10).to(dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in net.parameters():  # the last layers start at zero, and would hide the rest
+        for parameter in net.parameters():  # the last layers start at zero, which hides the rest
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(dtype)
     return net.to(device).train()
 
@@ -122,7 +125,7 @@ def test_random_numbers_are_the_same_on_every_device(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpmpp20", "heun18"])
 def test_images_are_those_that_float64_draws(sampler, device):
-    """The same noise everywhere, so the same images."""
+    """All devices draw the same noise, so the images agree."""
     steps = [] if sampler in ("dpmpp20", "heun18") else ["sampler.num_steps=20"]
     config = training_config(
         compose(
@@ -191,7 +194,7 @@ def test_a_deterministic_run_gives_the_same_bytes_also_when_it_was_stopped(
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
 def test_a_precisions_curve_lies_on_float32s(precision, tmp_path):
-    """Digits, 300 steps: means of the loss over each third, within 3%."""
+    """On the digits, mean losses over each third of 300 steps agree within 3%."""
     settings = [
         "training.steps=300",
         "runtime.log_every=10",
@@ -309,7 +312,10 @@ def test_a_step_takes_the_memory_that_the_plan_says(model, batch):
 
 @pytest.mark.gpu
 def test_compiled_group_norm_has_the_gradients_of_the_plain_one():
-    """128 channels in 32 groups at 64x64, bf16, channels_last: compiled code of some versions is wrong there, silently."""
+    """Some torch versions silently miscompile it in bf16 and channels_last.
+
+    That happens for 128 channels in 32 groups at 64x64.
+    """
     generator = torch.Generator().manual_seed(0)
     x = (
         torch.randn(8, 128, 64, 64, generator=generator)
@@ -352,7 +358,7 @@ def test_a_compiled_network_with_dropout_computes_what_the_plain_one_does(precis
 
 @pytest.mark.gpu
 def test_all_gpus_together_have_the_losses_of_one(tiny, tmp_path):
-    """By NCCL, also where there is one."""
+    """Uses NCCL, even on a single GPU."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The loss on pictures held out: what decides it, and under which names it and other figures go."""
+"""The loss on held-out pictures: what determines it, and the names of it and other figures."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def test_quartiles_are_those_of_trainings_reports(num_timesteps):
 
 
 def off_by_root_of_t(process):
-    """A model of pictures that are all grey, whose loss at t is t."""
+    """Returns a model of all-gray pictures with loss t at each t."""
 
     def model(x_t, t):
         noise = x_t / (1 - process.alphas_cumprod[t]).sqrt()[:, None, None, None].float()
@@ -62,7 +62,7 @@ def settings(tiny):
 
 @pytest.fixture(scope="module")
 def watched(settings, tmp_path_factory):
-    """A run with a fiftieth held out. Only to be read."""
+    """A run that holds out one picture in fifty. Read-only."""
     return run([*settings, f"outputs={tmp_path_factory.mktemp('outputs')}"])
 
 

@@ -1,4 +1,7 @@
-"""--help, from the YAML files: every group with its options, every key, in one screen and without importing what is heavy."""
+"""--help lists every group with its options and every key of the YAML files.
+
+It fits one screen and imports nothing heavy.
+"""
 
 import importlib
 

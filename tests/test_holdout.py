@@ -1,4 +1,4 @@
-"""data.holdout: which pictures are kept from training, and that no others are trained on."""
+"""data.holdout: which pictures are held out, and that training never sees them."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Which command lines are one run and which are two, and what its folder is called."""
+"""Which command lines are the same run, and how its folder is named."""
 
 import functools
 import json
@@ -63,7 +63,7 @@ ANOTHER = [
     ("", "schedule=linear"),
     ("", "lr_schedule=constant"),
     ("", "optimizer=adamw"),
-    ("", "+optimizer.amsgrad=false"),  # torch's own default: only what is written counts
+    ("", "+optimizer.amsgrad=false"),  # torch's default, but only what is written counts
     ("+optimizer.amsgrad=true", "+optimizer.amsgrad=false"),
     ("", "data=emoji"),
     ("", "data.flip=true"),
@@ -101,7 +101,7 @@ ASSIGNMENTS = st.lists(st.sampled_from(sorted(VALUES)), unique=True, min_size=1,
 
 
 def spelt(value, style: int) -> str:
-    """A value as different people type it."""
+    """Returns a value as one of several people would type it."""
     if isinstance(value, list):
         return f"[{','.join(spelt(one, style) for one in value)}]"
     if value is None:
@@ -206,7 +206,7 @@ def test_what_was_added_since_is_no_part_of_the_identity_where_it_changes_nothin
 
 
 def test_every_argument_of_ours_is_known_to_identities_or_added():
-    """A new argument needs an entry in ADDED, or every run in the world gets another name."""
+    """A new argument needs an entry in ADDED, or every existing run gets another name."""
     file = Path(__file__).parent / "data" / "identity_arguments.json"
     known = json.loads(file.read_text())
     now = {name: sorted(own_arguments(name)) for name in public_names()}

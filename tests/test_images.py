@@ -31,9 +31,8 @@ def test_a_grid_shows_every_image_row_by_row_and_small_ones_magnified():
     for index in range(5):
         top, left = 2 + index // 3 * 162, 2 + index % 3 * 162
         assert (sheet[top : top + 160, left : left + 160] == index).all()
-    assert (sheet == 255).sum() == 3 * (
-        326 * 488 - 5 * 160 * 160
-    )  # gaps and the empty place are white
+    # the gaps and the empty place are white
+    assert (sheet == 255).sum() == 3 * (326 * 488 - 5 * 160 * 160)
 
 
 def test_a_grid_of_large_images_keeps_their_pixels_and_the_columns_asked_for():

@@ -5,7 +5,7 @@ import sys
 
 from ddpm.config.compose import PACKAGE
 
-# The rooms: each imports only from those before it. Those of a line do not need one another.
+# Packages in order: each imports only from packages on earlier lines.
 ORDER = [
     ["system"],
     ["models"],
@@ -35,7 +35,10 @@ CONFIGURING = {"hydra", "omegaconf", "pydantic", "ddpm.config"}
 
 
 def imports(*below: str) -> dict[str, set[str]]:
-    """File, such as train/loop.py -> what it imports, dotted (the names imported from a module with it)."""
+    """Returns the imports of each file, such as train/loop.py, as dotted names.
+
+    A name imported from a module is listed with the module: module.name.
+    """
     found: dict[str, set[str]] = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         name = file.relative_to(PACKAGE).as_posix()

@@ -1,4 +1,7 @@
-"""Runs that start from the weights of a folder: at their first step alone, and only if these are of their network."""
+"""Runs that start from the weights of a folder.
+
+The weights matter at the first step only, and they must fit the run's network.
+"""
 
 import re
 import shutil
@@ -19,7 +22,7 @@ from ddpm.train.run import run as train
 from ddpm.weights import folders
 from ddpm.weights.initial import with_initial_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # networks as small as these are slower on two
+pytestmark = pytest.mark.usefixtures("one_thread")  # networks this small are slower on two threads
 
 
 @pytest.mark.parametrize("kind", ["diffusers", "run"])
@@ -40,13 +43,12 @@ def test_training_starts_from_weights_and_only_at_its_first_step(
     train(compose(overrides))
     run = RunFolder(Path(capsys.readouterr().out.splitlines()[0].removeprefix("run ")))
     assert run.path.name.startswith("linear_epsilon_init_from-")
-    assert source.name[-30:] in run.path.name  # a long name keeps its end, with the run's hash
+    assert source.name[-30:] in run.path.name  # a long name keeps its end, which has the run's hash
     first, second = (checkpoint.find(run.checkpoints, step) for step in (1, 2))
     for kind_of_weights in ("raw", "ema"):
         found = first.weights(kind_of_weights)
-        assert all(
-            (found[name] - tensor).abs().max() < 2e-3 for name, tensor in given.items()
-        )  # Adam moves by lr at most
+        # Adam moves a weight by at most the learning rate
+        assert all((found[name] - tensor).abs().max() < 2e-3 for name, tensor in given.items())
 
     expected = second.weights("raw")
     for file in second.folder.iterdir():

@@ -1,4 +1,4 @@
-"""Each kind of picture that Pillow opens, in each mode: its pixels, or why it is left out."""
+"""Each format and mode that Pillow opens gives its pixels, or the reason to leave it out."""
 
 import importlib.util
 import io
@@ -25,7 +25,7 @@ MAX_SAMPLE = 281
 
 
 def halves(mode, top, bottom):
-    """A picture of one value above and another below."""
+    """Returns a picture with one value in its top half and another below."""
     image = Image.new(mode, (SIZE, SIZE), bottom)
     image.paste(top, (0, 0, SIZE, HALF))
     return image
@@ -43,7 +43,7 @@ def palette(top, bottom):
     return image
 
 
-MODES = {  # mode -> (picture, the top and the bottom that are expected)
+MODES = {  # mode -> (picture, expected top, expected bottom)
     "1": (halves("1", 1, 0), 255, 0),
     "L": (halves("L", 200, 29), 200, 29),
     "LA": (halves("LA", (200, 0), (29, 255)), LIME, 29),
@@ -54,7 +54,7 @@ MODES = {  # mode -> (picture, the top and the bottom that are expected)
     "YCbCr": (halves("RGB", RED, BLUE).convert("YCbCr"), RED, BLUE),
     "I;16": (deep(np.uint16, 200 * 257, 29 * 257), 200, 29),
 }
-FORMATS = [  # format, modes, how it is saved, levels that may be lost
+FORMATS = [  # format, modes, options to save with, allowed loss in levels
     ("PNG", "1 L LA P RGB RGBA I;16", {}, 0),
     ("PNG", "P", {"bits": 1}, 0),
     ("GIF", "L P RGB", {}, 0),
@@ -100,7 +100,7 @@ def chunk(kind, content):
 
 
 def png(rows, depth, colours, clear):
-    """A PNG with one transparent value, which Pillow cannot write in these depths."""
+    """Returns a PNG with one transparent value, at bit depths that Pillow cannot write."""
     head = struct.pack(">IIBBBBB", SIZE, SIZE, depth, colours, 0, 0, 0)
     body = zlib.compress(b"".join(b"\0" + row for row in rows))
     parts = [chunk(b"IHDR", head), chunk(b"tRNS", clear), chunk(b"IDAT", body), chunk(b"IEND", b"")]
@@ -127,7 +127,7 @@ def test_each_kind_shows_its_pixels(form, mode, options, lost):
     image, top, bottom = MODES[mode]
     content = saved(image, form, **options)
     check(content, top, bottom, lost)
-    # the others begin with nothing that tells them: their suffix does
+    # these three have no signature, so only their suffix tells
     assert looks_like_a_picture(content[:64]) or form in ("TGA", "IM", "XBM")
 
 
@@ -161,7 +161,7 @@ def test_of_a_moving_picture_the_first_image_is_taken(form):
 
 @pytest.mark.parametrize("held", range(1, 9))
 def test_a_picture_is_turned_as_its_camera_was_held(held):
-    undone = {  # EXIF 2.32, 4.6.4: row 0 and column 0 are top left in 1, and so on
+    undone = {  # EXIF 2.32, 4.6.4: in 1, row 0 is the top, column 0 the left, and so on
         **{1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud},
         **{5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, 1)},
         **{7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, 3)},
@@ -198,12 +198,12 @@ def test_white_is_as_declared_or_as_told_and_never_the_pictures_own(white, kind)
     pixels = told(saved(values, "TIFF"))[0].astype(int)
     assert abs(pixels[0, 0] - 200) <= 1
     assert abs(pixels[-1, 0] - 29) <= 1
-    if kind is not np.float32:  # TIFF has a tag for it
+    if kind is not np.float32:  # TIFF has a tag for the white level
         check(saved(values, "TIFF", tiffinfo={MAX_SAMPLE: int(white)}), 200, 29, lost=1)
 
 
 def tiff(bits, sample_format, rows):
-    """A grey TIFF of bit depths and signs that Pillow does not write."""
+    """Returns a gray TIFF with a bit depth or sign that Pillow does not write."""
     body = b"".join(rows)
     values = {256: SIZE, 257: SIZE, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: SIZE}
     values |= {279: len(body), 339: sample_format}
@@ -213,7 +213,7 @@ def tiff(bits, sample_format, rows):
 
 
 def test_twelve_bits_of_a_tiff_declare_their_white_and_signed_numbers_none():
-    def packed(value):  # two numbers in three bytes
+    def packed(value):  # two 12-bit numbers in three bytes
         return bytes([value >> 4, (value & 15) << 4 | value >> 8, value & 255]) * (SIZE // 2)
 
     grey, dark = 200 * 4095 // 255, 29 * 4095 // 255
@@ -254,7 +254,7 @@ def test_a_phones_pictures_name_the_extra_that_reads_them(monkeypatch):
 
 
 def damaged(content, random):
-    """A file with some bytes changed, a piece cut out or its end gone."""
+    """Returns a file with bytes changed, a piece cut out or its end missing."""
     changed = bytearray(content)
     match random.integers(3):
         case 0:
@@ -302,7 +302,7 @@ def test_a_folder_of_damaged_files_is_what_remains_of_it_however_it_is_fed(tmp_p
 
 
 def test_a_folder_from_everywhere_trains_and_one_line_says_what_was_not_used(tmp_path, tiny):
-    """What a camera, a scanner, a phone and a web crawler leave, about 200 files."""
+    """About 200 files, as from a camera, a scanner, a phone and a web crawler."""
     place = tmp_path / "set"
     place.mkdir()
     for number, (form, mode, options, _) in enumerate(KINDS):
@@ -345,7 +345,7 @@ def test_a_folder_from_everywhere_trains_and_one_line_says_what_was_not_used(tmp
 
 def test_a_set_that_is_nearly_black_says_so_and_the_key(tmp_path):
     (tmp_path / "set").mkdir()
-    for number in range(3):  # 12 bits in 16: nothing in the file says so
+    for number in range(3):  # 12 bits stored in 16, which the file does not say
         content = saved(deep(np.uint16, 4095, 29), "PNG")
         (tmp_path / "set" / f"{number}.png").write_bytes(content)
     source = sources.folder(str(tmp_path / "set"))

@@ -1,4 +1,4 @@
-"""The project as a library: what a notebook does with it."""
+"""The project as a library, as a notebook uses it."""
 
 import shutil
 import signal

@@ -1,4 +1,4 @@
-"""What the process that tests fork from has imported: all that commands import sooner or later."""
+"""Imports for the fork server: everything that a command imports sooner or later."""
 
 import contextlib
 import gc
@@ -16,7 +16,7 @@ from ddpm.models import UNet
 for name in ("config.cli", "train.run", "sample.run", "evaluate.run"):
     importlib.import_module(f"ddpm.{name}")
 
-with torch.device("meta"):  # imports the meta functions of what a network is made with
+with torch.device("meta"):  # imports the meta functions that building a network needs
     UNet(
         resolution=8,
         in_channels=1,
@@ -29,6 +29,7 @@ with torch.device("meta"):  # imports the meta functions of what a network is ma
         dropout=0.0,
     )
 
-compose([])  # reads the recipes, and finds Hydra's plugins
+compose([])  # reads the recipes and finds Hydra's plugins
 gc.collect()
-gc.freeze()  # what is there now is shared: a collection in a fork would look at all, and so copy it
+# A collection in a fork would touch all these shared objects, and so copy their pages.
+gc.freeze()

@@ -1,4 +1,4 @@
-"""Run folders and diffusers' folders with random weights, and the networks in them, for the tests of what goes out and comes in."""
+"""Run folders and diffusers folders with random weights, for tests of export and import."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ SMALL = [
 
 
 def randomized(network: nn.Module, seed: int = 0, scale: float = 0.02) -> nn.Module:
-    """Every parameter away from what an initialiser leaves at 0 or 1."""
+    """Moves every parameter away from the 0 or 1 that an initializer may leave."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=scale)
@@ -40,7 +40,7 @@ def randomized(network: nn.Module, seed: int = 0, scale: float = 0.02) -> nn.Mod
 
 
 def finished(outputs: Path, *overrides: str) -> RunFolder:
-    """A run folder as it is after three steps, with random weights."""
+    """Writes a run folder as it is after three steps, with random weights."""
     composed = compose([f"outputs={outputs}", *overrides])
     config = training_config(composed)
     run = locate(config)
@@ -88,7 +88,7 @@ def assert_same(ours: nn.Module, other: UNet2DModel, *classes: Tensor) -> None:
 def assert_same_chain(
     scheduler: DDPMScheduler, diffusion: GaussianDiffusion, network: Callable[..., Tensor]
 ) -> None:
-    """Diffusers' chain of five steps is our ancestral one, of the same noise."""
+    """Asserts that diffusers' five-step chain equals our ancestral one for the same noise."""
     shape = (2, 1, 16, 16)
     start = torch.randn(shape, generator=torch.Generator().manual_seed(7))
 

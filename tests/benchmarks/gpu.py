@@ -1,8 +1,9 @@
-"""All that a card can tell, in one command: the tests marked gpu, then the side by side with diffusers there, into one JSON.
+"""Runs the tests marked gpu, then the comparison with diffusers, and writes both into one JSON.
 
     pip install -e '.[test]' && python tests/benchmarks/gpu.py
 
-The file is named by card and torch version, in experiments/results/ if --to does not say otherwise. About ten minutes on an H100; --compiled adds some for each.
+The file is named after the card and the torch version. It goes to experiments/results/, or to the
+folder that --to names. Takes about ten minutes on an H100; each name after --compiled adds a few.
 """
 
 import argparse
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def suite(workers: int) -> dict[str, Any]:
-    """How the tests marked gpu end: their numbers, and what those say that do not pass."""
+    """Runs the tests marked gpu. Returns their counts and the message of each that failed."""
     with tempfile.TemporaryDirectory() as folder:
         written, began = Path(folder) / "tests.xml", time.monotonic()
         pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", str(workers)]

@@ -1,9 +1,9 @@
-"""What it takes to see that a complete run of many pictures is that of the same pictures still.
+"""Times how long it takes to see that the pictures of a complete run have not changed.
 
     python tests/benchmarks/many_pictures.py [100000]
 
-It trains one step on that many small files, types the same command again, and prints the seconds of
-the look at the pictures: the first time, when all are read, and after that.
+Trains one step on that many small files, repeats the same command, and prints the seconds spent
+checking the pictures: the first time, when all are read, and afterwards.
 """
 
 import io
@@ -25,7 +25,7 @@ from ddpm.runs.pictures import with_pictures
 
 
 def make(place: Path, count: int) -> None:
-    """Writes PNG files of 16x16 pixels in ten classes; bytes after the picture tell them apart."""
+    """Writes 16x16 PNG files in ten classes, made distinct by trailing bytes."""
     content = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(content, "PNG")
@@ -41,7 +41,7 @@ def main(count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "pictures"
         make(place, count)
-        time.sleep(listing.SETTLED / 1e9)  # younger digests are not kept
+        time.sleep(listing.SETTLED / 1e9)  # digests of younger files are not kept
         words = [
             *("model=quickstart", "data=folder", f"data.path={place}", "training.steps=1"),
             *("training.batch_size=4", "runtime.num_previews=1", "sampler=ddim10"),

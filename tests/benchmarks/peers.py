@@ -1,13 +1,27 @@
-"""The same work side by side in one process: this project, diffusers, and denoising-diffusion-pytorch.
+"""Times the same work in one process: ours, diffusers and denoising-diffusion-pytorch.
 
-    pip install diffusers denoising-diffusion-pytorch && python tests/benchmarks/peers.py --work unet32 unet128 quickstart sampler feeding --to peers.json
-    python tests/benchmarks/peers.py --device cuda --compiled --to peers_gpu.json     # in bf16, as its users train there; python tests/benchmarks/gpu.py does this and more
+On a CPU:
 
-Ours: the loop of ddpm.train.    diffusers: UNet2DModel with our weights, in the loop of its own examples/unconditional_image_generation (Accelerate, DataLoader,
-AdamW, EMAModel, the loss read at every step).    denoising-diffusion-pytorch: its Trainer with its README's Unet(64), another network, so compare its
-GFLOP/s. What our command sets for its process (glibc keeps freed memory) helps the others here too. Before anything is timed, losses must agree on the same
-weights, batch and noise. Rounds are interleaved; a ratio is that of the medians.
-Where torchvision is not installed, or not for this torch, stand-ins made of Pillow take the place of the six transforms that denoising-diffusion-pytorch uses.
+    pip install diffusers denoising-diffusion-pytorch
+    python tests/benchmarks/peers.py --to peers.json \\
+        --work unet32 unet128 quickstart sampler feeding
+
+On a GPU, in bf16, as people train there (tests/benchmarks/gpu.py runs this and the GPU tests):
+
+    python tests/benchmarks/peers.py --device cuda --compiled --to peers_gpu.json
+
+ours: the loop of ddpm.train.
+
+diffusers: UNet2DModel with our weights, in the loop of its examples/unconditional_image_generation
+(Accelerate, DataLoader, AdamW, EMAModel, the loss read at every step).
+
+denoising-diffusion-pytorch: its Trainer with the Unet(64) of its README. That is another network,
+so compare GFLOP/s.
+
+Our command's process settings (glibc keeps freed memory) apply to the whole process, so they help
+the others too. Before anything is timed, losses must agree on the same weights, batch and noise.
+Rounds are interleaved, and ratios are ratios of medians. Where torchvision is missing, or built for
+another torch, Pillow stand-ins replace the six transforms that denoising-diffusion-pytorch uses.
 """
 
 import argparse
@@ -58,7 +72,8 @@ from ddpm.system.processes import accelerator_for
 from ddpm.train.timed import TrainingStep, random_images
 from ddpm.weights.unet_settings import unet_config
 
-QUICKSTART = [  # as it was when it was timed: peers have no classes, and their loss here is the noise's
+# not today's quickstart: the peers have no classes and predict the noise
+QUICKSTART = [
     *("schedule=linear", "objective=epsilon", "training.conditional=false"),
     *("model.base_channels=32", "model.channel_multipliers=[1,2,2]"),
 ]
@@ -77,7 +92,15 @@ CPU = torch.device("cpu")
 
 
 class Times:
-    """Seconds of one contender's rounds. run: does its work `count` times.    images, flops: of one."""
+    """One contender and the seconds of its rounds.
+
+    Args:
+        name: The contender's name in the results.
+        run: Does the work the given number of times.
+        count: Repetitions per round.
+        images: Images per repetition.
+        flops: FLOPs per repetition.
+    """
 
     def __init__(
         self, name: str, run: Callable[[int], Any], count: int, images: int, flops: int
@@ -108,7 +131,10 @@ class Times:
 
 
 class DiffusersStep:
-    """The body of diffusers' examples/unconditional_image_generation/train_unconditional.py, with our weights; without its trackers and checkpoints."""
+    """The loop of diffusers' train_unconditional.py, with our weights, no trackers or checkpoints.
+
+    The script lies in its examples/unconditional_image_generation.
+    """
 
     def __init__(
         self,
@@ -135,9 +161,8 @@ class DiffusersStep:
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
         )
-        pictures = (
-            torch.from_numpy(random_images(config, batch)).float() / 127.5 - 1
-        )  # decoded, resized and normalized already: a help to them
+        # decoded, resized and normalized beforehand, which favors diffusers
+        pictures = torch.from_numpy(random_images(config, batch)).float() / 127.5 - 1
         loader = DataLoader(_Repeated(pictures), batch_size=batch, shuffle=True, num_workers=0)
         lr_scheduler = get_scheduler(
             "cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=1 << 30
@@ -182,7 +207,7 @@ class DiffusersStep:
 
 
 class LucidrainsStep:
-    """denoising-diffusion-pytorch's own Trainer, on a folder of pictures of the right size, without its FID and samples."""
+    """denoising-diffusion-pytorch's Trainer on pictures of the right size, no FID, no samples."""
 
     def __init__(self, size: int, batch: int, folder: Path) -> None:
         from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
@@ -195,7 +220,7 @@ class LucidrainsStep:
         self.diffusion = GaussianDiffusion(
             network, image_size=size, timesteps=1000, beta_schedule="linear", objective="pred_noise"
         )
-        accumulate = max(1, 16 // batch)  # it asks for an effective batch of 16
+        accumulate = max(1, 16 // batch)  # the Trainer requires an effective batch of 16
         self.trainer = Trainer(
             self.diffusion,
             str(folder),
@@ -214,7 +239,7 @@ class LucidrainsStep:
 
 
 class _Repeated(Dataset):
-    """A data set long enough for an epoch, of a few pictures."""
+    """A few pictures, repeated to fill an epoch."""
 
     def __init__(self, pictures: Tensor) -> None:
         self.pictures = pictures
@@ -240,15 +265,20 @@ def their_network(config: Config, weights: dict[str, Tensor]) -> UNet2DModel:
 
 
 def losses_agree(config: Config, network: nn.Module, batch: int) -> float:
-    """Largest difference between our losses and diffusers', with the same weights, batch and noise.    Raises AssertionError above 1e-4 of the loss."""
+    """Returns the largest difference between our losses and diffusers'.
+
+    Weights, batch and noise are the same.
+
+    Raises:
+        AssertionError: If two losses differ by more than 1e-4 of the loss.
+    """
     diffusion = build.diffusion(config)
     x0 = torch.from_numpy(random_images(config, batch)).float() / 127.5 - 1
     noise, t = torch.randn(x0.shape), torch.randint(0, 1000, (batch,))
     network = copy.deepcopy(network).cpu().eval()
     with torch.no_grad():
-        for parameter in (
-            network.parameters()
-        ):  # the last convolution starts at zero, and would hide all before it
+        # the last convolution starts at zero, which would hide everything before it
+        for parameter in network.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape))
         ours = diffusion.losses(network, x0, t, noise)
         scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
@@ -264,7 +294,10 @@ def losses_agree(config: Config, network: nn.Module, batch: int) -> float:
 
 
 def lucidrains_losses_agree(diffusion: Any, config: Config) -> float:
-    """The same, of denoising-diffusion-pytorch's loss and ours, both with its network: it cannot hold ours."""
+    """Returns the difference between denoising-diffusion-pytorch's loss and ours.
+
+    Both use its network, since our weights do not fit it.
+    """
     x0 = torch.rand(4, 3, *build.image_size(config.data)) * 2 - 1
     noise, t = torch.randn(x0.shape), torch.randint(0, 1000, (4,))
     with torch.no_grad():
@@ -285,7 +318,9 @@ def training(
     gpu = device.type == "cuda"
     settings, batch = (ON_A_GPU if gpu else WORK)[name]
     precision = "bf16" if gpu else "tf32"
-    torch._dynamo.reset()  # as in a process of its own: for a second resolution diffusers' would be compiled for all, which fails on a CPU
+    # Each work compiles as in a fresh process: at a second resolution torch would recompile
+    # diffusers' network for any resolution, which fails on a CPU.
+    torch._dynamo.reset()
     config = training_config(
         compose([*settings, f"runtime.device={device.type}", f"training.precision={precision}"])
     )
@@ -304,9 +339,8 @@ def training(
             for key, tensor in ours.network.state_dict().items()
         }
         flops = 3 * forward_flops(ours.network, config) * batch
-        more = (
-            3 * forward_flops(their_network(config, weights), config) * batch
-        )  # its upsampling makes 9/4 of the products
+        # diffusers' upsampling takes 9/4 as many multiplications
+        more = 3 * forward_flops(their_network(config, weights), config) * batch
         count = 10 if name == "quickstart" or gpu else 1
         contenders = [
             Times("ours", ours.run, count, batch, flops),
@@ -369,7 +403,10 @@ def training(
 
 
 def sampling(rounds: int, clock: Callable[[], float], device: torch.device = CPU) -> dict[str, Any]:
-    """Steps of the reverse process at batch 64 of unet32: Sampler.walk and the two lines in the loop of DDPMPipeline. On a GPU 50, in TF32 and in bf16."""
+    """Times reverse steps of unet32 at batch 64: Sampler.walk and DDPMPipeline's two-line loop.
+
+    Two steps on a CPU; on a GPU 50, in TF32 and in bf16.
+    """
     gpu = device.type == "cuda"
     config = training_config(compose([*WORK["unet32"][0], f"runtime.device={device.type}"]))
     network = build.network(config, device, 1).eval()
@@ -426,7 +463,7 @@ def _their_steps(pipeline: DDPMPipeline, drawing: Drawing, batch: int) -> Callab
 
 
 class _Decoded(Dataset):
-    """Files as the peers' loaders read them: decoded, resized and mirrored anew each time, then to a tensor in [-1, 1]."""
+    """Files as the peers load them: decoded, resized and mirrored each time, in [-1, 1]."""
 
     def __init__(self, files: list[Path], size: int) -> None:
         self.files, self.size = files, size
@@ -445,7 +482,10 @@ class _Decoded(Dataset):
 
 
 def feeding(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
-    """An epoch of 1,000 JPEGs of 512 pixels at 128, the network left out: our batches after the first decoding, and a DataLoader that decodes."""
+    """Times an epoch of 1,000 JPEGs, 512 pixels wide, at resolution 128, without the network.
+
+    Compares our batches, decoded once beforehand, with a DataLoader that decodes each time.
+    """
     size, batch = 128, 16
     with tempfile.TemporaryDirectory() as folder, accelerator_for("cpu", "fp32"):
         files = [Path(folder) / f"{index:04d}.jpg" for index in range(1000)]
@@ -496,7 +536,7 @@ def timed(
     against: str = "diffusers",
     device: torch.device = CPU,
 ) -> dict[str, Any]:
-    """Interleaved rounds of each, after one that is not counted."""
+    """Times interleaved rounds of all contenders, after one uncounted warm-up each."""
     first = {}
     for contender in contenders:
         start = time.perf_counter()
@@ -519,12 +559,12 @@ def timed(
 
 
 def _peak_of_gpu(device: torch.device) -> float:
-    """GFLOP/s of the best of ten products in bf16."""
+    """Returns the GFLOP/s of the best of ten bf16 matrix products."""
     return matrix_products(device, torch.bfloat16, 8192)["torch.mm"] / 1e9
 
 
 def matrix_product(clock: Callable[[], float], size: int = 2048) -> float:
-    """GFLOP/s of the best of five float32 matrix products."""
+    """Returns the GFLOP/s of the best of five float32 matrix products."""
     a, b = torch.randn(2, size, size)
     best = math.inf
     for _ in range(5):
@@ -541,7 +581,7 @@ def flops_of(call: Callable[[], Any]) -> int:
 
 
 def forward_flops(network: nn.Module, config: Config) -> int:
-    """Of one image."""
+    """Returns the FLOPs of a forward pass of one image."""
     device = next(network.parameters()).device
     shape = (1, config.data.channels, *build.image_size(config.data))
     x, t = torch.zeros(shape, device=device), torch.zeros(1, dtype=torch.int64, device=device)
@@ -549,7 +589,10 @@ def forward_flops(network: nn.Module, config: Config) -> int:
 
 
 def peak_memory(contender: str, name: str) -> int:
-    """Bytes that three training steps of one contender add, at most, to a process that holds no more than it: the resident peak less what the imports take."""
+    """Returns the most bytes that three training steps of one contender add to a process.
+
+    That is the resident peak less what the imports take.
+    """
     settings, batch = WORK[name]
     config = training_config(compose([*settings, "runtime.device=cpu"]))
     before = resident("VmRSS")
@@ -565,7 +608,7 @@ def peak_memory(contender: str, name: str) -> int:
 
 
 def resident(which: str) -> int:
-    """VmRSS, now, or VmHWM, at most so far, in bytes (Linux)."""
+    """Returns resident bytes on Linux: VmRSS now, or VmHWM, the peak so far."""
     (line,) = [
         line
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -575,7 +618,7 @@ def resident(which: str) -> int:
 
 
 def memory(name: str) -> dict[str, Any]:
-    """Peak memory of a training step, each contender in a process of its own."""
+    """Measures peak memory of training, each contender in its own process."""
     found = {}
     for contender in ("ours", "diffusers"):
         done = subprocess.run(
@@ -589,12 +632,12 @@ def memory(name: str) -> dict[str, Any]:
 
 
 def stand_in_for_torchvision() -> str:
-    """Whose transforms denoising-diffusion-pytorch gets."""
+    """Replaces a torchvision that does not import. Returns which transforms are in use."""
     try:
         import torchvision
 
         return f"torchvision {torchvision.__version__}"
-    except (ImportError, RuntimeError):  # the latter: built for another torch
+    except (ImportError, RuntimeError):  # RuntimeError: built for another torch
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
 
