@@ -142,7 +142,7 @@ def test_the_kernel_distance_over_subsets_scatters_about_that_of_the_whole():
 
 
 def test_the_kernel_distance_of_sets_of_one_distribution_is_zero_on_average():
-    """The estimator is unbiased: over many pairs of small sets, its mean is 0 within 4 errors."""
+    """Unbiased: over many pairs of small sets, the mean is 0 within four standard errors."""
     features = drawn(4000, 4, seed=0).split(20)
     found = np.array(
         [

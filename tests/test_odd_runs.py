@@ -1,6 +1,6 @@
 """Unexpected content in a run's files is reported in that run's row and spoils no other run.
 
-From a damaged checkpoint, a run falls back to the one before.
+A run with a damaged checkpoint falls back to the one before.
 """
 
 import csv

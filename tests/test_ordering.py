@@ -204,12 +204,13 @@ def test_damaged_lines_of_costs_are_left_out(tmp_path):
     own = {**good, "step": 7, "flops": None}  # this network's FLOPs cannot be counted
     lines = [good, {**good, "step": 8, "seconds": "2"}, [3], {**good, "step": 6}, {"step": 4}, own]
     text = "\n".join([*map(json.dumps, lines), '{"step": 3, "im{', "", json.dumps(good)])
-    (tmp_path / "costs.jsonl").write_text(text)  # without a newline at the end: cut short
+    # the last line has no newline: it was cut short
+    (tmp_path / "costs.jsonl").write_text(text)
     assert read_costs(tmp_path) == [good, {**good, "step": 6}, own]
 
 
 def test_a_run_that_trains_shows_its_speed_and_end_and_others_nothing(template, tmp_path):
-    """With 2 of 6 steps done at 10 s each, 4 steps after 12:00:00 make 12:00:40."""
+    """With 2 of 6 steps done at 10 s each, a run ends 40 s after 12:00:00."""
     standing = made(template, tmp_path / "stands", losses=[(6, 1.0)])
     assert not {"images/s", "expected end (UTC)"} & tables.list_runs([standing])[0].keys()
     trains = made(template, tmp_path / "trains", "running", [(2, 1.0)], costs=[20.0])

@@ -152,7 +152,7 @@ def test_losses_of_other_objectives_are_other_curves(template, tmp_path):
 
 
 def test_nothing_in_a_run_folder_can_end_the_block_that_it_stands_in(template, typed, tmp_path):
-    """A run is called <script>, and its settings and error try to close the block.
+    """A run is called <script>, and its settings and error try to close the JSON block.
 
     The page's policy allows only the page's own scripts.
     """

@@ -225,7 +225,7 @@ def test_hovering_a_curve_names_the_run_and_the_value_and_marks_its_row(opened):
     label, value = opened.execute_script("const curve = panels[0].curves.get(arguments[0]); return [RUNS[arguments[0]].label, curve.y[3]]", marked)  # fmt: skip
     assert label[:40] in said
     assert f"step 40{value:.5g}" in said
-    # in each panel
+    # every visible panel marks the curve
     assert (
         opened.execute_script(
             "return panels.filter(panel => panel.visible && !panel.over.firstChild).length"

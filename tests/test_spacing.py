@@ -214,8 +214,7 @@ def kept_by(settings, diffusion):
 def ode_keeps(diffusion):
     """The share of the brightness that the exact ODE keeps.
 
-    A chain starts with variance 1; on the exact path, x_t has the variance of the noised data
-    there.
+    A chain starts with variance 1, but x_T on the exact path has the noised data's variance.
     """
     abar = diffusion.alphas_cumprod[-1].item()
     return (abar * ONE_COLOUR + 1 - abar) ** -0.5
@@ -285,7 +284,7 @@ def test_ddim_works_with_zero_terminal_snr(sampler, schedule):
     built = build.sampler(node(sampler), diffusion)
     timesteps = built.timesteps(diffusion)
     assert timesteps[0] == diffusion.num_timesteps - 1
-    # the step from pure noise is the widest and of first order: it loses the rest
+    # the step from pure noise is the widest; being of first order, it keeps at most this share
     first = timesteps[1]
     lost = (1 + diffusion.alphas_cumprod[first].item() * (ONE_COLOUR - 1)) ** -0.5
     assert 0.5 * lost < kept_by(node(sampler), diffusion) <= lost

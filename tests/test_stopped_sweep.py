@@ -1,7 +1,7 @@
 """A sweep told to stop saves every job, leaves no process behind, and prints its table.
 
-The same command then completes it. DDPM_TORTURE_KILLS=20 selects the long form; the suite runs a
-short one.
+The same command then completes it. The suite runs a short form; DDPM_TORTURE_KILLS=20 selects a
+long one.
 """
 
 import json

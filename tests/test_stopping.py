@@ -74,7 +74,7 @@ def test_the_clock_leaves_time_for_the_longest_call_and_save(monkeypatch):
     clock = Clock(ends=1100.0, why="end")
     clock.saved_in(10.0)
     for _ in range(13):
-        assert clock.up() is None  # up 2 * (10 + 5) + 3 seconds before the end
+        assert clock.up() is None  # time is up 2 * (10 + 5) + 3 s before the end
         now[0] += 5.0
     assert now[0] == 1065.0
     assert clock.up() is None

@@ -1,8 +1,8 @@
 """Whatever a cluster does to a run, it carries on to the same bytes.
 
 The tests kill and signal it at any instant, damage its files, fill and slow its disk, and start it
-twice. DDPM_TORTURE_KILLS=20 selects the long form (twice as many signals); the suite runs a short
-one.
+twice at once. The suite runs a short form; DDPM_TORTURE_KILLS=20 selects a long one, with up to 40
+signals.
 """
 
 import json
@@ -106,7 +106,7 @@ def until(condition, seconds=60):
 
 
 def dying():
-    """Turns an fsync, which happens in the middle of writing a file, into a kill."""
+    """Kills the process at fsync number DYING (from 0), in the middle of writing a file."""
     left, really = int(os.environ["DYING"]), os.fsync
 
     def fsync(handle):
