@@ -1,4 +1,4 @@
-"""Many runs are read as each is alone, in several processes or from what was remembered of them."""
+"""Reading many runs, in parallel or from the cache, gives the same as reading each one alone."""
 
 import json
 import os
@@ -17,7 +17,7 @@ COUNT = 2 * FEW + 3
 
 @pytest.fixture(scope="module")
 def root(run_folder, tmp_path_factory):
-    """More runs than are read at once, some of them damaged, of an hour ago."""
+    """Enough runs to use the cache and more processes; some are damaged, all are an hour old."""
     root = tmp_path_factory.mktemp("many")
     for index in range(COUNT):
         synthetic_runs.write_run(
@@ -46,13 +46,13 @@ def runs(root):
 
 
 def shown(compared):
-    """All that is known, so that NaN is NaN and 1 is not 1.0."""
+    """Everything known about each run, as text: NaN equals NaN, and 1 differs from 1.0."""
     return [repr(one).replace(str(one.run), one.run.path.name) for one in compared]
 
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How many runs were read from their files, in the order of calls of read_many."""
+    """The number of runs read from their files, one entry per call of read_many."""
     counts, really = [], many._read_all
 
     def read_all(places):
@@ -93,7 +93,7 @@ def test_what_changed_a_moment_ago_may_do_so_again_unseen(root, runs, tmp_path, 
     place = tmp_path / "runs"
     shutil.copytree(root, place)
     here = [RunFolder(place / run.path.name) for run in runs]
-    soon = 2**31 - 1  # a time to come
+    soon = 2**31 - 1  # in the future
     os.utime(place / "000" / "run.json", (soon, soon))
     for _ in range(2):
         read_many(here, tmp_path)
@@ -105,7 +105,7 @@ def test_what_a_running_run_says_is_asked_anew(root, runs, tmp_path):
     shutil.copytree(root, place)
     here = [RunFolder(place / run.path.name) for run in runs]
     assert read_many(here, tmp_path)[11].status == "running"
-    (place / "011" / ".lock").touch()  # which nobody holds
+    (place / "011" / ".lock").touch()  # no process holds it
     assert read_many(here, tmp_path)[11].status == "cut off"
 
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def drawn(
     count: int, dimensions: int, seed: int, scale: float = 1.0, shift: float = 0.0
 ) -> torch.Tensor:
-    """Correlated features, whose variances span three orders of magnitude."""
+    """Correlated features with variances that span three orders of magnitude."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(dimensions, dimensions, generator=generator) * torch.logspace(
         0, -1.5, dimensions
@@ -36,7 +36,7 @@ def drawn(
 
 
 def distances(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
-    """Of all pairs, by their differences."""
+    """Pairwise distances, computed from differences rather than from dot products."""
     return torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist").numpy()
 
 
@@ -52,7 +52,7 @@ def test_moments_are_the_mean_and_numpys_covariance():
 
 @pytest.mark.parametrize("shift", [0.0, 3.0, 1e6])
 def test_moments_of_a_stream_are_numpys_however_it_is_cut_up(shift):
-    """At 1e6 a sum of squares would have lost twelve of float64's sixteen digits."""
+    """With a mean of 1e6, plain sums of squares would lose twelve of float64's sixteen digits."""
     features = drawn(5000, 24, seed=0).double() + shift
     expected = np.cov(features.numpy(), rowvar=False)
     for sizes in ([1, 4999], [1000] * 5, [7] * 714 + [2]):
@@ -77,9 +77,8 @@ def test_the_frechet_distance_is_that_of_the_matrix_square_root():
 
 
 def test_the_frechet_distance_is_that_of_torchmetrics():
-    theirs = pytest.importorskip(
-        "torchmetrics.image.fid", exc_type=ImportError
-    )  # with torch-fidelity installed, it needs torchvision too
+    # if torch-fidelity is installed, this import also needs torchvision
+    theirs = pytest.importorskip("torchmetrics.image.fid", exc_type=ImportError)
     a, b = moments(drawn(400, 48, seed=0)), moments(drawn(300, 48, seed=1, scale=1.3, shift=0.2))
     assert frechet_distance(a, b) == pytest.approx(
         float(theirs._compute_fid(*a[:2], *b[:2])), rel=1e-6
@@ -103,7 +102,10 @@ def test_the_frechet_distance_of_diagonal_covariances_has_a_closed_form():
 
 
 def test_the_frechet_distance_stays_accurate_with_fewer_images_than_features():
-    """The trace of sqrt(S_a S_b) is then the sum of singular values of a small matrix, the centred features times each other."""
+    """With fewer images than features, the trace of sqrt(S_a S_b) comes from a small matrix.
+
+    It is the sum of the singular values of one set's centered features times the other's.
+    """
     a, b = drawn(20, 100, seed=0).double(), drawn(30, 100, seed=1).double()
     centred = [(x - x.mean(dim=0)) / (len(x) - 1) ** 0.5 for x in (a, b)]
     trace = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
@@ -140,7 +142,7 @@ def test_the_kernel_distance_over_subsets_scatters_about_that_of_the_whole():
 
 
 def test_the_kernel_distance_of_sets_of_one_distribution_is_zero_on_average():
-    """Unbiased: many pairs of small sets average to 0, within four of their standard errors."""
+    """Unbiased: over many pairs of small sets, the mean is 0 within four standard errors."""
     features = drawn(4000, 4, seed=0).split(20)
     found = np.array(
         [
@@ -156,7 +158,8 @@ def test_subsets_are_no_larger_than_the_smaller_set():
         drawn(30, 4, seed=0), drawn(5, 4, seed=1), seed=0, num_subsets=10
     )
     assert np.isfinite(mean)
-    assert deviation > 0  # the smaller set whole, and each time others of the larger
+    # each subset takes all of the smaller set, but other samples of the larger one
+    assert deviation > 0
 
 
 def test_the_inception_score_is_its_definition():
@@ -172,7 +175,7 @@ def test_the_inception_score_is_its_definition():
 
 
 def test_the_inception_score_goes_from_one_to_the_number_of_classes():
-    certain = torch.eye(8).repeat(5, 1)  # zeros and ones, in exact balance
+    certain = torch.eye(8).repeat(5, 1)  # one-hot predictions, each class equally often
     assert inception_score(certain, num_splits=1)[0] == pytest.approx(8)
     assert inception_score(torch.full((40, 8), 1 / 8)) == (pytest.approx(1), pytest.approx(0))
 
@@ -190,9 +193,8 @@ def test_images_in_the_order_of_their_classes_score_as_any_other(labels):
 def test_precision_and_recall_are_those_of_brute_force_neighbours(real, generated, neighbours):
     a, b = drawn(real, 3, seed=0), drawn(generated, 3, seed=0, scale=1.5, shift=0.3)
     between = distances(a, b)
-    radii_a, radii_b = (
-        np.sort(distances(x, x), axis=1)[:, neighbours] for x in (a, b)
-    )  # the first is the image itself
+    # index 0 is the image itself
+    radii_a, radii_b = (np.sort(distances(x, x), axis=1)[:, neighbours] for x in (a, b))
     expected = (
         (between <= radii_a[:, None]).any(axis=0).mean(),
         (between <= radii_b).any(axis=1).mean(),
@@ -206,10 +208,11 @@ def test_precision_and_recall_are_those_of_brute_force_neighbours(real, generate
 
 def test_precision_and_recall_tell_missing_modes_from_bad_images():
     modes = torch.cat([drawn(50, 4, seed=0), drawn(50, 4, seed=1, shift=100)])
+    # every image is good, but half of the real ones are missed
     assert precision_recall(modes, modes[:50]) == (
         1,
         0.5,
-    )  # every image is good, half of the real ones are missed
+    )
     assert precision_recall(modes[:50], modes) == (0.5, 1)
     assert precision_recall(modes, modes + 1000) == (0, 0)
 

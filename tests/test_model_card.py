@@ -1,4 +1,4 @@
-"""The card of an exported network: what the hub reads, and what a reader finds."""
+"""The model card of an exported network: metadata for the Hub and text for readers."""
 
 import re
 import shutil
@@ -16,7 +16,8 @@ from ddpm.runs.results import Measurement
 from ddpm.sample.subject import of_run
 from ddpm.weights import folders
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # networks as small as these are slower on two
+# networks this small run slower on two threads
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROTOCOL = {"count": 5000, "split": "train", "sampler": "ddim50", "weights": "ema", "step": 3}
 
 
@@ -26,7 +27,7 @@ def card(run: RunFolder, folder: Path, *overrides: str) -> ModelCard:
 
 @pytest.fixture
 def run(small, tmp_path) -> RunFolder:
-    """A finished run, to be changed."""
+    """A finished run that a test may change."""
     return RunFolder(shutil.copytree(small.path, tmp_path / "quickstart-digits" / small.path.name))
 
 
@@ -61,7 +62,7 @@ def test_figures_stand_with_their_protocols_and_only_those_of_this_network(run, 
         Measurement("kd_x", 0.5, PROTOCOL, network=network),
         Measurement("fd_x", 77.7, {**PROTOCOL, "count": 1000, "seed": 7}, network=network),
         Measurement("fd_x", 99.9, {**PROTOCOL, "weights": "raw"}, network="another"),
-        Measurement("recall", 0.25, PROTOCOL),  # of a version that kept no hash
+        Measurement("recall", 0.25, PROTOCOL),  # written by a version that kept no hash
         Measurement("recall", 0.125, {**PROTOCOL, "step": 2}),
     ]
     results.record(run.path / "evaluation.json", told)

@@ -1,4 +1,4 @@
-"""The networks after Ho et al.'s: improved DDPM, ADM, and the original README's own."""
+"""The networks besides Ho et al.'s: improved DDPM, ADM, and the original README's."""
 
 import math
 
@@ -89,7 +89,7 @@ def theirs(settings: dict, head_width: int | None) -> UNet2DModel:
     ],
 )
 def test_the_networks_of_improved_ddpm_have_their_number_of_parameters(option, num_classes, count):
-    """With a learned variance, so six channels out."""
+    """They learn the variance, so they have six output channels."""
     assert num_parameters(option, out_channels=6, num_classes=num_classes) == count
 
 
@@ -139,7 +139,7 @@ def test_the_network_has_the_names_of_diffusers_and_computes_what_it_does(settin
 
 
 def of_family(family: str) -> tuple[nn.Module, list[Tensor]]:
-    """A network of that kind, and what it may be called with."""
+    """A network of this family, and arguments to call it with."""
     x_t, t, classes = torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.tensor([0, 2])
     if family == "readme":
         return ReadmeUNet(64, 3, 3), [torch.randn(2, 3, 64, 64), t]
@@ -151,7 +151,7 @@ def of_family(family: str) -> tuple[nn.Module, list[Tensor]]:
 
 @pytest.mark.parametrize("family", ["paper", "improved", "adm", "readme"])
 def test_every_parameter_learns(family):
-    """All but the bias of the keys, which softmax cannot see."""
+    """Every parameter gets a gradient except the keys' bias, which cancels in the softmax."""
     network, arguments = of_family(family)
     output = randomized(network, scale=0.05)(*arguments)
     assert output.shape == arguments[0].shape
@@ -164,7 +164,7 @@ def test_every_parameter_learns(family):
 
 @pytest.mark.parametrize("family", ["paper", "improved", "adm", "readme"])
 def test_the_images_layout_lasts_through_the_network(family):
-    """A convolution that is given another layout copies its input."""
+    """A convolution copies its input if the input has another memory layout."""
     network, (x_t, *rest) = of_family(family)
     network.to(memory_format=torch.channels_last)
     lasted: list[bool] = []
@@ -183,7 +183,7 @@ def test_the_images_layout_lasts_through_the_network(family):
 
 @pytest.mark.parametrize("settings", [IMPROVED, ADM], ids=["improved", "adm"])
 def test_torch_initialisation_starts_from_exact_zeros(settings):
-    """Nichol & Dhariwal's code zeroes what ends each residual branch, and the output."""
+    """Nichol & Dhariwal's code zeroes the last layer of each residual branch and of the network."""
     network = unet(settings)
     outputs = [
         parameter
@@ -198,7 +198,7 @@ def test_torch_initialisation_starts_from_exact_zeros(settings):
 
 
 def test_cosines_come_first_where_asked_and_a_rescaled_timestep_may_be_a_fraction():
-    """Frequency k is 10000^(-k / half) there (Nichol & Dhariwal's code), so the last is not yet 1/10000."""
+    """In Nichol & Dhariwal's code, frequency k is 10000^(-k / half): the last is above 1/10000."""
     sinusoid = unet(IMPROVED).time_embedding.sinusoid(torch.tensor([0.25, 999.0]))
     frequencies = [10000 ** (-k / 8) for k in range(8)]
     for row, t in enumerate((0.25, 999.0)):
@@ -218,7 +218,7 @@ def test_the_readmes_timestep_is_sines_and_cosines_in_turn():
 
 
 def test_the_class_moves_the_output_as_the_timestep_does():
-    """Both are added before the swish, so a class whose embedding undoes the timestep's change undoes its effect."""
+    """The class and timestep embeddings are added before the swish, so one can cancel the other."""
     network = unet(IMPROVED, num_classes=2).eval()
     randomized(network, scale=0.05)
     x_t = torch.randn(1, 3, 16, 16)
@@ -236,7 +236,10 @@ def test_the_class_moves_the_output_as_the_timestep_does():
 
 @pytest.mark.parametrize("padding", ["same", "symmetric"])
 def test_downsampling_pads_where_it_says(padding):
-    """A kernel that picks its centre reads the pixel after the window's first: odd ones with "same", even ones when symmetric."""
+    """A kernel that picks its center shows the padding.
+
+    It reads the odd pixels with "same" and the even ones with "symmetric".
+    """
     downsample = Downsample(1, padding)
     with torch.no_grad():
         downsample.conv.weight.zero_()[0, 0, 1, 1] = 1
@@ -248,7 +251,7 @@ def test_downsampling_pads_where_it_says(padding):
 
 @pytest.mark.parametrize("resample", ["down", "up"])
 def test_a_resampling_block_starts_as_the_plain_resampling(resample):
-    """Its branch ends in zeros, so at first only the resampled input is left."""
+    """Its residual branch ends in zeros, so a fresh block returns just the resampled input."""
     network = unet(ADM)
     block = (
         network.down_blocks[0].downsamplers[0]

@@ -1,4 +1,7 @@
-"""Whatever lies where a run's files should: it is said in that run's row, and spoils no other; a checkpoint falls back."""
+"""Unexpected content in a run's files is reported in that run's row and spoils no other run.
+
+A run with a damaged checkpoint falls back to the one before.
+"""
 
 import csv
 import json
@@ -102,7 +105,7 @@ WORKS = [
 
 @pytest.fixture(scope="module")
 def pair(run_folder, tmp_path_factory):
-    """Two runs that are well; the second is a copy with another seed, for others to copy."""
+    """Two healthy runs; the second is the first with another seed, and tests copy it further."""
     root = tmp_path_factory.mktemp("pair")
     shutil.copytree(run_folder, root / "good")
     one = synthetic_runs.write_run(
@@ -115,7 +118,7 @@ def pair(run_folder, tmp_path_factory):
 
 @pytest.fixture
 def odd(pair, tmp_path):
-    """A copy of a run, to be spoilt."""
+    """A copy of a run for a test to damage."""
     return Path(shutil.copytree(pair / "one", tmp_path / "odd"))
 
 
@@ -151,9 +154,8 @@ def test_what_no_file_of_ours_holds_is_said_in_its_row_alone(pair, typed, tmp_pa
 def test_what_is_odd_and_can_be_read_is_compared_with_the_others(pair, typed, tmp_path):
     for number, (file, content) in enumerate(WORKS):
         shutil.copytree(pair / "one", tmp_path / "runs" / f"{number:03d}")
-        shutil.rmtree(
-            tmp_path / "runs" / f"{number:03d}" / "checkpoints"
-        )  # no copies of each other
+        # without weights, the runs are not taken for copies of one run
+        shutil.rmtree(tmp_path / "runs" / f"{number:03d}" / "checkpoints")
         put(tmp_path / "runs" / f"{number:03d}", file, content)
     done = typed(
         *("compare", f"runs=[{pair / 'good'},{tmp_path / 'runs'}]", f"to={tmp_path / 'tables'}"),
@@ -222,7 +224,7 @@ def test_a_step_reported_twice_counts_once_and_the_later_report_counts(odd):
 
 
 def two_checkpoints(run):
-    """The one that is there, and a newer whole one."""
+    """Adds a newer checkpoint to the run's own and returns its path; both are whole."""
     older, newer = run / "checkpoints" / "step_00000006", run / "checkpoints" / "step_00000012"
     shutil.copytree(older, newer)
     meta = json.loads((newer / "meta.json").read_text())
@@ -243,7 +245,7 @@ def test_a_checkpoint_whose_meta_is_no_meta_is_passed_over(odd, content, caplog)
     (said,) = caplog.messages
     assert "skipping a damaged checkpoint" in said
     assert f"{newer}: meta.json" in said
-    assert read(RunFolder(odd)).weights == weights  # as of the same files
+    assert read(RunFolder(odd)).weights == weights  # both checkpoints hold the same weights
     with pytest.raises(ValueError, match="step=12: .* is damaged: meta.json cannot be read"):
         checkpoint.find(odd / "checkpoints", 12)
 
@@ -278,7 +280,7 @@ PIECES = [None, True, 0, -1, 6, 1.5, 10**30, float("nan"), float("inf"), "", "x"
 
 
 def mutated(chance, value, keys):
-    """A document of ours with something else somewhere in it, or something else altogether."""
+    """The document with a random part replaced or removed, or a random document instead of it."""
     kind = chance.random()
     if kind < 0.25 or not isinstance(value, dict | list) or not value:
         return anything(chance, keys, 3)
@@ -300,7 +302,7 @@ def anything(chance, keys, depth):
 
 
 def texts(chance, run):
-    """File and content, for each file of a run, that nobody foresaw."""
+    """Yields each of a run's files with content that nobody foresaw."""
     for file in ("run.json", "config.yaml", ".hydra/choices.yaml", "evaluation.json", META, "metrics.jsonl", "costs.jsonl"):  # fmt: skip
         lines = file.endswith(".jsonl")
         own = yaml.safe_load((run / file).read_text().splitlines()[0] if lines else (run / file).read_text())  # fmt: skip
@@ -311,7 +313,7 @@ def texts(chance, run):
 
 
 def ends_well(done):
-    """Whether a command worked or said what is wrong in one line, which was foreseen."""
+    """Checks that a command worked, or failed with exactly one line about an expected error."""
     said = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert len(said) == (done.code != 0), done.err
     assert "Traceback" not in done.err

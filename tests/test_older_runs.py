@@ -1,4 +1,4 @@
-"""Runs that earlier versions trained open today: drawn from, measured, compared, carried on."""
+"""Runs of earlier versions still work: they can be sampled from, measured, compared, resumed."""
 
 import json
 import shutil
@@ -18,7 +18,8 @@ from ddpm.runs.format import FORMAT
 from ddpm.train.run import run as train
 
 FIXTURE = Path(__file__).parent / "data" / "run_b7d7171"
-AGAIN = [  # what it was trained with, but for how it is carried out
+# what it was trained with, apart from how it is executed
+AGAIN = [
     *("schedule=linear", "objective=epsilon", "training.conditional=false"),
     *("data=digits", "model.resolution=8", "model.base_channels=8", "model.norm_groups=4"),
     *("model.channel_multipliers=[1]", "model.attention_resolutions=[]", "training.steps=4"),
@@ -54,7 +55,7 @@ def test_it_is_drawn_from_as_before(typed, old, tmp_path):
     before = np.asarray(Image.open(old / "samples" / "step_00000004.png")).astype(int)
     now = np.asarray(Image.open(tmp_path / "drawn" / "grid.png")).astype(int)
     assert now.shape == before.shape
-    assert np.abs(now - before).max() <= 1  # the same noise and weights: rounding
+    assert np.abs(now - before).max() <= 1  # same noise and weights: only rounding differs
 
 
 def test_it_is_measured_and_compared(typed, old, tmp_path):
@@ -67,7 +68,7 @@ def test_it_is_measured_and_compared(typed, old, tmp_path):
     assert done.code == 0, done.err
     assert "unreadable" not in done.out
     assert "training.steps" in done.out
-    assert "schedule" not in done.out  # the same, whatever it was called
+    assert "schedule" not in done.out  # the same schedule under two names
 
 
 def test_it_is_carried_on_and_its_history_goes_on(old):
@@ -149,14 +150,18 @@ def test_a_run_of_today_is_written_with_its_format(run_folder):
 
 @pytest.fixture
 def quick_start_of_before(run_folder, tmp_path):
-    """A run whose folder has the name that it had when the quick start was linear, of epsilon and without classes."""
+    """A run under the folder name that an earlier version gave to the quick start.
+
+    That quick start had a linear schedule, predicted epsilon and had no classes.
+    """
     digest = run_folder.name.rpartition("-")[2]
     place = tmp_path / "outputs" / "quickstart-digits" / f"recipe-{digest}"
     return Path(shutil.copytree(run_folder, place))
 
 
 def test_the_quick_start_of_before_keeps_its_hash():
-    before = [  # 36 previews, every 900 steps, are no part of it
+    # its previews (36 every 900 steps) do not enter the hash
+    before = [
         *("schedule=linear", "objective=epsilon", "training.conditional=false"),
         *("model.base_channels=32", "model.channel_multipliers=[1,2,2]", "training.steps=1800"),
     ]

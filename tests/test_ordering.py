@@ -1,4 +1,4 @@
-"""Which run: METRIC orders runs by one protocol alone, and best= prints one folder and nothing else."""
+"""Ordering runs: a metric's protocols never mix, and best= prints one folder and nothing else."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ def template(run_folder):
 
 @pytest.fixture
 def runs(template, tmp_path):
-    """What was measured of runs, and how they stand, as runs a, b, ..."""
+    """Makes runs a, b, ... with the given figures and statuses."""
 
     count = itertools.count()
 
@@ -83,7 +83,7 @@ def test_figures_of_unlike_protocol_are_never_ordered_together(runs, other):
     offered = str(error.value).partition("give one of ")[2].partition(", or words")[0].split(", ")
     assert len(offered) == 2
     firsts = [names(order.by(given, name, "order_by"))[0] for name in offered]
-    assert sorted(firsts) == ["b", "c"]  # each means one protocol, as it is offered
+    assert sorted(firsts) == ["b", "c"]  # each name on offer selects one protocol
 
 
 def test_the_words_of_one_protocol_alone_choose_it(runs):
@@ -96,7 +96,7 @@ def test_the_words_of_one_protocol_alone_choose_it(runs):
 
 
 def test_best_stands_for_the_best_value_on_the_way(runs):
-    """Whose last measurement is the worst of all may have had the best in the middle."""
+    """The run with the worst last value may have had the best value along the way."""
     given = runs(9.0, 5.0)
     result = given[0].results[0]
     given[0].results[0] = tables.Result(FD, result.protocol, result.final, (1.0, 3))
@@ -145,7 +145,7 @@ def test_means_over_seeds_are_in_the_same_order(template, tmp_path):
 
 @pytest.fixture
 def measured(run_folder, tmp_path):
-    """Two real runs; the second, of other pictures, has the better figure."""
+    """Two real runs on different pictures; the second has the better figure."""
     for name, value in (("first", 9.0), ("second", 7.0)):
         copy = RunFolder(shutil.copytree(run_folder, tmp_path / "outputs" / name))
         copy.update(data={**copy.record()["data"], "fingerprint": name})
@@ -201,15 +201,16 @@ def test_damaged_lines_of_costs_are_left_out(tmp_path):
     assert read_costs(tmp_path) == []
     good = {"step": 2, "images": 16, "flops": 1e9, "seconds": 2.0, "seconds_in_steps": 1.0}
     good |= {"share_of_peak": None}
-    own = {**good, "step": 7, "flops": None}  # of a network whose operations cannot be counted
+    own = {**good, "step": 7, "flops": None}  # this network's FLOPs cannot be counted
     lines = [good, {**good, "step": 8, "seconds": "2"}, [3], {**good, "step": 6}, {"step": 4}, own]
     text = "\n".join([*map(json.dumps, lines), '{"step": 3, "im{', "", json.dumps(good)])
-    (tmp_path / "costs.jsonl").write_text(text)  # whose last line was cut short
+    # the last line has no newline: it was cut short
+    (tmp_path / "costs.jsonl").write_text(text)
     assert read_costs(tmp_path) == [good, {**good, "step": 6}, own]
 
 
 def test_a_run_that_trains_shows_its_speed_and_end_and_others_nothing(template, tmp_path):
-    """Two of 10 s a step of the 6 done since 12:00:00: 4 are left, so 12:00:40 after the report."""
+    """With 2 of 6 steps done at 10 s each, a run ends 40 s after 12:00:00."""
     standing = made(template, tmp_path / "stands", losses=[(6, 1.0)])
     assert not {"images/s", "expected end (UTC)"} & tables.list_runs([standing])[0].keys()
     trains = made(template, tmp_path / "trains", "running", [(2, 1.0)], costs=[20.0])

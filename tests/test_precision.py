@@ -1,4 +1,7 @@
-"""What numbers are computed in: said to torch whole, forgotten after it, the same on a CPU, and told with each figure."""
+"""Precision: set for all of torch, restored afterwards, and named with each figure.
+
+On a CPU, tf32 gives the same bytes as fp32.
+"""
 
 import json
 
@@ -39,7 +42,7 @@ def new_knobs():
     ]
 )
 def before(request):
-    """torch as somebody else left it: by its old flags, and by the newest, the one for all."""
+    """Sets torch's flags as a caller may have left them: the old ones and the new global one."""
     matmul, cudnn, everything = request.param
     kept = torch.get_float32_matmul_precision(), CUDNN.allow_tf32, torch.backends.fp32_precision
     torch.set_float32_matmul_precision(matmul)
@@ -59,7 +62,7 @@ def test_torch_multiplies_as_told_until_it_is_over(precision, allowed, before):
     known = new_knobs()
     with products(precision):
         assert new_knobs() == [*["tf32" if allowed else "ieee"] * 4, *["ieee"] * 3]
-        if torch.backends.fp32_precision == "none":  # else torch refuses to tell one of them
+        if torch.backends.fp32_precision == "none":  # otherwise torch refuses to report one
             assert old_flags() == (allowed, allowed, "high" if allowed else "highest")
         assert (MATMUL.allow_tf32, CUDNN.allow_tf32) == (allowed, allowed)
     assert new_knobs() == known
@@ -112,7 +115,7 @@ def test_tf32_is_the_default_and_on_a_cpu_the_same_bytes_as_fp32(tiny, run_folde
     assert training_config(compose([])).training.precision == "tf32"
     settings = [*tiny, f"outputs={tmp_path}", "runtime.device=cpu"]
     runs = [run([*settings, f"training.precision={name}"]).path for name in ("fp32", "tf32")]
-    assert runs[0] != runs[1]  # on a GPU they differ
+    assert runs[0] != runs[1]  # two runs, because on a GPU they differ
     for file in ("model.safetensors", "ema.safetensors"):
         fp32, tf32 = (checkpoint.find(path / "checkpoints").folder / file for path in runs)
         assert fp32.read_bytes() == tf32.read_bytes()
@@ -123,7 +126,7 @@ def test_tf32_is_the_default_and_on_a_cpu_the_same_bytes_as_fp32(tiny, run_folde
 
 
 class Seen(nn.Module):
-    """Notes what a product of float32 comes out as."""
+    """A layer that records the dtype of each of its outputs."""
 
     def __init__(self):
         super().__init__()
@@ -147,11 +150,14 @@ def test_images_are_drawn_in_the_precision_asked_for_and_are_float32(precision, 
     drawn = Drawing(net, diffusion, sampler, (1, 4, 4), seed=0, precision=precision).images([0])
     assert net.dtypes == [dtype] * 2
     assert drawn.dtype == torch.float32
-    assert net.training  # as it was
+    assert net.training  # the mode is restored
 
 
 def test_measures_in_training_take_their_own_precision_and_not_the_trainings():
-    """Accelerate has the network's own forward enter its autocast, which previews and measures call too."""
+    """Previews and metrics call the network's own forward, so it must not enter autocast.
+
+    Accelerate replaces that forward with one that does.
+    """
     from ddpm.train.start import prepare
 
     config = training_config(compose(["training.precision=bf16", "runtime.device=cpu"]))

@@ -1,4 +1,4 @@
-"""Previews take at most 5% of training by default, and say with what they were drawn."""
+"""Previews take at most 5% of training by default and say which sampler drew them."""
 
 import json
 import re
@@ -22,7 +22,8 @@ from ddpm.sample.previews import drawn_by, others_before, previews_of
 from ddpm.sample.subject import of_run
 
 SCHEDULES = shipped_options("schedule")
-PLAIN = [  # a short run of the paper's settings
+# a short run with the paper's settings
+PLAIN = [
     *("schedule=linear", "objective=epsilon", "training.conditional=false", "training.steps=1800"),
     *("runtime.sample_every=900", "runtime.num_previews=36"),
 ]
@@ -66,7 +67,7 @@ def test_the_calls_of_each_sampler_are_counted_right(option, zero_terminal_snr):
 @pytest.mark.parametrize(
     ("overrides", "steps", "name", "share"),
     [
-        # calls of all previews / (2 * images trained)
+        # share: network calls of all previews / (2 * images trained)
         ([], None, "quick", 0.05),  # 160 steps
         (["runtime.preview_sampler=run"], None, "run", 2 * 36 * 1000 / (2 * 1800 * 64)),
         (["runtime.preview_sampler=heun18"], None, "heun18", 2 * 36 * 35 / (2 * 1800 * 64)),
@@ -75,20 +76,21 @@ def test_the_calls_of_each_sampler_are_counted_right(option, zero_terminal_snr):
         (["schedule=quad"], None, "quick", 0.05),
         (["schedule=jsd", "objective=v"], None, "dpmpp20", 2 * 36 * 21 / (2 * 1800 * 64)),
         (["runtime.sample_every=450"], None, "quick", 4 * 36 * 80 / (2 * 1800 * 64)),
-        (["runtime.sample_every=300"], None, "dpmpp20", 6 * 36 * 20 / (2 * 1800 * 64)),  # not 53
+        # a quick chain of 53 steps would fit in 5% but lose brightness
+        (["runtime.sample_every=300"], None, "dpmpp20", 6 * 36 * 20 / (2 * 1800 * 64)),
         (["runtime.sample_every=100"], None, "dpmpp20", 18 * 36 * 20 / (2 * 1800 * 64)),
         (["runtime.sample_every=100", "schedule=quad"], None, "quick", 18 * 36 * 50 / (2 * 1800 * 64)),
         (["schedule=quad", "schedule.zero_terminal_snr=true", "objective=v",
           "runtime.sample_every=100"], None, "dpmpp20", 18 * 36 * 21 / (2 * 1800 * 64)),
         (["objective=mean"], None, "run", 2 * 36 * 1000 / (2 * 1800 * 64)),
         (["training.conditional=true", "sampler.guidance_scale=2"], None, "quick", 0.05),
-        # exactly 5%, and one picture more; the last step counts too
+        # exactly 5%, and one picture above it; the previews of the last step count, too
         (["training.batch_size=100", "runtime.num_previews=15"], 900, "quick", 0.05),
         (["training.batch_size=100", "runtime.num_previews=10", "runtime.sample_every=2000"],
          1000, "run", 0.05),
         (["training.batch_size=100", "runtime.num_previews=11", "runtime.sample_every=2000"],
          1000, "quick", 11 * 909 / 200_000),
-        (["sampler=ddim10"], 1, "run", 36 * 10 / (2 * 64)),  # no other is quicker
+        (["sampler=ddim10"], 1, "run", 36 * 10 / (2 * 64)),  # no other sampler is quicker
     ],
 )  # fmt: skip
 def test_what_draws_previews_by_default_and_what_it_takes(overrides, steps, name, share):
@@ -97,7 +99,7 @@ def test_what_draws_previews_by_default_and_what_it_takes(overrides, steps, name
 
 
 def test_what_draws_the_quick_starts_own_previews():
-    # 80 steps of the paper's sampler would take 5%, and lose too much along the cosine schedule
+    # 80 steps of the paper's sampler would fit in 5% but lose brightness on the cosine schedule
     config = training_config(compose([]))
     found = previews_of(config, config.training.steps)
     assert (found.name, found.share) == ("dpmpp20", pytest.approx(2 * 40 * 20 / (2 * 1000 * 64)))
@@ -117,7 +119,7 @@ def test_a_quick_sampler_keeps_the_guidance_of_the_runs_own():
     ],
 )
 def test_a_quick_sampler_keeps_what_the_papers_keeps_of_the_brightness(schedule, every):
-    """Of a chain of 160 steps, of 80, and where there is room for neither."""
+    """With chains of 160 and of 80 steps, and where neither fits."""
     config = training_config(
         compose([*PLAIN, f"schedule={schedule}", "objective=v", f"runtime.sample_every={every}"])
     )
@@ -160,7 +162,7 @@ def test_a_preview_is_drawn_by_what_it_says(run_folder, tiny, tmp_path):
     assert own["drawn by"] == "the run's sampler (ddim, 2 steps)"
     assert json.loads(own["sampler"])["num_steps"] == 2
     quick = run([*tiny, f"outputs={tmp_path}", "runtime.preview_sampler=dpmpp20"])
-    assert quick.path.name == run_folder.name  # it is no part of what is computed
+    assert quick.path.name == run_folder.name  # previews are no part of a run's identity
     file = quick.samples / "step_00000006.png"
     assert text_of(file)["drawn by"] == "dpmpp20 (dpm_solver_pp, 20 steps)"
     trained = of_run(quick, 6, "ema", [])
@@ -182,13 +184,14 @@ def test_a_run_carried_on_from_an_earlier_version_says_that_previews_are_drawn_o
     by_own, by_other = (previews_of(one, 6) for one in (config, other))
     assert others_before(config, by_own, pictures) is None
     assert others_before(other, by_other, []) is None
-    save_png(pictures[-1], read_png(pictures[-1]))  # earlier versions say nothing in it
+    save_png(pictures[-1], read_png(pictures[-1]))  # as earlier versions wrote it: without text
     assert others_before(config, by_own, pictures) is None
     said = others_before(other, by_other, pictures)
     assert "dpmpp20" in said
     assert "step_00000006.png by the run's sampler" in said
     whole = pictures[-1].read_bytes()
-    pictures[-1].write_bytes(whole[:100])  # cut short, it says nothing either, and stops no run
+    # a file that was cut short has no text, either, and stops no run
+    pictures[-1].write_bytes(whole[:100])
     assert others_before(other, by_other, pictures) == said
     pictures[-1].write_bytes(whole)
     save_png(tmp_path / "step_00000009.png", read_png(pictures[-1]), by_other.text(other, 9))

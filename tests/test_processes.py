@@ -1,6 +1,6 @@
-"""Several processes (gloo) train the run that one trains.
+"""Several processes (gloo) train the same run as one process.
 
-One that dies or is told to stop takes the others with it, and nothing is lost.
+If one dies or is told to stop, the others stop, too, and nothing is lost.
 """
 
 import json
@@ -42,7 +42,7 @@ def settings(tiny):
 
 @pytest.fixture(scope="module")
 def trained(ddpm, settings, tmp_path_factory):
-    """Train with so many processes, once for each combination of settings."""
+    """Trains with a number of processes, once per combination of settings."""
     kept = {}
 
     def call(number, *more):
@@ -114,7 +114,7 @@ def test_a_run_carries_on_with_another_number_of_processes(
 
 
 def until_checkpoint(outputs):
-    """The run's folder, as soon as there is a checkpoint."""
+    """Waits for the first checkpoint and returns the run's folder."""
     until = time.monotonic() + 100
     while not list(outputs.glob("*/*/checkpoints/step_*")) and time.monotonic() < until:
         time.sleep(0.01)
@@ -132,7 +132,7 @@ def test_when_one_dies_the_others_end_naming_it_and_the_same_command_carries_on(
     assert codes == [-signal.SIGKILL if rank == dies else 1 for rank in range(number)]
     for rank, one in enumerate(started):
         if rank != dies:
-            # torch's own words on a lost connection may come before and after
+            # torch may print its own messages about the lost connection before and after
             lines = [line for line in one.err.splitlines() if line.startswith("error: ")]
             assert len(lines) == 1, one.err
             assert f"process {dies} of {number}" in lines[0]
@@ -146,7 +146,7 @@ def test_when_one_dies_the_others_end_naming_it_and_the_same_command_carries_on(
 
 
 def test_under_torchrun_a_signal_stops_all_after_the_same_step(ddpm, settings, trained, tmp_path):
-    """The exit code of each process is 75; torchrun's own is 1."""
+    """Each process exits with 75, torchrun itself with 1."""
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     agent = subprocess.Popen(
         [sys.executable, *words, "-m", "ddpm.train", f"outputs={tmp_path}", *settings],

@@ -1,4 +1,7 @@
-"""Whatever is typed, a run trains or is refused in one line. DDPM_PROPERTY_EXAMPLES=1000 tries more; the suite tries few, the same each time."""
+"""Whatever is typed, a run trains or is refused in one line.
+
+The suite tries a few examples, the same each time; DDPM_PROPERTY_EXAMPLES=1000 tries more.
+"""
 
 import contextlib
 import io
@@ -20,7 +23,7 @@ from ddpm.runs.identity import flat
 from ddpm.train import __main__ as train
 
 EXAMPLES = int(os.environ.get("DDPM_PROPERTY_EXAMPLES", "15"))
-# What keeps a run that is accepted short; what is drawn comes after it, and so before it in precedence.
+# Keeps accepted runs short. Drawn overrides come after these and take precedence.
 SHORT = [
     *(
         "model.base_channels=8",
@@ -49,6 +52,7 @@ GROUPS = {
     for group in ("schedule", "objective", "sampler", "optimizer", "lr_schedule")
 }
 KEYS = sorted(flat(plain_config(compose(["sampler=ddim", "lr_schedule=cosine"]))))
+# the larger these are, the slower the run
 LONG = {
     "training.steps",
     "training.epochs",
@@ -56,7 +60,7 @@ LONG = {
     "model.base_channels",
     "model.resolution",
     "data.resolution",
-}  # the larger the slower
+}
 SMALL = [
     "0",
     "1",
@@ -132,7 +136,7 @@ OVERRIDE = st.one_of(
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder to run in, with pictures of two classes."""
+    """A working folder with pictures of two classes."""
     root = tmp_path_factory.mktemp("property")
     for index in range(12):
         (root / "set" / str(index % 2)).mkdir(parents=True, exist_ok=True)
@@ -143,7 +147,7 @@ def place(tmp_path_factory):
 
 
 def started(overrides: list[str]) -> tuple[int | str | None, str, str]:
-    """(exit code, or the message to exit with; what was printed; what was complained of) of ddpm.train."""
+    """Runs ddpm.train and returns its exit code (or exit message), stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -184,6 +188,5 @@ def test_what_is_typed_trains_or_is_refused_in_one_line(place, drawn):
     assert len(complaints) == 1, err
     assert "\n" not in complaints[0]
     assert "Traceback" not in err
-    assert not re.match(r"error: \w+(Error|Exception)\b", complaints[0]), complaints[
-        0
-    ]  # not foreseen
+    # an exception's name in the line means that nobody expected the error
+    assert not re.match(r"error: \w+(Error|Exception)\b", complaints[0]), complaints[0]

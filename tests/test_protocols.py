@@ -1,4 +1,7 @@
-"""What published protocols do in different ways is a setting, stands in the figure, and keeps unlike figures apart; figures of before mean what they meant."""
+"""What published protocols do differently is a setting and is recorded with each figure.
+
+Figures of unlike protocols stay apart. Figures of earlier versions keep their meaning.
+"""
 
 import json
 import shutil
@@ -20,7 +23,8 @@ from ddpm.runs.folder import RunFolder
 from ddpm.runs.results import Measurement
 from ddpm.sample.images import to_levels
 
-BEFORE = {  # as figures of a version without the fields have it
+# the protocol in figures of versions without the newer fields
+BEFORE = {
     "count": 50_000,
     "split": "train",
     "extractor": "inception",
@@ -33,7 +37,7 @@ EXTRACTOR = Extractor("inception", "fid", "kid", lambda _: None, torch.device("c
 
 
 def test_samples_are_rounded_cut_or_left_as_floats():
-    """(x + 1) * 127.5 of 0.999 is 254.87."""
+    """(0.999 + 1) * 127.5 is 254.87."""
     x = torch.tensor([-1.2, -1.0, 0.0, 0.999, 1.0, 3.0]).reshape(1, 1, 1, 6)
     levels = {how: to_levels(x, how).flatten() for how in ("round", "truncate", "none")}
     assert levels["round"].tolist() == [0, 0, 128, 255, 255, 255]
@@ -43,7 +47,10 @@ def test_samples_are_rounded_cut_or_left_as_floats():
 
 
 def test_the_inception_score_of_one_split_is_that_of_all_images_in_whatever_order():
-    """Images of 20 classes, told without doubt: exp(KL) is 20. Sorted by class, ten splits in that order would have 2 classes each."""
+    """Certain predictions of 20 classes score exp(KL) = 20.
+
+    The images are sorted by class, so ten splits in their order would hold two classes each.
+    """
     sure = torch.eye(20).repeat_interleave(50, dim=0)
     drawn = Features(torch.zeros(1000, 2), sure)
     one, ten = (
@@ -52,11 +59,12 @@ def test_the_inception_score_of_one_split_is_that_of_all_images_in_whatever_orde
     )
     assert one.value == pytest.approx(20)
     assert one.deviation == 0
-    assert 17 < ten.value < 20  # what 100 images of each split lack of a share of 5 a class
+    # a split of 100 images does not hold exactly 5 per class, which lowers the score
+    assert 17 < ten.value < 20
 
 
 def test_precision_and_recall_take_so_many_pictures_evenly_spaced():
-    """Every other picture lies where the samples do, the others far off."""
+    """Every second picture lies among the samples; the others lie far away."""
     generator = torch.Generator().manual_seed(0)
     near = torch.randn(200, 4, generator=generator)
     real = torch.stack([near[:100], near[:100] + 1000], dim=1).flatten(0, 1)
@@ -108,7 +116,8 @@ def test_a_figures_name_tells_what_is_not_as_before(metric, fields, ending):
     )
 
 
-NOW = {  # metric -> the fields that a figure of today has besides
+# metric -> the fields that only newer figures have
+NOW = {
     "fid": {"quantize": "round", "resize": "bicubic"},
     "inception_score": {"quantize": "round", "resize": "bicubic", "splits": 10},
     "recall": {"quantize": "round", "resize": "bicubic", "num_reference": None},
@@ -128,7 +137,7 @@ def before(metric: str) -> dict:
 
 
 def as_written(folder, *figures: Measurement) -> None:
-    """Into evaluation.json as they are: no field is added on the way."""
+    """Writes figures to evaluation.json as they are, without adding fields."""
     entries = [
         {"id": one.id, "metric": one.metric, "value": one.value, "protocol": one.protocol}
         | {"deviation": None, "floor": None, "network": None}
@@ -185,7 +194,11 @@ def test_figures_of_pictures_of_another_size_or_crop_are_in_another_column(run_f
 
 
 def test_adms_protocol_is_that_of_its_evaluator():
-    """evaluations/README.md of guided-diffusion: 50,000 samples, statistics of the whole set, 10,000 of its pictures; evaluator.py: splits of 5,000."""
+    """guided-diffusion's evaluations/README.md and evaluator.py define the protocol.
+
+    The README has 50,000 samples, statistics of the whole set, and 10,000 of its pictures.
+    evaluator.py has splits of 5,000.
+    """
     cfg = compose(["run=there", "evaluation=adm"], "evaluate").cfg.evaluation
     assert cfg.metrics == ["fd", "inception_score", "precision_recall"]
     assert (cfg.extractor, cfg.split) == ("inception", "train")
@@ -195,7 +208,7 @@ def test_adms_protocol_is_that_of_its_evaluator():
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory):
-    """A folder with parts to train on and to validate with, in classes, and one whose classes are not theirs."""
+    """A folder with a training and a validation split, both with the same two classes."""
     folder = tmp_path_factory.mktemp("pictures")
     for seed, name in enumerate(
         [f"train/{seed % 2}/{seed}" for seed in range(12)]
@@ -210,7 +223,7 @@ def splits(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(splits, typed, tiny, tmp_path_factory):
-    """A run with classes on the training part."""
+    """A class-conditional run on the training split."""
     outputs = tmp_path_factory.mktemp("outputs")
     words = [f"data.path={splits}", "data.channels=1", "data.resize=lanczos"]
     few = ["training.steps=2", "training.conditional=true", "schedule.num_timesteps=20"]
@@ -240,7 +253,7 @@ def test_bits_per_dim_of_the_validation_part(run, typed):
 
 
 def test_validation_pictures_that_name_other_classes_are_refused(run, typed, splits, tmp_path):
-    """A flat folder, as ImageNet's own validation part comes; the training part is the same."""
+    """All validation pictures lie in one folder, as in ImageNet's archive."""
     shutil.copytree(splits / "train", tmp_path / "train")
     (tmp_path / "val" / "only").mkdir(parents=True)
     shutil.copyfile(splits / "val" / "0" / "0.png", tmp_path / "val" / "only" / "0.png")
@@ -261,7 +274,7 @@ def test_a_part_that_is_not_there_is_refused(run, typed, tmp_path, splits):
 
 
 def test_quantization_is_measured_as_asked_and_its_samples_are_kept_apart(run, typed):
-    """Cutting takes half a level off the mean, on average; rounding nothing."""
+    """Truncating lowers the mean by half a level on average; rounding does not change it."""
     for how in ("round", "truncate", "none"):
         asked = ["evaluation.metrics=[colour]", f"evaluation.quantize={how}"]
         done = typed("evaluate", f"run={run}", *ASKED, *asked)

@@ -1,6 +1,6 @@
-"""Files of improved-diffusion and guided-diffusion: what was trained there computes the same here.
+"""Networks from improved-diffusion and guided-diffusion compute the same here as there.
 
-None of the published files is here; a network in their layout stands for them.
+The tests contain no published file; a network with the same layout stands in.
 """
 
 import argparse
@@ -23,8 +23,10 @@ from ddpm.train.run import run as train
 from ddpm.train.which import which_run
 from ddpm.weights.published import Published, names
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # networks as small as these are slower on two
-CHOICES = {  # of guided-diffusion's flags, the first value improved-diffusion's
+# networks this small run slower on two threads
+pytestmark = pytest.mark.usefixtures("one_thread")
+# flags of guided-diffusion; the first value is improved-diffusion's
+CHOICES = {
     "scale_shift": (False, True),
     "updown": (False, True),
     "whole": (False, True),
@@ -37,7 +39,7 @@ RESOLUTION = 8
 
 
 def ours(scale_shift=False, updown=False, classes=None, head_channels=None, out=3, **changed):
-    """The arguments of UNet for such a network."""
+    """UNet arguments for the network that these choices describe."""
     return {
         "resolution": RESOLUTION,
         "in_channels": 3,
@@ -60,7 +62,7 @@ def ours(scale_shift=False, updown=False, classes=None, head_channels=None, out=
 
 
 def saved(file: Path, half: bool = False, seed: int = 0, **choices) -> Network:
-    """A network in the published layout, and its file."""
+    """Saves a network in the published layout to a file and returns it."""
     torch.manual_seed(seed)
     network = randomized(Network(**choices)).eval()
     network = network.half().float() if half else network
@@ -75,7 +77,7 @@ def read(file: Path, arguments: dict, whole: bool = False) -> UNet:
     return network.eval()
 
 
-# half of all: any six of the seven flags in all their combinations
+# half of all combinations; they still contain every combination of any six of the seven flags
 HALF = [
     tuple(values[index] for values, index in zip(CHOICES.values(), chosen, strict=True))
     for chosen in itertools.product((0, 1), repeat=len(CHOICES))
@@ -125,7 +127,8 @@ def test_every_published_tensor_is_used_once_and_every_one_of_ours_filled_once(t
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-SAME = [  # the small network, as the groups say it
+# the network and process of RECIPE, typed as settings
+SAME = [
     "schedule=cosine",
     "schedule.num_timesteps=10",
     "objective=hybrid",

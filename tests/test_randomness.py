@@ -26,7 +26,7 @@ KEYS = stream_keys(randomness.TRAIN_NOISE, 0, 0, torch.arange(20_000))
 
 
 def chi_square(counts: torch.Tensor) -> float:
-    """How far counts that should be equal are from equal, in standard deviations."""
+    """Deviation of counts from a uniform distribution, in standard deviations."""
     expected = counts.sum() / len(counts)
     freedom = len(counts) - 1
     return float((((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom))
@@ -49,7 +49,7 @@ def test_a_number_does_not_depend_on_what_it_is_drawn_with():
 
 
 def test_streams_are_pieces_of_one_cycle_that_begin_far_apart():
-    """How near two of 20,000 begin, in words of the cycle: by chance about 2^64 / 20,000^2."""
+    """The nearest two of 20,000 starts are about 2^64 / 20,000^2 words of the cycle apart."""
     gamma = 0x9E3779B97F4A7C15
     one = random_bits(KEYS[:1], 9)[0]
     later = random_bits(KEYS[:1] + ((3 * gamma + 2**63) % 2**64 - 2**63), 6)[0]
@@ -75,22 +75,24 @@ def test_a_host_key_is_a_63_bit_number_that_the_order_of_its_keys_decides():
 
 
 def test_normal_numbers_have_the_moments_of_the_standard_normal_and_no_correlation():
-    x = normal(KEYS, (50,)).double()  # a million
+    x = normal(KEYS, (50,)).double()  # a million numbers
     assert x.shape == (20_000, 50)
+    # spread: the variance of x ** power
     for power, moment, spread in (
         (1, 0, 1),
         (2, 1, 2),
         (3, 0, 15),
         (4, 3, 96),
-    ):  # spread: variance of x ** power
+    ):
         assert (x**power).mean().item() == pytest.approx(
             moment, abs=5 * math.sqrt(spread / x.numel())
         )
+    # the two numbers of each Box-Muller pair, then neighbors
     for left, right in (
         (x[:, :25], x[:, 25:]),
         (x[:-1], x[1:]),
         (x[:, :-1], x[:, 1:]),
-    ):  # the two of a Box-Muller pair; neighbours
+    ):
         assert (left * right).mean().item() == pytest.approx(0, abs=5 / math.sqrt(left.numel()))
 
 

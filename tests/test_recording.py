@@ -22,7 +22,7 @@ from ddpm.runs.recording import PICTURES, SIDE, Recorder, conclude, shows_pictur
 
 @pytest.fixture(autouse=True)
 def first_files(monkeypatch):
-    """TensorBoard reads files of one second in the order of their names, where 10 is before 9."""
+    """Restarts the file counter; TensorBoard sorts files of one second by name, 10 before 9."""
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
@@ -165,13 +165,16 @@ def test_a_run_that_goes_on_has_not_ended(tmp_path):
     ) == ("unet", "none")
 
 
-# as typed and as shown; a schedule of one's own has no warm-up
+# typed value -> shown value; the first run also lacks warm-up, like a custom schedule
 GRAD_CLIPS = {"null": "none", "1": "1.0", "0.5": "0.5"}
 
 
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory):
-    """Ask TensorBoard's HPARAMS backend for the rows of runs that differ in what may be null, by its column's parameters."""
+    """Asks TensorBoard's HPARAMS backend for rows, given a column's parameters.
+
+    The runs differ in a setting that may be null.
+    """
     folder = tmp_path_factory.mktemp("board")
     for number, grad_clip in enumerate(GRAD_CLIPS):
         config = training_config(compose([f"training.grad_clip={grad_clip}"]))

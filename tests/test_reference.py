@@ -1,4 +1,7 @@
-"""Reference statistics: files as others publish them, read in a stream and refused in one line; and what the project writes itself."""
+"""Reference statistics: published files are read in a stream or refused in one line.
+
+A bad path for the project's own statistics is refused, too.
+"""
 
 import pickle
 import zipfile
@@ -22,7 +25,7 @@ def pixels(count: int, size: int = 4) -> np.ndarray:
 
 
 def extractor(calls: list[int] | None = None) -> Extractor:
-    """Three numbers of a picture: the mean of each channel."""
+    """An extractor with three features: the mean of each channel."""
 
     def network(images):
         if calls is not None:
@@ -50,7 +53,7 @@ def test_pictures_are_read_in_a_stream_and_give_numpys_moments_and_evenly_spaced
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(reference, "KEPT", 7)
-    monkeypatch.setattr(reference, "AT_ONCE", 10 * 48)  # bytes: ten pictures a block
+    monkeypatch.setattr(reference, "AT_ONCE", 10 * 48)  # bytes: ten pictures per block
     pictures, calls = pixels(43), []
     file = reference.open_file(
         write(tmp_path / "a.npz", arr_0=pictures, arr_1=np.arange(43)), "inception", ALL
@@ -69,7 +72,7 @@ def test_pictures_are_read_in_a_stream_and_give_numpys_moments_and_evenly_spaced
 
 
 def test_with_both_the_distance_is_to_the_statistics_and_the_rest_to_the_pictures(tmp_path):
-    """guided-diffusion's files: statistics of a whole set, 10,000 of its pictures."""
+    """guided-diffusion's files hold statistics of a whole set and 10,000 of its pictures."""
     statistics = normal(1280)
     path = write(tmp_path / "virtual.npz", arr_0=pixels(9), mu_s=np.zeros(3), **statistics)
     file = reference.open_file(path, "efficientnet_lite0", ALL)
@@ -84,7 +87,7 @@ def test_with_both_the_distance_is_to_the_statistics_and_the_rest_to_the_picture
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 def test_statistics_in_either_precision_give_the_distance_of_their_normals(tmp_path, kind):
-    """Against a standard normal, and samples whose own moments are known: |m|^2 + sum (sqrt s - 1)^2."""
+    """Mean m and variances s differ from a standard normal by |m|^2 + sum (sqrt(s) - 1)^2."""
     path = write(tmp_path / "s.npz", mu=np.zeros(1280, kind), sigma=np.eye(1280, dtype=kind))
     against = reference.open_file(path, "efficientnet_lite0", ["fd"]).reference(
         extractor(), tmp_path, ["fd"]

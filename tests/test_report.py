@@ -1,4 +1,4 @@
-"""ddpm.compare report=: what stands in the page is what the runs' files say, and nothing of it can act there."""
+"""The page of ddpm.compare report= shows what the runs' files say, and none of it can run."""
 
 import base64
 import hashlib
@@ -26,7 +26,10 @@ def template(run_folder):
 
 @pytest.fixture(scope="module")
 def sweep(template, tmp_path_factory):
-    """Two learning rates x two seeds, with figures; one that failed, one that runs, one half damaged. Only to be read."""
+    """Two learning rates x two seeds with figures, plus a failed, a running and two damaged runs.
+
+    All tests share it, so none may change it.
+    """
     tmp_path = tmp_path_factory.mktemp("sweep")
     for lr in (1e-4, 1e-3):
         for seed in (0, 1):
@@ -54,7 +57,7 @@ def sweep(template, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def told(sweep):
-    """What a page of these says."""
+    """The content of the sweep's page."""
     return report.contents(compared(sweep), "")
 
 
@@ -65,7 +68,7 @@ def page_of(typed, runs, to, *more):
 
 
 def data_of(page):
-    """What the page's block of JSON says, as a browser finds it: up to the first end of a script."""
+    """The page's JSON as a browser finds it: up to the first end of a script."""
     (block,) = re.findall(r'<script type="application/json" id="data">(.*?)</script', page, re.S)
     return json.loads(block)
 
@@ -100,9 +103,8 @@ def test_the_numbers_of_the_page_are_those_of_the_tables(sweep, typed, tmp_path)
                 best = run["row"].get(f"{column['key']} best") or figure["final"]
                 assert best == figure["best"]
                 told += 1
-    assert (
-        told == 4 * 2 + 1 + 1 + 2
-    )  # loss and FID of the sweep; losses of the failed and the running one
+    # loss and FID of four runs, losses of the failed and the running one, both of a damaged one
+    assert told == 4 * 2 + 1 + 1 + 2
     groups = {tuple(group["members"]): group["figures"] for group in data["groups"]}
     assert [data["runs"][member]["row"]["seed"] for members in groups for member in members] == [
         0,
@@ -150,7 +152,10 @@ def test_losses_of_other_objectives_are_other_curves(template, tmp_path):
 
 
 def test_nothing_in_a_run_folder_can_end_the_block_that_it_stands_in(template, typed, tmp_path):
-    """A run called <script>, settings and errors that close one; and the policy names the page's own scripts alone."""
+    """A run is called <script>, and its settings and error try to close the JSON block.
+
+    The page's policy allows only the page's own scripts.
+    """
     folder = tmp_path / "runs"
     for seed, name in enumerate(("<script>alert(1)<", "a")):
         run = {"training.precision": f"{BREAKS_OUT}{seed}"}
@@ -196,7 +201,7 @@ def test_failed_running_and_half_damaged_runs_are_told_with_what_is_wrong(told):
 def test_each_run_stands_beside_its_recipe(told):
     run = next(run for run in told["runs"] if run["path"].endswith("lr0.0001_seed1"))
     assert run["recipe"]["known"]
-    assert run["recipe"]["differs"]["optimizer.lr"] == "0.001"  # the quick start's
+    assert run["recipe"]["differs"]["optimizer.lr"] == "0.001"  # the quick start's value
     assert ({**told["common"], **run["config"]}["optimizer.lr"], run["config"]["seed"]) == (
         "0.0001",
         "1",
@@ -237,7 +242,7 @@ def test_pictures_of_all_runs_together_stay_below_a_bound(template, tmp_path, ru
     assert len(sizes) == runs
     assert sum(sizes) <= most
     assert all(strip.pictures[-1].step == 400 for strip in found.of_run.values())
-    assert found.reduced  # and the page says what is missing
+    assert found.reduced  # the page says that pictures are missing
 
 
 def test_one_run_is_a_page_too(template, typed, tmp_path):

@@ -1,4 +1,7 @@
-"""The page of ddpm.compare report= in a real browser, where there is one: it opens, sorts, filters, hovers and picks without a word on the console."""
+"""The page of ddpm.compare report= in a real browser; skipped where there is none.
+
+It opens, sorts, filters, hovers and picks without a message on the console.
+"""
 
 import shutil
 import time
@@ -51,7 +54,10 @@ def made(runs: Path, to: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def page(run_folder, tmp_path_factory):
-    """Three learning rates x two seeds x two batches; a run called <script>, one that failed with one, a NaN, a damaged one."""
+    """Three learning rates x two seeds x two batch sizes, plus three odd runs.
+
+    One is called <script> and failed with a script as its error, one has a NaN, one is damaged.
+    """
     folder, template = tmp_path_factory.mktemp("runs"), RunFolder(run_folder)
     for lr in LRS:
         for batch in (8, 16):
@@ -77,16 +83,17 @@ def page(run_folder, tmp_path_factory):
 
 @pytest.fixture
 def opened(browser, page):
-    """The page, freshly opened; at the end of a test nothing stands on the console."""
+    """The page, freshly opened; after each test the console must be empty."""
     browser.get_log("browser")
     browser.get(page.as_uri())
     yield browser
-    assert browser.title == "ddpm: runs side by side"  # no script of a run folder has changed it
+    # no script of a run folder has changed it
+    assert browser.title == "ddpm: runs side by side"
     assert browser.get_log("browser") == []
 
 
 def column(browser, name):
-    """The texts of a column of the table, row by row."""
+    """The texts of a table column, from top to bottom."""
     return browser.execute_script(
         "const at = [...document.querySelectorAll('#rows thead tr:nth-child(2) th')].findIndex("
         "th => th.firstChild.dataset.sort === arguments[0]);"
@@ -101,7 +108,7 @@ def click(browser, selector):
 
 
 def enter(browser, selector, value):
-    """What a hand does to an input or a select."""
+    """Sets an input or a select as a user would."""
     browser.execute_script(
         "const e = document.querySelector(arguments[0]);"
         "if (e.type === 'checkbox') e.checked = arguments[1]; else e.value = arguments[1];"
@@ -114,7 +121,7 @@ def enter(browser, selector, value):
 
 
 def settle(browser):
-    """Waits until what is due on the screen is drawn."""
+    """Waits until the browser has drawn what is pending."""
     browser.execute_async_script(
         "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 50)))"
     )
@@ -158,13 +165,13 @@ def test_every_column_sorts_up_and_down_with_nothing_last(opened):
 
 
 def test_seeds_are_a_row_with_mean_and_deviation_that_unfolds(opened):
-    assert (
-        column(opened, "seed").count("0") == 2
-    )  # the two that have no second seed; a third cannot be read
+    # two of the odd runs have no second seed, and the damaged one cannot be read
+    assert column(opened, "seed").count("0") == 2
     means = [text for text in column(opened, FIGURE) if "±" in text]
     assert means[0] == "41.5 ± 0.71"
     before = len(column(opened, "seed"))
-    opened.find_element("css selector", "#rows .fold").send_keys(" ")  # by keyboard, which stays
+    # a key press must keep the focus
+    opened.find_element("css selector", "#rows .fold").send_keys(" ")
     settle(opened)
     assert len(column(opened, "seed")) == before + 2
     assert opened.execute_script("return document.activeElement.className") == "fold"
@@ -189,10 +196,10 @@ def test_picked_rows_are_what_curves_pictures_and_runs_show(opened):
     show(opened, "#curves")
     drawn = "return [...new Set(document.querySelector('#panels .chart').data.flatMap(t => t.customdata || []))].filter(r => r !== null)"
     enter(opened, "#band", False)
-    assert len(opened.execute_script(drawn)) == 14  # half a run has no curve
+    assert len(opened.execute_script(drawn)) == 14  # the damaged run has no curve
     enter(opened, "#together", False)
     box = opened.find_element("css selector", "#rows tbody tr:nth-child(2) input")
-    box.send_keys(" ")  # by keyboard, which stays where it is
+    box.send_keys(" ")  # a key press must keep the focus
     settle(opened)
     assert opened.execute_script("const a = document.activeElement; return [a.type, a.checked]") == ["checkbox", True]  # fmt: skip
     assert len(opened.execute_script(drawn)) == 1
@@ -218,12 +225,13 @@ def test_hovering_a_curve_names_the_run_and_the_value_and_marks_its_row(opened):
     label, value = opened.execute_script("const curve = panels[0].curves.get(arguments[0]); return [RUNS[arguments[0]].label, curve.y[3]]", marked)  # fmt: skip
     assert label[:40] in said
     assert f"step 40{value:.5g}" in said
+    # every visible panel marks the curve
     assert (
         opened.execute_script(
             "return panels.filter(panel => panel.visible && !panel.over.firstChild).length"
         )
         == 0
-    )  # in each panel
+    )
 
 
 def test_curves_over_cost_smoothed_and_in_bands(opened):
@@ -231,14 +239,14 @@ def test_curves_over_cost_smoothed_and_in_bands(opened):
     x = "return document.querySelector('#panels .chart').data.flatMap(t => t.x).filter(v => v !== null)"
     assert max(opened.execute_script(x)) == 410
     enter(opened, "#over", "seconds")
-    assert max(opened.execute_script(x)) == pytest.approx(4.0)  # hours: 36 s a step
+    assert max(opened.execute_script(x)) == pytest.approx(4.0)  # hours: 36 s per step
     assert "have no costs.jsonl" in opened.find_element("id", "curves-said").text
     enter(opened, "#over", "flops")
     assert max(opened.execute_script(x)) == pytest.approx(4e11)
     enter(opened, "#smoothing", 20)
     enter(opened, "#log-x", True)
     fills = opened.execute_script("return document.querySelector('#panels .chart').data.filter(t => t.fill === 'toself').length")  # fmt: skip
-    assert fills == 2  # learning rates that have costs and seeds
+    assert fills == 2  # one per learning rate with costs and several seeds
 
 
 def test_a_setting_against_a_figure_in_three_ways(opened):
@@ -255,12 +263,13 @@ def test_a_setting_against_a_figure_in_three_ways(opened):
     z = opened.execute_script(f"{chart} return c.data[0].z")
     assert z[0][0] == pytest.approx(41.5)
     enter(opened, "#view", "parallel")
+    # one line per run, also where a setting is missing
     assert (
         opened.execute_script(
             f"{chart} return c.data.flatMap(t => t.x).filter(v => v === 0).length"
         )
         == 13
-    )  # a line a run, missing settings too
+    )
 
 
 def test_the_slider_shows_earlier_previews_with_one_noise_in_each_column(opened):
@@ -288,9 +297,8 @@ def test_a_run_opens_with_its_history_and_nothing_of_it_is_html(opened):
         == 0
     )
     opened.execute_script("const more = document.createElement('script'); more.textContent = \"document.title = 'ran'\"; document.body.append(more)")  # fmt: skip
-    (refused,) = opened.get_log(
-        "browser"
-    )  # by the page's policy, had something got in all the same
+    # had a script got in all the same, the page's policy would refuse it
+    (refused,) = opened.get_log("browser")
     assert "Content Security Policy" in refused["message"]
 
 
@@ -314,7 +322,7 @@ def test_few_runs_are_a_page_too(browser, run_folder, tmp_path, count):
     browser.get_log("browser")
     browser.get(made(tmp_path, tmp_path / "r.html").as_uri())
     show(browser, "#settings")
-    assert len(column(browser, "steps")) == 1  # or one row of seeds
+    assert len(column(browser, "steps")) == 1  # several seeds share one row
     assert browser.get_log("browser") == []
 
 

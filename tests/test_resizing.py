@@ -1,4 +1,7 @@
-"""Pictures are resized as a published set was; what was done before there was a choice stays the same bits, folder and run."""
+"""Pictures are resized as the makers of published sets did.
+
+The default still gives the pixels, folders and runs from before there was a choice.
+"""
 
 import hashlib
 import io
@@ -22,7 +25,7 @@ def picture(height: int, width: int) -> np.ndarray:
 
 
 def decoded(image: np.ndarray, size: int, resize: str, crop: str = "center") -> np.ndarray:
-    """(size, size, 3) of what a PNG of the image becomes."""
+    """Encodes an image as PNG and returns the decoded (size, size, 3) pixels."""
     out = io.BytesIO()
     Image.fromarray(image).save(out, "PNG")
     found = Decoding(size, size, 3, crop, "white", resize=resize)(out.getvalue())
@@ -30,7 +33,7 @@ def decoded(image: np.ndarray, size: int, resize: str, crop: str = "center") -> 
 
 
 def halved(image: np.ndarray) -> np.ndarray:
-    """Means of 2x2 pixels: of two in a row, then of two of these, each as a whole level."""
+    """Means of 2x2 pixels: of pairs in a row, then of two such means, each rounded to a level."""
     across = (image[:, 0::2].astype(int) + image[:, 1::2] + 1) // 2
     return (across[0::2] + across[1::2] + 1) // 2
 
@@ -51,17 +54,20 @@ def test_lanczos_cuts_whole_pixels_and_then_resizes_as_stylegan2s_tool_does():
 
 
 def test_box_is_the_mean_of_the_pixels_covered_and_cuts_after_it():
-    """96x64 at a quarter is 24x16, of which 4 columns go on each side."""
+    """96x64 becomes 24x16, and the crop removes 4 columns on each side."""
     image = picture(64, 96)
     means = image.reshape(16, 4, 24, 4, 3).astype(float).mean(axis=(1, 3))[:, 4:20]
-    assert np.abs(decoded(image, 16, "box") - means).max() <= 1  # rounded once a direction
+    assert np.abs(decoded(image, 16, "box") - means).max() <= 1  # one rounding per direction
 
 
 def test_box_bicubic_halves_while_it_can_as_openais_center_crop_does():
-    """72x64 halved twice is 18x16; bicubic at the same size changes nothing, and a column goes on each side."""
+    """72x64 halved twice is 18x16, and the crop removes one column on each side.
+
+    Bicubic resizing to the same size changes nothing.
+    """
     image = picture(64, 72)
     assert np.array_equal(decoded(image, 16, "box_bicubic"), halved(halved(image))[:, 1:17])
-    image = picture(31, 40)  # less than twice as large: bicubic alone
+    image = picture(31, 40)  # less than twice the size: only bicubic
     whole = Image.fromarray(image).resize((round(40 * 16 / 31), 16), Image.Resampling.BICUBIC)
     assert np.array_equal(decoded(image, 16, "box_bicubic"), np.asarray(whole)[:, 2:18])
 

@@ -1,4 +1,7 @@
-"""A run that was cut off ends with the bytes of one that was not, whatever the network, the precision and the optimizer."""
+"""An interrupted run ends with the same bytes as an uninterrupted one.
+
+That holds for every network, precision and optimizer.
+"""
 
 import psutil
 import pytest
@@ -18,7 +21,7 @@ FAMILIES = {
     "learned timesteps": [
         *("model.base_channels=8", "model.norm_groups=4", "model.channel_multipliers=[1,2]"),
         *("model.attention_resolutions=[8]", "training.conditional=true"),
-        # few, so that what was learned comes into play
+        # few timesteps, so that the learned probabilities come into use
         *("objective.timestep_sampling=loss_second_moment", "schedule.num_timesteps=2"),
     ],
     "ddpm": ["model=unet32", *SMALL],
@@ -34,7 +37,7 @@ def trained(*overrides):
 
 @pytest.mark.parametrize(
     ("family", "precision"),
-    # each network once, of the plain ones and of those with classes one in each precision
+    # each network once; one with classes in each precision
     [("learned timesteps", "bf16"), ("ddpm", "fp32"), ("improved", "fp32"), ("adm", "bf16")],
 )
 def test_cut_off_and_carried_on_is_the_same_run(tmp_path, family, precision):
@@ -52,7 +55,7 @@ def test_cut_off_and_carried_on_is_the_same_run(tmp_path, family, precision):
     preview = (run.samples / "step_00000004.png").read_bytes()
     (run.samples / "step_00000004.png").unlink()
     run.update(status="running", step=2)
-    last.mkdir()  # half written, as the last line
+    last.mkdir()  # half-written, like the last line of metrics.jsonl
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "tra')
 

@@ -1,4 +1,4 @@
-"""resume=DIR: a run goes on in its own folder with other values, and says so."""
+"""resume=DIR continues a run in its own folder with other values, and says so."""
 
 import json
 import re
@@ -50,13 +50,13 @@ def test_a_stretched_cosine_says_where_the_rate_jumps(command, tiny, tmp_path):
     run = command(*tiny, *cosine, f"outputs={tmp_path}")
     assert not [note for note in notes_of(run) if "jumps" in note]
     command(f"resume={run}", "training.steps=12")
-    # (1 + cos(5 pi / 6)) / 2 of the rate, and (1 + cos(pi / 2)) / 2
+    # of the learning rate: (1 + cos(5 pi / 6)) / 2, then (1 + cos(pi / 2)) / 2
     assert "the learning rate jumps from 6.7e-05 to 0.0005 after step 6" in notes_of(run)
 
 
 @pytest.fixture(scope="module")
 def begun(tiny, tmp_path_factory):
-    """A run of 6 steps, and the weights after two more without a change."""
+    """A run of 6 steps, and its weights after two more steps with nothing changed."""
     outputs = tmp_path_factory.mktemp("begun")
     run = train(compose([*tiny, "schedule.num_timesteps=2", f"outputs={outputs}"])).path
     plain = shutil.copytree(run, outputs / "plain")
@@ -75,12 +75,12 @@ def begun(tiny, tmp_path_factory):
         "training.batch_size=16",
         "training.precision=bf16",
         "objective.loss=min_snr",
-        # what was learned comes into play after ten losses of each timestep
+        # importance sampling starts after ten losses per timestep
         "objective.timestep_sampling=loss_second_moment training.batch_size=64",
     ],
 )
 def test_what_resume_changes_takes_effect(begun, tmp_path, override):
-    """A setting that is written down and not heeded would be a wrong number in silence."""
+    """A setting that is recorded but ignored would silently give wrong numbers."""
     run, plain = begun
     copy = shutil.copytree(run, tmp_path / "copy")
     train(compose([f"resume={copy}", "training.steps=8", *override.split()]))
@@ -110,7 +110,7 @@ def test_resumed_with_nothing_new_a_complete_run_stays_as_it_is(command, capsys)
         "model.base_channels=16",
         "model.dropout=0.2",
         "training.steps=2",
-        "seed=7",  # no step more
+        "seed=7",  # trains no further step
         "optimizer.lr=1e-5",
         "objective.prediction=v",
         "objective.variance=fixed_large",

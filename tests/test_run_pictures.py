@@ -1,4 +1,4 @@
-"""The pictures belong to the run: others are another run, the same elsewhere are the same."""
+"""A run's identity includes its pictures: others make another run, moved ones the same run."""
 
 import json
 import os
@@ -25,7 +25,7 @@ NAMES = ["a/1.png", "a/2.png", "b/1.png", "b/2.png"]
 
 @pytest.fixture
 def words(tmp_path, tiny):
-    """Settings of a run of one step on a folder."""
+    """The settings of a one-step run on a folder of pictures."""
 
     def make(place, *more):
         return [
@@ -42,7 +42,7 @@ def files_of(path: Path) -> dict[Path, bytes]:
 
 
 def repaint(file: Path, level: int) -> None:
-    """Other pixels in a file of the same size and times."""
+    """Changes a file's pixels but not its size and times."""
     before = file.stat()
     size = before.st_size
     Image.new("RGB", (12, 10), (level, level, level)).save(file, compress_level=0)
@@ -52,7 +52,7 @@ def repaint(file: Path, level: int) -> None:
 
 @pytest.fixture
 def plain(tmp_path):
-    """Files that are all of one size."""
+    """Makes a folder of files that all have the same size."""
 
     def make(place, level=0):
         for number, name in enumerate(NAMES):
@@ -186,7 +186,7 @@ def test_what_only_shows_a_configuration_reads_no_picture(typed, plain, words, t
 
 
 def aged(place: Path) -> None:
-    """Waits until the files are old enough for their digests to be kept."""
+    """Waits until the files are old enough for their digests to be cached."""
     newest = max(file.stat().st_ctime_ns for file in place.rglob("*"))
     time.sleep(max(0.0, (newest + listing.SETTLED - time.time_ns()) / 1e9) + 0.05)
 
@@ -205,11 +205,11 @@ def test_digests_are_kept_until_a_file_changes(plain, tmp_path, monkeypatch):
 
     first, names = fingerprint()
     assert names == NAMES
-    assert fingerprint() == (first, NAMES)  # too young to be trusted
+    assert fingerprint() == (first, NAMES)  # too recently changed to trust the cache
     aged(place)
     assert fingerprint() == (first, NAMES)
     assert fingerprint() == (first, [])
-    repaint(place / "b/1.png", 50)  # size and mtime as before
+    repaint(place / "b/1.png", 50)  # same size and mtime
     second, names = fingerprint()
     assert (second != first, names) == (True, ["b/1.png"])
     aged(place)
@@ -245,7 +245,7 @@ def test_rows_of_a_table_are_read_again_only_if_it_changed(tmp_path):
     kept = next((tmp_path / "cache" / "digests").glob("*.json"))
     known = json.loads(kept.read_text())
     assert len(known["digests"]) == 3 * 64
-    known["labels"] = [1, 1, 1]  # what is kept is used
+    known["labels"] = [1, 1, 1]  # shows whether the cache is used
     kept.write_text(json.dumps(known))
     assert fingerprint() != first
     write(20)
@@ -351,6 +351,6 @@ def test_the_source_that_named_a_run_is_the_one_that_it_trains_on(plain, words, 
     assert begun.config.pictures == begun.source.listing.fingerprint
     looked.clear()
     run(words(plain("set")))
-    assert len(looked) == 1  # one look a start
+    assert len(looked) == 1  # one look per start
     run(words(plain("set")))
-    assert len(looked) == 2  # also where it is complete
+    assert len(looked) == 2  # also for a complete run

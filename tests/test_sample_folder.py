@@ -1,4 +1,4 @@
-"""Many images into a folder: the same bytes however it was cut up or cut off."""
+"""Many images in a folder have the same bytes however the work was split or interrupted."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_a_folder_of_another_protocol_is_refused(tmp_path):
 
 
 def test_of_two_protocols_at_once_one_claims_the_folder(tmp_path):
-    """One process a protocol, all set off by one pipe."""
+    """Six processes with one protocol each, all released by the same pipe."""
     ready, go = os.pipe()
     children = []
     for seed in range(6):

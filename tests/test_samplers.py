@@ -1,4 +1,4 @@
-"""Samplers, by an exact denoiser: for Gaussian data each is a linear map that is known in closed form."""
+"""Samplers with an exact denoiser: on Gaussian data each is a known linear map."""
 
 import functools
 import itertools
@@ -23,7 +23,7 @@ def gaussian_denoiser(std):
 
 
 def test_ancestral_reproduces_mean_and_spread_of_gaussian_data():
-    """Every element is a chain of its own; 40,000 of them."""
+    """Each of the 40,000 elements is a chain of its own."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(t):
@@ -54,7 +54,7 @@ def test_ancestral_returns_the_constant_of_constant_data_whatever_the_noise():
 
 @pytest.mark.parametrize("num_steps", [10, 50, 1000])
 def test_ddim_is_the_closed_form_linear_map_on_gaussian_data(num_steps):
-    """Each step multiplies x by (abar' ratio) written out for the exact denoiser; the product of the steps is the map."""
+    """With the exact denoiser, each step multiplies x by a known factor; the map is the product."""
     steps = spaced_timesteps(ABAR, num_steps, "linear")
     gain = 1.0
     for t, following in zip(steps, [*(ABAR[t].item() for t in steps[1:]), 1.0], strict=True):
@@ -110,7 +110,7 @@ def test_ddim_at_eta_1_has_the_golden_sigma_and_is_ancestral_of_fixed_small(t, f
 def test_a_fixed_variance_can_be_typed_for_a_network_that_learned_one():
     x, one = torch.zeros_like(ONE), ONE
 
-    def denoise(x_t, t):  # what the network says of its variance would be 3
+    def denoise(x_t, t):  # the network itself would say a variance of 3
         return Denoised(
             torch.zeros_like(x_t) if t[0] == 500 else x_t, torch.zeros_like(x_t), 3 * one
         )
@@ -146,7 +146,7 @@ def test_learned_range_reaches_from_the_posterior_variance_to_beta():
 
 
 def same_weights():
-    """A network with enough structure to tell samplers apart: smooth in x and t, no training needed."""
+    """A smooth function of x and t that tells samplers apart without training."""
     return lambda x, t: torch.tanh(x * (0.5 + t.reshape(-1, 1, 1, 1) / 2000)) + 0.1 * x.roll(1, -1)
 
 
@@ -169,7 +169,8 @@ def test_ddim_equals_diffusers(clip):
     ours = ddim(
         process.denoiser(same_weights(), clip=clip), x, process.alphas_cumprod, steps, no_noise
     )
-    for t in steps:  # with clip, diffusers re-derives the noise from the clipped image only if it is told to, as we always do
+    # with clip, diffusers re-derives the noise from the clipped image only on request; we always do
+    for t in steps:
         x = theirs.step(
             same_weights()(x, torch.full((2,), t)), t, x, use_clipped_model_output=clip
         ).prev_sample
@@ -178,7 +179,10 @@ def test_ddim_equals_diffusers(clip):
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_ancestral_equals_diffusers(variance):
-    """Step by step from the same x_t, so that errors do not add up; diffusers draws its own noise, so each draw is seeded and repeated."""
+    """Compares single steps from the same x_t, so that errors do not add up.
+
+    diffusers draws its own noise, so each draw is seeded and repeated for ours.
+    """
     from diffusers import DDPMScheduler
 
     process = GaussianDiffusion(schedules.linear(1000, 1e-4, 0.02))
@@ -210,7 +214,11 @@ def test_ancestral_equals_diffusers(variance):
 
 
 def error_of(sampler, abar, variance):
-    """Relative, from the noisiest timestep to the last, along the probability-flow ODE: there x / sqrt(variance of x_t) is constant. All then step to the image by x0_hat, which is known."""
+    """A sampler's relative error along the probability-flow ODE.
+
+    From the noisiest timestep to the last, x / sqrt(variance of x_t) is constant on the exact path.
+    Then every sampler steps to the image by x0_hat, which is known.
+    """
     of_x_t = abar * variance + 1 - abar
     exact = (of_x_t[0] / of_x_t[-1]).sqrt() * abar[0].sqrt() * variance / of_x_t[0]
     timesteps = list(range(len(abar) - 1, -1, -1))
@@ -221,7 +229,7 @@ def error_of(sampler, abar, variance):
 @pytest.mark.parametrize("variance", [0.5**2, ONE_COLOUR])
 @pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (heun, 2), (dpm_solver_pp, 2)])
 def test_errors_fall_with_the_order_as_steps_double(sampler, order, variance):
-    """From one start, sigma = 157, with a timestep wherever a step wants one."""
+    """Starts at sigma = 157, with timesteps exactly where the steps need them."""
 
     def error(num_steps):
         sigmas = torch.logspace(-2, math.log10(157), num_steps + 1, dtype=torch.float64)
@@ -234,7 +242,7 @@ def test_errors_fall_with_the_order_as_steps_double(sampler, order, variance):
 
 @pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (heun, 2), (dpm_solver_pp, 2)])
 def test_errors_fall_with_the_order_from_pure_noise_too(sampler, order):
-    """Evenly in the angle, sigma = tan(angle), which ends at pi / 2."""
+    """The steps are even in the angle atan(sigma), up to pi / 2."""
 
     def error(num_steps):
         angles = torch.linspace(0.1, math.pi / 2, num_steps + 1, dtype=torch.float64)
@@ -246,7 +254,7 @@ def test_errors_fall_with_the_order_from_pure_noise_too(sampler, order):
 
 
 def test_a_predicted_mean_is_believed_on_the_whole_chain_and_rebuilt_on_a_shorter_one():
-    """Ho et al.'s p_sample with "xprev": the mean is the network's, and only the image is clipped."""
+    """With Ho et al.'s "xprev", the network gives p_sample's mean; only the image is clipped."""
     process = GaussianDiffusion(schedules.linear(1000, 1e-4, 0.02), "mean", "fixed_large")
     betas, generator = process.betas, torch.Generator().manual_seed(0)
     draws = torch.randn(1000, 1, 3, 4, 4, generator=generator, dtype=torch.float64)
@@ -264,12 +272,12 @@ def test_a_predicted_mean_is_believed_on_the_whole_chain_and_rebuilt_on_a_shorte
     drawn = sampler.walk(model, process, start, sampler.timesteps(process), lambda t: draws[t])
     torch.testing.assert_close(drawn, x.clamp(-1, 1), rtol=1e-12, atol=1e-12)
 
-    short = [600, 300]  # the network knows no mean of x_300 given x_600
+    short = [600, 300]  # the network predicts no mean of x_300 given x_600
     x, abar = start, process.alphas_cumprod
     for t, before in ((600, abar[300]), (300, torch.ones(()))):
         beta_t, of_t, of_before = betas[t], abar[t], abar[t - 1]
         x0 = model(x, torch.tensor([t])) - (1 - beta_t).sqrt() * (1 - of_before) / (1 - of_t) * x
-        x0 = (x0 * (1 - of_t) / (of_before.sqrt() * beta_t)).clamp(-1, 1)  # Eq. 7 for x0
+        x0 = (x0 * (1 - of_t) / (of_before.sqrt() * beta_t)).clamp(-1, 1)  # Eq. 7 solved for x0
         beta = 1 - of_t / before
         x = (
             before.sqrt() * beta / (1 - of_t) * x0

@@ -1,4 +1,4 @@
-"""An image is a function of the run, its number and its class alone."""
+"""An image depends only on the run, its number and its class."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from ddpm.sample.drawing import Drawing
 
 
 class Net(nn.Module):
-    """Runs out of memory with more than `room` images."""
+    """A network that runs out of memory with more than `room` images."""
 
     def __init__(self, room):
         super().__init__()

@@ -12,7 +12,8 @@ def test_an_exchange_that_the_backward_pass_hides_costs_nothing():
 
 
 def test_what_it_does_not_hide_is_waited_for():
-    # 4 devices, 10 images each at 100 images/s: 0.1 s, two thirds of it backward; 2 * 3/4 * 1 GB at 10 GB/s: 0.15 s
+    # 4 devices with 10 images each at 100 images/s: 0.1 s, two thirds of it backward;
+    # the exchange of 2 * 3/4 * 1 GB at 10 GB/s: 0.15 s
     assert expected_speed(100.0, 4, 40, 10**9, 1e10) == pytest.approx(
         40 / (0.1 + 0.15 - 0.1 * 2 / 3)
     )

@@ -1,4 +1,8 @@
-"""Learned searches (hydra/sweeper=optuna): a job that diverges ends none, one typed again trains nothing twice, and it goes by the right figure."""
+"""Learned searches (hydra/sweeper=optuna).
+
+A diverging job does not end the search, a search typed again trains nothing twice, and the search
+goes by the right figure.
+"""
 
 import json
 import signal
@@ -16,7 +20,7 @@ OPTUNA = ["-m", "hydra/sweeper=optuna"]
 
 
 def runs_of(outputs):
-    """Learning rate and run.json of each run."""
+    """Maps each run's learning rate to its run.json."""
     return {
         yaml.safe_load((file.parent / "config.yaml").read_text())["optimizer"]["lr"]: json.loads(
             file.read_text()
@@ -26,7 +30,7 @@ def runs_of(outputs):
 
 
 def rows(done):
-    """The table's lines under its head, and the line below."""
+    """The table's rows without its header, and the line below the table."""
     *table, best = done.out.split("\n\n")[-1].splitlines()[1:]
     return table, best
 
@@ -63,7 +67,7 @@ def test_a_diverging_job_ends_no_search_and_typed_again_it_goes_on_from_its_runs
 
 @pytest.fixture
 def search(tmp_path, monkeypatch, capsys):
-    """Search over the seed with a job of one's own; the exit code, what is printed, and the seeds in order."""
+    """Searches over the seed with a custom job; returns exit code, output and seeds in order."""
 
     def call(*words, stops_at=None, direction="maximize", scored=True):
         seeds = []
@@ -115,7 +119,7 @@ def test_a_search_with_a_storage_goes_on_from_it(search, tmp_path):
     _, _, first = search(*words, "hydra.sweeper.n_trials=3")
     _, _, second = search(*words, "hydra.sweeper.n_trials=3")
     assert len(first) == len(second) == 3
-    assert first != second  # as one without a storage would repeat
+    assert first != second  # without a storage, both would be the same
     found = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())
     assert found["best_value"] == max(first + second)
 

@@ -1,4 +1,7 @@
-"""What others wrote is data: run folders, recipes, weights and data sets run no code, read no file outside of them, and open no door."""
+"""Run folders, recipes, weights and data sets of others are data.
+
+They run no code, read no file outside themselves, and open no port.
+"""
 
 import ast
 import functools
@@ -48,13 +51,13 @@ TARGETS = [
         ".os.system",
         "ddpm.models..unet.UNet",
         "ddpm.models.unet.__builtins__.exec",
-    ),  # no dotted names
+    ),  # malformed dotted names
     *(
         "ddpm.config.build.torch.hub.load",
         "ddpm.config.cli.os.system",
         "ddpm.models.unet.torch.hub.load",
         "torch.optim.adam.torch.hub.load",
-    ),  # only passing through
+    ),  # reached through another module
     *(
         "ddpm.data.sources.partial",
         "ddpm.diffusion.Tensor",
@@ -65,7 +68,7 @@ TARGETS = [
         "ddpm.config.build.instantiate",
         "ddpm.system.files.write_whole",
         "ddpm.evaluate.features._fetch",
-    ),  # our own, but no part of a run
+    ),  # ours, but no part of a run
     *(
         "ddpm.train.run.run",
         "ddpm.sample.run.run",
@@ -88,7 +91,7 @@ REFUSED = "is not trusted|is not a public dotted name|cannot be imported"
 
 @pytest.fixture
 def stranger(tmp_path, monkeypatch):
-    """A module that leaves a trace when it is imported, and the file that is then there."""
+    """A module that creates a file when it is imported; the value is that file's path."""
     trace = tmp_path / "trace"
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "stranger.py").write_text(f"open({str(trace)!r}, 'w')\n")
@@ -99,7 +102,7 @@ def stranger(tmp_path, monkeypatch):
 
 @pytest.fixture
 def copy(run_folder, tmp_path):
-    """A copy of a run's folder, to be tampered with."""
+    """A copy of a run's folder to tamper with."""
     return RunFolder(shutil.copytree(run_folder, tmp_path / "run"))
 
 
@@ -175,7 +178,7 @@ def test_a_recipe_names_nothing_that_would_be_called(complaint, recipe, stranger
     ],
 )
 def test_a_recipe_does_not_reach_for_hydra_or_other_files(complaint, recipe, stranger, text):
-    """Hydra calls its own settings' classes before the configuration can be checked."""
+    """Hydra instantiates its own settings' classes before the configuration can be checked."""
     assert "trial.yaml cannot be used" in complaint(recipe(text))
     assert not stranger.exists()
 
@@ -215,7 +218,7 @@ def test_a_run_folder_cannot_ask_for_the_environment(copy, key):
 
 @pytest.mark.parametrize("name", ["state.pt", "model.safetensors", "ema.safetensors"])
 def test_a_pickle_in_place_of_a_checkpoints_file_is_left_unread(copy, tmp_path, name):
-    """Checksums and all."""
+    """The checksums match, too."""
     found = checkpoint.find(copy.checkpoints)
     (found.folder / name).write_bytes(
         pickle.dumps({"conv_in.weight": Payload(tmp_path / "trace")}, protocol=2)
@@ -307,7 +310,10 @@ def test_a_hub_data_sets_name_is_no_path(repo):
 
 @pytest.fixture(scope="module")
 def artefacts(tmp_path_factory, tiny):
-    """A folder of all that a run, its samples and its export wrote, made where the user's umask is 0o027 and nothing may listen."""
+    """Everything that a run, its samples and its export wrote.
+
+    The umask is 0o027, and no socket may bind or listen.
+    """
     root = tmp_path_factory.mktemp("artefacts")
 
     def listen(*arguments):
@@ -343,7 +349,7 @@ def run(patch: pytest.MonkeyPatch, main, *overrides: str) -> None:
 
 
 def test_nothing_listens_while_a_run_is_made(artefacts):
-    """The socket of `artefacts` refuses to."""
+    """In `artefacts`, a socket that binds or listens raises an error."""
     assert (artefacts / "exported" / "model_index.json").is_file()
 
 

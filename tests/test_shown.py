@@ -1,4 +1,7 @@
-"""What is printed, logged and written is what it says: names of others hide nothing, and mean nothing to what shows them."""
+"""Texts of others hide nothing when they are printed, logged or written.
+
+Nor do they mean anything to what shows them, such as a terminal, a spreadsheet or Markdown.
+"""
 
 import csv
 import io

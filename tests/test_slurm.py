@@ -1,7 +1,8 @@
-"""Slurm: when a job ends, whether it is preempted, what srun starts is a group, and a stopped job is queued again.
+"""Slurm: when a job ends, whether it is preempted, srun's process group, and requeued jobs.
 
-Below, and with `-m slurm` only, the scripts and submitit run on a real Slurm. It has to see the folder of the tests (--basetemp=), and lets
-its user change a partition and a job's StartTime: DDPM_SLURM_PARTITION and DDPM_SLURM_URGENT name two, of which the second preempts the first.
+The last tests run only with `-m slurm` and use the scripts and submitit on a real Slurm. It must
+see the tests' folder (--basetemp=) and let its user change a partition and a job's StartTime.
+DDPM_SLURM_PARTITION and DDPM_SLURM_URGENT name two partitions; the second one preempts the first.
 """
 
 import os
@@ -32,7 +33,7 @@ RUNNING = "JobId=7 JobName=a b\n   JobState=RUNNING Reason=None Dependency=(null
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """Put a command of that name first on PATH, which prints a text; and take Slurm's variables away."""
+    """Puts a command that prints a text first on PATH, and removes Slurm's variables."""
     for name in os.environ:
         if name.startswith(("SLURM_", "SUBMITIT_", "TORCHELASTIC_")) or name == "WORLD_SIZE":
             monkeypatch.delenv(name)
@@ -120,7 +121,7 @@ def test_what_srun_starts_without_torchrun_is_a_group(command, monkeypatch, more
         "MASTER_ADDR",
         "MASTER_PORT",
     ):
-        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.setenv(name, "")  # makes monkeypatch restore it afterwards
         monkeypatch.delenv(name)
     for name, value in {**{f"SLURM_{name}": value for name, value in said.items()}, **more}.items():
         monkeypatch.setenv(name, value)
@@ -129,9 +130,8 @@ def test_what_srun_starts_without_torchrun_is_a_group(command, monkeypatch, more
     assert os.environ["WORLD_SIZE"] == "6"
     port = os.environ["MASTER_PORT"]
 
-    monkeypatch.setenv(
-        "SLURM_PROCID", "0"
-    )  # the others get the same place to meet at, another step another
+    # the other ranks get the same port, another step gets another
+    monkeypatch.setenv("SLURM_PROCID", "0")
     for step, same in (("0", True), ("1", False)):
         monkeypatch.setenv("SLURM_STEP_ID", step)
         monkeypatch.delenv("WORLD_SIZE")
@@ -166,7 +166,7 @@ def test_one_task_and_torchruns_processes_stay_what_they_are(command, monkeypatc
             f"{RUNNING}\n   PreemptTime=2026-11-26T13:36:02".replace("RUNNING", "COMPLETING"),
             False,
             False,
-        ),  # cancelled meanwhile
+        ),  # canceled meanwhile
         (
             RUNNING.replace("RUNNING", "COMPLETING").replace("Restarts=0", "Restarts=1"),
             False,
@@ -226,7 +226,10 @@ def ended(folder: Path, name: str, outcome: Outcome) -> None:
 def test_all_jobs_are_waited_for_and_the_folder_tells_of_one_that_was_killed(
     command, monkeypatch, tmp_path, capsys
 ):
-    """Accounting does not answer; job 26_1 left the queue and no result, 26_2 is never known and ends well."""
+    """Accounting does not answer.
+
+    Job 26_1 left the queue without a result; 26_2 was never seen there and ended well.
+    """
     command("sacct", "Slurm accounting storage is disabled", 1)
     command("squeue", "26_0\n26_3")
     for name in ("LOOK", "ASK", "LATE"):
@@ -279,9 +282,8 @@ def test_ctrl_c_while_jobs_are_waited_for_says_that_they_go_on(
 def test_torchrun_reads_why_one_of_its_processes_ended(command, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     torchrun.leave_word("told to stop: SIGTERM")
-    assert not (
-        tmp_path / "error.json"
-    ).exists()  # torchrun itself may have such a file, for its parent
+    # without torchrun's run id, the file may be torchrun's own, for its parent
+    assert not (tmp_path / "error.json").exists()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     torchrun.leave_word("told to stop: SIGTERM")
     failure = ProcessFailure(
@@ -355,7 +357,7 @@ def until(true, seconds: float, what: str) -> None:
 
 @pytest.fixture
 def asked_for(request):
-    """Skips what needs Slurm where it is not asked for, or not there."""
+    """Skips a test unless -m slurm asks for it and Slurm answers."""
     if "slurm" not in request.config.option.markexpr:
         pytest.skip("-m slurm runs this")
     if not shutil.which("sbatch") or "is UP" not in ask("scontrol", "ping"):
@@ -363,7 +365,7 @@ def asked_for(request):
 
 
 class Job:
-    """A job of experiments/slurm/, of two tasks on a CPU, and its run."""
+    """A job of experiments/slurm/ with two tasks on CPUs, and its run."""
 
     def __init__(
         self, folder: Path, *words: str, script="train.sh", options=(), **environment: str
@@ -416,7 +418,7 @@ class Job:
         )
 
     def goes_on(self) -> None:
-        """It is queued again, begins at once, and carries on to the end."""
+        """Checks that the job is requeued, starts at once, and trains to the end."""
         self.is_in("PENDING")
         assert self.shown("Restarts") == "1"
         ask("scontrol", "update", f"JobId={self.id}", "StartTime=now")
@@ -603,7 +605,7 @@ def test_srun_without_a_script_starts_a_group(asked_for, undisturbed, tmp_path, 
 
 
 class Sweep:
-    """A sweep of two jobs that submitit gives to Slurm."""
+    """A sweep of two jobs that submitit submits to Slurm."""
 
     def __init__(self, folder: Path, *words: str) -> None:
         self.outputs, self.log = folder / "outputs", folder / "log"
@@ -634,7 +636,7 @@ class Sweep:
             )
 
     def says(self, text: str, seconds: float = 90) -> None:
-        """Both jobs say it."""
+        """Waits until both jobs have logged the text."""
         logs = self.outputs / ".submitit"
         until(
             lambda: sum(text in log.read_text() for log in logs.glob("*/*_log.err")) == 2,
@@ -664,7 +666,7 @@ def test_jobs_of_submitit_that_are_preempted_are_queued_again_and_waited_for(
     for number in (0, 1):
         ask("scontrol", "update", f"JobId={sweep.id}_{number}", "StartTime=now")
     code, said = sweep.ends(200)
-    assert (code, said.count("complete")) == (0, 4), said  # a line and a row each
+    assert (code, said.count("complete")) == (0, 4), said  # one line and one row per job
     for log in sweep.outputs.glob(".submitit/*/*_log.out"):
         assert "carrying on from step" in log.read_text()
 

@@ -22,7 +22,10 @@ def encoded(value: int) -> bytes:
 
 
 def write_parquet(path, columns, **features):
-    """A parquet file as the hub serves it, in row groups of 3; features: what the hub notes of a column."""
+    """Writes a parquet file as the Hub serves it, in row groups of 3.
+
+    `features` is what the Hub records about each column.
+    """
     table = pa.table(columns)
     if features:
         table = table.replace_schema_metadata(
@@ -36,7 +39,7 @@ def hub_images(values):
 
 
 def read(source):
-    """(grey level, label) of each item; the counts must be true."""
+    """Returns (gray level, label) of each item and checks the source's counts."""
     found = [list(source.read(shard)) for shard in range(len(source.counts))]
     assert [len(items) for items in found] == source.counts
     images = [
@@ -277,9 +280,10 @@ def test_emoji_are_pictures_of_their_own_most_of_them_coloured():
     assert all(picture.shape == (256, 256, 3) for picture in pictures)
     assert len({picture.tobytes() for picture in pictures}) > 0.99 * len(pictures)
     assert min((picture < 255).any(axis=2).mean() for picture in pictures) > 0.01  # none is blank
+    # symbols are black
     assert (
         np.mean([(picture.max(axis=2) != picture.min(axis=2)).any() for picture in pictures]) > 0.8
-    )  # signs are black
+    )
 
 
 def test_digits_are_the_1797_of_scikit_learn_with_their_values():
@@ -287,9 +291,8 @@ def test_digits_are_the_1797_of_scikit_learn_with_their_values():
     items = list(source.read(0))
     assert len(source) == len(items) == 1797
     assert [item.label for item in items[:3]] == [0, 1, 2]
-    assert (
-        np.asarray(items[0].content)[0] == [0, 0, 80, 207, 143, 16, 0, 0]
-    ).all()  # its 0, 0, 5, 13, 9, 1, 0, 0 of 16
+    # scikit-learn has 0, 0, 5, 13, 9, 1, 0, 0 of 16
+    assert (np.asarray(items[0].content)[0] == [0, 0, 80, 207, 143, 16, 0, 0]).all()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
-"""Which timesteps a chain visits, and that every named sampler starts in noise on every named schedule, or is refused before anything is trained."""
+"""The timesteps that a chain visits.
+
+Every named sampler starts in noise on every named schedule, or is refused before anything is
+trained.
+"""
 
 import functools
 import itertools
@@ -28,7 +32,7 @@ SCHEDULES = sorted(file.stem for file in (CONF / "schedule").glob("*.yaml"))
 
 
 def of_the_original(num_timesteps, counts):
-    """improved-diffusion, respace.py, space_timesteps: the position is a running sum, then rounded."""
+    """improved-diffusion's space_timesteps (respace.py), which rounds a running sum."""
     chosen, start = set(), 0
     for index, count in enumerate(counts):
         size = num_timesteps // len(counts) + (index < num_timesteps % len(counts))
@@ -72,7 +76,7 @@ def test_more_steps_than_timesteps_are_refused():
 
 @pytest.mark.parametrize("count", [10, 20, 50, 100])
 def test_quadratic_is_the_papers_without_the_steps_that_do_nothing(count):
-    """Song et al.'s seq for CIFAR-10, in which 50 and 100 steps name a timestep more than once."""
+    """Song et al.'s seq for CIFAR-10; with 50 and 100 steps it names a timestep more than once."""
     theirs = [int(s) for s in np.linspace(0, np.sqrt(1000 * 0.8), count) ** 2]
     assert spaced_timesteps(ABAR, count, "quadratic") == sorted(set(theirs), reverse=True)
 
@@ -80,7 +84,7 @@ def test_quadratic_is_the_papers_without_the_steps_that_do_nothing(count):
 def test_respacing_has_the_originals_ties_for_every_number_of_steps():
     for count in range(2, 1001):
         assert spaced_timesteps(ABAR, count, "respaced") == of_the_original(1000, [count])
-    assert spaced_timesteps(ABAR, 1, "respaced") == [999]  # theirs is 0, where no noise is left
+    assert spaced_timesteps(ABAR, 1, "respaced") == [999]  # theirs is 0, without any noise
 
 
 @pytest.mark.parametrize(
@@ -96,7 +100,10 @@ def test_sections_are_the_originals(counts):
 
 
 def test_sections_of_their_example():
-    """Of 300 timesteps, the first 100 give 10, the second 15 and the last 20, ends kept."""
+    """Of 300 timesteps, the first 100 give 10, the next 100 give 15 and the last 100 give 20.
+
+    Each section keeps its ends.
+    """
     found = spaced_timesteps(torch.linspace(0.99, 0.01, 300), None, "10,15,20")
     per_section = [[t for t in found if t // 100 == section] for section in range(3)]
     assert [len(section) for section in per_section] == [10, 15, 20]
@@ -175,12 +182,13 @@ def test_a_grid_of_sigmas_takes_distinct_timesteps_however_coarse_the_schedule(s
 
 
 def test_the_grids_are_the_published_ones():
-    """Karras et al. 2022, Eq. 5, N = 18, on a schedule that is fine enough and reaches as far."""
+    """Karras et al. 2022, Eq. 5, N = 18, on a fine schedule of the same range."""
     karras = [80, 57.586, 40.7856, 28.3746, 19.3525, 12.9101, 8.40094, 5.31519, 3.25682, 1.92334, 1.08817, 0.585348, 0.296442, 0.139516, 0.0599473, 0.0229345, 0.00752802, 0.002]  # fmt: skip
     sigmas = torch.from_numpy(np.geomspace(0.002, 80, 20000))
     found = sigmas[spaced_timesteps(1 / (1 + sigmas**2), 18, "edm")]
     np.testing.assert_allclose(found, karras, rtol=5e-4)
-    for most, least in ((80, 0.002), (1000, 0.01)):  # of Lu et al.'s: even, from exp(5.1) at most
+    # Lu et al.'s grid: even in log sigma, from exp(5.1) at most
+    for most, least in ((80, 0.002), (1000, 0.01)):
         sigmas = torch.from_numpy(np.geomspace(least, most, 20000))
         found = sigmas[spaced_timesteps(1 / (1 + sigmas**2), 20, "logsnr")]
         expected = np.linspace(np.log(min(most, np.exp(5.1))), np.log(least), 20)
@@ -204,7 +212,10 @@ def kept_by(settings, diffusion):
 
 
 def ode_keeps(diffusion):
-    """The variance of x_t is 1 where the chain starts, and on the exact path it is the data's."""
+    """The share of the brightness that the exact ODE keeps.
+
+    A chain starts with variance 1, but x_T on the exact path has the noised data's variance.
+    """
     abar = diffusion.alphas_cumprod[-1].item()
     return (abar * ONE_COLOUR + 1 - abar) ** -0.5
 
@@ -231,7 +242,10 @@ def test_second_order_samplers_keep_the_brightness_or_name_the_option_that_does(
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid", "jsd"])
 @pytest.mark.parametrize("sampler", ["dpmpp20", "heun18"])
 def test_pictures_of_one_colour_have_the_colour_that_their_noise_stands_for(sampler, schedule):
-    """As a run draws them: a v network's output, x0_hat held in [-1, 1], 40 pictures of 32x32. The exact path takes noise of mean z / 32 to the brightness z / 2."""
+    """Draws 40 pictures of 32x32 as a run does: v prediction, x0_hat clipped to [-1, 1].
+
+    The exact path maps noise of mean z / 32 to the brightness z / 2.
+    """
     diffusion = process(schedule)
     built = build.sampler(node(sampler), diffusion)
     x = torch.randn(40, 1, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -270,7 +284,8 @@ def test_ddim_works_with_zero_terminal_snr(sampler, schedule):
     built = build.sampler(node(sampler), diffusion)
     timesteps = built.timesteps(diffusion)
     assert timesteps[0] == diffusion.num_timesteps - 1
-    first = timesteps[1]  # the widest step, from x = noise, of first order, loses what follows
+    # the step from pure noise is the widest; being of first order, it keeps at most this share
+    first = timesteps[1]
     lost = (1 + diffusion.alphas_cumprod[first].item() * (ONE_COLOUR - 1)) ** -0.5
     assert 0.5 * lost < kept_by(node(sampler), diffusion) <= lost
 

@@ -1,6 +1,7 @@
-"""A sweep that is told to stop: every job saves, no process is left, the table is printed, and the same command completes it.
+"""A sweep told to stop saves every job, leaves no process behind, and prints its table.
 
-DDPM_TORTURE_KILLS=20 makes the long form; the suite runs a short one.
+The same command then completes it. The suite runs a short form; DDPM_TORTURE_KILLS=20 selects a
+long one.
 """
 
 import json
@@ -32,7 +33,7 @@ def settings(tiny):
 
 
 class Sweep:
-    """A sweep with a process group of its own, as a terminal gives it one."""
+    """A sweep in its own process group, as a terminal starts it."""
 
     def __init__(self, log, *words):
         self.log, self.seen = log, set()
@@ -47,7 +48,7 @@ class Sweep:
             )
 
     def wait(self, ready, limit=120):
-        """Waits until something is so, or the sweep has ended; notes what processes there are."""
+        """Waits for `ready()` or the end of the sweep, and notes the processes it sees."""
         until = time.monotonic() + limit
         while time.monotonic() < until and self.process.poll() is None and not ready():
             try:
@@ -60,11 +61,11 @@ class Sweep:
         os.killpg(self.process.pid, signal.SIGINT)
 
     def end(self):
-        """Its exit code; none of its processes may be there still."""
+        """Waits for the end, checks that no process is left, and returns the exit code."""
         self.wait(lambda: False)
         code = self.process.poll()
         left = [one for one in self.seen if one.is_running() and one.status() != "zombie"]
-        # what Python starts to clear up after the others ends after them
+        # Python starts a process that cleans up after the others and ends after them
         _, left = psutil.wait_procs(left, timeout=2)
         for one in [self.process, *left]:
             one.kill()
@@ -76,7 +77,7 @@ class Sweep:
 
 
 def check_saved(outputs):
-    """No started job has lost a step that it took."""
+    """Checks that no started job has lost a step that it took."""
     for file in outputs.glob("*/*/run.json"):
         run = RunFolder(file.parent)
         assert run.status() in ("preempted", "complete")

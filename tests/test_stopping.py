@@ -1,6 +1,6 @@
-"""Told to stop, a command stops in time wherever it is, and typed again it goes on.
+"""A command told to stop does so in time, wherever it is, and continues when typed again.
 
-tests/test_torture.py sends signals at random instants; here they hit what is rarer.
+tests/test_torture.py sends signals at random instants; here they hit rarer ones.
 """
 
 import json
@@ -74,7 +74,7 @@ def test_the_clock_leaves_time_for_the_longest_call_and_save(monkeypatch):
     clock = Clock(ends=1100.0, why="end")
     clock.saved_in(10.0)
     for _ in range(13):
-        assert clock.up() is None  # 2 * (10 + 5) + 3 seconds before the end at the latest
+        assert clock.up() is None  # time is up 2 * (10 + 5) + 3 s before the end
         now[0] += 5.0
     assert now[0] == 1065.0
     assert clock.up() is None
@@ -83,7 +83,10 @@ def test_the_clock_leaves_time_for_the_longest_call_and_save(monkeypatch):
 
 
 def an_hour_passes():
-    """Has an hour pass, to the clock that stops a run, after so many looks at it (1,797 while digits are decoded)."""
+    """Makes an hour pass for the clock that stops a run, once the run has looked at it 1,850 times.
+
+    Decoding the digits takes 1,797 looks.
+    """
     looks = iter(range(1_000_000))
     signals.time = SimpleNamespace(
         time=lambda: time.time() + (3600 if next(looks) >= 1850 else 0), monotonic=time.monotonic
@@ -127,7 +130,7 @@ def test_told_to_stop_while_pictures_are_decoded_it_ends_and_so_do_its_workers(
 
 
 def drawn(folder):
-    """The images of a folder, by name."""
+    """Maps the name of each image in a folder to its bytes."""
     return {file.name: file.read_bytes() for file in folder.glob("[0-9]*.png")}
 
 
@@ -148,7 +151,7 @@ def test_drawing_that_was_stopped_goes_on_to_the_same_images(typed, run_folder, 
 
 
 def told_at_losses():
-    """Has the process tell itself to stop where the second measure begins."""
+    """Makes the process tell itself to stop where the second metric begins."""
     really = of_data.losses
 
     def losses(*arguments):
@@ -187,7 +190,7 @@ def test_measuring_that_was_stopped_goes_on_to_the_same_figures(typed, run_folde
 
 
 def full_disk():
-    """Has the disk be full once the process is told to stop."""
+    """Makes the disk full once the process is told to stop."""
     really = checkpoint.save_file
 
     def save_file(tensors, file):
@@ -199,7 +202,7 @@ def full_disk():
 
 
 def slow_disk():
-    """Has each sync take its time once the process is told to stop, and says so sooner."""
+    """Slows each sync once the process is told to stop, and shortens the limits to match."""
     really, seconds = files._sync, float(os.environ["SLOW_DISK"])
     saving.SLOW, saving.LIMIT = 0.05, 3.0
 
@@ -212,7 +215,7 @@ def slow_disk():
 
 
 def stopped_with(disk, tiny, tmp_path, **environment):
-    """A run that is told to stop on such a disk, after a checkpoint."""
+    """Trains on such a disk and tells the run to stop after its first checkpoint."""
     words = [*tiny, "training.steps=100000", "runtime.checkpoint_every=3", f"outputs={tmp_path}"]
     process = forked.command(
         "train", *words, "runtime.sample_every=1000000", before=disk, **environment
@@ -252,7 +255,8 @@ def test_a_disk_too_small_for_the_checkpoints_is_said_before_the_first_step(
 ):
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: SimpleNamespace(free=5e9))
     run = RunFolder(tmp_path)
-    saving.look_at_disk(run, keep=3, parameters=50_000_000)  # 4 times 16 bytes each: 3.2 GB
+    # 4 checkpoints of 16 bytes per parameter: 3.2 GB
+    saving.look_at_disk(run, keep=3, parameters=50_000_000)
     assert not caplog.records
     saving.look_at_disk(run, keep=3, parameters=100_000_000)
     assert "runtime.keep_checkpoints" in caplog.text
@@ -260,7 +264,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_said_before_the_first_step(
 
 
 def test_the_first_step_of_a_start_is_given_up_in_the_middle():
-    """It may compile for minutes."""
+    """The first step may spend minutes compiling."""
     accelerator = SimpleNamespace(num_processes=1, process_index=0)
 
     def prepare():

@@ -1,4 +1,4 @@
-"""Studies: a claim's numbers by seed, what follows from them, and that a study carries on."""
+"""Studies: a claim's numbers per seed, what follows from them, and resuming a study."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from ddpm.study.plan import Claim
 
 
 def test_the_interval_of_a_mean_is_students():
-    # t of 2 degrees of freedom at 0.975 is 4.302653 (tables); deviation 1, three numbers
+    # t at 0.975 with 2 degrees of freedom is 4.302653 (tables); three numbers, deviation 1
     found = verdicts.interval([1.0, 2.0, 3.0])
     assert found == pytest.approx((2.0, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6)
     with pytest.raises(ValueError, match="2 seeds or more, got 1"):
@@ -77,7 +77,7 @@ def test_slopes_are_of_the_seed_and_their_sign_is_the_claims():
 
 
 def test_the_best_value_of_a_setting_takes_the_place_of_the_measure():
-    # best at batch 1: lr 1; at batch 4: lr 4
+    # the best lr is 1 at batch 1, and 4 at batch 4
     values = {(1, 1): 0.5, (1, 4): 2.0, (4, 1): 3.0, (4, 4): 1.0}
     cells = [cell(0, value, batch=batch, lr=lr) for (batch, lr), value in values.items()]
     found = figures.tried(claim(best="lr", rises_with="batch"), cells)
@@ -120,7 +120,7 @@ TOY = {
 
 
 def test_a_study_runs_its_lines_and_typed_again_only_what_is_missing(ddpm, tmp_path):
-    """Each command line takes seconds to start, so nothing is measured here."""
+    """Each command takes seconds to start, so this study evaluates nothing."""
     file, to = tmp_path / "toy.yaml", tmp_path / "page"
     file.write_text(yaml.safe_dump({**TOY, "evaluate": [], "claims": TOY["claims"][1:]}))
     words = [str(file), f"outputs={tmp_path / 'runs'}", f"study.to={to}", "study.jobs=1"]
@@ -130,7 +130,7 @@ def test_a_study_runs_its_lines_and_typed_again_only_what_is_missing(ddpm, tmp_p
     found = json.loads((to / "toy.json").read_text())
     assert list(found["claims"][0]["numbers"]) == ["0", "1", "2"]
     assert len({one["run"] for one in found["cells"]}) == 6
-    # the numbers are those of the runs' own files: log_every=1, so the mean over the later half
+    # the runs' own files have the same numbers: log_every=1, so the mean over the later half
     for one in found["cells"]:
         lines = (tmp_path / one["run"] / "metrics.jsonl").read_text().splitlines()
         norms = [json.loads(line)["train/grad_norm"] for line in lines if "grad_norm" in line]
@@ -141,7 +141,7 @@ def test_a_study_runs_its_lines_and_typed_again_only_what_is_missing(ddpm, tmp_p
     assert found["claims"][0]["verdict"] in page
     assert (to / "toy.png").is_file()
 
-    # typed again nothing is trained; one more seed trains that alone
+    # typed again with one more seed, the study trains only that seed
     more = ddpm("study", *words, "study.seeds=4")
     assert more.code == 0, more.err
     (line,) = [line for line in more.out.splitlines() if line.startswith("python -m ddpm.train")]
@@ -237,7 +237,7 @@ def test_real_digits_are_named_and_noise_is_not():
     assert (named.metric, right.metric) == ("named", "class_accuracy")
     assert named.value > 0.8
     assert right.value > 0.97
-    assert 0.8 < named.floor < 0.9  # of digits that the classifier was not trained on
+    assert 0.8 < named.floor < 0.9  # on digits that the classifier was not trained on
     wrong = [str((digit + 1) % 10) for digit in data.target[:400]]
     assert classes(drawn, wrong, extractor, {"count": 400})[1].value < 0.03
     noise = torch.randint(0, 256, (200, 16, 16, 1), generator=torch.Generator().manual_seed(0))

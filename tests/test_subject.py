@@ -1,4 +1,4 @@
-"""What is drawn is what was asked for: samples belong to a network, and classes to their names."""
+"""Samples belong to the network that drew them, and class names to their classes."""
 
 import json
 
@@ -26,7 +26,7 @@ def drawn(*overrides):
 
 @pytest.fixture
 def two(tmp_path):
-    """Two runs at the same step whose weights differ."""
+    """Two runs at the same step with different weights."""
     first, second = (finished(tmp_path / name, *SMALL) for name in ("one", "other"))
     saved = checkpoint.find(second.checkpoints).load()
     saved["ema"] = {name: tensor + 0.01 for name, tensor in saved["ema"].items()}
@@ -74,7 +74,7 @@ def test_an_evaluation_does_not_measure_the_samples_of_other_weights(tiny, tmp_p
     checkpoint.save(folder.checkpoints, saved, keep=1)
     others, now = measured()
     assert others != values
-    assert len(now) == len(networks)  # it takes the place of the old network's
+    assert len(now) == len(networks)  # the new network's figure replaces the old one's
     assert set(now).isdisjoint(networks)
 
 

@@ -1,4 +1,7 @@
-"""Sweeps: every job runs whatever becomes of the others, nothing is trained twice, nothing is left in the process, each job has a device of its own."""
+"""A sweep runs every job whatever becomes of the others, and trains nothing twice.
+
+It leaves nothing behind in the process, and each job has a device of its own.
+"""
 
 import gc
 import json
@@ -23,7 +26,8 @@ from ddpm.system import signals
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A command whose jobs say which device they have, once all of two at once have one; the third fails. It needs no torch.
+# Each job of this command writes down its device, then waits until two jobs have done so.
+# The third job fails. The command needs no torch.
 ASKING = """
 import os, sys, time
 from pathlib import Path
@@ -41,7 +45,7 @@ command("train", task, "Ask.", [], config_name="config")()
 
 
 def runs_of(outputs):
-    """Run folder by seed."""
+    """Maps each seed to its run's folder."""
     return {
         yaml.safe_load((file.parent / "config.yaml").read_text())["seed"]: file.parent
         for file in outputs.glob("*/*/run.json")
@@ -53,7 +57,7 @@ def state(folder):
 
 
 def dying_after_three_checkpoints():
-    """Has the command be killed right after its third checkpoint."""
+    """Kills the command right after its third checkpoint."""
     left, save = 3, checkpoint.save
 
     def dying(*arguments):
@@ -124,7 +128,7 @@ def test_a_job_that_fails_stops_no_other_and_the_table_tells_of_all(typed, tiny,
 
 
 def test_nothing_leaks_from_one_job_of_a_sweep_to_the_next(typed, tiny, tmp_path):
-    """Precisions, which Accelerate keeps for the process, and networks change from job to job."""
+    """The jobs differ in network and in precision, which Accelerate stores per process."""
 
     def kept():
         gc.collect()
@@ -145,9 +149,8 @@ def test_nothing_leaks_from_one_job_of_a_sweep_to_the_next(typed, tiny, tmp_path
             torch.get_default_dtype(),
         )
 
-    typed(
-        "train", *tiny, f"outputs={tmp_path}", "seed=7"
-    )  # what the first use of anything loads for good
+    # loads what stays in memory after its first use
+    typed("train", *tiny, f"outputs={tmp_path}", "seed=7")
     before = kept()
     sweep = [
         "training.precision=fp32,bf16",

@@ -1,4 +1,7 @@
-"""What TensorBoard's own server answers over HTTP on the folder of a sweep, also where a run failed and went on."""
+"""What TensorBoard's own server says over HTTP about the folder of a sweep.
+
+It includes a run that failed and was continued.
+"""
 
 import json
 import re
@@ -18,7 +21,10 @@ RATES = {0.001, 0.002}
 
 @pytest.fixture(scope="module")
 def board(tmp_path_factory, typed, tiny):
-    """Ask TensorBoard's server on a folder with a sweep of two learning rates, and with the same sweep as it was when one of the two had failed."""
+    """Asks TensorBoard's server about a folder with two states of a sweep of two learning rates.
+
+    One is the complete sweep, the other the sweep after one of its two runs had failed.
+    """
     folder = tmp_path_factory.mktemp("board")
     sweep = [
         "-m",
@@ -36,7 +42,7 @@ def board(tmp_path_factory, typed, tiny):
         if yaml.safe_load(file.read_text())["optimizer"]["lr"] == 0.002
     )
     shutil.rmtree(second)
-    # where the last step's picture is to be put
+    # a folder where the last step's picture belongs makes the run fail
     (second / "samples" / "step_00000006.png").mkdir(parents=True)
     assert typed("train", *sweep).code == 1
     shutil.copytree(folder / "whole", folder / "failed")
@@ -73,9 +79,8 @@ def board(tmp_path_factory, typed, tiny):
                 return json.loads(answer.read())
 
         until = time.monotonic() + 100
-        while (
-            len(rows(ask, "")) < 4 and time.monotonic() < until
-        ):  # the server reads the files after it has started
+        # the server starts before it reads the files
+        while len(rows(ask, "")) < 4 and time.monotonic() < until:
             time.sleep(0.2)
         yield ask
     finally:
@@ -130,9 +135,8 @@ def test_each_run_is_one_row_with_its_settings_final_loss_and_status(board):
     for row in found:
         assert len(row["sessions"]) == 1
         assert row["sessions"][0]["status"] == "STATUS_SUCCESS"
-        assert values(row)["train/loss_final"] == pytest.approx(
-            values(row)["train/loss"]
-        )  # the last report is more than a tenth of 6 steps
+        # the last report covers more than the last tenth of the 6 steps
+        assert values(row)["train/loss_final"] == pytest.approx(values(row)["train/loss"])
         assert values(row)["train/loss_best"] <= values(row)["train/loss_final"]
 
 

@@ -1,4 +1,4 @@
-"""Importance sampling of timesteps: unbiased, remembers the last losses, and waits until it knows them all."""
+"""Importance sampling of timesteps: unbiased, uses the last losses, and waits for all of them."""
 
 import torch
 
@@ -24,9 +24,8 @@ def test_uniform_until_every_timestep_has_a_full_history():
     sampler = LossSecondMoment(T, torch.device("cpu"), history=HISTORY)
     for _ in range(HISTORY):
         torch.testing.assert_close(sampler.probabilities(), torch.full((T,), 1 / T))
-        sampler.update(
-            torch.arange(T - 1), torch.arange(T - 1) + 1.0
-        )  # the last timestep is never seen
+        # all but the last timestep
+        sampler.update(torch.arange(T - 1), torch.arange(T - 1) + 1.0)
     torch.testing.assert_close(sampler.probabilities(), torch.full((T,), 1 / T))
 
 
@@ -51,7 +50,8 @@ def test_weighted_losses_estimate_the_uniform_mean():
     t, weights = sampler.draw(keys(200_000))
     assert torch.bincount(t, minlength=T)[-1] > 5 * torch.bincount(t, minlength=T)[0]
     estimate = (weights * (t + 1.0)).mean().item()
-    assert abs(estimate - (T + 1) / 2) < 0.03  # uniform mean of t + 1; about four standard errors
+    # the mean of t + 1 for uniform t, within about four standard errors
+    assert abs(estimate - (T + 1) / 2) < 0.03
 
 
 def test_state_moves_to_another_sampler():

@@ -1,7 +1,8 @@
-"""What clusters do to a run: kills and signals at any instant, damaged files, full and slow disks,
-two starts at once. It carries on, to the same bytes.
+"""Whatever a cluster does to a run, it carries on to the same bytes.
 
-DDPM_TORTURE_KILLS=20 makes the long form (of signals twice as many); the suite runs a short one.
+The tests kill and signal it at any instant, damage its files, fill and slow its disk, and start it
+twice at once. The suite runs a short form; DDPM_TORTURE_KILLS=20 selects a long one, with up to 40
+signals.
 """
 
 import json
@@ -40,7 +41,8 @@ def settings(tiny):
         "runtime.checkpoint_every=5",
         "runtime.keep_checkpoints=3",
     ]
-    changed.append("data.cache=${outputs}/cache")  # made anew, and left half made
+    # starts without a cache, and may be killed while it writes one
+    changed.append("data.cache=${outputs}/cache")
     return [
         *(one for one in tiny if not one.startswith(("training.steps=", "data.cache="))),
         *changed,
@@ -49,7 +51,7 @@ def settings(tiny):
 
 @pytest.fixture(scope="module")
 def whole(ddpm, settings, tmp_path_factory):
-    """The run that nothing happened to, in one process or several."""
+    """The undisturbed run, in one process or several."""
     kept = {}
 
     def call(processes=1):
@@ -64,7 +66,7 @@ def whole(ddpm, settings, tmp_path_factory):
 
 
 def start(settings, outputs, *more, processes=1, before=None):
-    """All processes of a run."""
+    """Starts all processes of a run."""
     words = (f"outputs={outputs}", *settings, *more)
     if processes > 1:
         return forked.group("train", *words, processes=processes)
@@ -76,7 +78,7 @@ def run_of(outputs):
 
 
 def of_run(run):
-    """All that a run comes to, byte for byte: pictures, figures, records, weights."""
+    """Everything a run produces, byte for byte: pictures, figures, records, weights."""
     last = checkpoint.find(run / "checkpoints", LAST).folder
     files = [run / "metrics.jsonl", run / "evaluation.json"]
     files += [last / "model.safetensors", last / "ema.safetensors"]
@@ -104,7 +106,7 @@ def until(condition, seconds=60):
 
 
 def dying():
-    """Has the n-th fsync, an instant within writing a file, be a kill."""
+    """Kills the process at fsync number DYING (from 0), in the middle of writing a file."""
     left, really = int(os.environ["DYING"]), os.fsync
 
     def fsync(handle):
@@ -237,7 +239,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(sett
     assert process.wait() == 1
     run = run_of(tmp_path)
     kept = torch.load(next(run.glob("trouble_step_*.pt")), weights_only=True)
-    # noticed at the last step, the first bad update named
+    # noticed at the last step, but the message names the first bad update
     assert f"step {kept['update'] + 1}: " in process.err.splitlines()[-1]
     assert kept["update"] < LAST - 1
     assert kept["images"].shape == (8, 1, 16, 16)

@@ -56,13 +56,14 @@ def test_the_meters_means_are_those_of_everything_since_the_last_report():
     for update, part in enumerate((slice(0, 2), slice(2, 6))):
         meter.add_losses(losses[part], t[part])
         meter.add_norm(update, losses[part].sum(), optimizer)
+    # no timestep is in the last quartile
     expected = {
         "train/loss": 3.5,
         "train/loss_q0": 3.0,
         "train/loss_q1": 3.0,
         "train/loss_q2": 4.5,
         "train/grad_norm": 10.5,
-    }  # none in the last quartile
+    }
     assert meter.means() == pytest.approx(expected)
     meter.reset()
     meter.add_losses(torch.tensor([7.0]), torch.tensor([999]))

@@ -1,4 +1,4 @@
-"""runtime.tune: ways of carrying a network out are tried, checked, and chosen from."""
+"""runtime.tune tries ways to run a network, checks them, and chooses one."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ SETTINGS = [
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """Composes a run of the network of liars.py that tells this lie in the layout nchw."""
+    """Composes a run of liars.py's network, which tells the given lie in the layout nchw."""
     (tmp_path / "my" / "model").mkdir(parents=True)
     (tmp_path / "my" / "model" / "own.yaml").write_text(
         "# @package _global_\nmodel: {resolution: 16, in_channels: '${data.channels}', "
@@ -101,10 +101,9 @@ def test_a_trial_that_takes_too_much_memory_is_ended_and_the_next_one_runs(monke
 def test_a_run_that_is_tuned_trains_as_one_that_is_not_and_keeps_its_choice(
     tmp_path, own, capsys, caplog, ddpm, monkeypatch
 ):
-    """The layout nchw lies; what is compiled does not."""
-    monkeypatch.setenv(
-        "TORCHINDUCTOR_VEC_ISA_OK", "0"
-    )  # the compiler tries what a CPU can for long
+    """The network lies in the layout nchw, but not when it is compiled."""
+    # otherwise the compiler spends long on finding out what the CPU can do
+    monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "0")
     losses = {}
     for tune in ("true", "false"):
         words = ["model.lie=gradient", f"runtime.tune={tune}", f"outputs={tmp_path / tune}"]
@@ -116,7 +115,7 @@ def test_a_run_that_is_tuned_trains_as_one_that_is_not_and_keeps_its_choice(
             assert (tuned["way"], tuned["why"]) == ("channels_last", "tune=false")
             continue
         found = {one["way"]: one for one in tuned["found"] if one["asked"] == 8}
-        assert set(found) == {"channels_last", "compiled", "nchw"}  # it has no blocks
+        assert set(found) == {"channels_last", "compiled", "nchw"}  # the network has no blocks
         assert "middle.weight" in found.pop("nchw")["why"]
         assert [one["why"] for one in found.values()] == [None] * 2
         assert all(min(one["seconds"]) > 0 for one in found.values())
@@ -125,9 +124,9 @@ def test_a_run_that_is_tuned_trains_as_one_that_is_not_and_keeps_its_choice(
         assert "tuning: " in capsys.readouterr().out
         cache = f"data.cache={tmp_path / 'cache'}"
         again = train(own(*words, cache, "training.steps=6")).record()["tuned"]
-        assert "tried 0 in 0 s" in capsys.readouterr().out  # remembered for another run
+        assert "tried 0 in 0 s" in capsys.readouterr().out  # another run uses the same trials
         assert again["found"] == tuned["found"]
-        two = [*own(*words, cache, "training.batch_size=16").overrides]  # 8 for each of two
+        two = [*own(*words, cache, "training.batch_size=16").overrides]  # 8 per process
         done = ddpm("train", "--config-dir", str(tmp_path / "my"), *two, processes=2)
         assert done.code == 0, done.err
         assert "tried 0 in 0 s" in done.out
@@ -163,7 +162,7 @@ def test_images_are_drawn_the_same_in_a_way_that_was_tried(tmp_path, own, typed,
     assert set(found) == {"channels_last", "nchw"}
     assert "computes something else" in found["nchw"]["why"]
     again = typed("sample", *words, "tune=true", f"to={tmp_path / 'true'}")
-    assert "tuning" not in again.out  # nothing is left to draw
+    assert "tuning" not in again.out  # all images are there already
 
 
 def test_auto_leaves_a_cpu_as_it_is(tmp_path, own):
@@ -207,7 +206,7 @@ def of(value, *rest):
     ("found", "of_what", "times"),
     [
         (of(1.0, 1.0), "a", 0.0),
-        (of(1.0, 1.0 + 3e-3), "a", 3.0),  # the rounding of a, measured, is 1e-3
+        (of(1.0, 1.0 + 3e-3), "a", 3.0),  # the measured rounding of a is 1e-3
         (of(1.0, 2.0), "a", 1000.0),
         (of(1.0, math.nan), "a, which is not finite", math.inf),
     ],
@@ -296,8 +295,8 @@ def test_ways_are_tried_one_by_one_and_what_time_does_not_allow_is_left():
     ("others", "repeats", "chosen"),
     [
         ([times_of("compiled", 0.5, first=60.0)], 1000, "compiled"),
-        ([times_of("compiled", 0.5, first=60.0)], 100, "nchw"),  # 110 s where 100 do
-        ([times_of("channels_last", 0.98)], 1000, "nchw"),  # as good as the same
+        ([times_of("compiled", 0.5, first=60.0)], 100, "nchw"),  # 110 s instead of 100 s
+        ([times_of("channels_last", 0.98)], 1000, "nchw"),  # no real difference
         ([times_of("compiled", 0.1, why="computes something else")], 1000, "nchw"),
         ([times_of("compiled", 0.5), times_of("graphs", 0.3)], 1000, "graphs"),
     ],
@@ -348,7 +347,7 @@ def test_what_is_compiled_after_the_first_step_is_named(caplog):
     with ways.carried_out("compiled"):
         ways.put(net, "compiled")
         net(torch.ones(8, 3))
-        assert after.since() == []  # the first step
+        assert after.since() == []  # the first step may compile
         net(torch.ones(8, 3))
         assert after.since() == []
         net(torch.ones(5, 3))

@@ -1,4 +1,7 @@
-"""What a new user types: it works, or one line says what to type instead. Whole sweeps are checked before their first job."""
+"""What a new user types works, or one line says what to type instead.
+
+A sweep is checked as a whole before its first job.
+"""
 
 import re
 import shutil
@@ -16,7 +19,7 @@ GLOBAL = "# @package _global_\n"
 
 @pytest.fixture
 def own(tmp_path):
-    """Write a file of one's own options; the folder for --config-dir."""
+    """Writes an options file and returns the folder for --config-dir."""
 
     def write(name: str, text: str) -> str:
         file = tmp_path / "my" / name
@@ -35,7 +38,7 @@ def duration(*overrides: str, folder: str | None = None) -> tuple[int | None, in
 @pytest.mark.parametrize(
     ("text", "typed", "expected"),
     [
-        ("training: {epochs: 2}\n", [], (None, 2)),  # digits say steps
+        ("training: {epochs: 2}\n", [], (None, 2)),  # data=digits sets steps
         ("training: {epochs: 2}\n", ["training.steps=7"], (7, None)),
         ("training: {steps: 9}\n", ["training={epochs:3}"], (None, 3)),
         (
@@ -103,7 +106,7 @@ def test_a_sweep_over_nothing_in_a_file_is_an_error_too(own, complaint):
 
 
 def jobs(done) -> list[str]:
-    """What differs between the jobs, as the table has it."""
+    """The table's column with the settings in which the jobs differ."""
     assert done.code == 0, done.err
     return [
         re.split("  +", line)[1] for line in done.out.strip().split("\n\n")[-1].splitlines()[1:]
@@ -112,7 +115,7 @@ def jobs(done) -> list[str]:
 
 @pytest.fixture
 def composes(typed, monkeypatch):
-    """Compose a command line of ddpm.train and no more."""
+    """Composes a command line of ddpm.train without training."""
     monkeypatch.setattr("ddpm.train.run.run", training_config)
     monkeypatch.setattr("ddpm.train.run.facts", lambda composed: {"shown": "yes"})
     return lambda *words: typed("train", *words)

@@ -20,7 +20,7 @@ SMALL = {
 
 
 def of_option(name: str) -> tuple[dict, torch.nn.Module]:
-    """A model option's settings, and its network in colour without memory for its weights."""
+    """A model option's settings, and its RGB network on the meta device."""
     config = training_config(compose([f"model={name}", "data=butterflies"]))
     return config.model, build.network(config, torch.device("meta"), num_classes=1)
 
@@ -78,14 +78,14 @@ def test_each_of_them_has_the_parameters_that_diffusers_gives_it_by_its_names(op
     }
 
 
-@pytest.mark.parametrize(
-    ("option", "side"), [("unet32", 32), ("unet256", 64)]
-)  # convolutions take any size: 256 pixels would only be slower
+# the network is convolutional: 256 pixels would test the same, only slower
+@pytest.mark.parametrize(("option", "side"), [("unet32", 32), ("unet256", 64)])
 def test_the_network_computes_what_diffusers_does_with_the_same_weights(option, side):
     settings, _ = of_option(option)
     generator = torch.Generator().manual_seed(0)
     theirs = published(settings).eval()
-    for parameter in theirs.parameters():  # away from what an initialiser leaves at 0 or 1
+    # moves the parameters that start at 0 or 1
+    for parameter in theirs.parameters():
         parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.01)
     arguments = {name: value for name, value in settings.items() if name != "_target_"}
     ours = UNet(**arguments, out_channels=3).eval()
@@ -104,9 +104,8 @@ def test_the_output_has_the_shape_of_the_input(resolution, channels):
     )
     x_t = torch.zeros(2, channels, *((side, side) if isinstance(resolution, int) else resolution))
     assert network(x_t, torch.tensor([0, 999])).shape == x_t.shape
-    assert any(
-        name.startswith("down_blocks.1.attentions.") for name in network.state_dict()
-    )  # the longer side tells
+    # the longer side decides
+    assert any(name.startswith("down_blocks.1.attentions.") for name in network.state_dict())
 
 
 def test_a_fresh_network_predicts_nearly_nothing():
@@ -116,7 +115,7 @@ def test_a_fresh_network_predicts_nearly_nothing():
 
 
 def test_first_weights_are_uniform_within_the_average_fans_limit():
-    """sqrt(6 / (fan_in + fan_out)), fans counted with the kernel's area (Glorot & Bengio 2010)."""
+    """sqrt(6 / (fan_in + fan_out)), where fans include the kernel's area (Glorot & Bengio 2010)."""
     conv = conv3x3(64, 128)
     limit = math.sqrt(6 / (9 * 64 + 9 * 128))
     assert conv.weight.abs().max().item() == pytest.approx(limit, rel=1e-3)
