@@ -462,10 +462,10 @@ PRINTED = {
     "a typed value": typed("data.crop=\u202ex", says=r"data\.crop=\\u202ex"),
 }
 SMALL = {
-    "no JSON in a table": parquet_of("rightly", about=b"{"),
-    "a list in a table": parquet_of("rightly", about=b"[1]"),
+    "no JSON in a table": parquet_of("invalid metadata", about=b"{"),
+    "a list in a table": parquet_of("invalid metadata", about=b"[1]"),
     "names that are none": parquet_of(
-        "names of label",
+        "class names in column label that are not strings",
         about=b'{"info": {"features": {"label": {"names": 7, "_type": "ClassLabel"}}}}',
         label=[0],
     ),

@@ -99,5 +99,5 @@ def test_what_cannot_be_is_one_line(run_folder, settings, message):
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} is no run folder"):
+    with pytest.raises(ValueError, match=f"{tmp_path} is not a run folder"):
         ddpm.load(tmp_path)

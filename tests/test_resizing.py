@@ -163,6 +163,6 @@ def test_plan_names_what_the_source_has_otherwise_and_what_the_recipe_must_have(
     other = typed("plan", *words, "data.crop=none")
     assert other.code == 1
     assert other.err == (
-        "error: recipe.expect.settings.data.crop expects center, and the run has none "
+        "error: recipe.expect.settings.data.crop expects center, but the run has none "
         "(1 of 6 fail)\n"
     )

@@ -105,6 +105,13 @@ def test_each_study_is_of_runs_and_measurements_that_can_be(name):
     assert all(len(said) <= 100 for said in (one.says for one in study.claims))
 
 
+def test_a_choice_of_a_claim_finds_the_settings_that_a_line_sweeps_over():
+    (one, other) = plan.jobs([["sampler.clip=true,false", "sampler.num_steps=5"]])
+    assert plan.matches(one.settings, {"sampler.clip": True, "sampler.num_steps": 5})
+    assert plan.matches(other.settings, {"sampler.clip": False})
+    assert not plan.matches(other.settings, {"sampler.clip": "true"})
+
+
 TOY = {
     "title": "A toy", "question": "Is it more?", "method": "By the loss.", "seeds": 3,
     "train": [["data=digits", "training.steps=2,4", "training.batch_size=4", "model.base_channels=8",

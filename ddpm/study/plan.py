@@ -175,6 +175,8 @@ def _jobs(line: Sequence[str]) -> Iterator[Job]:
         for one in parsed
     ]
     keys = [one.key_or_group for one in parsed]
+    # Hydra writes booleans as Python does
+    values = [[{"True": "true", "False": "false"}.get(one, one) for one in of] for of in values]
     for given in line:
         key = given.partition("=")[0]
         if not re.fullmatch(r"[a-z]\w*(\.\w+)*", key) or SAID_ELSEWHERE.match(key):
