@@ -69,6 +69,8 @@ class Study(Section):
         train: Command lines of ddpm.train -m, without seeds.
         evaluate: Command lines of ddpm.evaluate -m, without runs and without the seed, which is
             the run's.
+        over: The setting on the picture's x-axis; None for that of a claim, or for one place per
+            setting.
         claims: The claims to test.
     """
 
@@ -78,6 +80,7 @@ class Study(Section):
     seeds: Annotated[int, Field(ge=3)]
     train: Annotated[list[Annotated[list[Text], Field(min_length=1)]], Field(min_length=1)]
     evaluate: list[Annotated[list[Text], Field(min_length=1)]] = Field(default_factory=list)
+    over: Text | None = None
     claims: Annotated[list[Claim], Field(min_length=1)]
 
 

@@ -16,7 +16,7 @@ from ddpm.config.compose import Composed, compose
 from ddpm.config.schema import plain_config
 from ddpm.config.validation import Count, Section, Text, validate
 from ddpm.runs.folder import RunFolder, starts_of
-from ddpm.study import figures, page, plan
+from ddpm.study import figures, page, picture, plan
 from ddpm.study.figures import StudyRun
 from ddpm.study.plan import Study
 from ddpm.system import relay, signals
@@ -76,7 +76,7 @@ def run(composed: Composed) -> None:
     tried = [figures.tried(claim, cells) for claim in study.claims]
     about = _about(spent, [one.run for one in runs])
     write_text(to / f"{name}.json", page.as_json(name, study, cells, tried, about))
-    page.draw(to / f"{name}.png", study, cells)
+    picture.draw(to / f"{name}.png", study, cells)
     print(f"\n{page.text(tried)}")
     write_text(to / "README.md", page.page(to))
     say(f"page {to / 'README.md'}")
