@@ -35,13 +35,17 @@ class Peers:
         self.verdict: str | None = None  # why all stop, once they have agreed to
         self._store, self._beats = default_store("main"), default_store("beats")
         self._round = 0
+        self._failed: str | None = None  # which process failed or is gone, once known
         self._ended = threading.Event()
         self._store.set(f"who/{rank}", f"process {os.getpid()} on {platform.node()}")
         self._beats.set(f"beat/{rank}", "0")
         threading.Thread(target=self._live, name="peers", daemon=True).start()
 
     def _live(self) -> None:
-        """Sends heartbeats, and passes on a request to stop."""
+        """Sends heartbeats, and passes on a request to stop and the news of a failure.
+
+        The main thread may wait in a collective until the process that holds the store is gone.
+        """
         number, passed = 0, False
         while not self._ended.wait(BEAT):
             try:
@@ -53,6 +57,7 @@ class Peers:
                 elif not passed and self._beats.check(["told"]):
                     signals.tell(self._beats.get("told").decode())
                     passed = True
+                self._failure()
             except RuntimeError:  # the store dies with the process that holds it
                 return
 
@@ -102,8 +107,8 @@ class Peers:
         while not self._store.check([key]):
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
-            if self._store.check(["failed"]):
-                raise PeerLost(self._store.get("failed").decode())
+            if (failed := self._failure()) is not None:
+                raise PeerLost(failed)
             if time.monotonic() - since > DEAD:
                 now = self._signs()
                 gone = [rank for rank, sign in enumerate(now) if sign == seen[rank]]
@@ -121,14 +126,15 @@ class Peers:
             before = self._signs()
             time.sleep(4 * BEAT)
             now = self._signs()
-            if self._store.check(["failed"]):
-                return self._store.get("failed").decode()
+            if (failed := self._failure()) is not None:
+                return failed
             for rank, sign in enumerate(now):
                 if sign == before[rank] and not self._store.check([f"ended/{rank}"]):
                     return self._named(rank)
         except RuntimeError:  # includes torch's DistError
             self._ended.set()  # nobody is left to talk to
-            return f"process 0 of {self.count}, which leads the others, was killed or lost"
+            leader = f"process 0 of {self.count}, which leads the others, was killed or lost"
+            return self._failed or leader
         return None
 
     def tell_lost(self, what: str) -> None:
@@ -138,8 +144,8 @@ class Peers:
             what: The message of `what_happened`.
         """
         try:
-            if not self._store.check(["failed"]):
-                self._store.set("failed", what)
+            if self._failure() is None:
+                self._beats.set("failed", what)
         except RuntimeError:  # the store dies with the process that holds it
             return
 
@@ -155,8 +161,8 @@ class Peers:
             return
         self._ended.set()
         try:
-            if failure is not None and not self._store.check(["failed"]):
-                self._store.set("failed", f"process {self.rank} of {self.count}: {failure}")
+            if failure is not None and self._failure() is None:
+                self._beats.set("failed", f"process {self.rank} of {self.count}: {failure}")
             self._store.set(f"ended/{self.rank}", "")
             if self.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 return
@@ -170,6 +176,11 @@ class Peers:
     def _named(self, rank: int) -> str:
         who = self._store.get(f"who/{rank}").decode()
         return f"process {rank} of {self.count} ({who}) was killed or lost"
+
+    def _failure(self) -> str | None:
+        if self._failed is None and self._beats.check(["failed"]):
+            self._failed = self._beats.get("failed").decode()
+        return self._failed
 
     def _signs(self) -> list[bytes]:
         return [self._beats.get(f"beat/{rank}") for rank in range(self.count)]
