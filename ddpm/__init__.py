@@ -46,11 +46,11 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_ROOM_OF, *_ROOMS])
 
 
-def load(path: str | Path, trusted_modules: Sequence[str] = ()) -> "Run":
+def load(path: "str | Path | RunFolder", trusted_modules: Sequence[str] = ()) -> "Run":
     """Opens a trained run: its configuration, network, samples and metrics.
 
     Args:
-        path: The run's folder, as training prints it first and last.
+        path: The run's folder, as training prints it first and last, or as `run` returns it.
         trusted_modules: Prefixes of your own modules that the run's `_target_`s may name.
 
     Raises:

@@ -34,17 +34,17 @@ class Run:
         config: The configuration that it was trained with.
     """
 
-    def __init__(self, path: str | Path, trusted_modules: Sequence[str] = ()) -> None:
+    def __init__(self, path: str | Path | RunFolder, trusted_modules: Sequence[str] = ()) -> None:
         """Opens a run's folder.
 
         Args:
-            path: The folder, as training prints it first and last.
+            path: The folder, as training prints it first and last, or as `ddpm.run` returns it.
             trusted_modules: Prefixes of your own modules that the run's `_target_`s may name.
 
         Raises:
             ValueError: If this is no run's folder, or it names classes that are not trusted.
         """
-        self.path = Path(path).expanduser()
+        self.path = path.path if isinstance(path, RunFolder) else Path(path).expanduser()
         self._folder, self._trusted = RunFolder(self.path), list(trusted_modules)
         self.config: Config = self._folder.config(self._trusted)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ddpm
+from ddpm.runs.folder import RunFolder
 from ddpm.sample.folder import read_samples
 
 
@@ -54,7 +55,7 @@ def test_it_draws_what_the_command_draws_and_leaves_the_run_as_it_was(run_folder
 
 
 def test_its_network_predicts_what_its_samples_are_drawn_with(run_folder):
-    run = ddpm.load(str(run_folder))
+    run = ddpm.load(RunFolder(run_folder))  # what ddpm.run returns
     assert run.status == "complete"
     assert run.config.training.steps == 6
     network = run.network()

@@ -265,7 +265,7 @@ def test_pictures_of_one_colour_have_the_colour_that_their_noise_stands_for(samp
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_readme_says_what_each_sampler_keeps_on_each_schedule(schedule):
-    lines = README[README.index("| kept |") :].splitlines()[: 2 + len(SAMPLERS)]
+    lines = README[README.index("| sampler | calls |") :].splitlines()[: 2 + len(SAMPLERS)]
     head, _, *rows = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines)
     assert [row[0] for row in rows] == SAMPLERS
     column = head.index(schedule)
