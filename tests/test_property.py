@@ -22,7 +22,7 @@ from ddpm.config.schema import plain_config
 from ddpm.runs.identity import flat
 from ddpm.train import __main__ as train
 
-EXAMPLES = int(os.environ.get("DDPM_PROPERTY_EXAMPLES", "15"))
+EXAMPLES = int(os.environ.get("DDPM_PROPERTY_EXAMPLES", "10"))
 # Keeps accepted runs short. Drawn overrides come after these and take precedence.
 SHORT = [
     *(

@@ -18,7 +18,7 @@ import torch
 
 from ddpm.runs import checkpoint
 
-KILLS = int(os.environ.get("DDPM_TORTURE_KILLS", "3"))
+KILLS = int(os.environ.get("DDPM_TORTURE_KILLS", "2"))
 LAST = 12
 pytestmark = pytest.mark.slow
 
