@@ -14,7 +14,7 @@ from ddpm.config.schema import plain_config, training_config
 from ddpm.config.validation import validate
 from ddpm.evaluate.run import Settings as EvaluateSettings
 from ddpm.runs.folder import RunFolder
-from ddpm.study import figures, plan
+from ddpm.study import figures, page, plan
 from ddpm.study.figures import Cell, StudyRun
 from ddpm.study.plan import Claim
 
@@ -112,6 +112,25 @@ def test_a_choice_of_a_claim_finds_the_settings_that_a_line_sweeps_over():
     assert not plan.matches(other.settings, {"sampler.clip": "true"})
 
 
+def test_the_page_has_one_row_per_setting_where_one_sampler_drew():
+    study = plan.Study(
+        title="T", question="Q", method="M", seeds=3, train=[["loss=a,b"]],
+        evaluate=[["sampler=ddim"], ["evaluation.metrics=[bits_per_dim]"]],
+        claims=[
+            {"says": "s", "source": "x", "of": of, "less": {"loss": "a"}, "than": {"loss": "b"}}
+            for of in ("fd", "bits_per_dim", "train/grad_norm")
+        ],
+    )  # fmt: skip
+    cells = []
+    for loss, more in (("a", {}), ("b", {}), ("b", {"rate": "2"})):
+        trained = {"loss": loss, **more}
+        run = Cell(trained, 0, "r", "complete", {"train/grad_norm": 1.0, "bits_per_dim": 2.0})
+        cells += [run, Cell({**trained, "sampler": "ddim"}, 0, "r", "complete", {"fd": 3.0})]
+    head, rows = page.means(study, cells)
+    assert head == ["loss", "rate", "fd", "bits_per_dim", "train/grad_norm"]
+    assert rows == [[*start, "3", "2", "1"] for start in (["a", ""], ["b", ""], ["b", "2"])]
+
+
 TOY = {
     "title": "A toy", "question": "Is it more?", "method": "By the loss.", "seeds": 3,
     "train": [["data=digits", "training.steps=2,4", "training.batch_size=4", "model.base_channels=8",
@@ -143,9 +162,9 @@ def test_a_study_runs_its_lines_and_typed_again_only_what_is_missing(ddpm, tmp_p
         norms = [json.loads(line)["train/grad_norm"] for line in lines if "grad_norm" in line]
         late = norms[len(norms) // 2 :]
         assert one["values"]["train/grad_norm"] == pytest.approx(sum(late) / len(late))
-    page = (to / "README.md").read_text()
-    assert "Norms rise" in page
-    assert found["claims"][0]["verdict"] in page
+    text = (to / "README.md").read_text()
+    assert "Norms rise" in text
+    assert found["claims"][0]["verdict"] in text
     assert (to / "toy.png").is_file()
 
     # typed again with one more seed, the study trains only that seed
@@ -173,7 +192,8 @@ def test_what_a_line_measures_is_found_and_nothing_else(typed, run_folder, tmp_p
     assert not figures.is_measured(dataclasses.replace(one, seed=5), way)
     assert not figures.is_measured(one, plan.jobs([["evaluation.num_images=4", *line[:1]]])[0])
     study = plan.Study.model_validate({**TOY, "train": [job.words], "evaluate": [line]})
-    (cell,) = figures.cells(study, one)
+    trained, cell = figures.cells(study, one)
+    assert trained.values.keys() == {"train/grad_norm"}
     (value,) = [
         entry["value"]
         for entry in json.loads((run.path / "evaluation.json").read_text())

@@ -80,13 +80,16 @@ def cells(study: Study, one: StudyRun) -> list[Cell]:
     of_run = _of_training(one.run, [claim.of for claim in study.claims])
     path, status = str(one.run.path), one.run.status()
     found: dict[str, Cell] = {}
-    for way in plan.jobs(study.evaluate) or [Job([], {})]:
+    if of_run or not study.evaluate:  # what training recorded belongs to no measurement
+        settings = dict(one.job.settings)
+        found[as_key(settings)] = Cell(settings, one.seed, path, status, dict(of_run))
+    for way in plan.jobs(study.evaluate):
         # evaluation.* says what is measured, and is no setting of the result
         said = {key: value for key, value in way.settings.items() if not key.startswith(MEASURES)}
         settings = {**one.job.settings, **said}
-        fresh = Cell(settings, one.seed, path, status, dict(of_run))
+        fresh = Cell(settings, one.seed, path, status, {})
         cell = found.setdefault(as_key(settings), fresh)
-        for entry in _measured(one, way) if way.words else []:
+        for entry in _measured(one, way):
             cell.values[entry["metric"]] = entry["value"]
             if entry["floor"] is not None:
                 cell.floors[entry["metric"]] = entry["floor"]

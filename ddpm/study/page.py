@@ -77,7 +77,10 @@ def _numbers(one: Tried) -> str:
     numbers = list(one.numbers.values())
     if len(numbers) < 2:
         return f"{one.claim.of}, {len(numbers)} seeds"
-    mean, low, high = (format_value(value) for value in verdicts.interval(numbers))
+    found = verdicts.interval(numbers)
+    if one.claim.rises_with:  # the numbers are below 0 where the claim holds
+        found = verdicts.Interval(-found.mean, -found.high, -found.low)
+    mean, low, high = map(format_value, found)
     return f"{_compared(one)} {mean} [{low}, {high}], {len(numbers)} seeds"
 
 
@@ -86,13 +89,12 @@ def _compared(one: Tried) -> str:
     if claim.less is not None and claim.than is not None:
         return f"{claim.of}: {_side(claim.less)} minus {_side(claim.than)}"
     key = claim.falls_with or claim.rises_with or ""
-    sign = "" if claim.falls_with else "minus "
     what = (
         claim.of
         if claim.best is None
         else f"log2 of the {_last(claim.best)} with the least {claim.of}"
     )
-    return f"{sign}slope of {what} over log2 {_last(key)}"
+    return f"slope of {what} over log2 {_last(key)}"
 
 
 def _side(choice: plan.Choice) -> str:
@@ -154,16 +156,16 @@ def _part(one: dict[str, Any]) -> str:
             ),
             _table(["claim", "source", "here", "verdict"], rows),
             f"![The figures of each setting and seed]({one['study']}.png)\n",
-            _table(*_means(study, cells)),
+            _table(*means(study, cells)),
             _wrapped(f"{left_out}{_floors(cells)}{study.method}"),
         ]
     )
 
 
-def _means(study: Study, cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
-    """Mean and deviation over seeds, one row per setting.
+def means(study: Study, cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """Returns the head and rows of a table: mean and deviation over seeds, one row per setting.
 
-    What was measured without a sampler stands in the row of the one sampler that there is.
+    Figures that need no sampler are in the row of the sampler, if there is only one.
     """
     keys, measures = varied(cells), list(dict.fromkeys(claim.of for claim in study.claims))
     groups: dict[str, list[Cell]] = {}
@@ -174,21 +176,25 @@ def _means(study: Study, cells: Sequence[Cell]) -> tuple[list[str], list[list[st
         values = {name: [c.values[name] for c in members if name in c.values] for name in measures}
         row = {key: members[0].settings[key] for key in keys if key in members[0].settings}
         rows.append(row | {n: _mean(some, len(members)) for n, some in values.items() if some})
-    rows = _joined([row for row in rows if row.keys() & set(measures)], measures)
+    of_measuring = {key for way in plan.jobs(study.evaluate) for key in way.settings}
+    rows = _joined([row for row in rows if row.keys() & set(measures)], measures, of_measuring)
     shown = [key for key in keys if len({row.get(key) for row in rows}) > 1]
     table = [[row.get(name, "") for name in [*shown, *measures]] for row in rows]
     return [*map(_last, shown), *measures], table
 
 
-def _joined(rows: list[dict[str, str]], measures: Sequence[str]) -> list[dict[str, str]]:
-    """The rows, where one whose settings are among those of a single other row is in that one."""
-
-    def settings(row: dict[str, str]) -> set[tuple[str, str]]:
-        return {item for item in row.items() if item[0] not in measures}
-
+def _joined(
+    rows: list[dict[str, str]], measures: Sequence[str], of_measuring: set[str]
+) -> list[dict[str, str]]:
+    """The rows, with a row in another one if that alone adds settings, and only of measuring."""
     whole = [dict(row) for row in rows]
     for row in rows:
-        others = [one for one in whole if settings(row) < settings(one)]
+        said = {item for item in row.items() if item[0] not in measures}
+        others = []
+        for one in whole:
+            more = one.keys() - row.keys() - set(measures)
+            if more and more <= of_measuring and said <= one.items():
+                others.append(one)
         if len(others) == 1 and not row.keys() & others[0].keys() & set(measures):
             others[0].update(row)
             whole.remove(row)
