@@ -218,7 +218,8 @@ def anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_points_at_is_there(page):
-    links = re.findall(r"\]\(((?!http)[^)]+)\)", TEXTS[page])
+    links = re.findall(r"\]\(((?!http)[^)]+)\)|src=\"([^\"]+)\"", TEXTS[page])
+    links = [link or source for link, source in links]
     assert links
     folder = (ROOT / page).parent
     broken = []
@@ -248,5 +249,7 @@ def test_a_page_begins_with_its_most_useful_command(page):
 def test_lines_of_prose_fit_a_screen(page):
     prose = re.sub(r"```.*?```", "", TEXTS[page], flags=re.S)
     assert [
-        line for line in prose.splitlines() if len(line) > 110 and not line.startswith(("|", "!"))
+        line
+        for line in prose.splitlines()
+        if len(line) > 110 and not line.startswith(("|", "!", "<"))
     ] == []
