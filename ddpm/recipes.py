@@ -102,7 +102,13 @@ PAPERS = (
         "The original README (mattroz/diffusion-ddpm), and variations on its butterflies",
         ("README of mattroz", "code of mattroz", "butterflies128 "),
     ),
-    Paper("This project, for one CPU core", ("this project",)),
+    Paper(
+        "This project, for one CPU core",
+        ("this project",),
+        "![emoji32](results/emoji32.png) ![emoji64](results/emoji64.png)\n\n"
+        "![The same noise at steps 1,000, 3,000, 5,000 and 7,000 of emoji64]"
+        "(results/emoji64_over_training.png)",
+    ),
 )
 
 RESULTS = EXPERIMENTS / "results"
