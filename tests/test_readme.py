@@ -14,10 +14,8 @@ from ddpm.config.schema import training_config
 from ddpm.runs.finding import locate
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [
-    "README.md",
-    *(f"{folder}/README.md" for folder in ("conf", "ddpm", "experiments", "tests")),
-]
+FOLDERS = ("conf", "ddpm", "experiments", "experiments/studies", "tests")
+PAGES = ["README.md", *(f"{folder}/README.md" for folder in FOLDERS)]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 README = TEXTS["README.md"]
 OPTUNA = "hydra/sweeper=optuna"
@@ -168,7 +166,7 @@ def test_the_commands_of_the_pages_run_as_they_are_written(typed, pictures, tmp_
         assert done.code == 0, (module, words, done.err)
         run = run or done.run
         ran.add(module)
-    assert ran == {"train", "compare", "plan", "sample", "evaluate", "export"}
+    assert ran == {"train", "compare", "plan", "sample", "evaluate", "export", "study"}
     library, parts = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     library = re.sub(r'load\("outputs/[^"]+"\)', f'load("{run}")', library)
     library = library.replace("dpmpp20", "ddim10").replace(", classes=[3]", "")
