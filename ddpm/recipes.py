@@ -86,7 +86,8 @@ PAPERS = (
         "Ho et al. 2020",
         ("Ho et al. 2020",),
         "The paper reports the step with the lowest FID. The bedroom and cat runs need "
-        "`data.path=DIR`, the\nimages exported from [LSUN's databases](https://github.com/fyu/lsun).",
+        "`data.path=DIR`, the\nimages exported from "
+        "[LSUN's databases](https://github.com/fyu/lsun).",
     ),
     Paper("Nichol & Dhariwal 2021 (improved-diffusion)", ("Nichol & Dhariwal 2021",)),
     Paper(
