@@ -22,9 +22,10 @@ INTRO = """\
 python -m ddpm.study
 ```
 
-lists claims of the papers that are tested here at a small scale: networks trained for minutes, real
-pictures, several seeds. The command above each table trains, measures, computes the verdicts and
-writes this whole page. Run again, it resumes; `study.seeds=N` adds seeds.
+lists studies: claims of the papers, tested at a small scale, with networks trained for minutes, real
+pictures and several seeds. The command above each table trains, measures and computes the verdicts;
+run again, it resumes. `study.seeds=N` uses the seeds 0 to N-1. Its results go to `outputs`;
+`study.to=experiments/studies` writes them and this page here.
 
 - *holds*: the whole 95% interval (Student's t, one number per seed) lies on the claim's side;
   *does not hold here*: it lies on the other side; *undecided at these seeds*: it contains zero.
