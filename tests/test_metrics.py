@@ -1,13 +1,17 @@
 import math
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
+from ddpm.config.schema import EvaluationSettings
 from ddpm.evaluate.distances import distance
 from ddpm.evaluate.features import Features
+from ddpm.evaluate.job import NAMES
+from ddpm.evaluate.measure import OF_SAMPLES
 from ddpm.evaluate.metrics import (
     Moments,
     MomentSums,
@@ -331,3 +335,9 @@ def test_features_that_make_no_sense_are_refused():
         moments(a[:, 0])
     with pytest.raises(ValueError, match="same images on both sides"):
         nearest(a, a[:4], exclude_self=True)
+
+
+def test_every_metric_that_can_be_chosen_is_measured_and_found_again():
+    (of_list,) = get_args(EvaluationSettings.model_fields["metrics"].annotation)
+    chosen = set(get_args(of_list))
+    assert chosen == set(OF_SAMPLES) | {"losses", "bits_per_dim"} == set(NAMES)
