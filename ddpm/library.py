@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import numpy as np
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from torch import nn
 from tqdm import tqdm
 
@@ -172,13 +171,12 @@ class Run:
             composed = compose(words, "sample")
         except HydraException as error:
             raise ValueError(explain_composition(error, words, "sample", None)) from error
-        known = OmegaConf.to_container(composed.cfg.sampler)
-        assert isinstance(known, dict)
+        known = [str(name) for name in composed.cfg.sampler if not str(name).startswith("_")]
         for key, value in of_sampler.items():
             if key not in known:
                 raise ValueError(
-                    f"{key}={value} is no setting of sampler={sampler}; there are "
-                    f"{', '.join(str(name) for name in known if str(name)[0] != '_')}"
+                    f"{key}={value} is no setting of sampler={composed.choices['sampler']}; there are "
+                    f"{', '.join(known)}"
                 )
             composed.cfg.sampler[key] = value
         said |= {"run": str(self.path), "trusted_modules": self._trusted}

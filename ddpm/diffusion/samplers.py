@@ -208,7 +208,7 @@ class Sampler:
     def calls(self, diffusion: GaussianDiffusion) -> int:
         """Returns the number of network evaluations per image; guidance doubles it.
 
-        A function from outside this module counts as one call per timestep.
+        Any other function than heun and dpm_solver_pp counts as one call per timestep.
         """
         timesteps = self.timesteps(diffusion)
         function, count = getattr(self.function, "func", self.function), len(timesteps)
