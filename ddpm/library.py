@@ -175,8 +175,8 @@ class Run:
         for key, value in of_sampler.items():
             if key not in known:
                 raise ValueError(
-                    f"{key}={value} is no setting of sampler={composed.choices['sampler']}; there are "
-                    f"{', '.join(known)}"
+                    f"{key}={value} is no setting of sampler={composed.choices['sampler']}; "
+                    f"there are {', '.join(known)}"
                 )
             composed.cfg.sampler[key] = value
         said |= {"run": str(self.path), "trusted_modules": self._trusted}
