@@ -133,7 +133,7 @@ def test_a_sweep_typed_again_calls_no_network_and_one_with_more_measures_only_th
     typed, run_folder, tmp_path
 ):
     run = shutil.copytree(run_folder, tmp_path / "run")
-    words = ["-m", f"run={run}", "device=cpu", "evaluation.num_samples=4", "evaluation.num_images=4", "sampler=ddim"]  # fmt: skip
+    words = ["-m", f"run={run}", f"outputs={tmp_path}", "device=cpu", "evaluation.num_samples=4", "evaluation.num_images=4", "sampler=ddim"]  # fmt: skip
 
     def sweep(*more):
         with forwards() as calls:

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from hydra.utils import instantiate
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from ddpm.config.compose import shipped_option, shipped_options
 from ddpm.train.lr_schedules import Constant, Cosine
 
 
@@ -43,3 +45,11 @@ def test_cosine_warms_up_then_passes_halfway_between_its_ends_and_reaches_the_fi
 def test_negative_arguments_are_refused_by_name(call, argument):
     with pytest.raises(ValueError, match=argument):
         call()
+
+
+@pytest.mark.parametrize("option", shipped_options("lr_schedule"))
+def test_each_shipped_schedule_is_built_and_stays_within_0_and_the_rate(option):
+    schedule = instantiate(shipped_option("lr_schedule", option))
+    rates = [schedule(step, 10_000, 2e-4) for step in range(0, 10_001, 100)]
+    assert min(rates) >= 0
+    assert max(rates) == pytest.approx(2e-4)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gaussian import ONE_COLOUR, denoiser, spread_kept
+from gaussian import ONE_COLOUR, spread_kept
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -16,6 +16,8 @@ from ddpm.config import build
 from ddpm.config.compose import CONF, compose, shipped_option, shipped_options
 from ddpm.config.schema import training_config
 from ddpm.diffusion.process import GaussianDiffusion
+from ddpm.diffusion.samplers import Sampler
+from ddpm.diffusion.schedules import linear
 from ddpm.runs.folder import RunFolder
 from ddpm.sample.images import grid, read_png, save_png, text_of, to_uint8
 from ddpm.sample.previews import drawn_by, others_before, previews_of
@@ -49,19 +51,24 @@ def test_the_calls_of_each_sampler_are_counted_right(option, zero_terminal_snr):
             build.sampler(shipped_option("sampler", option), diffusion)
         return
     built = build.sampler(shipped_option("sampler", option), diffusion)
-    exact, count = denoiser(diffusion.alphas_cumprod, 1.0), 0
-
-    def denoise(x, t):
-        nonlocal count
-        count += 1
-        return exact(x, t)
-
-    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    built.function(
-        denoise, x, diffusion.alphas_cumprod, built.timesteps(diffusion), lambda t: torch.zeros(())
-    )
+    visited = len(built.timesteps(diffusion))
+    expected = {"heun": 2 * visited - 1, "dpmpp": visited + zero_terminal_snr}
+    count = expected.get(option.rstrip("0123456789"), visited)
     assert built.calls(diffusion) == count
     assert replace(built, guidance_scale=2.0).calls(diffusion) == 2 * count
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+def test_the_calls_of_a_sampler_of_ones_own_are_counted(variance):
+    def thrice(denoise, x, alphas_cumprod, timesteps, noise):
+        for t in timesteps:
+            for _ in range(3):
+                x = denoise(x, torch.full((len(x),), t)).x0_hat
+        return x
+
+    loss = "hybrid" if variance == "learned_range" else "simple"
+    diffusion = GaussianDiffusion(linear(100), "epsilon", variance=variance, loss=loss)
+    assert Sampler(thrice, num_steps=10).calls(diffusion) == 30
 
 
 @pytest.mark.parametrize(

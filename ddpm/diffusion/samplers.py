@@ -208,14 +208,17 @@ class Sampler:
     def calls(self, diffusion: GaussianDiffusion) -> int:
         """Returns the number of network evaluations per image; guidance doubles it.
 
-        Any other function than heun and dpm_solver_pp counts as one call per timestep.
+        Walks an image of one pixel and counts, so it holds for any function.
         """
-        timesteps = self.timesteps(diffusion)
-        function, count = getattr(self.function, "func", self.function), len(timesteps)
-        if function is heun:
-            count = 2 * count - 1
-        elif function is dpm_solver_pp:
-            count += bool(diffusion.alphas_cumprod[timesteps[0]] == 0) and count > 1
+        count = 0
+
+        def model(x: Tensor, t: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return x.repeat(1, 2, 1, 1) if diffusion.learns_variance else x
+
+        pixel = torch.zeros(1, 1, 1, 1)
+        self.walk(model, diffusion, pixel, self.timesteps(diffusion), lambda t: pixel)
         return count if self.guidance_scale == 1 else 2 * count
 
     @torch.inference_mode()

@@ -42,6 +42,7 @@ def distance(
     Raises:
         TooFew: If there are too few images.
         CannotBeHad: If the metric is inception_score and the extractor gives no probabilities.
+        ValueError: If the metric is none of the four.
     """
     if metric == "inception_score":
         if drawn.probabilities is None:
@@ -68,6 +69,8 @@ def distance(
         floors = _floor(metrics.kernel_distance, half, other, seed)
         floor = floors and floors[0]
         return [Measurement(extractor.kernel_name, value, protocol, deviation, floor)]
+    if metric != "precision_recall":
+        raise ValueError(f"distance() cannot measure {metric}")
     num_reference = protocol["num_reference"]
     real = _evenly(reference.features, num_reference)
     values = metrics.precision_recall(real, drawn.features)
