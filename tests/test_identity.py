@@ -151,7 +151,7 @@ def test_equal_values_are_one_folder_however_spelt_and_others_are_another(keys, 
         ("model.resolution=32", "quickstart-digits/model.resolution-32"),
         ("model.channel_multipliers=[1,2]", "quickstart-digits/channel_multipliers-1x2"),
         ("model=unet32 data=cifar10 model.dropout=0", "unet32-cifar10/dropout-0"),
-        ("experiment=emoji32 training.batch_size=64", "small32-emoji/v_steps-5000"),
+        ("experiment=emoji32 training.batch_size=64", "small32-emoji/linear_steps-5000"),
     ],
 )
 def test_the_words_of_a_name_are_options_and_last_parts_of_keys(words, name):

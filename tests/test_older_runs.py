@@ -168,6 +168,11 @@ def test_the_quick_start_of_before_keeps_its_hash():
     assert locate(training_config(compose(before))).path.name.endswith("-fd78a6ee")
 
 
+def test_a_run_of_small32_of_before_keeps_its_hash():
+    before = ["model=small32", "data=emoji", "schedule=linear", "objective=epsilon"]
+    assert locate(training_config(compose(before))).path.name.endswith("-2a1e038a")
+
+
 def test_a_quick_start_of_before_is_drawn_from_measured_and_compared_as_what_it_is(
     typed, tiny, quick_start_of_before, tmp_path
 ):
