@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,7 +15,7 @@ from ddpm.config.schema import plain_config, training_config
 from ddpm.config.validation import validate
 from ddpm.evaluate.run import Settings as EvaluateSettings
 from ddpm.runs.folder import RunFolder
-from ddpm.study import figures, page, plan
+from ddpm.study import figures, page, picture, plan
 from ddpm.study.figures import Cell, StudyRun
 from ddpm.study.plan import Claim
 
@@ -82,6 +83,18 @@ def test_the_best_value_of_a_setting_takes_the_place_of_the_measure():
     cells = [cell(0, value, batch=batch, lr=lr) for (batch, lr), value in values.items()]
     found = figures.tried(claim(best="lr", rises_with="batch"), cells)
     assert found.numbers == {0: pytest.approx(-1.0)}
+
+
+def test_no_slope_is_0_without_a_sign():
+    rises = claim(rises_with="steps")
+    cells = [cell(seed, 1.0, steps=steps) for seed in (0, 1) for steps in (1, 2)]
+    assert "over log2 steps 0 [0, 0], 2 seeds" in page.text([figures.tried(rises, cells)])
+
+
+def test_the_best_places_are_those_within_the_deviation_of_the_best_however_far_others_spread():
+    of_places = [[0.9, 1.1], [1.0, 1.2], [1.2, 1.4], [0.9, 33.0]]  # 1.0 and a deviation of 0.1414
+    assert picture.near_best([np.array(values) for values in of_places]) == [0, 1]
+    assert picture.near_best([np.array([2.0]), np.array([1.0])]) == [1]
 
 
 def test_a_run_that_failed_is_named_and_its_seed_not_counted():

@@ -86,7 +86,7 @@ def _numbers(one: Tried) -> str:
         return f"{one.claim.of}, {len(numbers)} seeds"
     found = verdicts.interval(numbers)
     if one.claim.rises_with:  # the numbers are below 0 where the claim holds
-        found = verdicts.Interval(-found.mean, -found.high, -found.low)
+        found = verdicts.Interval(0 - found.mean, 0 - found.high, 0 - found.low)
     mean, low, high = map(format_value, found)
     return f"{_compared(one)} {mean} [{low}, {high}], {len(numbers)} seeds"
 

@@ -55,8 +55,7 @@ def _points(axes: Any, measure: str, cells: Sequence[Cell]) -> None:
 def _lines(axes: Any, measure: str, key: str, cells: Sequence[Cell], mark: bool) -> None:
     """Draws one line over `key` per combination of the other settings.
 
-    `mark` rings the best point of a line and those that cannot be told from it: their means differ
-    by no more than the larger of the two deviations over seeds.
+    `mark` rings the best point of a line and those within its deviation over seeds.
     """
     groups = _groups(cells, [name for name in varied(cells) if name != key])
     handles = []
@@ -71,7 +70,7 @@ def _lines(axes: Any, measure: str, key: str, cells: Sequence[Cell], mark: bool)
         axes.plot(over, _array(members, measure), "o", color=colour, alpha=0.35, markersize=4)
         handles += axes.plot(places, means, color=colour)
         if mark:
-            near = _near_best(of_places)
+            near = near_best(of_places)
             look = {"markerfacecolor": "none", "markersize": 13, "color": colour}
             axes.plot([places[at] for at in near], [means[at] for at in near], "o", **look)
     axes.set_xscale("log", base=2)
@@ -83,13 +82,15 @@ def _lines(axes: Any, measure: str, key: str, cells: Sequence[Cell], mark: bool)
         drawing.legend(axes, drawing.Legend(handles, list(groups)))
 
 
-def _near_best(of_places: Sequence[Any]) -> list[int]:
+def near_best(of_places: Sequence[Any]) -> list[int]:
+    """Returns the places whose mean is within the deviation over seeds of the least mean.
+
+    Args:
+        of_places: Per place an array (seeds,), less being better.
+    """
     best = min(of_places, key=lambda values: values.mean())
-    return [
-        at
-        for at, values in enumerate(of_places)
-        if values.mean() - best.mean() <= max(values.std(), best.std())
-    ]
+    near = best.mean() + (best.std(ddof=1) if len(best) > 1 else 0)
+    return [at for at, values in enumerate(of_places) if values.mean() <= near]
 
 
 def _groups(cells: Sequence[Cell], keys: Sequence[str]) -> dict[str, list[Cell]]:
