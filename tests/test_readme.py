@@ -51,7 +51,7 @@ def commands():
 
 
 def typed_here():
-    """(module, words) of each that needs no network, no second device, and nothing that is not installed."""
+    """(module, words) of each that needs no network, no second device and no missing package."""
     for words in lines():
         if (
             OPTUNA in words

@@ -1,4 +1,4 @@
-"""The named runs of experiments/: each is what its source describes, as far as that can be told without data or training."""
+"""Each recipe is what its source describes, as far as that shows without data or training."""
 
 import functools
 import itertools
@@ -165,7 +165,10 @@ IMPROVED = [
 
 @pytest.mark.parametrize("name", IMPROVED)
 def test_improved_ddpm_trains_without_warm_up_clipping_or_decay(name):
-    """And its bound weighs T / 1000 of the whole, or 1 / T where the code rescales nothing (Nichol & Dhariwal 2021, README)."""
+    """Its bound weighs T / 1000 of the whole, or 1 / T where the code rescales nothing.
+
+    Nichol & Dhariwal 2021, README.
+    """
     config = configured(f"experiment={name}")
     optimizer = build.optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
     assert type(optimizer) is torch.optim.AdamW
@@ -194,7 +197,9 @@ def test_improved_ddpm_trains_without_warm_up_clipping_or_decay(name):
         )
 
 
-ADM = {  # Dhariwal & Nichol 2021, Table 11: width, blocks, multipliers, dropout, batch, steps, rate, parameters in millions
+# Dhariwal & Nichol 2021, Table 11:
+# width, blocks, multipliers, dropout, batch, steps, rate, parameters in millions
+ADM = {
     "imagenet64_adm": (192, 3, [1, 2, 3, 4], 0.1, 2048, 540_000, 3e-4, 296),
     "imagenet128_adm": (256, 2, [1, 1, 2, 3, 4], 0.0, 256, 4_360_000, 1e-4, 422),
     "imagenet256_adm": (256, 2, [1, 1, 2, 2, 4, 4], 0.0, 256, 1_980_000, 1e-4, 554),
@@ -259,7 +264,11 @@ def test_what_a_recipe_must_have_is_checked_by_plan_and_what_it_has_otherwise_is
 
 
 def test_the_recipes_name_the_resizing_of_their_sources():
-    """StyleGAN2's tool for Ho et al.'s LSUN, datasets/lsun_bedroom.py of OpenAI's repositories, torchvision's Resize of the original README."""
+    """Pictures are shrunk as in the sources.
+
+    StyleGAN2's tool for Ho et al.'s LSUN, datasets/lsun_bedroom.py of OpenAI's repositories,
+    torchvision's Resize of the original README.
+    """
     departs = {name: configured(f"experiment={name}").recipe.departs for name in NAMES}
     resized = {name: values.get("data.resize") for name, values in departs.items() if values}
     assert resized == {
