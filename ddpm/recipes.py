@@ -64,7 +64,7 @@ means 500 samples compared with the training split on the features of EfficientN
 FIDs. The floor is the same measure between two halves of the data.
 """
 
-WRITTEN = "`python -m ddpm.recipes > experiments/README.md` writes this page.\n"
+WRITTEN = "`python -m ddpm.recipes > page && mv page experiments/README.md` writes this page.\n"
 
 
 class Paper(NamedTuple):
@@ -106,6 +106,7 @@ PAPERS = (
     Paper(
         "This project, for one CPU core",
         ("this project",),
+        "![faces32](results/faces32.png) ![faces64](results/faces64.png)\n\n"
         "![emoji32](results/emoji32.png) ![emoji64](results/emoji64.png)\n\n"
         "![The same noise at steps 1,000, 3,000, 5,000 and 7,000 of emoji64]"
         "(results/emoji64_over_training.png)",
@@ -294,7 +295,9 @@ def _measurements(name: str, results: Path = RESULTS) -> list[dict[str, Any]]:
 def _run_of(folder: Path) -> str:
     run = read_record(folder)
     last = starts_of(run)[-1]
-    return f"{run['step']:,} steps, {last['device']}, commit {last['git']['commit'][:7]}"
+    git = last["git"]
+    commit = f"{git['commit'][:7]}{' (changed)' if git.get('dirty') else ''}"
+    return f"{run['step']:,} steps, {last['device']}, commit {commit}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
