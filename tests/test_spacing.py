@@ -263,18 +263,33 @@ def test_pictures_of_one_colour_have_the_colour_that_their_noise_stands_for(samp
     torch.testing.assert_close(brightness, expected, rtol=0.03, atol=0.005)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_readme_says_what_each_sampler_keeps_on_each_schedule(schedule):
+def column(name):
+    """The cells of a column of conf/README.md's table of samplers, by sampler."""
     lines = README[README.index("| sampler | calls |") :].splitlines()[: 2 + len(SAMPLERS)]
     head, _, *rows = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines)
     assert [row[0] for row in rows] == SAMPLERS
-    column = head.index(schedule)
-    for row in rows:
+    return {row[0]: row[head.index(name)] for row in rows}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_readme_says_what_each_sampler_keeps_on_each_schedule(schedule):
+    expected = {}
+    for sampler in SAMPLERS:
         try:
-            found = f"{kept_by(node(row[0]), process(schedule)):.2f}"
+            expected[sampler] = f"{kept_by(node(sampler), process(schedule)):.2f}"
         except ValueError:
-            found = "refused"
-        assert row[column] == found
+            expected[sampler] = "refused"
+    assert column(schedule) == expected
+
+
+def test_readme_says_how_often_each_sampler_calls_the_network():
+    calls = {name: build.sampler(node(name), process("linear")).calls for name in SAMPLERS}
+    short, long = (GaussianDiffusion(schedules.linear(T)) for T in (1000, 1250))
+    expected = {
+        name: "T" if count(short) != count(long) else str(count(short))
+        for name, count in calls.items()
+    }
+    assert column("calls") == expected
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
