@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from ddpm.config.validation import validate
 from ddpm.evaluate.run import Settings as EvaluateSettings
 from ddpm.runs.folder import RunFolder
 from ddpm.study import figures, page, picture, plan
+from ddpm.study import run as study
 from ddpm.study.figures import Cell, StudyRun
 from ddpm.study.plan import Claim
 
@@ -259,6 +261,32 @@ def test_study_show_prints_lines_that_can_be_typed(typed, tmp_path):
     assert "seed=0,1,2,3" in lines[0]
     assert all("hydra.launcher.n_jobs=2" in line for line in lines)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_study_needs_no_launcher_on_one_device(typed, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "visible_devices", list)
+    done = typed("study", "song_steps", "study.show=true", f"outputs={tmp_path}")
+    assert "python -m ddpm.train" in done.out
+    assert "hydra" not in done.out
+
+
+def test_a_study_whose_runs_all_fail_says_so_and_its_commands_print_no_tracebacks(
+    typed, tmp_path, monkeypatch
+):
+    lines, envs = [], []
+
+    def fails(line, env, **_):
+        lines.append(line)
+        envs.append(env)
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=fails))
+    done = typed("study", "guidance", f"outputs={tmp_path}")
+    assert done.code == 1
+    assert "study guidance: no run was trained and measured" in done.err
+    assert [line[2] for line in lines] == ["ddpm.train"]
+    assert "PATH" in envs[0]
+    assert "HYDRA_FULL_ERROR" not in envs[0]
 
 
 def test_real_digits_are_named_and_noise_is_not():

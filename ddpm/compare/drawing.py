@@ -27,7 +27,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError("plot=true needs matplotlib: pip install -e '.[plots]'") from error
+        raise ValueError("plots need matplotlib: pip install -e '.[plots]'") from error
 
 
 class Legend:

@@ -26,7 +26,7 @@ def name_of(config: Config, identity: Mapping[str, Any]) -> Path:
     mine = flat(identity)
     model, data = _model(mine), config.data.name
     own = _own_settings(
-        model if model in shipped_options("model") else "small32",  # with the paper's process
+        model if model in shipped_options("model") else None,
         data if data in shipped_options("data") else "digits",
     )
     if data == "folder" and config.data.path is not None:
@@ -53,9 +53,14 @@ def name_of(config: Config, identity: Mapping[str, Any]) -> Path:
 
 
 @functools.cache
-def _own_settings(model: str, data: str) -> dict[str, Any]:
-    """Returns the settings of a model and a data set if nothing else is given."""
-    config = training_config(compose([f"model={model}", f"data={data}"]))
+def _own_settings(model: str | None, data: str) -> dict[str, Any]:
+    """Returns the settings of a model and a data set if nothing else is given.
+
+    A model of one's own (None) has the process that Ho et al. 2020 publish.
+    """
+    papers = ["model=small32", "schedule=linear", "objective=epsilon"]
+    words = papers if model is None else [f"model={model}"]
+    config = training_config(compose([*words, f"data={data}"]))
     return flat(identity_of(config.model_dump(mode="json")))
 
 

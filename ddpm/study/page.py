@@ -23,8 +23,9 @@ python -m ddpm.study
 ```
 
 lists studies: claims of the papers, tested at a small scale, with networks trained for minutes,
-real pictures and several seeds. The command above each table trains, measures and computes the
-verdicts; run again, it resumes. `study.seeds=N` uses the seeds 0 to N-1. Its results go to
+real pictures and several seeds. The command above each table (after `pip install -e '.[plots]'`)
+trains, measures and computes the verdicts; run again, it resumes. `study.jobs=2` trains two runs at
+a time (`'.[sweep]'`). `study.seeds=N` uses the seeds 0 to N-1. Its results go to
 `outputs`; `study.to=experiments/studies` writes them and this page here.
 
 - *holds*: the whole 95% interval (Student's t, one number per seed) lies on the claim's side;

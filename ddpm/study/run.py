@@ -1,6 +1,7 @@
 """python -m ddpm.study NAME: run a study's command lines and judge its claims."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pydantic import Field
 from ddpm.compare.drawing import require_matplotlib
 from ddpm.config.compose import Composed, compose
 from ddpm.config.schema import plain_config
+from ddpm.config.sweeps import visible_devices
 from ddpm.config.validation import Count, Section, Text, validate
 from ddpm.runs.folder import RunFolder, starts_of
 from ddpm.study import figures, page, picture, plan
@@ -47,7 +49,7 @@ def run(composed: Composed) -> None:
     """Trains and measures what a study still lacks, then prints and writes its results.
 
     Raises:
-        ValueError: If there is no such study, or one of its lines is invalid.
+        ValueError: If there is no such study, one of its lines is invalid, or no run was measured.
         Preempted: If told to stop; the same command resumes.
     """
     settings = validate(Settings, plain_config(composed))
@@ -73,6 +75,8 @@ def run(composed: Composed) -> None:
         for line in _measuring(study, runs, which.jobs):
             _do(line, spent)
     cells = [cell for one in runs for cell in figures.cells(study, one)]
+    if not any(cell.values for cell in cells):
+        raise ValueError(f"study {name}: no run was trained and measured; the errors above say why")
     tried = [figures.tried(claim, cells) for claim in study.claims]
     about = _about(spent, [one.run for one in runs])
     write_text(to / f"{name}.json", page.as_json(name, study, cells, tried, about))
@@ -134,9 +138,9 @@ def _evaluate(line: Sequence[str], runs: Sequence[str], seed: int, jobs: int | N
 
 
 def _at_once(jobs: int | None) -> list[str]:
-    if jobs == 1:
-        return []
-    return ["hydra/launcher=joblib", *([] if jobs is None else [f"hydra.launcher.n_jobs={jobs}"])]
+    """Starts several jobs at once, by default one per GPU."""
+    jobs = jobs or max(1, len(visible_devices()))
+    return [] if jobs == 1 else ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"]
 
 
 def _typed(line: Sequence[str]) -> str:
@@ -154,8 +158,10 @@ def _do(line: Sequence[str], spent: Path) -> None:
     print(flush=True)
     say(_typed(line))
     began = time.monotonic()
+    # the variable is set for Hydra in this process, and would have the command print tracebacks
+    env = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
     with relay.passing_on(relay.own_children):
-        code = subprocess.run([sys.executable, "-m", *line], check=False).returncode
+        code = subprocess.run([sys.executable, "-m", *line], check=False, env=env).returncode
     with spent.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"line": line, "seconds": time.monotonic() - began}) + "\n")
     signals.check()
