@@ -3,6 +3,7 @@
 It opens, sorts, filters, hovers and picks without a message on the console.
 """
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -30,6 +31,7 @@ EVIL = (
     "</script><script>document.title = 'ran'</script><img src=x onerror=\"document.title = 'ran'\">"
 )
 LRS = [1e-4, 1e-3, 1e-2]
+RUNS = int(os.environ.get("DDPM_REPORT_RUNS", "150"))  # of the page that must open and scroll
 
 
 @pytest.fixture(scope="module")
@@ -326,11 +328,11 @@ def test_few_runs_are_a_page_too(browser, run_folder, tmp_path, count):
     assert browser.get_log("browser") == []
 
 
-def test_five_hundred_runs_open_and_scroll(browser, run_folder, tmp_path, capsys):
+def test_many_runs_open_and_scroll(browser, run_folder, tmp_path, capsys):
     template = RunFolder(run_folder)
     first = write_run(template, tmp_path / "first", {}, figures={400: 50.0}, previews={400: 4}, num_records=100)  # fmt: skip
     config = (first / "config.yaml").read_text()
-    for index in range(500):
+    for index in range(RUNS):
         folder = shutil.copytree(first, tmp_path / "runs" / str(index))
         lr, seed = f"lr: {1e-5 * 1.1 ** (index // 5):.3e}", f"\nseed: {index % 5}\n"
         (folder / "config.yaml").write_text(
@@ -348,9 +350,9 @@ def test_five_hundred_runs_open_and_scroll(browser, run_folder, tmp_path, capsys
         settle(browser)
     scrolled = time.perf_counter()
     enter(browser, "#together", False)
-    assert len(column(browser, "seed")) == 500
+    assert len(column(browser, "seed")) == RUNS
     sorted_at = time.perf_counter()
     with capsys.disabled():
-        print(f"\n500 runs, {page.stat().st_size / 1e6:.1f} MB: opened in {opened - began:.1f} s, scrolled through in {scrolled - opened:.1f} s, 500 rows in {sorted_at - scrolled:.1f} s")  # fmt: skip
+        print(f"\n{RUNS} runs, {page.stat().st_size / 1e6:.1f} MB: opened in {opened - began:.1f} s, scrolled through in {scrolled - opened:.1f} s, all rows in {sorted_at - scrolled:.1f} s")  # fmt: skip
     assert page.stat().st_size < 20e6
     assert browser.get_log("browser") == []
