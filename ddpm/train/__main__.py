@@ -9,10 +9,7 @@ main = command(
     [
         "python -m ddpm.train model=unet128 data=butterflies",
         "python -m ddpm.train -m optimizer.lr=1e-4,2e-4,4e-4",
-        (
-            "python -m ddpm.train data=folder data.path=~/pictures model=small32 objective=v "
-            "training.steps=5000"
-        ),
+        "python -m ddpm.train data=folder data.path=~/pictures model=small32 training.steps=5000",
     ],
     config_name="config",
     facts=lazily("ddpm.train.run.facts"),
