@@ -96,7 +96,9 @@ def command(name: str, *overrides: str, before: str | None = None, **environment
     return Command(process, files)
 
 
-def group(name: str, *overrides: str, processes: int, **environment: str) -> list[Command]:
+def group(
+    name: str, *overrides: str, processes: int, before: str | None = None, **environment: str
+) -> list[Command]:
     """Starts a command in several cooperating processes, as a launcher would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -109,7 +111,7 @@ def group(name: str, *overrides: str, processes: int, **environment: str) -> lis
         **environment,
     }
     return [
-        command(name, *overrides, **together, RANK=str(rank), LOCAL_RANK=str(rank))
+        command(name, *overrides, before=before, **together, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank in range(processes)
     ]
 

@@ -22,6 +22,7 @@ import torch
 from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
 from ddpm.system import processes
+from ddpm.train import start
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
@@ -171,6 +172,38 @@ def test_under_torchrun_a_signal_stops_all_after_the_same_step(ddpm, settings, t
     done = ddpm("train", f"outputs={tmp_path}", *settings, processes=2)
     assert done.code == 0, done.err
     assert_same(run, trained(2))
+
+
+def told_while_it_prepares():
+    """Sends process number $TOLD a SIGTERM before the network is built, long before step 1."""
+    really = start.state_of
+
+    def state_of(*arguments):
+        if os.environ["RANK"] == os.environ["TOLD"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return really(*arguments)
+
+    start.state_of = state_of
+
+
+@pytest.mark.parametrize("told", ["0", "1"])
+def test_told_while_it_prepares_one_process_does_not_leave_the_others_waiting(
+    settings, tmp_path, told
+):
+    started = forked.group(
+        "train",
+        f"outputs={tmp_path}",
+        *settings,
+        "runtime.device_batch=4",  # auto would ask all processes while it searches
+        processes=2,
+        before="test_processes:told_while_it_prepares",
+        TOLD=told,
+    )
+    assert [one.wait(60) for one in started] == [75, 75]
+    run = next(tmp_path.glob("*/*/run.json")).parent
+    record = RunFolder(run).record()
+    assert record["status"] == "preempted"
+    assert checkpoint.newest_whole(run / "checkpoints").step == record["step"] == 1
 
 
 def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):

@@ -3,6 +3,7 @@
 tests/test_torture.py sends signals at random instants; here they hit rarer ones.
 """
 
+import atexit
 import json
 import os
 import shutil
@@ -127,6 +128,18 @@ def test_told_to_stop_while_pictures_are_decoded_it_ends_and_so_do_its_workers(
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
     assert not list((tmp_path / "outputs").glob("*/*/run.json"))
+
+
+def told_while_exiting():
+    """Sends the process a SIGTERM while the interpreter shuts down."""
+    atexit.register(signal.raise_signal, signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("stop", "code"), [([], 0), (["runtime.max_hours=1e-9"], 75)])
+def test_a_signal_after_the_work_does_not_change_the_exit_code(tiny, tmp_path, stop, code):
+    words = [*tiny, f"outputs={tmp_path}", *stop]
+    process = forked.command("train", *words, before="test_stopping:told_while_exiting")
+    assert process.wait() == code, process.err
 
 
 def drawn(folder):

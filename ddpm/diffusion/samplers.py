@@ -30,7 +30,6 @@ from ddpm.diffusion.process import (
 from ddpm.diffusion.spacing import Spacing, check_start, spaced_timesteps
 from ddpm.system import randomness
 from ddpm.system.devices import memory_format
-from ddpm.system.signals import check
 
 __all__ = ["Sampler", "ancestral", "ddim", "dpm_solver_pp", "heun"]
 
@@ -247,7 +246,6 @@ class Sampler:
         denoise = diffusion.denoiser(model, clip=self.clip)
 
         def watched(x_t: Tensor, t: Tensor) -> Denoised:
-            check()
             estimate = denoise(x_t, t)
             if watch is not None:
                 watch(int(t[0]), x_t, estimate.x0_hat)

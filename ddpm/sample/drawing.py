@@ -12,7 +12,7 @@ from ddpm.diffusion.samplers import Noise, Sampler, Watch, latents, step_noise
 from ddpm.system import precision
 from ddpm.system.devices import halve_to_fit
 from ddpm.system.names import Precision
-from ddpm.system.signals import at_once
+from ddpm.system.signals import at_once, check
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,16 @@ class Drawing:
         watch: Watch | None = None,
     ) -> Tensor:
         of_batch = None if classes is None else torch.tensor(list(classes), device=self.device)
+        model = self.model(of_batch)
+
+        def interruptible(x_t: Tensor, t: Tensor) -> Tensor:
+            check()
+            return model(x_t, t)
+
         with self.computing(), at_once(), torch.inference_mode():  # a call may compile for minutes
             # the clone is an inference tensor like all that follow, so torch compiles only once
             return self.sampler.walk(
-                self.model(of_batch), self.diffusion, x.clone(), timesteps, noise, watch
+                interruptible, self.diffusion, x.clone(), timesteps, noise, watch
             )
 
     @contextmanager

@@ -4,6 +4,7 @@ Signals are sent to a process, so the state here is global to it. Long work call
 its parts, which raises `Preempted` once the process has been told to stop.
 """
 
+import atexit
 import os
 import signal
 import threading
@@ -160,10 +161,15 @@ def _handle(number: int, frame: FrameType | None) -> None:
 def commanded() -> Iterator[None]:
     """Handles a command's signals: they act as usual until the command is `listening`.
 
-    After that they are ignored, since the command's work is done.
+    After that they are ignored, since the command's work is done: also while the process exits,
+    which takes torch a while, so that the exit code says how the work ended.
     """
     with _taken("default"):
-        yield
+        try:
+            yield
+        finally:
+            if _State.mode == "ignored":
+                atexit.register(deafen)
 
 
 @contextmanager
