@@ -16,12 +16,13 @@ from ddpm.config import build
 from ddpm.config.compose import CONF, compose, shipped_option, shipped_options
 from ddpm.config.schema import training_config
 from ddpm.diffusion.process import GaussianDiffusion
-from ddpm.diffusion.samplers import Sampler
+from ddpm.diffusion.samplers import Sampler, ddim
 from ddpm.diffusion.schedules import linear
 from ddpm.runs.folder import RunFolder
 from ddpm.sample.images import grid, read_png, save_png, text_of, to_uint8
 from ddpm.sample.previews import drawn_by, others_before, previews_of
 from ddpm.sample.subject import of_run
+from ddpm.system import signals
 
 SCHEDULES = shipped_options("schedule")
 # a short run with the paper's settings
@@ -69,6 +70,14 @@ def test_the_calls_of_a_sampler_of_ones_own_are_counted(variance):
     loss = "hybrid" if variance == "learned_range" else "simple"
     diffusion = GaussianDiffusion(linear(100), "epsilon", variance=variance, loss=loss)
     assert Sampler(thrice, num_steps=10).calls(diffusion) == 30
+
+
+def test_calls_are_counted_also_in_a_run_that_was_told_to_stop():
+    """Stopping there would leave the run's other processes waiting for this one."""
+    diffusion = process("cosine", zero_terminal_snr=False)
+    with signals.listening():
+        signals.tell("a test")
+        assert Sampler(ddim, num_steps=10).calls(diffusion) == 10
 
 
 @pytest.mark.parametrize(
