@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ddpm.config import cli
 from ddpm.evaluate import of_data
 from ddpm.runs import checkpoint
 from ddpm.runs.folder import RunFolder
@@ -140,6 +141,25 @@ def test_a_signal_after_the_work_does_not_change_the_exit_code(tiny, tmp_path, s
     words = [*tiny, f"outputs={tmp_path}", *stop]
     process = forked.command("train", *words, before="test_stopping:told_while_exiting")
     assert process.wait() == code, process.err
+
+
+def interrupted_in_a_library():
+    """Presses Ctrl-C inside a library that answers with an error, as omegaconf may."""
+
+    def from_hydra(*arguments):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            raise AttributeError("'NoneType' object has no attribute '_invalidate_flags_cache'")
+
+    cli.from_hydra = from_hydra
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_is_still_an_interrupt(tiny, tmp_path):
+    words = [*tiny, f"outputs={tmp_path}"]
+    process = forked.command("train", *words, before="test_stopping:interrupted_in_a_library")
+    assert process.wait() == 130
+    assert process.err.splitlines()[-1] == "interrupted"
 
 
 def drawn(folder):

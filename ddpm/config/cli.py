@@ -191,6 +191,7 @@ def _run_alone(cfg: DictConfig, run: Run, wants_traceback: bool) -> sweeps.Outco
     try:
         run(composed)
     except Exception as error:
+        signals.check_interrupted()
         if wants_traceback:
             raise
         say(f"error: {explain(error)}", to_error=True)
@@ -217,6 +218,7 @@ def _run_job(
         code, ended = signals.CARRIES_ON, "running elsewhere"
         say(f"error: {explain(error)}", to_error=True)
     except Exception as error:
+        signals.check_interrupted()
         if wants_traceback:
             raise
         code, ended = 1, "failed"

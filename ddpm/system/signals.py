@@ -76,6 +76,7 @@ class _State:
     told: str | None = None  # why to stop, once told
     was_told: str | None = None  # `told` of the last block that ended
     first: float = 0.0  # when the first SIGINT came
+    interrupted: bool = False  # whether a SIGINT has raised KeyboardInterrupt
     obeys: bool = False  # whether this is a worker, whose parent talks to the user
     busy: bool = False  # whether the worker is doing a job
     # a signal acts as usual; is noted for `check`; raises Preempted on the spot; is ignored
@@ -100,6 +101,16 @@ def noted() -> str | None:
 def was_told() -> str | None:
     """Returns why the previous work in this process was told to stop; None if it was not."""
     return _State.was_told
+
+
+def check_interrupted() -> None:
+    """Raises KeyboardInterrupt again if a library has turned it into an error of its own.
+
+    Raises:
+        KeyboardInterrupt: If a Ctrl-C has raised one in this command.
+    """
+    if _State.interrupted:
+        raise KeyboardInterrupt
 
 
 def check() -> None:
@@ -142,12 +153,14 @@ def _handle(number: int, frame: FrameType | None) -> None:
         return
     if mode == "default":
         if number == signal.SIGINT:
+            _State.interrupted = True
             raise KeyboardInterrupt
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
         return
     again = _State.first and now - _State.first > SAME_CTRL_C
     if number == signal.SIGINT and again and not _State.obeys:
+        _State.interrupted = True
         raise KeyboardInterrupt
     if number == signal.SIGINT and not _State.first:
         _State.first = now
@@ -167,6 +180,9 @@ def commanded() -> Iterator[None]:
     with _taken("default"):
         try:
             yield
+        except Exception:
+            check_interrupted()
+            raise
         finally:
             if _State.mode == "ignored":
                 atexit.register(deafen)
@@ -291,7 +307,7 @@ def _take(
 ) -> tuple[dict[signal.Signals, Any], set[int] | None]:
     """Installs our signal handlers; returns the previous ones, and the previous signal mask."""
     _State.told = _State.was_told = None
-    _State.first, _State.mode = 0.0, mode
+    _State.first, _State.interrupted, _State.mode = 0.0, False, mode
     before = {number: signal.signal(number, _handle) for number in TAKEN}
     return before, _unblock()
 
