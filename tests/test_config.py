@@ -167,3 +167,11 @@ def test_a_key_of_ones_own_network_is_suggested(typed, tmp_path):
     done = typed("train", "--config-dir", str(tmp_path / "my"), "model=net", "model.widht=3")
     assert done.code == 1
     assert "model.widht: no such key in model; did you mean width" in done.err
+
+
+@pytest.mark.parametrize(("command", "takes_recipes"), [("train", True), ("compare", False)])
+def test_recipes_are_suggested_by_the_commands_that_take_them(typed, command, takes_recipes):
+    done = typed(command, "exprmnt=cifar10")
+    assert done.code == 1
+    assert ("did you mean experiment?" in done.err) == takes_recipes
+    assert (" experiment," in done.err) == takes_recipes

@@ -128,7 +128,7 @@ def _no_such_key(
         if isinstance(inner, DictConfig)
     }
     deeper = [f"{group}.{name}" for group, inner in groups.items() if name in inner]
-    names.append("experiment")
+    names += [group for group in composed.choices if group == "experiment"]  # null, so no section
     if deeper:
         return f"{key}: no such key{nearest('', names)}; did you mean {' or '.join(deeper)}?"
     return f"{key}: no such key{nearest(name, names)}"
