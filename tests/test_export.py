@@ -2,12 +2,15 @@
 
 import logging
 import re
+import shutil
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
 from weight_folders import (
     SMALL,
@@ -24,7 +27,9 @@ from ddpm.config import build
 from ddpm.config.compose import compose
 from ddpm.config.schema import training_config
 from ddpm.diffusion.process import GaussianDiffusion
+from ddpm.diffusion.samplers import Sampler, ddim
 from ddpm.export.run import run as export
+from ddpm.sample.subject import of_folder, of_run
 from ddpm.weights import folders
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # networks this small are slower on two threads
@@ -84,6 +89,46 @@ def test_a_network_with_classes_keeps_them(tmp_path, capsys):
     assert "class_labels" in capsys.readouterr().out
     assert_same(network_of(run), theirs(folder / "unet"), torch.tensor([0, 10]))
     assert folders.find(str(folder), "from").model["num_classes"] == 11
+
+
+@pytest.mark.parametrize(("dropped", "any_class"), [(0.1, 10), (0.0, None)])
+def test_an_export_samples_the_classes_of_its_run_and_knows_guidance(tmp_path, dropped, any_class):
+    run = finished(
+        tmp_path, *SMALL, "training.conditional=true", f"training.label_dropout={dropped}"
+    )
+    folder = exported(run, tmp_path)
+    subject, _ = of_folder(str(folder))
+    expected = of_run(run, None, "ema", []).subject
+    assert subject.classes == expected.classes == [f"class {number}" for number in range(10)]
+    assert subject.any_class == expected.any_class == any_class
+    scale = 1.0 if any_class is None else 3.0
+    sampler = Sampler(ddim, num_steps=3, guidance_scale=scale)
+    drawn, wanted = (
+        one.drawing(sampler, 0, torch.device("cpu"), "fp32").images([0, 1], [3, 9])
+        for one in (subject, expected)
+    )
+    torch.testing.assert_close(drawn, wanted, rtol=0, atol=1e-6)
+    (folder / "classes.json").unlink()  # as a folder of somebody else
+    subject, _ = of_folder(str(folder))
+    assert subject.classes == [str(number) for number in range(11 if dropped else 10)]
+    assert subject.any_class is None
+
+
+def test_of_an_export_on_the_hub_all_that_sampling_needs_is_downloaded(tmp_path, monkeypatch):
+    folder = exported(finished(tmp_path, *SMALL, "training.conditional=true"), tmp_path)
+
+    def snapshot_download(name, allow_patterns):
+        files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (tmp_path / "hub" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / file, tmp_path / "hub" / file)
+        return tmp_path / "hub"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    here, there = (of_folder(name)[0] for name in (str(folder), "owner/name"))
+    assert here.identity() == there.identity()
+    assert here.classes == there.classes
+    assert here.any_class == there.any_class == 10
 
 
 def test_the_weights_as_trained_are_exported_where_asked(small, tmp_path, capsys):

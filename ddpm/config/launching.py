@@ -35,7 +35,7 @@ class Sweep:
         facts: Returns a job's columns of the table.
         heeds: Whether jobs react to signals, so that a signal stops the sweep.
         wants_traceback: Whether to raise an error instead of printing one line.
-        check: Checks the first jobs of a search before they start.
+        check: Checks the first jobs of a search before they start; see sweeps.check_jobs.
         scored: Returns a job's score; None if the command has no score.
         ended: Outcomes of jobs that ran in this process, by job number.
         outcomes: Outcomes of all jobs, in job order.
@@ -45,7 +45,7 @@ class Sweep:
     facts: Facts
     heeds: bool
     wants_traceback: bool
-    check: Callable[[Callable[[list[str]], DictConfig], Sequence[list[str]]], None]
+    check: Callable[..., None]
     scored: search.Scored | None = None
     ended: dict[int, Outcome] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Sweep:
         learns = search.learns(sweeper)
         if learns and first == 0:
             search.check(sweeper, self.scored)
-            self.check(compose_job, jobs)
+            self.check(compose_job, jobs, distinct=False)
         returned = self._launch(launcher, compose_job, jobs, first)
         outcomes: list[Outcome] = [one.return_value for one in returned]
         self.outcomes += outcomes

@@ -38,7 +38,7 @@ PLUGINS: dict[str, dict[str, Any]] = {  # defaults that replace the plugins' own
 
 
 HERE = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")  # launchers that use this machine
-Check = Callable[[Composed, bool], object]
+Check = Callable[[Composed, bool], Path | None]
 Facts = Callable[[Composed], dict[str, str]]
 
 
@@ -70,14 +70,17 @@ def check_jobs(
     explain: Callable[[Exception, Sequence[str]], str],
     compose_job: Callable[[list[str]], DictConfig],
     jobs: Sequence[list[str]],
+    distinct: bool = True,
 ) -> None:
     """Checks before the first job that every job of a sweep can run.
 
     Args:
-        check: Raises ValueError for a job that cannot run; None checks only that jobs compose.
+        check: Raises ValueError for a job that cannot run, and returns the folder of its run if
+            that is known yet; None checks only that jobs compose.
         explain: Turns an error into one line, given the job's overrides.
         compose_job: Composes the overrides of a job.
         jobs: The overrides of each job.
+        distinct: Whether each job must be another run; a search may try a value twice.
 
     Raises:
         WrongJobs: If some jobs cannot run.
@@ -89,12 +92,18 @@ def check_jobs(
     optional = True  # whether runtime.check_sweep=false would start the other jobs
     first: Exception | None = None
     resumed: dict[Path, int] = {}
+    runs: dict[Path, int] = {}
     for number, words in enumerate(jobs):
         composes = False
         try:
             cfg = compose_job(words)
             composes = True
-            _check_job(check, cfg, number, resumed)
+            run = _check_job(check, cfg, number, resumed)
+            if distinct and run is not None and runs.setdefault(run, number) != number:
+                raise ValueError(
+                    f"jobs {runs[run]} and {number} of this sweep are the same run, since what "
+                    "differs changes no weights (ddpm.evaluate -m sweeps sampler and evaluation)"
+                )
         except Exception as error:
             first = first or error
             wrong[number] = explain(error, words)
@@ -103,7 +112,10 @@ def check_jobs(
         raise WrongJobs(_listed(wrong, jobs, optional)) from first
 
 
-def _check_job(check: Check | None, cfg: DictConfig, number: int, resumed: dict[Path, int]) -> None:
+def _check_job(
+    check: Check | None, cfg: DictConfig, number: int, resumed: dict[Path, int]
+) -> Path | None:
+    """Checks one job; returns the folder of its run if that is known."""
     with as_job(cfg, number) as composed:
         if composed.cfg.get("resume") is not None:
             run = Path(str(composed.cfg.resume)).expanduser().resolve()
@@ -111,7 +123,8 @@ def _check_job(check: Check | None, cfg: DictConfig, number: int, resumed: dict[
             if other != number:
                 raise ResumedTwice(f"jobs {other} and {number} of this sweep both resume {run}")
         if check is not None and OmegaConf.select(cfg, "runtime.check_sweep"):
-            check(composed, str(cfg.hydra.launcher.get("_target_")).endswith(HERE))
+            return check(composed, str(cfg.hydra.launcher.get("_target_")).endswith(HERE))
+    return None
 
 
 @contextmanager

@@ -179,8 +179,11 @@ def _data(run: RunFolder, config: Config) -> str:
 def _sampling(subject: Subject) -> str:
     steps = subject.diffusion.num_timesteps
     form = LOOP if subject.classes else PIPELINE
+    number = subject.any_class
+    any_class = "" if number is None else f"Class {number} stands for any class.\n\n"
     return (
         f"With diffusers:\n\n```python\n{form.format(steps=steps, shape=subject.shape)}\n```\n\n"
+        f"{any_class}"
         "With ddpm:\n\n```bash\npython -m ddpm.sample from=FOLDER num_samples=16\n```"
     )
 

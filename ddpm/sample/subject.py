@@ -151,8 +151,8 @@ def of_config(
 def of_folder(name: str) -> tuple[Subject, str]:
     """Opens a folder of weights or a hub repository; returns its network and its last name.
 
-    Class names are numbers unless ddpm.export wrote names. The folder does not tell which class
-    stands for "any", so there is no guidance.
+    Only a folder that ddpm.export wrote tells the names of the classes, and which class stands for
+    "any", which guidance needs.
 
     Raises:
         ValueError: If nothing is there, or its network and process cannot be expressed here.
@@ -160,7 +160,7 @@ def of_folder(name: str) -> tuple[Subject, str]:
     found = folders.find(name, "from")
     network, resolution = found.network(), found.model["resolution"]
     network.load_state_dict(found.weights_for(network, found.model))
-    num_classes = found.model["num_classes"]
+    classes, any_class = found.classes()
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     subject = Subject(
         network=lambda device: to_device(network, device),
@@ -168,8 +168,8 @@ def of_folder(name: str) -> tuple[Subject, str]:
         model=found.model,
         diffusion=found.chain().diffusion,
         shape=(found.model["in_channels"], height, width),
-        classes=None if num_classes is None else found.class_names(num_classes),
-        any_class=None,
+        classes=classes,
+        any_class=any_class,
     )
     return subject, Path(name).expanduser().resolve().name
 

@@ -234,7 +234,7 @@ def _check_duration(config: Config, run: RunFolder, changed: list[str], instead:
         )
 
 
-def check_job(composed: Composed, here: bool) -> None:
+def check_job(composed: Composed, here: bool) -> Path | None:
     """Checks, before a sweep trains its first job, that this one can start.
 
     Args:
@@ -242,21 +242,23 @@ def check_job(composed: Composed, here: bool) -> None:
         here: Whether it would run on this machine. If so, the device, pictures and initial weights
             are checked, too.
 
+    Returns:
+        The folder of its run; None if only the machine that runs it can tell.
+
     Raises:
         ValueError: If it cannot.
     """
     if not here and composed.cfg.resume is None:
         build.check(training_config(composed))
-        return
+        return None
     begun = which_run(composed)
     config, run = begun.config, begun.folder
     check_history(begun, resumes=composed.cfg.resume is not None)
-    if run.record().get("status") == "complete" and not begun.changes:
-        return
-    if not here:
-        return
+    if not here or (run.record().get("status") == "complete" and not begun.changes):
+        return run.path
     device(config.runtime.device)
     if begun.source is None and (config.data.path is not None or "repo" not in config.data.source):
         build.source(config)
     if config.runtime.evaluate_every is not None:
         check_extractor(config.evaluation, torch.device("cpu"))
+    return run.path

@@ -106,15 +106,25 @@ class Pretrained:
                     )
         return weights
 
-    def class_names(self, count: int) -> list[str]:
-        """Returns the names of `count` classes as ddpm.export wrote them, or else their numbers."""
-        file = self.file.parent.parent / CLASSES
-        names = [str(number) for number in range(count)]
-        if file.is_file():
-            with _naming(f"{self.option}: {CLASSES}"):
-                found = _json(file)
-                names = [str(found.get(name, name)) for name in names]
-        return names
+    def classes(self) -> tuple[list[str] | None, int | None]:
+        """Returns the names of the classes, and the number of the class "any".
+
+        Without the file that ddpm.export writes, the names are numbers, and nothing tells whether
+        the last one stands for "any". None for a network without classes; see Drawing.any_class.
+
+        Raises:
+            ValueError: If the file cannot be read.
+        """
+        count = self.model["num_classes"]
+        if count is None:
+            return None, None
+        part = self.file.parent
+        file = (part.parent if part.name == "unet" else part) / CLASSES
+        with _naming(f"{self.option}: {CLASSES}"):
+            written = _json(file) if file.is_file() else {}
+        names = [str(written.get(str(number), number)) for number in range(count)]
+        drops_labels = written.keys() == {str(number) for number in range(count - 1)}
+        return (names[:-1], count - 1) if written and drops_labels else (names, None)
 
     def chain(self) -> Chain:
         """Returns the process that the folder's scheduler describes.
@@ -264,6 +274,7 @@ def _folder(name: str, option: str) -> Path:
 
     settings = [
         "model_index.json",
+        CLASSES,
         "config.json",
         "scheduler_config.json",
         "unet/config.json",
