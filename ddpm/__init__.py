@@ -1,14 +1,15 @@
 """Train, reproduce and compare denoising diffusion models (Ho et al. 2020, arXiv 2006.11239).
 
-The story, in the order of the rooms, each of which imports only from those before it:
-`system` (files, signals, processes, devices, randomness), `models` (x_t, t -> output) and
-`diffusion` (the process, its schedules and samplers) know no configuration; `data` turns pictures
-into batches; `config` composes a command line (compose), checks it before anything is imported
-that it names (schema, validation), and builds what it names (build): three hops, so that a typo
-costs no time, nothing loaded runs code, and only entry points see a configuration. `runs` is a
-run's folder, `weights` are other people's; `sample`, `evaluate` and `train` do the work; `compare`,
-`plan`, `export`, `recipes` and `benchmark` look at it. `python -m ddpm.NAME` is the room NAME.
-For a tour read train/run.py, train/steps.py, train/loop.py, diffusion/process.py, models/unet.py.
+The packages in order, each of which imports only from those before it: `system` (files, signals,
+processes, devices, randomness); `models` (x_t, t -> output) and `diffusion` (the process, its
+schedules and samplers), which know no configuration; `data`, which turns pictures into batches;
+`config`, which composes a command line (compose), checks it before anything that it names is
+imported (schema, validation), and builds what it names (build), so that a typo costs no time and
+nothing loaded runs code. `runs` is a run's folder, `weights` are other people's, `tune` finds how
+fast a network can run; `sample`, `evaluate` and `train` do the work; `compare`, `plan`, `export`,
+`recipes`, `benchmark`, `study` and `library` (ddpm.load) use it. The command `python -m ddpm.NAME`
+is the package NAME. For a tour read train/run.py, train/steps.py, train/loop.py,
+diffusion/process.py, models/unet.py.
 """
 
 import importlib
@@ -23,27 +24,27 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # public names, imported when first used
-_ROOM_OF = {
+_PACKAGE_OF = {
     "GaussianDiffusion": "diffusion",
     "UNet": "models",
     "ReadmeUNet": "models",
     "Sampler": "diffusion.samplers",
 }
-_ROOMS = ("data", "diffusion", "models")
+_PACKAGES = ("data", "diffusion", "models")
 
 __all__ = ["load", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOM_OF:
-        return getattr(importlib.import_module(f"ddpm.{_ROOM_OF[name]}"), name)
-    if name in _ROOMS:
+    if name in _PACKAGE_OF:
+        return getattr(importlib.import_module(f"ddpm.{_PACKAGE_OF[name]}"), name)
+    if name in _PACKAGES:
         return importlib.import_module(f"ddpm.{name}")
     raise AttributeError(f"module 'ddpm' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ROOM_OF, *_ROOMS])
+    return sorted([*globals(), *_PACKAGE_OF, *_PACKAGES])
 
 
 def load(path: "str | Path | RunFolder", trusted_modules: Sequence[str] = ()) -> "Run":

@@ -60,8 +60,10 @@ MEASURED = """\
 
 Each run's `run.json` and `evaluation.json` are in `results/`. `500:train:efficientnet_lite0:ddim50`
 means 500 samples compared with the training split on the features of EfficientNet-Lite, drawn by
-`sampler=ddim50`; then come the weights (`ema`) and the step. Distances on these features are not
-FIDs. The floor is the same measure between two halves of the data.
+`sampler=ddim50` (`dpm_solver_pp20` is `sampler=dpmpp20`); then come the weights (`ema`) and the
+step. Distances on these features are not FIDs. The floor is the same measure between two halves of
+the data; `named` is the share of samples that a classifier of digits recognizes with a probability
+of at least 0.9, and its floor that share of real digits.
 """
 
 WRITTEN = "`python -m ddpm.recipes > page && mv page experiments/README.md` writes this page.\n"
@@ -146,8 +148,9 @@ def page() -> str:
     parts = [
         INTRO,
         *of_papers,
-        f"## Protocols\n\nOf the published figures. Floats and truncated: how samples reached the "
-        f"Inception network.\n10k pictures: of the data, if not all.\n\n{protocols}",
+        "## Protocols\n\nThe letters of the published figures. *Floats* or *truncated* is how "
+        "samples reached the\nInception network; *10k pictures* is how many of the data were used, "
+        f"where it was not all.\n\n{protocols}",
         SWEEPS,
         f"{MEASURED}\n{measured()}",
         WRITTEN,

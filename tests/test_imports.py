@@ -54,21 +54,23 @@ def imports(*below: str) -> dict[str, set[str]]:
     return found
 
 
-def test_each_room_imports_only_from_those_before_it():
-    place = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
-    rooms = {
+def test_each_package_imports_only_from_those_before_it():
+    place = {package: number for number, packages in enumerate(ORDER) for package in packages}
+    packages = {
         path.stem
         for path in PACKAGE.iterdir()
         if path.suffix == ".py" or (path.is_dir() and any(path.glob("*.py")))
     }
-    assert rooms - {"__init__"} == place.keys()
+    assert packages - {"__init__"} == place.keys()
     against = [
         f"{file} imports {name}"
         for file, names in imports().items()
         for name in names
-        if (room := file.removesuffix(".py").partition("/")[0]) in place
+        if (package := file.removesuffix(".py").partition("/")[0]) in place
         and name.startswith("ddpm.")
-        if (other := name.split(".")[1]) in place and other != room and place[other] >= place[room]
+        if (other := name.split(".")[1]) in place
+        and other != package
+        and place[other] >= place[package]
     ]
     assert against == []
 

@@ -111,7 +111,7 @@ def test_a_setting_orders_by_its_number_but_is_no_best(template, tmp_path):
     ]
     ordered = order.by(given, "lr", "order_by")
     assert (ordered.column, ordered.values) == ("optimizer.lr", [2e-4, 1e-3, 1e-2])
-    with pytest.raises(ValueError, match="a setting is neither better nor worse"):
+    with pytest.raises(ValueError, match="is no figure, and settings are neither better nor worse"):
         order.best(given, "lr")
     with pytest.raises(
         ValueError, match=r"order_by=bach_size is not .* did you mean training.batch_size"

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,19 @@ def test_a_command_of_the_pages_composes(module, overrides):
         composed = compose(job, "config" if module == "train" else module)
         if module == "train" and composed.cfg.resume is None:
             build.check(training_config(composed))
+
+
+def test_the_cache_is_cleared_of_nothing_but_decoded_sets_that_no_run_uses(tmp_path):
+    cache = tmp_path / "outputs" / "cache"
+    for file in ("used/about.json", "unused/about.json", "features/a.npz", "digests/a", "tune/a"):
+        (cache / file).parent.mkdir(parents=True)
+        (cache / file).touch()
+    (tmp_path / "outputs" / "data" / "run").mkdir(parents=True)
+    record = tmp_path / "outputs" / "data" / "run" / "run.json"
+    record.write_text('{"data": {"cache": "outputs/cache/used"}}')
+    (clears,) = re.findall(r"```bash\n(for about in .*?)```", TEXTS["conf/README.md"], flags=re.S)
+    subprocess.run(["bash", "-euc", clears], cwd=tmp_path, check=True)
+    assert {folder.name for folder in cache.iterdir()} == {"used", "features", "digests", "tune"}
 
 
 SHORT = {  # appended to what the README says, to try in seconds what takes minutes or days

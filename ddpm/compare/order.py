@@ -99,7 +99,8 @@ def best(compared: Sequence[Compared], metric: str) -> Ordered:
     """
     if not _is_figure(metric):
         raise ValueError(
-            f"best={metric}: a setting is neither better nor worse; give loss or eval/NAME"
+            f"best={metric} is no figure, and settings are neither better nor worse; give loss or "
+            "eval/NAME, and words of its protocol as in loss:WORD or eval/NAME@WORD:WORD"
         )
     ordered = by(compared, metric, "best")
     if better(ordered.column.partition("@")[0].split()[0]) is None:

@@ -25,8 +25,8 @@ python -m ddpm.study
 lists studies: claims of the papers, tested at a small scale, with networks trained for minutes,
 real pictures and several seeds. The command above each table (after `pip install -e '.[plots]'`)
 trains, measures and computes the verdicts; run again, it resumes. `study.jobs=2` trains two runs at
-a time (`'.[sweep]'`). `study.seeds=N` uses the seeds 0 to N-1. Its results go to
-`outputs`; `study.to=experiments/studies` writes them and this page here.
+a time (`'.[sweep]'`). `study.seeds=N` uses the seeds 0 to N-1. Results go to
+`outputs/studies/results`; `study.to=experiments/studies` writes them and this page here.
 
 - *holds*: the whole 95% interval (Student's t, one number per seed) lies on the claim's side;
   *does not hold here*: it lies on the other side; *undecided at these seeds*: it contains zero.
@@ -34,12 +34,13 @@ a time (`'.[sweep]'`). `study.seeds=N` uses the seeds 0 to N-1. Its results go t
   two runs of one seed; a slope is of the measure over log2 of the setting.
 - The intervals are not corrected for the number of claims: of twenty claims without any effect,
   one would come out as decided.
-- The distance `fd_digits` was chosen for its cost. Between 400 and 800 steps of training (cosine,
-  epsilon, four seeds, differences paired by seed) it differs by 3.8 deviations over seeds, a
-  distance on EfficientNet's features by 3.5; between 200 and 800 steps by 3.2 and 7.0, but the
-  latter takes many times as long. Measured by `python -m ddpm.evaluate -m run=... sampler=dpmpp20
-  step=200,400,800 evaluation.extractor=digits,efficientnet_lite0 'evaluation.metrics=[fd]'
-  evaluation.num_samples=500`. Its floor and its deviation over seeds are in each study.
+- The distance `fd_digits` was chosen because it is cheap. Between 400 and 800 steps of training
+  (cosine, epsilon, four seeds, differences paired by seed) it differs by 3.8 deviations over seeds,
+  a distance on EfficientNet's features by 3.5; between 200 and 800 steps by 3.2, the other by 7.0,
+  but EfficientNet takes many times as long. Measured by `python -m ddpm.evaluate -m run=...
+  sampler=dpmpp20 step=200,400,800 evaluation.extractor=digits,efficientnet_lite0
+  'evaluation.metrics=[fd]' evaluation.num_samples=500`. Its floor and its deviation over seeds are
+  in each study.
 - Settings are as typed on the command line. The JSON files beside this page have the full study
   and all figures, each with the folder of its run.
 """
