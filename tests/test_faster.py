@@ -141,14 +141,22 @@ def test_dropout_of_torchs_own_draws_the_same_when_compiled():
     assert torch.equal(*outs)
 
 
-def test_networks_of_several_resolutions_are_compiled_in_one_process():
+def test_networks_of_several_resolutions_are_each_compiled_for_their_own_shapes(monkeypatch):
+    """Code for any resolution, which torch would make of the second, does not compile."""
+    seen = []
+
+    def compiler(graph, inputs):
+        seen.append([size for x in inputs if x.dim() == 4 for size in x.shape])
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    torch._dynamo.reset()
     for resolution in (16, 32):
-        net = network(
-            f"model.resolution={resolution}",
-            "model.channel_multipliers=[1]",
-            "model.num_res_blocks=1",
-            "model.attention_resolutions=[]",
-        )
+        net = network(f"model.resolution={resolution}", "model.attention_resolutions=[]")
         ways.put(net, "compiled")
         x = torch.randn(2, 1, resolution, resolution)
         assert net(x, torch.zeros(2, dtype=torch.int64)).shape == x.shape
+    assert len(seen) == 2
+    for sizes, resolution in zip(seen, (16, 32), strict=True):
+        assert all(type(size) is int for size in sizes)
+        assert resolution in sizes

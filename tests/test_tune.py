@@ -1,5 +1,6 @@
 """runtime.tune tries ways to run a network, checks them, and chooses one."""
 
+import functools
 import json
 import logging
 import math
@@ -341,6 +342,13 @@ class Net(nn.Module):
         return x_t + x_t
 
 
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """Compiles without making machine code, which takes most of the time."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+
+@pytest.mark.usefixtures("quick_compiler")
 def test_what_is_compiled_after_the_first_step_is_named(caplog):
     torch._dynamo.reset()
     net, after = Double(), ways.Recompilations()
@@ -357,6 +365,7 @@ def test_what_is_compiled_after_the_first_step_is_named(caplog):
     assert after.count == 1
 
 
+@pytest.mark.usefixtures("quick_compiler")
 def test_more_shapes_than_code_is_made_for_stop_in_a_line(monkeypatch, caplog):
     torch._dynamo.reset()
     monkeypatch.setattr(ways, "SHAPES", 9)

@@ -133,7 +133,7 @@ def run(composed: Composed) -> Path:
         steps = len(drawing.timesteps)
         say(f"{what} with the weights of {name}, {steps} steps each, on {device}")
         if numbers:
-            say(class_words(numbers, names))
+            say(class_words(numbers[:count], names))
     with naming_lost(), signals.listening(), together():
         if settings.figure is not None:
             if leads:
