@@ -276,7 +276,7 @@ def test_one_run_is_not_carried_on_by_two_jobs(typed, run_folder, tmp_path):
 def test_jobs_that_are_one_run_are_refused(typed, tiny, tmp_path):
     done = typed("train", "-m", *tiny, f"outputs={tmp_path}", "sampler.num_steps=2,3", "seed=0,1")
     assert done.code == 1
-    assert done.err.count("are the same run, since what differs changes no weights") == 2
+    assert done.err.count("are the same run, since nothing that changes its weights") == 2
     assert "jobs 0 and 2 of this sweep" in done.err
     assert "(job 2: sampler.num_steps=3 seed=0)" in done.err
     assert not list(tmp_path.rglob("run.json"))

@@ -101,8 +101,9 @@ def check_jobs(
             run = _check_job(check, cfg, number, resumed)
             if distinct and run is not None and runs.setdefault(run, number) != number:
                 raise ValueError(
-                    f"jobs {runs[run]} and {number} of this sweep are the same run, since what "
-                    "differs changes no weights (ddpm.evaluate -m sweeps sampler and evaluation)"
+                    f"jobs {runs[run]} and {number} of this sweep are the same run, since nothing "
+                    "that changes its weights differs: sweep over seed to repeat a run, and with "
+                    "ddpm.evaluate -m over sampler and evaluation"
                 )
         except Exception as error:
             first = first or error
