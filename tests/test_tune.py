@@ -394,6 +394,7 @@ def test_a_network_runs_as_it_is_where_that_is_asked():
     assert after.since() == []
 
 
+@pytest.mark.usefixtures("quick_compiler")
 def test_images_of_a_batch_are_drawn_by_what_is_compiled_and_others_as_they_are():
     net, after = Net(), ways.Recompilations()
     after.since()
