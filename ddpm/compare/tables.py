@@ -82,6 +82,7 @@ def _runs_in(folder: Path) -> list[Path]:
         if "config.yaml" in files and "run.json" in files:
             found.append(place)
             below[:] = set(below) - {"checkpoints", "samples", ".hydra"}  # large, and hold no runs
+    # strings: thousands of Paths take seconds
     found.sort(key=lambda place: place.split(os.sep))  # noqa: PTH206
     return [Path(place) for place in found]
 

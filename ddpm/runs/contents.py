@@ -77,6 +77,7 @@ def checkpoint_folders(checkpoints: Path) -> list[tuple[int, Path]]:
         Unreadable: If the folder cannot be read.
     """
     try:
+        # names, not Paths: with thousands of runs these take seconds
         there = os.listdir(checkpoints)  # noqa: PTH208
     except (FileNotFoundError, NotADirectoryError):
         return []
