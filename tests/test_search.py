@@ -65,6 +65,15 @@ def test_a_diverging_job_ends_no_search_and_typed_again_it_goes_on_from_its_runs
     assert starts == {rate: 1 if run["status"] == "complete" else 2 for rate, run in first.items()}
 
 
+def test_the_first_jobs_of_a_search_may_be_one_run(typed, tiny, tmp_path):
+    """A grid would refuse them."""
+    words = [*OPTUNA, *tiny, f"outputs={tmp_path}", "training.steps=1", "seed=choice(3)"]
+    done = typed("train", *words, "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2")
+    assert done.code == 0, done.err
+    assert len(rows(done)[0]) == 2
+    assert len(runs_of(tmp_path)) == 1
+
+
 @pytest.fixture
 def search(tmp_path, monkeypatch, capsys):
     """Searches over the seed with a custom job; returns exit code, output and seeds in order."""
